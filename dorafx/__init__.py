@@ -1,0 +1,26 @@
+"""dorafx: DoRA at the price of LoRA, for any PyTorch program.
+
+``torch.compile(model, backend="dorafx")`` needs no import of this package. Everything else is here.
+"""
+
+from dorafx.api import Explanation, explain, optimize, restore, rewrite
+from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
+from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.match import pattern
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DorafxError",
+    "DorafxWarning",
+    "Explanation",
+    "Record",
+    "RewriteLog",
+    "RewriteMissError",
+    "explain",
+    "optimize",
+    "pattern",
+    "restore",
+    "rewrite",
+    "rewrite_log",
+]

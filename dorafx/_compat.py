@@ -1,0 +1,187 @@
+"""Private torch API, and nothing else: one place to look when a torch release moves something."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_group_numbers = itertools.count()
+
+# -- operators and storages (used by lift) ----------------------------------------------------------------------------
+
+
+def operator_schema(target: Any) -> Any:
+    """The schema of an ``OpOverload``; None for any other call target."""
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def aten_name(target: Any) -> str | None:
+    """``"add"`` for ``aten.add.Tensor``; None for what is not an aten overload."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    return str(target._schema.name.split("::")[1])
+
+
+def is_overload(target: Any) -> bool:
+    """Whether a call target is an ``OpOverload`` of any namespace."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number that tensors of one storage share. Fake tensors have no data pointer, so the storage object's is taken."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+# -- graphs (used by rewrite) -----------------------------------------------------------------------------------------
+
+GRAPH_MODULE_ATTRIBUTES = (
+    "shape_env",
+    "compile_subgraph_reason",
+    "_param_name_to_source",
+    "_source_to_user_stacks",
+    "_backend_id",
+)
+"""What Dynamo leaves on a GraphModule beside its graph and metadata, and AOTAutograd reads."""
+
+
+def carry_node_attributes(old: Any, new: Any) -> None:
+    """Dynamo's ``_dynamo_source`` is lost by ``Graph.graph_copy``; AOTAutograd asserts that placeholders have it."""
+    if hasattr(old, "_dynamo_source"):
+        new._dynamo_source = old._dynamo_source
+
+
+# -- compilers (used by codegen and the public API) -------------------------------------------------------------------
+
+
+def compile_with_inductor(gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+    """What ``torch.compile(backend="inductor")`` does with a graph, with a key of our own in the cache keys: the caches
+    do not see that an operator's backward or decomposition changed (pytorch issue 144344)."""
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):
+        return wrapper(gm, example_inputs)
+
+
+def lookup_backend(name: str) -> Any:
+    """A registered Dynamo backend by name.
+
+    Raises:
+        ValueError: no such backend; the message names the ones there are.
+    """
+    from torch._dynamo.backends.registry import lookup_backend as lookup
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        return lookup(name)
+    except InvalidBackend as error:
+        known = ", ".join(["inductor", "eager", *sorted(torch.compiler.list_backends())])
+        raise ValueError(f"dorafx.codegen: unknown backend {name!r}; known are {known}") from error
+
+
+@functools.cache
+def source_hash() -> str:
+    """A digest of dorafx's sources, so that an edited installation never meets artefacts of the old one."""
+    import hashlib
+    import pathlib
+
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def has_cpp_compiler() -> bool:
+    return True
+
+
+def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
+    """A compiled function that calls a module, with a code object of its own.
+
+    Dynamo keeps compiled graphs, and counts recompilations against its limit, per code object. ``Module._call_impl`` is
+    one code object for every module of a process, so with more shapes than the limit (8) it would fall back to eager
+    for good. A code object for each group of equal modules gives each group a cache and a limit of its own.
+    """
+
+    def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    own = types.FunctionType(
+        call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
+    )
+    return torch.compile(own, backend=backend, dynamic=dynamic)
+
+
+def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
+    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns what was there."""
+    previous = module._compiled_call_impl
+    module._compiled_call_impl = functools.partial(compiled, module)
+    return previous
+
+
+def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
+    """Undo :func:`set_compiled_call`."""
+    module._compiled_call_impl = previous
+
+
+def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a call of ``model`` under a code object that nothing was compiled for yet, so that earlier
+    compilations neither answer nor count."""
+    compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
+    if compiled is not None:
+        return functools.partial(compiled, model)
+    return torch.compile(model, backend=backend)
+
+
+@contextlib.contextmanager
+def graph_breaks() -> Iterator[list[str]]:
+    """The graph breaks that happen inside: their reasons with the user's source line, one entry a break."""
+    from torch._dynamo.utils import counters
+
+    before = dict(counters["graph_break"])
+    found: list[str] = []
+    try:
+        yield found
+    finally:
+        for reason, count in counters["graph_break"].items():
+            found.extend([reason] * (count - before.get(reason, 0)))
+
+
+def exported_program_with_graph(program: Any, gm: Any) -> Any:
+    """An ExportedProgram with another graph of the same inputs and outputs."""
+    import copy
+
+    from torch.export.graph_signature import TensorArgument
+
+    signature = copy.deepcopy(program.graph_signature)
+    outputs = next(n for n in reversed(gm.graph.nodes) if n.op == "output").args[0]
+    for spec, node in zip(signature.output_specs, outputs):
+        if isinstance(spec.arg, TensorArgument):
+            spec.arg = TensorArgument(name=node.name)
+    return program._update(gm, signature) if hasattr(program, "_update") else _rebuilt(program, gm, signature)
+
+
+def _rebuilt(program: Any, gm: Any, signature: Any) -> Any:
+    return torch.export.ExportedProgram(
+        root=gm,
+        graph=gm.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+# -- dispatch (used by ops) -------------------------------------------------------------------------------------------
+
+
+def below_autograd() -> Any:
+    """A context in which operators skip their autograd kernels: how an autograd kernel calls its own forward."""
+    return torch._C._AutoDispatchBelowAutograd()

@@ -1,0 +1,161 @@
+"""The public functions: optimize, restore, explain, rewrite."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import fx
+
+from dorafx import _compat, capture
+from dorafx.backend import dorafx as dorafx_backend
+from dorafx.backend import rewrite_graph_module
+from dorafx.errors import DorafxError
+from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.options import Options
+from dorafx.scope import adapted_modules, module_groups, resolve_scope
+
+__all__ = ["Explanation", "explain", "optimize", "restore", "rewrite"]
+
+M = TypeVar("M", bound=torch.nn.Module)
+_ATTRIBUTE = "_dorafx_restore"
+
+
+def optimize(
+    model: M,
+    *,
+    scope: str = "auto",
+    codegen: str = "inductor",
+    strict: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+) -> M:
+    """Compile a model's DoRA layers in place.
+
+    Nothing of the model changes but how it is called: the same object, class, parameters, ``state_dict`` keys, hooks and
+    training mode, so ``Trainer``, ``generate`` and ``save_pretrained`` keep working. :func:`restore` undoes it.
+
+    Args:
+        model: any ``nn.Module``.
+        scope: ``"modules"`` compiles each adapter layer by itself; layers of one shape share their graphs, so the
+            compile time does not grow with depth, and it works under gradient checkpointing, data-parallel wrappers and
+            ``generate``'s changing cache. ``"model"`` compiles the whole forward as one graph, which fuses more.
+            ``"auto"``: ``"modules"`` where the model has PEFT adapter layers, else ``"model"``.
+        codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
+        strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
+        dynamic: as for ``torch.compile``.
+        mode: Inductor's mode, as for ``torch.compile``.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        ValueError: an unknown scope or option value.
+        TypeError: ``model`` is no ``nn.Module``.
+        DorafxError: the model is optimized already.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
+    if _ATTRIBUTE in model.__dict__:
+        raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
+    chosen = resolve_scope(model, scope)
+    options: dict[str, Any] = {
+        "dorafx.codegen": codegen,
+        "dorafx.strict": strict,
+    }
+    Options.split(options)  # a wrong value fails here, not at the first forward
+    capture.install()
+    undo: list[tuple[torch.nn.Module, Any]] = []
+    groups = [[("", model)]] if chosen == "model" else module_groups(adapted_modules(model))
+    for members in groups:
+        backend = functools.partial(dorafx_backend, options=options, mode=mode, members=tuple(n for n, _ in members))
+        compile_one = _compat.group_compiler(backend, dynamic)
+        for _, module in members:
+            undo.append((module, _compat.set_compiled_call(module, compile_one)))
+    model.__dict__[_ATTRIBUTE] = undo
+    return model
+
+
+def restore(model: M) -> M:
+    """Undo :func:`optimize`: every module is called as it was before. A model that is not optimized is left alone.
+
+    Returns:
+        The same ``model``.
+    """
+    for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
+        _compat.restore_compiled_call(module, previous)
+    return model
+
+
+@dataclass
+class Explanation:
+    """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table."""
+
+    graph_count: int
+    graph_break_count: int
+    break_reasons: list[str] = field(default_factory=list)
+    log: RewriteLog = field(default_factory=RewriteLog)
+
+    @property
+    def rewrites(self) -> list[Record]:
+        return self.log.rewrites
+
+    @property
+    def misses(self) -> list[Record]:
+        return self.log.misses
+
+    def __str__(self) -> str:
+        lines = [f"{self.graph_count} graphs, {self.graph_break_count} graph breaks", str(self.log)]
+        lines += [f"graph break: {reason}" for reason in self.break_reasons]
+        return "\n".join(lines)
+
+
+def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """A dry run: trace one call of ``model``, rewrite every graph, compile nothing, and say what happened.
+
+    The call runs once, eagerly, on the original graphs; random number generators are put back afterwards, the process's
+    rewrite log and an earlier ``optimize`` are not touched.
+
+    Args:
+        model: a module or function.
+        args, kwargs: what to call it with.
+    """
+    capture.install()
+    log = RewriteLog()
+    graphs = 0
+
+    def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        rewrite_graph_module(gm, Options(), graphs, log=log)
+        return gm.forward
+
+    with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
+        _compat.fresh_compile(model, collect)(*args, **kwargs)
+    return Explanation(graphs, len(breaks), list(breaks), log)
+
+
+def rewrite(program: Any) -> Any:
+    """Rewrite a graph that was captured elsewhere.
+
+    Args:
+        program: an ``fx.GraphModule`` whose nodes carry shapes (from Dynamo, ``make_fx`` or ``torch.export``), or a
+            ``torch.export.ExportedProgram``. It is not changed.
+
+    Returns:
+        A new program of the same type; ``program`` itself where it holds no DoRA. The log says what was done.
+
+    Raises:
+        TypeError: anything else.
+    """
+    if isinstance(program, torch.export.ExportedProgram):
+        new = rewrite_graph_module(program.graph_module, Options())
+        return program if new is program.graph_module else _compat.exported_program_with_graph(program, new)
+    if isinstance(program, fx.GraphModule):
+        return rewrite_graph_module(program, Options(), log=rewrite_log())
+    raise TypeError(
+        f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
+    )

@@ -1,0 +1,171 @@
+"""The Dynamo backend: the whole road of a graph, one line a station."""
+
+from __future__ import annotations
+
+import itertools
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import fx
+
+from dorafx import capture, codegen
+from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.lift.functional import private_writes, without_private_writes
+from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.match import Reason, match_graph
+from dorafx.options import Options
+from dorafx.plan import make_plan
+from dorafx.rewriter import CannotEmit, apply_plan, copy_graph_module
+
+__all__ = ["dorafx", "rewrite_graph_module"]
+
+_graph_ids = itertools.count(1)
+_warned: set[str] = set()
+
+# Polyfills must be in place before Dynamo traces, and torch.compile looks the backend up before it traces: the import of
+# this module (by the entry point) is the only moment that comes early enough.
+capture.install()
+
+
+def dorafx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+    members: tuple[str, ...] = ("",),
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="dorafx", mode=…, options={…})``.
+
+    Args:
+        gm: the graph that Dynamo captured. It is not changed.
+        example_inputs: its inputs, as Dynamo gives them.
+        options: ``dorafx.*`` keys are dorafx's own (see :class:`dorafx.options.Options`), the rest go to Inductor.
+        mode: Inductor's mode.
+        members: where the graph is that of a part of a model: the names of the modules that it serves.
+
+    Returns:
+        The compiled callable.
+
+    Raises:
+        ValueError: an unknown or wrong ``dorafx.*`` option.
+        RewriteMissError: ``dorafx.strict`` and a candidate was not rewritten.
+    """
+    ours, inductor = Options.split(options)
+    capture.install()
+    rewritten = rewrite_or_fall_back(gm, ours, members)
+    return codegen.compile_graph(rewritten, example_inputs, ours, inductor, mode)
+
+
+def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[str, ...] = ("",)) -> fx.GraphModule:
+    """The rewritten graph module; the original one where anything goes wrong, with a logged miss and one warning."""
+    graph_id = next(_graph_ids)
+    try:
+        return rewrite_graph_module(gm, options, graph_id, members)
+    except RewriteMissError:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise
+        last = traceback.format_exception_only(type(error), error)[-1].strip()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        rewrite_log().add(
+            Record(
+                status="missed",
+                site=members[0],
+                pattern="",
+                reason=f"internal failure, graph left as it was: {last} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})",
+                source="",
+                codegen=options.codegen,
+                graph=graph_id,
+            )
+        )
+        if last not in _warned:
+            _warned.add(last)
+            warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=2)
+        return gm
+
+
+def rewrite_graph_module(
+    gm: fx.GraphModule,
+    options: Options,
+    graph_id: int = 0,
+    members: tuple[str, ...] = ("",),
+    log: RewriteLog | None = None,
+) -> fx.GraphModule:
+    """Lift, match, plan and rewrite one graph module and the graph modules inside it (bodies of higher-order operators).
+
+    Args:
+        gm: the graph module; it is not changed.
+        options: dorafx's options.
+        graph_id: number of the graph in the log.
+        members: names of the modules that this graph serves; the log has the records once for each.
+        log: where the records go; the process's log by default.
+
+    Returns:
+        A new graph module; ``gm`` itself where nothing is there to rewrite.
+
+    Raises:
+        RewriteMissError: ``options.strict`` and a candidate was not rewritten.
+    """
+    nested = {
+        name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule) and _is_body(gm, name)
+    }
+    replaced = {}
+    for name, child in nested.items():
+        new_child = rewrite_graph_module(child, options, graph_id, members, log)
+        if new_child is not child:
+            replaced[name] = new_child
+    pure = functional_copy(gm)
+    matches = match_graph(pure.graph)
+    new, plan = gm, make_plan(matches, options, graph_id)
+    while not plan.empty:
+        try:
+            new = apply_plan(pure, matches, plan)
+            break
+        except CannotEmit as failed:
+            # Leave out the one candidate that cannot be emitted and carry the rest out.
+            matches.refuse(failed.site, Reason(str(failed), failed.site))
+            plan = make_plan(matches, options, graph_id)
+    records = plan.records
+    if replaced:
+        new = _with_bodies(new, gm, replaced)
+    (rewrite_log() if log is None else log).extend(under(record, member) for member in members for record in records)
+    missed = [r for r in records if r.status == "missed"]
+    if missed and options.strict:
+        raise RewriteMissError(
+            f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
+        )
+    return new
+
+
+def _is_body(gm: fx.GraphModule, name: str) -> bool:
+    return any(node.op == "get_attr" and node.target == name for node in gm.graph.nodes)
+
+
+def _with_bodies(new: fx.GraphModule, original: fx.GraphModule, bodies: dict[str, fx.GraphModule]) -> fx.GraphModule:
+    if new is original:
+        new, _ = copy_graph_module(original)
+    for name, body in bodies.items():
+        setattr(new, name, body)
+    return new
+
+
+def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm``, or a copy without the in-place arithmetic that nobody else can see."""
+    private = private_writes(gm.graph)
+    if not private:
+        return gm
+    copy, _ = copy_graph_module(gm)
+    without_private_writes(copy.graph, private)
+    copy.graph.lint()
+    copy.recompile()
+    return copy
+
+
+def under(record: Record, member: str) -> Record:
+    """The record with its site below a member module."""
+    return replace(record, site=".".join(p for p in (member, record.site) if p)) if member else record

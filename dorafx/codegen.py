@@ -1,0 +1,55 @@
+"""Codegen: Inductor, the graph run eagerly, or any other Dynamo backend that the user names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from dorafx import _compat
+from dorafx.errors import DorafxWarning
+from dorafx.options import Options
+
+__all__ = ["compile_graph"]
+
+_warned_no_compiler = False
+
+
+def compile_graph(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor_options: dict[str, Any],
+    mode: str | None,
+) -> Callable[..., Any]:
+    """Compile a rewritten graph.
+
+    Raises:
+        ValueError: ``dorafx.codegen`` names no registered backend.
+    """
+    name = options.codegen
+    if name == "inductor" and not _needs_no_compiler(example_inputs) and not _compat.has_cpp_compiler():
+        global _warned_no_compiler
+        if not _warned_no_compiler:
+            _warned_no_compiler = True
+            warnings.warn(
+                "no C++ compiler was found, which Inductor needs on a CPU: dorafx runs its rewritten graphs eagerly "
+                "(install g++ or clang++, or set CXX)",
+                DorafxWarning,
+                stacklevel=2,
+            )
+        name = "eager"
+    if name == "eager":
+        return gm.forward
+    if name == "inductor":
+        return _compat.compile_with_inductor(gm, example_inputs, mode, inductor_options)
+    return _compat.lookup_backend(name)(gm, list(example_inputs))
+
+
+def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:
+    """Whether every tensor lives on an accelerator, where Inductor generates Triton."""
+    devices = {getattr(value, "device", None) for value in example_inputs}
+    devices.discard(None)
+    return bool(devices) and all(device.type != "cpu" for device in devices if device is not None)

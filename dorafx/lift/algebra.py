@@ -1,0 +1,289 @@
+"""The term algebra: what a graph computes, in a normal form that does not remember how it was spelled.
+
+Two kinds of terms are enough for DoRA.
+
+* :class:`Poly`, a commutative (Laurent) polynomial in vectors and scalars: ``m·n⁻¹ - 1``. Products are elementwise.
+* :class:`Expr`, a sum of *chains*. A chain is a matrix product of factors, ``x · Wᵀ · D(m·n⁻¹)``, where ``D(v)`` is the
+  diagonal matrix of a vector. Scaling rows or columns is a product with a diagonal, a transpose reverses a chain, the
+  identity is the empty chain, and a bias is ``𝟙 · D(b)`` with ``𝟙`` a matrix of ones. So
+  ``linear(linear(eye, A), B).T`` and ``B @ A`` are the same object, and so are the delta and the direct composition.
+
+Indeterminates are :class:`Atom` s. ``detach`` is pushed down to them: an atom and its detached twin are two
+indeterminates of equal value. Two polynomials that are equal in this algebra therefore agree in value *and* in every
+derivative, which is what makes a rewrite by algebra preserve gradient flow without a separate argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["ONES", "Atom", "Chain", "Diag", "Expr", "Factor", "Mat", "Mono", "Poly", "TooComplex", "transpose_chain"]
+
+# Sums are distributed over products, so a bound keeps the pass linear in the number of nodes. A DoRA layer with a
+# dropout, a bias and three summed low-rank chains has 9 terms of at most 6 factors.
+MAX_TERMS = 24
+MAX_FACTORS = 12
+
+
+class TooComplex(Exception):
+    """A term outgrew the bounds; the lifter makes an atom of the node instead."""
+
+
+class Atom(NamedTuple):
+    """An indeterminate: the value number of a node, a norm, or a function of other terms."""
+
+    id: int
+    detached: bool = False
+
+
+ONES = Atom(0)
+"""The matrix of ones whose product with ``D(b)`` broadcasts a bias over tokens."""
+
+Mono = tuple[tuple[Atom, int], ...]
+"""A commutative monomial: atoms with non-zero integer exponents, sorted."""
+
+
+class Mat(NamedTuple):
+    """A matrix factor of a chain."""
+
+    atom: Atom
+    transposed: bool = False
+
+
+class Diag(NamedTuple):
+    """A diagonal factor ``D(v)`` of a chain, ``v`` a monomial of vectors."""
+
+    mono: Mono
+
+
+Factor = Mat | Diag
+Chain = tuple[Factor, ...]
+
+
+def _mono_mul(a: Mono, b: Mono) -> Mono:
+    if not a:
+        return b
+    if not b:
+        return a
+    exponents = dict(a)
+    for atom, exponent in b:
+        exponents[atom] = exponents.get(atom, 0) + exponent
+    return tuple(sorted((atom, e) for atom, e in exponents.items() if e))
+
+
+def _push(chain: list[Factor], factor: Factor) -> None:
+    """Append a factor, merging neighbouring diagonals."""
+    if isinstance(factor, Diag):
+        if not factor.mono:
+            return
+        if chain and isinstance(chain[-1], Diag):
+            merged = _mono_mul(chain[-1].mono, factor.mono)
+            chain.pop()
+            if merged:
+                chain.append(Diag(merged))
+            return
+    chain.append(factor)
+
+
+def transpose_chain(chain: Chain) -> Chain:
+    """``(P·Q)ᵀ = Qᵀ·Pᵀ``; diagonals are their own transposes."""
+    return tuple(Mat(f.atom, not f.transposed) if isinstance(f, Mat) else f for f in reversed(chain))
+
+
+@dataclass(frozen=True)
+class Poly:
+    """A commutative polynomial over vectors and scalars, as ``{monomial: coefficient}`` without zero coefficients."""
+
+    items: tuple[tuple[Mono, float], ...]
+
+    @staticmethod
+    def of(terms: dict[Mono, float]) -> Poly:
+        if len(terms) > MAX_TERMS:
+            raise TooComplex
+        return Poly(tuple(sorted((m, c) for m, c in terms.items() if c != 0)))
+
+    @staticmethod
+    def const(value: float) -> Poly:
+        return Poly.of({(): float(value)})
+
+    @staticmethod
+    def var(atom: Atom) -> Poly:
+        return Poly((((((atom, 1),)), 1.0),))
+
+    def __add__(self, other: Poly) -> Poly:
+        terms = dict(self.items)
+        for mono, c in other.items:
+            terms[mono] = terms.get(mono, 0.0) + c
+        return Poly.of(terms)
+
+    def __mul__(self, other: Poly) -> Poly:
+        terms: dict[Mono, float] = {}
+        for m1, c1 in self.items:
+            for m2, c2 in other.items:
+                mono = _mono_mul(m1, m2)
+                terms[mono] = terms.get(mono, 0.0) + c1 * c2
+        return Poly.of(terms)
+
+    def scaled(self, factor: float) -> Poly:
+        return Poly.of({m: c * factor for m, c in self.items})
+
+    @property
+    def constant(self) -> float | None:
+        """The value, where this is a constant; else None."""
+        if not self.items:
+            return 0.0
+        if len(self.items) == 1 and not self.items[0][0]:
+            return self.items[0][1]
+        return None
+
+    @property
+    def is_monomial(self) -> bool:
+        return len(self.items) == 1
+
+    def reciprocal(self) -> Poly | None:
+        """``1/self`` for a monomial; None for a sum (the lifter makes an atom of its reciprocal)."""
+        if not self.is_monomial:
+            return None
+        mono, c = self.items[0]
+        return Poly(((tuple((a, -e) for a, e in mono), 1.0 / c),))
+
+    def ratio_to(self, other: Poly) -> Poly | None:
+        """The monomial ``q`` with ``self = q · other``, or None. Used to see that all parts share one scaling."""
+        if not self.items or len(self.items) != len(other.items):
+            return None
+        for mono, c in self.items:
+            inverse = Poly(((other.items[0][0], other.items[0][1]),)).reciprocal()
+            assert inverse is not None
+            quotient = Poly(((mono, c),)) * inverse
+            product = dict((other * quotient).items)
+            if all(abs(product.get(m, 0.0) - v) <= 1e-9 * abs(v) for m, v in self.items) and len(product) == len(
+                self.items
+            ):
+                return quotient
+        return None
+
+    def detached(self, keep: frozenset[int] = frozenset()) -> Poly:
+        terms: dict[Mono, float] = {}
+        for mono, c in self.items:
+            m = _detach_mono(mono, keep)
+            terms[m] = terms.get(m, 0.0) + c
+        return Poly.of(terms)
+
+    def atoms(self) -> Iterator[Atom]:
+        for mono, _ in self.items:
+            for atom, _ in mono:
+                yield atom
+
+
+def _detach_mono(mono: Mono, keep: frozenset[int]) -> Mono:
+    out: Mono = ()
+    for atom, e in mono:
+        out = _mono_mul(out, ((atom if atom.id in keep else Atom(atom.id, True), e),))
+    return out
+
+
+@dataclass(frozen=True)
+class Expr:
+    """A sum of chains: ``Σ c · scalars · chain``, as sorted ``((scalars, chain), c)`` items."""
+
+    items: tuple[tuple[tuple[Mono, Chain], float], ...]
+
+    @staticmethod
+    def of(terms: dict[tuple[Mono, Chain], float]) -> Expr:
+        if len(terms) > MAX_TERMS or any(len(chain) > MAX_FACTORS for _, chain in terms):
+            raise TooComplex
+        return Expr(tuple(sorted(((k, c) for k, c in terms.items() if c != 0), key=repr)))
+
+    @staticmethod
+    def chain(factors: Iterable[Factor], coefficient: float = 1.0) -> Expr:
+        out: list[Factor] = []
+        for f in factors:
+            _push(out, f)
+        return Expr(((((), tuple(out)), coefficient),))
+
+    @staticmethod
+    def mat(atom: Atom) -> Expr:
+        return Expr.chain((Mat(atom),))
+
+    @staticmethod
+    def broadcast(vector: Poly) -> Expr:
+        """``𝟙 · D(vector)``: a row vector added to every token."""
+        return Expr.chain((Mat(ONES),)).right_diag(vector)
+
+    def __add__(self, other: Expr) -> Expr:
+        terms = dict(self.items)
+        for key, c in other.items:
+            terms[key] = terms.get(key, 0.0) + c
+        return Expr.of(terms)
+
+    def scaled(self, factor: float) -> Expr:
+        return Expr.of({k: c * factor for k, c in self.items})
+
+    def times_scalar(self, scalar: Poly) -> Expr:
+        terms: dict[tuple[Mono, Chain], float] = {}
+        for (s, chain), c in self.items:
+            for mono, k in scalar.items:
+                key = (_mono_mul(s, mono), chain)
+                terms[key] = terms.get(key, 0.0) + c * k
+        return Expr.of(terms)
+
+    def __matmul__(self, other: Expr) -> Expr:
+        terms: dict[tuple[Mono, Chain], float] = {}
+        for (s1, left), c1 in self.items:
+            for (s2, right), c2 in other.items:
+                chain = list(left)
+                for i, factor in enumerate(right):
+                    _push(chain, factor)
+                    if i and isinstance(factor, Mat):
+                        chain.extend(right[i + 1 :])
+                        break
+                key = (_mono_mul(s1, s2), tuple(chain))
+                terms[key] = terms.get(key, 0.0) + c1 * c2
+        return Expr.of(terms)
+
+    def left_diag(self, vector: Poly) -> Expr:
+        return self._diag(vector, left=True)
+
+    def right_diag(self, vector: Poly) -> Expr:
+        return self._diag(vector, left=False)
+
+    def _diag(self, vector: Poly, left: bool) -> Expr:
+        terms: dict[tuple[Mono, Chain], float] = {}
+        for (s, chain), c in self.items:
+            for mono, k in vector.items:
+                out: list[Factor] = []
+                for factor in (Diag(mono), *chain) if left else (*chain, Diag(mono)):
+                    _push(out, factor)
+                key = (s, tuple(out))
+                terms[key] = terms.get(key, 0.0) + c * k
+        return Expr.of(terms)
+
+    def transposed(self) -> Expr:
+        return Expr.of({(s, transpose_chain(chain)): c for (s, chain), c in self.items})
+
+    def detached(self, keep: frozenset[int] = frozenset()) -> Expr:
+        terms: dict[tuple[Mono, Chain], float] = {}
+        for (s, chain), c in self.items:
+            factors: list[Factor] = []
+            for f in chain:
+                if isinstance(f, Diag):
+                    factors.append(Diag(_detach_mono(f.mono, keep)))
+                else:
+                    atom = f.atom if f.atom.id in keep else Atom(f.atom.id, True)
+                    factors.append(Mat(atom, f.transposed))
+            key = (_detach_mono(s, keep), tuple(factors))
+            terms[key] = terms.get(key, 0.0) + c
+        return Expr.of(terms)
+
+    def atoms(self) -> Iterator[Atom]:
+        for (scalars, chain), _ in self.items:
+            for atom, _e in scalars:
+                yield atom
+            for f in chain:
+                if isinstance(f, Mat):
+                    yield f.atom
+                else:
+                    for atom, _e in f.mono:
+                        yield atom

@@ -1,0 +1,95 @@
+"""Which values of a graph change under our feet: in-place writes and everything that shares storage with them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+
+__all__ = ["written_nodes"]
+
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
+) | {operator.setitem}
+
+
+def written_arguments(node: fx.Node) -> Iterator[Any]:
+    """The arguments of a node that it writes to."""
+    if "out" in node.kwargs:
+        yield node.kwargs["out"]
+    if not node.args:
+        return
+    if node.op == "call_method":
+        name = str(node.target)
+        if (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__":
+            yield node.args[0]
+    elif node.op == "call_function":
+        schema = _compat.operator_schema(node.target)
+        if schema is not None:
+            for argument, value in zip(schema.arguments, node.args):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    yield value
+        elif node.target in _INPLACE_OPERATORS:
+            yield node.args[0]
+        else:
+            name = getattr(node.target, "__name__", "")
+            if (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
+                yield node.args[0]
+
+
+@functools.cache
+def _inplace_position(target: Any) -> int | None:
+    try:
+        return list(inspect.signature(target).parameters).index("inplace")
+    except (TypeError, ValueError):
+        return None
+
+
+def _asks_inplace(node: fx.Node) -> bool:
+    """``F.dropout(x, 0.1, True, True)`` and its like write to their first argument."""
+    if node.kwargs.get("inplace") is True:
+        return True
+    position = _inplace_position(node.target)
+    return position is not None and len(node.args) > position and node.args[position] is True
+
+
+def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Every node whose storage some node of the graph writes to, found by the storages of the traced fake tensors
+    (so views count). Where a written value has no tensor on it, only the node itself."""
+    storages: set[int] = set()
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        for argument in written_arguments(node):
+            for target in _nodes_in(argument):
+                written.add(target)
+                written.add(node)
+                tensor = _tensor(target)
+                if tensor is not None:
+                    storages.add(_compat.storage_id(tensor))
+    if storages:
+        for node in graph.nodes:
+            tensor = _tensor(node)
+            if tensor is not None and _compat.storage_id(tensor) in storages:
+                written.add(node)
+    return frozenset(written)
+
+
+def _nodes_in(argument: Any) -> Iterator[fx.Node]:
+    if isinstance(argument, fx.Node):
+        yield argument
+    elif isinstance(argument, (list, tuple)):
+        for item in argument:
+            yield from _nodes_in(item)
+
+
+def _tensor(node: fx.Node) -> torch.Tensor | None:
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None

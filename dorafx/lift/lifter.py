@@ -1,0 +1,286 @@
+"""Lift: FX nodes to terms of the algebra, one transfer function per operator family.
+
+An operator that the table does not know becomes an atom: never an error, never a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
+from .effects import written_nodes
+from .targets import canonical_name
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue
+
+__all__ = ["TRANSFER", "Lifter", "tensor_of", "transfer"]
+
+Observer = Callable[["Lifter", fx.Node, Value], Any]
+Transfer = Callable[["Lifter", fx.Node], "Value | None"]
+TRANSFER: dict[str, Transfer] = {}
+
+
+def transfer(*names: str) -> Callable[[Transfer], Transfer]:
+    """Register the transfer function of the operators with these canonical names."""
+
+    def register(fn: Transfer) -> Transfer:
+        for name in names:
+            TRANSFER[name] = fn
+        return fn
+
+    return register
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+class Lifter:
+    """Terms for every node of one graph (not of its submodules).
+
+    Args:
+        graph: the graph; it is not changed.
+        observer: called as ``observer(lifter, node, value)`` after each node, with a verdict whose ``value`` is "keep",
+            "seal" (make the node an atom for everything downstream: the matcher has recognised it) or "relift" (an
+            operand was sealed meanwhile, so lift this node again).
+        is_parameter: tells which placeholders and attributes are parameters or buffers.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        observer: Observer | None = None,
+        is_parameter: Callable[[fx.Node], bool] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.observer = observer
+        self.is_parameter = is_parameter or _looks_like_parameter
+        self.atoms: list[AtomInfo] = [AtomInfo("ones", requires_grad=False, parameter=True)]
+        self.values: dict[fx.Node, Value | None] = {}
+        self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
+        """Which nodes hold a given term, in graph order: operands to reuse."""
+        self.gemms: dict[Expr, list[Gemm]] = {}
+        self.written = written_nodes(graph)
+        self._interned: dict[Any, Atom] = {}
+        self._no_grad_ids: set[int] = {ONES.id}
+        self._param_node: dict[fx.Node, bool] = {}
+        self._grad_enabled = True
+        self._before_inference: list[bool] = []
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Lifter:
+        for node in self.graph.nodes:
+            self._param_node[node] = self._depends_on_parameters_only(node)
+            value = self._lift(node)
+            if value is not None and not self._grad_enabled:
+                value = self.detach(value)
+            self.values[node] = value
+            if value is None:
+                continue
+            if self.observer is not None:
+                verdict = self.observer(self, node, value).value
+                if verdict == "relift":
+                    # An operand was sealed, so this node is made of an atom now; the observer sees it afresh.
+                    value = self._lift(node)
+                    if value is not None and not self._grad_enabled:
+                        value = self.detach(value)
+                    self.values[node] = value
+                    verdict = self.observer(self, node, value).value if value is not None else "keep"
+                if verdict == "seal":
+                    self.seal(node)
+                    value = self.values[node]
+            if value is not None and node not in self.written:
+                key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
+                if not (isinstance(value, MatrixValue) and value.squared):
+                    self.nodes.setdefault(key, []).append(node)
+        return self
+
+    def seal(self, node: fx.Node) -> None:
+        """Make the node's value an atom for everything downstream of here."""
+        self.values[node] = self.atom_value(node)
+
+    def _lift(self, node: fx.Node) -> Value | None:
+        name = canonical_name(node)
+        if self._changes_grad_mode(name, node):
+            return None
+        if node in self.written:
+            return self.atom_value(node)
+        fn = TRANSFER.get(name) if name is not None else None
+        if fn is not None:
+            try:
+                value = fn(self, node)
+            except TooComplex:
+                value = None
+            if value is not None:
+                return value
+        return self.atom_value(node)
+
+    def _changes_grad_mode(self, name: str | None, node: fx.Node) -> bool:
+        if name == "set_grad_enabled":
+            self._grad_enabled = bool(node.args[0])
+        elif name == "enter_inference_mode":
+            self._before_inference.append(self._grad_enabled)
+            self._grad_enabled = self._grad_enabled and not node.args[0]
+        elif name == "exit_inference_mode":
+            self._grad_enabled = self._before_inference.pop() if self._before_inference else True
+        else:
+            return False
+        return True
+
+    def _depends_on_parameters_only(self, node: fx.Node) -> bool:
+        if node.op in ("placeholder", "get_attr"):
+            return self.is_parameter(node)
+        inputs = node.all_input_nodes
+        if not inputs:
+            return canonical_name(node) == "eye"
+        return all(self._param_node.get(n, False) for n in inputs)
+
+    # -- atoms --------------------------------------------------------------------------------------------------------
+
+    def atom_value(self, node: fx.Node) -> Value | None:
+        """The node as an indeterminate; None where it is no floating tensor (or symbolic scalar)."""
+        tensor = tensor_of(node)
+        if tensor is None:
+            example = node.meta.get("example_value", node.meta.get("val"))
+            if isinstance(example, (torch.SymFloat, torch.SymInt)):
+                return VectorValue(Poly.var(self._node_atom(node, False)), None)
+            return None
+        if tensor.dtype not in FLOAT_DTYPES:
+            return None
+        atom = self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta)
+        if tensor.dim() == 0:
+            return VectorValue(Poly.var(atom), None)
+        if tensor.dim() == 1:
+            return VectorValue(Poly.var(atom), -1)
+        return MatrixValue(Expr.mat(atom))
+
+    def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
+        # A node whose storage is written has a value that depends on when it is read, so no two reads are equal.
+        key = ("node", node) if node not in self.written else None
+        return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
+
+    def intern(self, info: AtomInfo) -> Atom:
+        """The atom of a norm or function of terms; equal terms give equal atoms."""
+        return self._intern((info.kind, info.expr, info.poly, info.side, info.eps), info)
+
+    def _intern(self, key: Any, info: AtomInfo) -> Atom:
+        if key is not None and key in self._interned:
+            return self._interned[key]
+        atom = Atom(len(self.atoms))
+        self.atoms.append(info)
+        if not info.requires_grad:
+            self._no_grad_ids.add(atom.id)
+        if key is not None:
+            self._interned[key] = atom
+        return atom
+
+    def atom_of(self, atom: Atom) -> AtomInfo:
+        return self.atoms[atom.id]
+
+    # -- services for transfer functions ------------------------------------------------------------------------------
+
+    def value(self, arg: Any) -> Value | None:
+        """The term of an argument: a node's, or a Python number's."""
+        if isinstance(arg, bool):
+            return None
+        if isinstance(arg, (int, float)):
+            return VectorValue(Poly.const(arg), None)
+        if not isinstance(arg, fx.Node):
+            return None
+        if arg in self.written:
+            return self.atom_value(arg)
+        return self.values.get(arg)
+
+    def vector(self, arg: Any) -> VectorValue | None:
+        """The argument as a vector: a vector, or a matrix atom with a single row or column."""
+        value = self.value(arg)
+        if value is None or isinstance(value, VectorValue):
+            return value
+        tensor = tensor_of(arg)
+        if tensor is None or value.squared or len(value.expr.items) != 1:
+            return None
+        ((scalars, chain), c) = value.expr.items[0]
+        if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
+            return None
+        axis = vector_axis(tensor.shape)
+        if axis is None or axis < -2:
+            return None
+        return VectorValue(Poly.var(chain[0].atom), axis)
+
+    def matrix(self, arg: Any) -> MatrixValue | None:
+        value = self.value(arg)
+        return value if isinstance(value, MatrixValue) and not value.squared else None
+
+    def operand(self, arg: Any, weight: bool = False) -> Expr | None:
+        """The argument as an operand of a matrix product.
+
+        A sum that depends on activations enters as an atom: its expansion would grow from layer to layer, and a DoRA
+        layer's input is one value whatever it was made of. A sum of parameters, or (``weight``: the second operand of a
+        product) of inputs of the graph, is a weight in the making and enters expanded.
+        """
+        value = self.matrix(arg)
+        if value is None:
+            return None
+        if len(value.expr.items) > 1 and not all(self._is_weight_like(a, weight) for a in value.expr.atoms()):
+            sealed = self.atom_value(arg)
+            return sealed.expr if isinstance(sealed, MatrixValue) else None
+        return value.expr
+
+    def _is_weight_like(self, atom: Atom, leaves: bool) -> bool:
+        info = self.atom_of(atom)
+        if info.parameter or not leaves:
+            return info.parameter
+        if info.node is not None:
+            return info.node.op in ("placeholder", "get_attr")
+        terms = [t for t in (info.expr, info.poly) if t is not None]
+        return all(self._is_weight_like(a, leaves) for t in terms for a in t.atoms())
+
+    def detach(self, value: Value) -> Value:
+        keep = frozenset(self._no_grad_ids)
+        if isinstance(value, MatrixValue):
+            return MatrixValue(value.expr.detached(keep), value.squared)
+        return VectorValue(value.poly.detached(keep), value.axis)
+
+    def requires_grad(self, term: Expr | Poly) -> bool:
+        return any(self.atom_of(a).requires_grad and not a.detached for a in term.atoms())
+
+    def is_parameter_term(self, term: Expr | Poly) -> bool:
+        return all(self.atom_of(a).parameter for a in term.atoms())
+
+    def norms_in(self, term: Expr | Poly) -> set[Atom]:
+        """The norm atoms that a term is made of, at any depth."""
+        found: set[Atom] = set()
+        for atom in term.atoms():
+            info = self.atom_of(atom)
+            if info.kind == "norm":
+                found.add(Atom(atom.id))
+            elif info.poly is not None:
+                found |= self.norms_in(info.poly)
+        return found
+
+
+def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:
+    """The only axis along which a tensor of this shape extends, as a negative index; None where there are several.
+    A shape of ones has its data on the last axis."""
+    long = [i for i, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]
+    if len(long) > 1:
+        return None
+    return long[0] - len(shape) if long else -1
+
+
+def _looks_like_parameter(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.nn.Parameter):
+        return True
+    source = str(node.target)
+    return "_parameters_" in source or "_buffers_" in source

@@ -1,0 +1,114 @@
+"""One name for every spelling of an operator.
+
+``torch.add``, ``Tensor.add``, ``operator.add`` and ``aten.add.Tensor`` are one operator to the lifter, so the same
+transfer functions serve Dynamo graphs, ``make_fx`` graphs, exported programs and ``fx.symbolic_trace``.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from dorafx import _compat
+
+__all__ = ["arguments", "canonical_name"]
+
+# Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
+_ALIASES: dict[str, tuple[str, ...]] = {
+    "add": ("add", "__add__", "__radd__"),
+    "sub": ("sub", "subtract", "__sub__"),
+    "rsub": ("rsub", "__rsub__"),
+    "mul": ("mul", "multiply", "__mul__", "__rmul__"),
+    "div": ("div", "divide", "true_divide", "truediv", "__truediv__"),
+    "neg": ("neg", "negative", "__neg__"),
+    "reciprocal": ("reciprocal",),
+    "pow": ("pow", "__pow__"),
+    "square": ("square",),
+    "sqrt": ("sqrt",),
+    "rsqrt": ("rsqrt",),
+    "sum": ("sum",),
+    "clamp_min": ("clamp_min",),
+    "clamp": ("clamp", "clip"),
+    "norm": ("norm",),
+    "linalg_norm": ("linalg_norm",),
+    "vector_norm": ("linalg_vector_norm",),
+    "matmul": ("matmul", "mm", "__matmul__"),
+    "linear": ("linear",),
+    "addmm": ("addmm",),
+    "transpose": ("transpose", "swapaxes", "swapdims"),
+    "t": ("t",),
+    "permute": ("permute",),
+    "view": (
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "unsqueeze",
+        "squeeze",
+        "flatten",
+        "unflatten",
+        "view_as",
+        "reshape_as",
+    ),
+    "expand": ("expand", "expand_as"),
+    "cast": ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "cpu", "cuda"),
+    "detach": ("detach",),
+    "identity": ("clone", "contiguous", "alias", "positive"),
+    "dropout": ("dropout", "native_dropout", "alpha_dropout", "feature_dropout"),
+    "eye": ("eye",),
+    "diag": ("diag", "diag_embed"),
+    "getattr": ("getattr",),
+}
+_GRAD_MODES = {
+    "_set_grad_enabled": "set_grad_enabled",
+    "_enter_inference_mode": "enter_inference_mode",
+    "_exit_inference_mode": "exit_inference_mode",
+}
+_BY_NAME = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
+
+
+def _function_table() -> dict[Any, str]:
+    table: dict[Any, str] = {}
+    for namespace in (torch, F, operator, torch.Tensor):
+        for alias, name in _BY_NAME.items():
+            target = getattr(namespace, alias, None)
+            if callable(target):
+                table.setdefault(target, name)
+    table[torch.linalg.norm] = "linalg_norm"
+    table[torch.linalg.vector_norm] = "vector_norm"
+    table[torch.linalg.multi_dot] = "multi_dot"
+    table[builtins.getattr] = "getattr"
+    return table
+
+
+_FUNCTIONS = _function_table()
+
+
+def canonical_name(node: fx.Node) -> str | None:
+    """The lifter's name of a node's operator; None where the table does not know it."""
+    if node.op == "call_method":
+        return _BY_NAME.get(str(node.target))
+    if node.op != "call_function":
+        return None
+    target = node.target
+    if _compat.is_overload(target):
+        aten = _compat.aten_name(target)
+        return _BY_NAME.get(aten) if aten is not None else None
+    try:
+        name = _FUNCTIONS.get(target)
+    except TypeError:  # an unhashable callable is somebody's own object
+        return None
+    if name is None:
+        return _GRAD_MODES.get(getattr(target, "__name__", ""))
+    return name
+
+
+def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The node's arguments by name: positional ones in the order of ``names``, then keywords. Absent ones are absent."""
+    out = dict(zip(names, node.args))
+    out.update(node.kwargs)
+    return out

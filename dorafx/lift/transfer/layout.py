@@ -1,0 +1,132 @@
+"""Reshapes, transposes, casts, detach: what moves or retypes a value without changing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..algebra import Expr
+from ..lifter import Lifter, tensor_of, transfer, vector_axis
+from ..targets import arguments
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
+
+
+@transfer("view")
+def view(lift: Lifter, node: fx.Node) -> Value | None:
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or before.dtype != after.dtype:  # view(dtype) reinterprets bits
+        return None
+    value = lift.value(node.args[0])
+    if after.dim() == 0:
+        return value if isinstance(value, VectorValue) else None
+    if isinstance(value, MatrixValue) and after.dim() >= 2 and str(before.shape[-1]) == str(after.shape[-1]):
+        return value
+    vector = lift.vector(node.args[0])
+    if vector is None:
+        return None
+    if vector.axis is None:  # a scalar with dimensions of size one
+        return vector
+    axis = vector_axis(after.shape)
+    return VectorValue(vector.poly, axis) if axis is not None else None
+
+
+@transfer("expand")
+def expand(lift: Lifter, node: fx.Node) -> Value | None:
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None:
+        return None
+    if tuple(map(str, before.shape)) == tuple(map(str, after.shape)):
+        return lift.value(node.args[0])
+    vector = lift.vector(node.args[0])
+    if vector is not None and vector.axis == -1 and after.dim() >= 2 and str(before.shape[-1]) == str(after.shape[-1]):
+        return MatrixValue(Expr.broadcast(vector.poly))
+    return None
+
+
+def _transposed(lift: Lifter, arg: Any) -> Value | None:
+    tensor = tensor_of(arg)
+    value = lift.value(arg)
+    if tensor is None or tensor.dim() != 2:
+        return value if tensor is not None and tensor.dim() == 1 else None
+    if isinstance(value, MatrixValue):
+        return MatrixValue(value.expr.transposed(), value.squared)
+    if isinstance(value, VectorValue) and value.axis is not None:
+        return VectorValue(value.poly, -3 - value.axis)
+    return None
+
+
+@transfer("t")
+def t(lift: Lifter, node: fx.Node) -> Value | None:
+    return _transposed(lift, node.args[0])
+
+
+@transfer("transpose")
+def transpose(lift: Lifter, node: fx.Node) -> Value | None:
+    tensor = tensor_of(node.args[0])
+    dims = list(arguments(node, "input", "dim0", "dim1").values())[1:3]
+    if tensor is None or tensor.dim() != 2 or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+        return None
+    if dims[0] % 2 == dims[1] % 2:
+        return lift.value(node.args[0])
+    return _transposed(lift, node.args[0])
+
+
+@transfer("permute")
+def permute(lift: Lifter, node: fx.Node) -> Value | None:
+    tensor = tensor_of(node.args[0])
+    dims: Any = node.kwargs.get("dims", node.args[1:])
+    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        dims = dims[0]
+    if tensor is None or tensor.dim() != 2:
+        return None
+    if [d % 2 for d in dims] == [1, 0]:
+        return _transposed(lift, node.args[0])
+    return lift.value(node.args[0])
+
+
+@transfer("getattr")
+def attribute(lift: Lifter, node: fx.Node) -> Value | None:
+    name = node.args[1]
+    tensor = tensor_of(node.args[0])
+    if tensor is None:
+        return None
+    if name in ("T", "mT", "H", "mH") and tensor.dim() <= 2:
+        return _transposed(lift, node.args[0])
+    if name == "data":
+        value = lift.value(node.args[0])
+        return lift.detach(value) if value is not None else None
+    return None
+
+
+@transfer("cast")
+def cast(lift: Lifter, node: fx.Node) -> Value | None:
+    """A cast between floating dtypes on one device keeps the term: it can only lose accuracy."""
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or before.device != after.device:
+        return None
+    if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES:
+        return None
+    return lift.value(node.args[0])
+
+
+@transfer("identity")
+def identity(lift: Lifter, node: fx.Node) -> Value | None:
+    return lift.value(node.args[0])
+
+
+@transfer("detach")
+def detach(lift: Lifter, node: fx.Node) -> Value | None:
+    value = lift.value(node.args[0])
+    return lift.detach(value) if value is not None else None
+
+
+@transfer("dropout")
+def dropout(lift: Lifter, node: fx.Node) -> Value | None:
+    """A dropout that drops nothing is the identity; any other is an atom of its own (its own mask)."""
+    args = arguments(node, "input", "p", "training")
+    if args.get("training") is False or args.get("p") == 0:
+        tensor = tensor_of(node)
+        return lift.value(args.get("input")) if isinstance(tensor, torch.Tensor) else None
+    return None

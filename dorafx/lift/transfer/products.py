@@ -1,0 +1,103 @@
+"""Matrix products, identities and diagonal matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..algebra import Diag, Expr
+from ..lifter import Lifter, tensor_of, transfer
+from ..targets import arguments
+from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
+
+
+def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
+    weight = tensor_of(rhs)
+    x = tensor_of(lhs)
+    if weight is None or x is None or weight.dim() != 2 or x.dim() < 2:
+        return None
+    left, right = lift.operand(lhs), lift.operand(rhs, weight=True)
+    if left is None or right is None:
+        return None
+    product = left @ (right.transposed() if transposed else right)
+    lift.gemms.setdefault(product, []).append(Gemm(node, lhs, rhs, transposed, bias))
+    return product
+
+
+@transfer("linear")
+def linear(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "weight", "bias")
+    bias = args.get("bias")
+    product = _product(lift, node, args.get("input"), args.get("weight"), True, bias)
+    if product is None:
+        return None
+    if bias is not None:
+        vector = lift.vector(bias)
+        if vector is None or vector.axis != -1:
+            return None
+        product = product + Expr.broadcast(vector.poly)
+    return MatrixValue(product)
+
+
+@transfer("matmul")
+def matmul(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    product = _product(lift, node, args.get("input"), args.get("other", args.get("mat2")), False)
+    return MatrixValue(product) if product is not None else None
+
+
+@transfer("addmm")
+def addmm(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "mat1", "mat2")
+    beta, alpha = args.get("beta", 1), args.get("alpha", 1)
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)):
+        return None
+    added = args.get("input")
+    plain_bias = beta == 1 and alpha == 1
+    product = _product(lift, node, args.get("mat1"), args.get("mat2"), False, added if plain_bias else node)
+    if product is None:
+        return None
+    product = product.scaled(alpha)
+    tensor, out = tensor_of(added), tensor_of(node)
+    if tensor is None or out is None:
+        return None
+    if tensor.dim() == 2 and tuple(map(str, tensor.shape)) == tuple(map(str, out.shape)):
+        base = lift.matrix(added)
+        return MatrixValue(base.expr.scaled(beta) + product) if base is not None else None
+    vector = lift.vector(added)
+    if vector is None or vector.axis != -1 or str(tensor.numel()) != str(out.shape[-1]):
+        return None
+    return MatrixValue(product + Expr.broadcast(vector.poly).scaled(beta))
+
+
+@transfer("multi_dot")
+def multi_dot(lift: Lifter, node: fx.Node) -> Value | None:
+    operands = [lift.operand(a) for a in node.args[0]]  # type: ignore[union-attr]
+    product: Expr | None = operands[0]
+    for operand in operands[1:]:
+        if product is None or operand is None:
+            return None
+        product = product @ operand
+    return MatrixValue(product) if product is not None else None
+
+
+@transfer("eye")
+def eye(lift: Lifter, node: fx.Node) -> Value | None:
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dtype not in FLOAT_DTYPES or tensor.dim() != 2 or tensor.shape[0] != tensor.shape[1]:
+        return None
+    return MatrixValue(Expr.chain(()))
+
+
+@transfer("diag")
+def diag(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "diagonal")
+    tensor = tensor_of(args.get("input"))
+    vector = lift.value(args.get("input"))
+    if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
+        return None
+    if len(node.args) > 2 or len(vector.poly.items) != 1:
+        return None
+    ((mono, c),) = vector.poly.items
+    return MatrixValue(Expr.chain((Diag(mono),), c))

@@ -1,0 +1,68 @@
+"""What the lifter knows of one node: a term with the layout that the node's tensor gives it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from .algebra import Expr, Poly
+
+__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue"]
+
+FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
+
+
+@dataclass(frozen=True)
+class MatrixValue:
+    """``[..., rows, cols]`` with everything before the last axis flattened to rows."""
+
+    expr: Expr
+    squared: bool = False
+    """The elementwise square of ``expr``: the first half of ``sqrt(sum(w*w))``."""
+
+
+@dataclass(frozen=True)
+class VectorValue:
+    """A polynomial in vectors that lies along one ``axis`` (negative, counted from the end); None for a scalar."""
+
+    poly: Poly
+    axis: int | None
+
+
+Value = MatrixValue | VectorValue
+
+
+@dataclass(frozen=True)
+class AtomInfo:
+    """What an indeterminate stands for.
+
+    ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
+    or columns. ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    """
+
+    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min"]
+    requires_grad: bool = True
+    parameter: bool = False
+    """Known to depend on parameters and buffers only."""
+    node: fx.Node | None = None
+    expr: Expr | None = None
+    side: Literal["row", "col"] = "row"
+    eps: float = 0.0
+    poly: Poly | None = None
+    sites: list[fx.Node] = field(default_factory=list, compare=False)
+    """For a norm: the nodes that compute it, in graph order."""
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A matrix product that the graph already computes: ``node = lhs · rhs (+ bias)``, rhs transposed for linear."""
+
+    node: fx.Node
+    lhs: Any
+    rhs: Any
+    rhs_transposed: bool
+    bias: Any

@@ -1,0 +1,76 @@
+"""One record a candidate, whatever became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+__all__ = ["Record"]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What dorafx did with one candidate.
+
+    Attributes:
+        status: ``"rewritten"`` or ``"missed"``.
+        site: the module's name as ``named_modules()`` gives it; empty for a plain function.
+        pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
+        reason: for a miss, or for a norm without its composition: what differs, at which node.
+        source: ``file:line`` of the user's code.
+        d_out, d_in, rank: shape of the weight, rank of the delta.
+        dtype: of the weight.
+        dense_bytes_avoided: bytes of the ``[d_out, d_in]`` (or larger) intermediates that one forward no longer makes.
+        flops_before, flops_after: matrix-product FLOPs of the norm, one forward.
+        norm_algorithm: ``"tiled"`` or ``"factored"``.
+        codegen: what compiled the rewritten graph.
+        graph: number of the compiled graph within the process.
+    """
+
+    status: str
+    site: str = ""
+    pattern: str = ""
+    reason: str = ""
+    source: str = ""
+    d_out: int = 0
+    d_in: int = 0
+    rank: int = 0
+    dtype: str = ""
+    dense_bytes_avoided: int = 0
+    flops_before: int = 0
+    flops_after: int = 0
+    norm_algorithm: str = ""
+    codegen: str = ""
+    graph: int = 0
+
+    def __post_init__(self) -> None:
+        if self.status not in ("rewritten", "missed"):
+            raise ValueError(f"record: status {self.status!r} is not 'rewritten' or 'missed'")
+
+    @property
+    def rewritten(self) -> bool:
+        return self.status == "rewritten"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Record:
+        """The record of a dictionary as :meth:`to_dict` makes it.
+
+        Raises:
+            ValueError: an unknown, absent or wrongly typed field; the message names it.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"record: expected an object with fields, got {type(values).__name__}")
+        types = {f.name: int if f.default == 0 else str for f in fields(Record)}
+        unknown = sorted(set(values) - set(types))
+        if unknown:
+            raise ValueError(f"record: unknown field {unknown[0]!r}; fields are {', '.join(types)}")
+        if "status" not in values:
+            raise ValueError("record: field 'status' is absent")
+        for name, value in values.items():
+            if not isinstance(value, types[name]) or isinstance(value, bool):
+                raise ValueError(f"record: field {name!r} is {value!r}, not {types[name].__name__}")
+        return Record(**values)

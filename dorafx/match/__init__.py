@@ -1,0 +1,25 @@
+"""Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
+
+from .composition import Candidate, Composition, Match, Part, base_core, part_scale
+from .matcher import Matches, Verdict, match_graph
+from .norms import LowRank, NormFactors, Reason, source_of
+from .registry import Form, forms, pattern
+
+__all__ = [
+    "Candidate",
+    "Composition",
+    "Form",
+    "LowRank",
+    "Match",
+    "Matches",
+    "NormFactors",
+    "Part",
+    "Reason",
+    "Verdict",
+    "base_core",
+    "forms",
+    "match_graph",
+    "part_scale",
+    "pattern",
+    "source_of",
+]

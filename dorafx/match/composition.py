@@ -1,0 +1,106 @@
+"""A term by its cores: ``y = Σ cᵢ(g) ⊙ coreᵢ + bias``, each core a chain that ends in an output dimension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from dorafx.lift import Diag, Expr, Lifter, Mat, Poly
+from dorafx.lift.algebra import ONES, Chain
+
+from .norms import NormFactors
+
+__all__ = ["Candidate", "Composition", "Match", "Part", "base_core", "group", "part_scale"]
+
+
+@dataclass(frozen=True)
+class Composition:
+    """The cores of an activation with the polynomial in vectors and scalars that scales each on the output side."""
+
+    cores: dict[Chain, Poly]
+    bias: Poly
+
+
+def group(expr: Expr) -> Composition:
+    """Collect the terms of an expression by core."""
+    cores: dict[Chain, Poly] = {}
+    bias = Poly(())
+    for (scalars, chain), c in expr.items:
+        core, poly = chain, Poly(((scalars, c),))
+        if chain and isinstance(chain[-1], Diag):
+            core = chain[:-1]
+            poly = poly * Poly(((chain[-1].mono, 1.0),))
+        if core == (Mat(ONES),):
+            bias = bias + poly
+        else:
+            cores[core] = cores.get(core, Poly(())) + poly
+    return Composition(cores, bias)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A node whose term is scaled by the reciprocal of a DoRA norm: what a form's ``check`` looks at."""
+
+    lift: Lifter
+    node: fx.Node
+    expr: Expr
+    composition: Composition
+    norm: NormFactors
+
+
+@dataclass(frozen=True)
+class Part:
+    """One summand ``scale · core`` inside the scaled bracket."""
+
+    core: Chain
+    scale: Poly
+
+
+@dataclass(frozen=True)
+class Match:
+    """A recognised composition: ``y = constant + g ⊙ (base + Σ parts) [- base] + bias``."""
+
+    pattern: str
+    node: fx.Node
+    expr: Expr
+    norm: NormFactors
+    scaling: Poly
+    """``g`` as a polynomial, ``m · n⁻¹`` in the plain case."""
+    base: Chain
+    parts: tuple[Part, ...]
+    constant: Expr | None = None
+    """Delta form only: what the undropped base contributes, unscaled."""
+    bias: Poly = Poly(())
+
+
+def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
+    """``q`` with ``poly = q · scaling``, where q is what an adapter is scaled by: constants, scalars and vectors in
+    products. Not a quotient: a residual of constant scale is ``1/g`` times ``g``, and no part of the layer."""
+    ratio = poly.ratio_to(scaling)
+    if ratio is None or candidate.lift.norms_in(ratio):
+        return None
+    return ratio if all(exponent > 0 for mono, _ in ratio.items for _, exponent in mono) else None
+
+
+def base_core(candidate: Candidate) -> Chain | None:
+    """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own."""
+    weight = tuple(candidate.norm.weight)
+    (mat,) = weight
+    assert isinstance(mat, Mat)
+    scaled = [
+        core
+        for core, poly in candidate.composition.cores.items()
+        if candidate.norm.atom in candidate.lift.norms_in(poly)
+    ]
+    for core in scaled:
+        last = core[-1] if core else None
+        if (
+            len(core) > 1
+            and isinstance(last, Mat)
+            and last.atom.id == mat.atom.id
+            and last.transposed != mat.transposed
+        ):
+            return core
+    values = [core for core in scaled if len(core) == 1]
+    return values[0] if len(values) == 1 else None

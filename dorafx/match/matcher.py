@@ -1,0 +1,134 @@
+"""Match: watch the lifter, recognise norms and compositions, and keep a reason for everything that is left alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from torch import fx
+
+from dorafx.lift import Atom, Lifter, MatrixValue, Value
+
+from .composition import Candidate, Match, group
+from .norms import NormFactors, Reason, split_norm
+from .registry import forms
+
+__all__ = ["Matches", "Verdict", "match_graph"]
+
+
+class Verdict(Enum):
+    """What the lifter does with a node that it has just lifted."""
+
+    KEEP = "keep"
+    SEAL = "seal"
+    RELIFT = "relift"
+
+
+@dataclass
+class Matches:
+    """What was found in one graph. Norms are keyed by the id of their atom."""
+
+    lift: Lifter
+    norms: dict[int, NormFactors] = field(default_factory=dict)
+    compositions: list[Match] = field(default_factory=list)
+    misses: dict[int, Reason] = field(default_factory=dict)
+    """Norms that look like DoRA's and are left alone."""
+    composition_misses: dict[int, Reason] = field(default_factory=dict)
+    """Norms that are rewritten while the composition around them is not."""
+
+    def refuse(self, site: fx.Node | None, reason: Reason) -> None:
+        """Take back what was matched at a node: a composition leaves its norm, a norm takes its compositions along."""
+        refused = [m for m in self.compositions if m.node is site]
+        if refused:
+            self.compositions = [m for m in self.compositions if m.node is not site]
+            for match in refused:
+                self.composition_misses[match.norm.atom.id] = reason
+            return
+        lost = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
+        for atom_id in lost:
+            del self.norms[atom_id]
+            self.misses[atom_id] = reason
+        self.compositions = [m for m in self.compositions if m.norm.atom.id not in lost]
+
+
+class _Matcher:
+    """The lifter's observer. A composition is recognised at the last node that still is one: the match stays pending
+    while its node has a single user, and is taken when that user turns out to be something else."""
+
+    def __init__(self) -> None:
+        self.matches: Matches | None = None
+        self._forms = forms()
+        self._seen: set[int] = set()
+        self._pending: dict[fx.Node, Match] = {}
+
+    def __call__(self, lift: Lifter, node: fx.Node, value: Value) -> Verdict:
+        if self.matches is None:
+            self.matches = Matches(lift)
+        found = self._recognise(lift, node, value)
+        continued = [a for a in node.all_input_nodes if a in self._pending]
+        if found is None:
+            for argument in continued:
+                self._take(self._pending.pop(argument))
+                lift.seal(argument)
+            return Verdict.RELIFT if continued else Verdict.KEEP
+        for argument in continued:
+            del self._pending[argument]
+        if len(node.users) == 1:
+            self._pending[node] = found
+            return Verdict.KEEP
+        self._take(found)
+        return Verdict.SEAL
+
+    def _take(self, match: Match) -> None:
+        assert self.matches is not None
+        self.matches.compositions.append(match)
+
+    def finish(self, lift: Lifter) -> Matches:
+        matches = self.matches or Matches(lift)
+        for match in self._pending.values():
+            matches.compositions.append(match)
+        composed = {m.norm.atom.id for m in matches.compositions}
+        for atom_id in composed:
+            matches.composition_misses.pop(atom_id, None)
+        # Norms whose vector is never used on an activation have been classified by nobody yet.
+        for atom_id, info in enumerate(lift.atoms):
+            if info.kind == "norm":
+                self._classify(lift, Atom(atom_id))
+        return matches
+
+    def _classify(self, lift: Lifter, atom: Atom) -> NormFactors | None:
+        matches = self.matches
+        if matches is None:
+            matches = self.matches = Matches(lift)
+        if atom.id not in self._seen:
+            self._seen.add(atom.id)
+            result = split_norm(lift, atom)
+            if isinstance(result, NormFactors):
+                matches.norms[atom.id] = result
+            elif isinstance(result, Reason):
+                matches.misses[atom.id] = result
+        return matches.norms.get(atom.id)
+
+    def _recognise(self, lift: Lifter, node: fx.Node, value: Value) -> Match | None:
+        if not isinstance(value, MatrixValue) or value.squared or node in lift.written:
+            return None
+        norms = [f for atom in sorted(lift.norms_in(value.expr)) if (f := self._classify(lift, atom)) is not None]
+        if not norms:
+            return None
+        composition = group(value.expr)
+        assert self.matches is not None
+        for norm in norms:
+            candidate = Candidate(lift, node, value.expr, composition, norm)
+            for form in self._forms.values():
+                result = form.check(candidate)
+                if isinstance(result, Match):
+                    return result
+                self.matches.composition_misses[norm.atom.id] = result
+        return None
+
+
+def match_graph(graph: fx.Graph) -> Matches:
+    """Lift a graph and find every DoRA norm and composition in it. The graph is not changed."""
+    matcher = _Matcher()
+    lift = Lifter(graph, matcher).run()
+    return matcher.finish(lift)

@@ -1,0 +1,167 @@
+"""Is a norm a DoRA norm? Split ``‖W + Σ s·chain‖`` into the dense weight and two factors, or say what is in the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
+from dorafx.lift.algebra import Chain, Mono, transpose_chain
+
+__all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something that looked like DoRA was left alone."""
+
+    text: str
+    node: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``."""
+
+    coefficient: float
+    scalars: Mono
+    left: Chain
+    right: Chain
+    rank: int
+
+
+@dataclass(frozen=True)
+class NormFactors:
+    """``n = sqrt(eps + rowsum((W + Σ delta)²))``: what the factored norm of one site is computed from."""
+
+    atom: Atom
+    info: AtomInfo
+    weight: Chain
+    weight_coefficient: float
+    delta: tuple[LowRank, ...]
+    d_out: int
+    d_in: int
+
+    @property
+    def rank(self) -> int:
+        return sum(part.rank for part in self.delta)
+
+    @property
+    def dense_atom(self) -> Atom:
+        (mat,) = [f for f in self.weight if isinstance(f, Mat)]
+        return mat.atom
+
+
+def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
+    node = lift.atom_of(mat.atom).node
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dim() != 2 or not all(isinstance(s, int) for s in tensor.shape):
+        return None
+    rows, cols = int(tensor.shape[0]), int(tensor.shape[1])
+    return (cols, rows) if mat.transposed else (rows, cols)
+
+
+def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
+    """The factors of a norm atom; a :class:`Reason` for a near miss; None for a norm that has nothing to do with DoRA
+    (of one matrix, a weight norm or an RMS norm)."""
+    info = lift.atom_of(atom)
+    assert info.expr is not None
+    expr = info.expr if info.side == "row" else info.expr.transposed()
+    if len(expr.items) < 2:
+        return None
+    dense: list[tuple[Chain, float]] = []
+    delta: list[LowRank] = []
+    for (scalars, chain), c in expr.items:
+        mats = [f for f in chain if isinstance(f, Mat)]
+        if len(mats) == 1 and not scalars:
+            dense.append((chain, c))
+            continue
+        if len(mats) < 2:
+            return Reason("the norm's operand has a scaled or diagonal part besides the weight", _site(info))
+        part = _cut(lift, chain, c, scalars)
+        if part is None:
+            return Reason("a factor of the delta has a symbolic or non-matrix shape", _site(info))
+        delta.append(part)
+    if not delta:
+        return _opaque_delta(lift, info, [chain for chain, _ in dense])
+    if len(dense) != 1:
+        what = "no dense weight" if not dense else f"{len(dense)} dense matrices"
+        return Reason(f"the norm is of a sum with {what} beside the low-rank product; one is supported", _site(info))
+    ((weight, c),) = dense
+    if any(isinstance(f, Diag) for f in weight):
+        return Reason("the weight inside the norm is itself scaled by a vector", _site(info))
+    (mat,) = weight
+    assert isinstance(mat, Mat)
+    size = _size(lift, mat)
+    if size is None:
+        return Reason("the weight inside the norm has a symbolic shape or is not a matrix", _site(info))
+    return NormFactors(atom, info, weight, c, tuple(delta), *size)
+
+
+def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
+    """Cut a chain where its inner dimension is smallest."""
+    best: tuple[int, int] | None = None
+    positions = [i for i, f in enumerate(chain) if isinstance(f, Mat)]
+    for i in positions[:-1]:
+        factor = chain[i]
+        assert isinstance(factor, Mat)
+        size = _size(lift, factor)
+        if size is None:
+            return None
+        if best is None or size[1] < best[0]:
+            best = (size[1], i + 1)
+    assert best is not None
+    return LowRank(c, scalars, chain[: best[1]], chain[best[1] :], best[0])
+
+
+def _site(info: AtomInfo) -> fx.Node | None:
+    return info.sites[0] if info.sites else None
+
+
+def _opaque_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:
+    """A norm of ``W + something`` where the something is one unknown value: name the operator that hides the product."""
+    for chain in chains:
+        for factor in chain:
+            node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
+            if node is None or node.op not in ("call_function", "call_method"):
+                continue
+            if _reaches_product(lift, node, 6):
+                name = getattr(node.target, "__name__", str(node.target))
+                return Reason(
+                    f"operator {name} at {source_of(node) or node.name} stands between the low-rank product and the norm",
+                    node,
+                )
+    return None
+
+
+def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
+    if depth == 0:
+        return False
+    for arg in node.all_input_nodes:
+        value = lift.matrix(arg)
+        if value is not None and any(sum(isinstance(f, Mat) for f in ch) >= 2 for (_, ch), _ in value.expr.items):
+            return True
+        if _reaches_product(lift, arg, depth - 1):
+            return True
+    return False
+
+
+def output_chain(factors: NormFactors) -> Chain:
+    """The chain by which an activation meets the weight: ``Wᵀ`` for a norm by rows of ``W``."""
+    return transpose_chain(factors.weight)
+
+
+def source_of(node: fx.Node) -> str:
+    """``file:line`` of the innermost user frame that a node's stack trace names; empty where there is none."""
+    trace = node.meta.get("stack_trace") or ""
+    for line in reversed(trace.splitlines()):
+        stripped = line.strip()
+        if stripped.startswith('File "'):
+            path, _, rest = stripped[6:].partition('"')
+            return f"{path}:{rest.split('line ')[1].split(',')[0]}" if "line " in rest else path
+    return ""
+
+
+def expr_of_low_rank(part: LowRank) -> Expr:
+    return Expr.chain((*part.left, *part.right), part.coefficient)

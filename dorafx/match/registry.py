@@ -1,0 +1,63 @@
+"""Canonical forms and their decorator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+from dorafx.errors import DorafxError
+
+from .composition import Candidate, Match
+from .norms import Reason
+
+__all__ = ["Form", "forms", "pattern"]
+
+
+class Form(Protocol):
+    """A canonical form.
+
+    ``check`` gives a :class:`Match`, or a :class:`Reason` that says what differs. ``rewrite`` emits the replacement of a
+    match into the new graph and returns its node. ``spellings`` names programs that are known to reduce to the form.
+    """
+
+    name: str
+    spellings: tuple[str, ...]
+
+    def check(self, candidate: Candidate) -> Match | Reason: ...
+
+    def rewrite(self, match: Match, emit: Any) -> Any: ...
+
+
+_FORMS: dict[str, Form] = {}
+T = TypeVar("T")
+
+
+def pattern(*, name: str) -> Callable[[type[T]], type[T]]:
+    """Register a class as a canonical form under ``name``.
+
+    Raises:
+        DorafxError: the class has no ``check`` or ``rewrite``, or another class has the name already.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        missing = [member for member in ("check", "rewrite") if not callable(getattr(cls, member, None))]
+        if missing:
+            raise DorafxError(f"pattern {name!r} ({cls.__qualname__}) lacks {' and '.join(missing)}")
+        previous = _FORMS.get(name)
+        if previous is not None and type(previous).__qualname__ != cls.__qualname__:
+            raise DorafxError(f"a pattern named {name!r} is registered already: {type(previous).__qualname__}")
+        form: Any = cls()
+        form.name = name
+        if not hasattr(form, "spellings"):
+            form.spellings = ()
+        _FORMS[name] = form
+        return cls
+
+    return register
+
+
+def forms() -> dict[str, Form]:
+    """The registered forms by name, the built-in ones first."""
+    import dorafx.patterns  # noqa: F401  (registers the built-in forms)
+
+    return dict(_FORMS)

@@ -1,0 +1,182 @@
+"""The row norm without the dense product: row blocks formed in a small buffer (tiled), or the expansion (factored).
+
+Both accumulate in fp32 (fp64 for fp64) and allocate no more than a fraction of the weight's size. They are made of
+ATen calls, so they run on any device; on a CPU a block stays in the cache between its GEMM and its sum of squares.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["check_operands", "compute_dtype", "factored", "row_norm", "row_norm_backward", "tiled"]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A block of this many bytes is read back from the cache after its GEMM, and is large enough for the GEMM to run at full
+# rate (measured at 256 KiB to 4 MiB with examples/benchmarks/norm.py); accelerators want few launches instead.
+_CPU_BLOCK_BYTES = 4 << 20
+_DEVICE_BLOCK_BYTES = 16 << 20
+# No buffer may reach one eighth of the weight.
+_SHARE = 9
+
+
+def compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """fp64 for fp64 weights, else fp32."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Raise what is wrong with the operands of a row norm.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together.
+        TypeError: a dtype other than fp16, bf16, fp32 and fp64.
+    """
+    shapes = f"weight {tuple(weight.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)}"
+    if weight.dim() != 2 or left.dim() != 2 or right.dim() != 2:
+        raise ValueError(f"row_norm takes matrices; got {shapes}")
+    if left.shape[0] != weight.shape[0] or right.shape[1] != weight.shape[1] or left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"row_norm takes weight [d_out, d_in], left [d_out, r], right [r, d_in], whose shapes must agree; got {shapes}"
+        )
+    for name, tensor in (("weight", weight), ("left", left), ("right", right)):
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"row_norm takes fp16, bf16, fp32 or fp64; {name} is {tensor.dtype}")
+    if not (weight.device == left.device == right.device):
+        raise ValueError(
+            f"row_norm's operands are on {weight.device}, {left.device} and {right.device}; one device is needed"
+        )
+
+
+def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool) -> tuple[int, int]:
+    """Rows and columns of a block: within the cache, and every buffer below one eighth of the weight."""
+    d_out, d_in = weight.shape
+    size = 8 if dtype == torch.float64 else 4
+    limit = d_out * d_in * weight.element_size() // (_SHARE * size)
+    target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // size
+    columns = d_in
+    if casts_right and rank:
+        columns = max(1, min(d_in, limit // rank))
+    rows = max(1, min(d_out, min(limit, max(target, columns)) // columns))
+    return rows, columns
+
+
+def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """``‖W + s·L·R‖`` by row: each block of rows is formed in a reused buffer, squared and summed. Reads W once, has no
+    cancellation, 2·d_out·d_in·r FLOPs."""
+    dtype = compute_dtype(weight)
+    d_out, d_in = weight.shape
+    rank = right.shape[0]
+    left = left.to(dtype)
+    casts = right.dtype != dtype
+    rows, columns = _block(weight, rank, dtype, casts)
+    norms = torch.empty(d_out, dtype=dtype, device=weight.device)
+    if d_in == 0 or d_out == 0:
+        return norms.zero_()
+    buffer = torch.empty(rows, columns, dtype=dtype, device=weight.device)
+    single = columns >= d_in
+    for start in range(0, d_in, columns):
+        width = min(columns, d_in - start)
+        part = right[:, start : start + width].to(dtype) if rank else None
+        for first in range(0, d_out, rows):
+            height = min(rows, d_out - first)
+            block = buffer[:height, :width]
+            block.copy_(weight[first : first + height, start : start + width])
+            if part is not None:
+                block.addmm_(left[first : first + height], part, alpha=scale)
+            target = norms[first : first + height]
+            if single:
+                torch.linalg.vector_norm(block, dim=1, out=target)
+            elif start == 0:
+                target.copy_(torch.linalg.vector_norm(block, dim=1))
+            else:
+                # hypot of the chunks' norms: squares of large entries do not overflow.
+                torch.hypot(target, torch.linalg.vector_norm(block, dim=1), out=target)
+    return norms
+
+
+def factored(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+    """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row, in row blocks where W has to be cast."""
+    dtype = compute_dtype(weight)
+    d_out = weight.shape[0]
+    rank = right.shape[0]
+    norms = torch.empty(d_out, dtype=dtype, device=weight.device)
+    left, wide = left.to(dtype), right.to(dtype)
+    gram = wide @ wide.mT
+    rows, _ = _block(weight, rank, dtype, False)
+    for first in range(0, d_out, rows):
+        block = weight[first : first + rows].to(dtype)
+        side = left[first : first + rows]
+        total = torch.linalg.vector_norm(block, dim=1).square_()
+        total += 2 * scale * (side * (block @ wide.mT)).sum(dim=1)
+        total += scale * scale * ((side @ gram) * side).sum(dim=1)
+        # Rounding may leave a tiny negative number where W and the delta cancel; NaN must pass.
+        norms[first : first + rows] = torch.where(total < 0, 0.0, total).sqrt_()
+    return norms
+
+
+def row_norm(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, algorithm: str = "auto"
+) -> torch.Tensor:
+    """``n[i] = ‖weight[i] + scale·(left·right)[i]‖₂``.
+
+    Args:
+        weight: ``[d_out, d_in]``, any strides, fp16 to fp64.
+        left: ``[d_out, r]``; may have another floating dtype than the weight.
+        right: ``[r, d_in]``.
+        scale: the scaling ``s``.
+        algorithm: ``"tiled"``, ``"factored"``, or ``"auto"`` (tiled).
+
+    Returns:
+        ``[d_out]`` in fp32, in fp64 for an fp64 weight. A zero row gives 0; NaN and inf propagate.
+
+    Raises:
+        ValueError, TypeError: see :func:`check_operands`; or an unknown algorithm.
+    """
+    check_operands(weight, left, right)
+    if algorithm == "factored":
+        return factored(weight, left, right, scale)
+    if algorithm not in ("auto", "tiled"):
+        raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
+    return tiled(weight, left, right, scale)
+
+
+def row_norm_backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    norm: torch.Tensor,
+    scale: float,
+    needs_weight: bool,
+    needs_left: bool,
+    needs_right: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of the row norm, without a dense delta. With ``c = grad / n`` (0 where n is 0, as ATen has it):
+
+    ``dW = c ⊙ (W + s·L·R)``, ``dL = s·c ⊙ (W·Rᵀ + s·L·(R·Rᵀ))``, ``dR = s·(c ⊙ L)ᵀ·W + s²·(Lᵀ·(c ⊙ L))ᵀ·R``.
+
+    Returns:
+        Gradients in the dtypes of weight, left and right; an empty tensor for each that is not needed.
+    """
+    dtype = compute_dtype(weight)
+    c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
+    wide_left, wide_right = left.to(dtype), right.to(dtype)
+    scaled_left = c * wide_left
+    d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    d_left = torch.empty_like(wide_left) if needs_left else left.new_empty(0)
+    d_right = torch.zeros_like(wide_right) if needs_right else right.new_empty(0)
+    gram = wide_right @ wide_right.mT if needs_left else None
+    rows, _ = _block(weight, right.shape[0], dtype, False)
+    for first in range(0, weight.shape[0], rows):
+        part = slice(first, first + rows)
+        block = weight[part].to(dtype)
+        if gram is not None:
+            product = block @ wide_right.mT
+            d_left[part] = scale * c[part] * product.addmm_(wide_left[part], gram, alpha=scale)
+        if needs_right:
+            d_right.addmm_(scaled_left[part].mT, block, alpha=scale)
+        if needs_weight:
+            d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
+    if needs_right:
+        d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
+    return d_weight, d_left.to(left.dtype), d_right.to(right.dtype)

@@ -1,0 +1,127 @@
+"""Registration of the operators with PyTorch's dispatcher, so that graphs hold ``OpOverload`` s and caches stay warm.
+
+``row_norm`` is opaque to compilers: its point is the order in which memory is touched. ``compose`` and
+``compose_delta`` are not: below autograd they are ATen calls, which Inductor fuses with their neighbours, while the
+autograd functions decide what is saved and how gradients are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from dorafx import _compat
+
+from . import norm
+from .composition import Compose, ComposeDelta, compose_math, delta_math
+
+_LIBRARY = torch.library.Library("dorafx", "DEF")
+_LIBRARY.define(
+    'row_norm(Tensor weight, Tensor left, Tensor right, float scale, str algorithm="auto") -> Tensor',
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "row_norm_backward(Tensor grad, Tensor weight, Tensor left, Tensor right, Tensor norm, float scale, "
+    "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "compose(Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "compose_delta(Tensor result, Tensor base, Tensor lora, Tensor g, float scale, ScalarType out_dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, algorithm: str) -> torch.Tensor:
+        with _compat.below_autograd():
+            n: torch.Tensor = torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)
+        ctx.save_for_backward(weight, left, right, n)
+        ctx.scale = scale
+        return n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight, left, right, n = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.dorafx.row_norm_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
+        return (*(g if need else None for g, need in zip(grads, needs)), None, None)
+
+
+def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
+    if torch.is_grad_enabled() and (weight.requires_grad or left.requires_grad or right.requires_grad):
+        return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return, no-untyped-call]
+    with _compat.below_autograd():
+        return torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
+
+
+def _compose_autograd(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    inputs = (base, lora, g, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        return Compose.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return compose_math(*inputs, scale, out_dtype)
+
+
+def _delta_autograd(result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    inputs = (result, base, lora, g)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return ComposeDelta.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return delta_math(*inputs, scale, out_dtype)
+
+
+_LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
+_LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("compose", compose_math, "CompositeImplicitAutograd")
+_LIBRARY.impl("compose", _compose_autograd, "Autograd")
+_LIBRARY.impl("compose_delta", delta_math, "CompositeImplicitAutograd")
+_LIBRARY.impl("compose_delta", _delta_autograd, "Autograd")
+
+
+@torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
+def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
+    norm.check_operands(weight, left, right)
+    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(weight), device=weight.device)
+
+
+@torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
+def _row_norm_backward_fake(
+    grad: Any,
+    weight: Any,
+    left: Any,
+    right: Any,
+    n: Any,
+    scale: float,
+    needs_weight: bool,
+    needs_left: bool,
+    needs_right: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return (
+        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
+        torch.empty(left.shape, dtype=left.dtype, device=left.device) if needs_left else left.new_empty(0),
+        torch.empty(right.shape, dtype=right.dtype, device=right.device) if needs_right else right.new_empty(0),
+    )
+
+
+@register_flop_formula(torch.ops.dorafx.row_norm)
+def _row_norm_flops(weight: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(weight[0]) * int(weight[1]) * int(right[0])
+
+
+@register_flop_formula(torch.ops.dorafx.row_norm_backward)
+def _row_norm_backward_flops(
+    grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: Any, *needs: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    (d_out, d_in), r = weight, int(right[0])
+    needs_weight, needs_left, needs_right = (*needs, False, False, False)[:3]
+    products = int(needs_weight) + int(needs_left) + int(needs_right)
+    grams = int(needs_left) * r * r * (d_in + d_out) + int(needs_right) * r * r * (d_in + d_out)
+    return 2 * (products * int(d_out) * int(d_in) * r + grams)

@@ -1,0 +1,59 @@
+"""The ``dorafx.*`` options of ``torch.compile(options={…})``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Options"]
+
+_PREFIX = "dorafx."
+_CHOICES = {"norm": ("auto", "tiled", "factored"), "compose": ("auto", "accumulated", "epilogue")}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user can set.
+
+    Attributes:
+        codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
+        norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
+        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32.
+        strict: a miss or an internal failure raises instead of falling back.
+    """
+
+    codegen: str = "inductor"
+    norm: str = "auto"
+    compose: str = "auto"
+    strict: bool = False
+
+    @staticmethod
+    def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+        """dorafx's options, and the rest, which go to Inductor.
+
+        Raises:
+            ValueError: an unknown ``dorafx.*`` key, or a value that is not allowed; the message names what is.
+        """
+        names = [f.name for f in fields(Options)]
+        ours: dict[str, Any] = {}
+        rest: dict[str, Any] = {}
+        for key, value in (options or {}).items():
+            if not str(key).startswith(_PREFIX):
+                rest[key] = value
+                continue
+            name = key[len(_PREFIX) :]
+            if name not in names:
+                raise ValueError(f"unknown option {key!r}; valid ones are {', '.join(_PREFIX + n for n in names)}")
+            _check(key, name, value)
+            ours[name] = value
+        return Options(**ours), rest
+
+
+def _check(key: str, name: str, value: Any) -> None:
+    if name in _CHOICES and value not in _CHOICES[name]:
+        raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(repr, _CHOICES[name]))}")
+    if name == "strict" and not isinstance(value, bool):
+        raise ValueError(f"{key}: {value!r} is not True or False")
+    if name == "codegen" and (not isinstance(value, str) or not value):
+        raise ValueError(f"{key}: {value!r} is not 'inductor', 'eager' or the name of a Dynamo backend")

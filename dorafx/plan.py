@@ -1,0 +1,216 @@
+"""Plan: what may be rewritten (legality) and what should be (cost). A plan is plain data that one can print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from dorafx.lift import Lifter, tensor_of
+from dorafx.log import Record
+from dorafx.match import Match, Matches, NormFactors, Reason, source_of
+from dorafx.options import Options
+from dorafx.provenance import site_of
+
+__all__ = ["CompositionPlan", "NormPlan", "RewritePlan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """One norm: its factors and the algorithm that computes it."""
+
+    factors: NormFactors
+    algorithm: Literal["tiled", "factored"]
+
+
+@dataclass(frozen=True)
+class CompositionPlan:
+    """One composition.
+
+    ``accumulate``: add the low-rank product into the base product inside the GEMM, leaving one ``[tokens, d_out]``
+    intermediate. In half precision that would round the sum once more than the original does, so there the two products
+    stay apart and the epilogue adds them in fp32.
+    """
+
+    match: Match
+    accumulate: bool
+
+
+@dataclass
+class RewritePlan:
+    """Everything that will happen to one graph; ``records`` is what the log will say of it."""
+
+    norms: dict[int, NormPlan] = field(default_factory=dict)
+    compositions: list[CompositionPlan] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        return not self.norms
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.norms)} norms, {len(self.compositions)} compositions"]
+        for c in self.compositions:
+            f = c.match.norm
+            how = "accumulated in the GEMM" if c.accumulate else "added in the epilogue"
+            lines.append(
+                f"  {c.match.pattern} at {c.match.node.name}: [{f.d_out}, {f.d_in}] rank {f.rank}, low-rank product {how}"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewritePlan:
+    """Decide for every candidate of a graph.
+
+    Args:
+        matches: what the matcher found.
+        options: ``norm`` and ``compose`` override the measured choices.
+        graph_id: goes into the records.
+    """
+    plan = RewritePlan()
+    lift = matches.lift
+    for atom_id, factors in matches.norms.items():
+        plan.norms[atom_id] = NormPlan(factors, _norm_algorithm(options))
+    composed: dict[int, Match] = {}
+    for match in matches.compositions:
+        plan.compositions.append(CompositionPlan(match, _accumulates(match, options)))
+        composed[match.norm.atom.id] = match
+    for atom_id, norm in plan.norms.items():
+        plan.records.append(
+            _rewritten(lift, norm, composed.get(atom_id), matches.composition_misses.get(atom_id), options, graph_id)
+        )
+    for atom_id, reason in matches.misses.items():
+        plan.records.append(_missed(lift, atom_id, reason, options, graph_id))
+    return plan
+
+
+def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
+    # Measured on a CPU and on the paper's H200 numbers: the tiled form reads W once, has no cancellation and costs the
+    # same FLOPs; the factored form wins only where ‖W‖² is kept between calls.
+    return "factored" if options.norm == "factored" else "tiled"
+
+
+def _accumulates(match: Match, options: Options) -> bool:
+    if match.constant is not None:
+        return False
+    if options.compose != "auto":
+        return options.compose == "accumulated"
+    tensor = tensor_of(match.node)
+    # Under autocast the result may be fp32 while the products are bf16; the narrowest dtype on the way decides.
+    narrow = {torch.float16, torch.bfloat16}
+    if tensor is None or tensor.dtype in narrow:
+        return False
+    return not any((t := tensor_of(a)) is not None and t.dtype in narrow for a in _near(match.node, 8))
+
+
+def _near(node: fx.Node, depth: int) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    frontier = [node]
+    for _ in range(depth):
+        frontier = [a for n in frontier for a in n.all_input_nodes if a not in seen and a.op != "placeholder"]
+        seen.update(frontier)
+    return seen
+
+
+def _norm_closure(norm: NormFactors) -> list[fx.Node]:
+    """The nodes that exist for the sake of the norm: its ancestors down to parameters."""
+    seen: dict[fx.Node, None] = {}
+    stack = list(norm.info.sites)
+    while stack:
+        node = stack.pop()
+        if node in seen or node.op not in ("call_function", "call_method"):
+            continue
+        seen[node] = None
+        stack.extend(node.all_input_nodes)
+    return list(seen)
+
+
+def _gemm_flops(lift: Lifter, nodes: list[fx.Node]) -> int:
+    wanted = set(nodes)
+    flops = 0
+    for gemms in lift.gemms.values():
+        for gemm in gemms:
+            out, lhs = tensor_of(gemm.node), tensor_of(gemm.lhs)
+            if gemm.node in wanted and out is not None and lhs is not None and isinstance(out.numel(), int):
+                flops += 2 * out.numel() * int(lhs.shape[-1])
+    return flops
+
+
+def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
+    """Bytes of the intermediates of ``d_out · d_in`` elements or more that the original made for its norm; views and
+    casts that change nothing share storage with their input and count once, parameters not at all."""
+    from dorafx import _compat
+
+    seen = {
+        _compat.storage_id(t)
+        for n in nodes
+        for a in n.all_input_nodes
+        if a.op == "placeholder" and (t := tensor_of(a)) is not None
+    }
+    total = 0
+    for node in nodes:
+        tensor = tensor_of(node)
+        if tensor is None or not isinstance(tensor.numel(), int) or tensor.numel() < norm.d_out * norm.d_in:
+            continue
+        storage = _compat.storage_id(tensor)
+        if storage not in seen:
+            seen.add(storage)
+            total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _rewritten(
+    lift: Lifter,
+    norm: NormPlan,
+    match: Match | None,
+    composition_miss: Reason | None,
+    options: Options,
+    graph_id: int,
+) -> Record:
+    factors = norm.factors
+    site = match.node if match is not None else (factors.info.sites[0] if factors.info.sites else None)
+    closure = _norm_closure(factors)
+    weight = tensor_of(lift.atom_of(factors.dense_atom).node)
+    reason = ""
+    if match is None:
+        why = composition_miss.text if composition_miss is not None else "no activation is scaled by it"
+        reason = f"only the norm is rewritten: {why}"
+    return Record(
+        status="rewritten",
+        site=site_of(site) if site is not None else "",
+        pattern=match.pattern if match is not None else "norm_only",
+        reason=reason,
+        source=source_of(site) if site is not None else "",
+        d_out=factors.d_out,
+        d_in=factors.d_in,
+        rank=factors.rank,
+        dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else "",
+        dense_bytes_avoided=_dense_bytes(factors, closure),
+        flops_before=_gemm_flops(lift, closure),
+        flops_after=2 * factors.d_out * factors.d_in * factors.rank,
+        norm_algorithm=norm.algorithm,
+        codegen=options.codegen,
+        graph=graph_id,
+    )
+
+
+def _missed(lift: Lifter, atom_id: int, reason: Reason, options: Options, graph_id: int) -> Record:
+    sites = lift.atoms[atom_id].sites
+    node = reason.node or (sites[0] if sites else None)
+    operand = tensor_of(sites[0].args[0]) if sites and sites[0].args else None
+    matrix = operand is not None and operand.dim() == 2 and all(isinstance(s, int) for s in operand.shape)
+    return Record(
+        status="missed",
+        site=site_of(node) if node is not None else "",
+        pattern="norm_only",
+        reason=reason.text,
+        source=source_of(node) if node is not None else "",
+        d_out=int(operand.shape[0]) if matrix and operand is not None else 0,
+        d_in=int(operand.shape[1]) if matrix and operand is not None else 0,
+        rank=0,
+        dtype=str(operand.dtype).removeprefix("torch.") if operand is not None else "",
+        codegen=options.codegen,
+        graph=graph_id,
+    )

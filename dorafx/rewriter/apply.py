@@ -1,0 +1,110 @@
+"""Rewrite: carry a plan out on a copy of the graph. The caller's graph is never touched."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
+from dorafx.lift import Atom, tensor_of
+from dorafx.lift.targets import canonical_name
+from dorafx.match import Matches, forms
+from dorafx.plan import NormPlan, RewritePlan
+
+from .copying import copy_graph_module
+from .emit import CannotEmit, Emitter
+
+__all__ = ["apply_plan"]
+
+
+class _Norms:
+    """Emits each norm of a graph once, before its first use."""
+
+    def __init__(self, plan: RewritePlan) -> None:
+        self.plan = plan
+        self.made: dict[int, fx.Node] = {}
+
+    def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
+        if atom.id not in self.made:
+            self.made[atom.id] = _emit_norm(self.plan.norms[atom.id], emit)
+        return self.made[atom.id]
+
+
+def _emit_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
+    weight, left, right, scale = emit.norm_operands(norm.factors)
+    n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+    if abs(norm.factors.weight_coefficient) != 1.0:
+        n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
+    if norm.factors.info.eps:
+        n = emit.call(torch.sqrt, emit.call(torch.add, emit.call(torch.mul, n, n), norm.factors.info.eps))
+    return n
+
+
+def apply_plan(gm: fx.GraphModule, matches: Matches, plan: RewritePlan) -> fx.GraphModule:
+    """A new graph module with every planned rewrite in it.
+
+    Raises:
+        CannotEmit: an operand cannot be read where it is needed; nothing is changed, and ``site`` says which part of the
+            plan to leave out.
+    """
+    new, copied = copy_graph_module(gm)
+    norms = _Norms(plan)
+    emit = Emitter(matches.lift, new.graph, copied, norms)
+    rules = forms()
+    work: list[tuple[int, fx.Node, int]] = [
+        (emit.order[c.match.node], c.match.node, i) for i, c in enumerate(plan.compositions)
+    ]
+    # Every norm node is replaced, also below a composition: where the composition leaves it without users it goes away.
+    work += [(emit.order[site], site, -1) for norm in plan.norms.values() for site in norm.factors.info.sites]
+    sites = {site: atom_id for atom_id, norm in plan.norms.items() for site in norm.factors.info.sites}
+    dead: list[fx.Node] = []
+    for _, node, index in sorted(work, key=lambda item: item[0]):
+        old = copied[node]
+        try:
+            with new.graph.inserting_before(old):
+                if index >= 0:
+                    composition = plan.compositions[index]
+                    emit.begin(node, composition.accumulate)
+                    made = rules[composition.match.pattern].rewrite(composition.match, emit)
+                else:
+                    emit.begin(node, False)
+                    made = _norm_in_place_of(node, plan.norms[sites[node]], norms, emit)
+        except CannotEmit as reason:
+            reason.site = node
+            raise
+        old.replace_all_uses_with(made)
+        copied[node] = made
+        dead.append(old)
+    _erase_dead(new.graph, dead)
+    new.graph.lint()
+    new.recompile()
+    return new
+
+
+def _norm_in_place_of(node: fx.Node, norm: NormPlan, norms: _Norms, emit: Emitter) -> fx.Node:
+    """The factored norm with the dtype and shape of the node that computed it."""
+    tensor = tensor_of(node)
+    assert tensor is not None
+    made = norms(Atom(norm.factors.atom.id), emit)
+    if not norm.factors.info.requires_grad:
+        made = emit.method("detach", made)
+    made = emit.cast(made, tensor.dtype)
+    return made if tensor.dim() == 1 else emit.method("reshape", made, tuple(tensor.shape))
+
+
+def _erase_dead(graph: fx.Graph, roots: list[fx.Node]) -> None:
+    """Erase replaced nodes and what only they used. Not the whole graph's dead code: an unused dropout, say, must still
+    draw its random numbers, and in-place operators have effects without users."""
+    stack = list(roots)
+    erased: set[fx.Node] = set()
+    while stack:
+        node = stack.pop()
+        if node in erased or node.users or node.op not in ("call_function", "call_method"):
+            continue
+        name = canonical_name(node)
+        if name in (None, "dropout", "set_grad_enabled"):
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        erased.add(node)
+        stack.extend(inputs)

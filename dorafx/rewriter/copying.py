@@ -1,0 +1,42 @@
+"""Copy a graph module so that Dynamo and AOTAutograd accept the copy in the original's place."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+
+__all__ = ["copy_graph_module"]
+
+
+def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A graph module of the same submodules and parameters (shared) with a copied graph, and original node -> copy.
+
+    ``Graph.graph_copy`` leaves out what Dynamo puts on nodes beside ``meta``; that is carried over here.
+    """
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    original = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    copied = graph.output(output)
+    copied.meta = dict(original.meta)
+    mapping[original] = copied
+    for old, new in mapping.items():
+        _compat.carry_node_attributes(old, new)
+    graph._codegen = gm.graph._codegen
+    attributes: dict[str, object] = {}
+    for node in gm.graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            value: object = gm
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            attributes[str(node.target)] = value
+    root = torch.nn.Module()
+    new = fx.GraphModule(attributes or root, graph, class_name=type(gm).__name__)
+    new.train(gm.training)
+    new.meta = dict(gm.meta)
+    for key in _compat.GRAPH_MODULE_ATTRIBUTES:
+        if key in gm.__dict__:
+            new.__dict__[key] = gm.__dict__[key]
+    return new, mapping

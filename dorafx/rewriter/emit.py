@@ -1,0 +1,399 @@
+"""Emit: terms back to nodes of a new graph, reusing what the graph already computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx.lift import Atom, Diag, Expr, Lifter, Mat, Poly, tensor_of
+from dorafx.lift.algebra import ONES, Chain, Mono
+from dorafx.match import NormFactors, Part
+
+__all__ = ["CannotEmit", "Emitter"]
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class CannotEmit(Exception):
+    """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.
+
+    Attributes:
+        site: the original node whose replacement failed.
+    """
+
+    site: fx.Node | None = None
+
+
+class Emitter:
+    """Emits into a copy of the lifted graph.
+
+    Args:
+        lift: the terms of the original graph.
+        graph: the copy.
+        copied: original node -> its node in the copy; a rewritten node maps to its replacement.
+        norms: makes the vector of a norm atom: ``[d_out]``, fp32 or fp64.
+    """
+
+    def __init__(
+        self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node], norms: Callable[[Atom, Emitter], fx.Node]
+    ) -> None:
+        self.lift = lift
+        self.graph = graph
+        self.copied = copied
+        self._norms = norms
+        self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
+        self.site: fx.Node | None = None
+        self.accumulate = False
+        self.compute_dtype = torch.float32
+        self._vectors: dict[tuple[Any, ...], fx.Node] = {}
+
+    def begin(self, site: fx.Node, accumulate: bool) -> None:
+        """Start the replacement of an original node: everything is emitted just before it."""
+        self.site = site
+        self.accumulate = accumulate
+        self._vectors.clear()
+        tensor = tensor_of(site)
+        self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
+
+    # -- nodes --------------------------------------------------------------------------------------------------------
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._created(self.graph.call_function(target, args, kwargs), target)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._created(self.graph.call_method(name, args, kwargs), getattr(torch.Tensor, name))
+
+    def _created(self, node: fx.Node, target: Callable[..., Any]) -> fx.Node:
+        """Give a new node the provenance of the site and a fake value, as a tracer would have."""
+        assert self.site is not None
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in self.site.meta:
+                node.meta[key] = self.site.meta[key]
+        slot = "example_value" if "example_value" in self.site.meta else "val"
+        args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
+        mode = getattr(self.site.meta.get(slot), "fake_mode", None)
+        if mode is not None:
+            with mode:
+                node.meta[slot] = target(*args[0], **args[1])
+        return node
+
+    def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:
+        """The copy of an original node, for reading at the site."""
+        assert self.site is not None
+        if node in self.lift.written:
+            raise CannotEmit(f"{node.name} is written in place, so it cannot be read again")
+        if self.order[node] >= self.order[self.site]:
+            raise CannotEmit(f"{node.name} is computed after {self.site.name}")
+        copy = self.copied[node]
+        return self.method("detach", copy) if detached else copy
+
+    def atom(self, atom: Atom) -> fx.Node:
+        node = self.lift.atom_of(atom).node
+        if node is None:
+            raise CannotEmit("a factor of the product is no value of the graph")
+        return self.operand(node, atom.detached)
+
+    def _value(self, node: fx.Node) -> torch.Tensor:
+        value = tensor_of(node)
+        if value is None:
+            raise CannotEmit(f"{node.name} carries no shape")
+        return value
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if self._value(node).dtype == dtype else self.method("to", node, dtype)
+
+    # -- vectors ------------------------------------------------------------------------------------------------------
+
+    def vector(self, poly: Poly) -> fx.Node:
+        """A polynomial in vectors as a ``[d]`` tensor (or scalar) of the compute dtype, fp32 or fp64."""
+        key = ("poly", poly)
+        if key not in self._vectors:
+            total: Any = None
+            for mono, c in poly.items:
+                term: Any = self._monomial(mono)
+                if term is None:
+                    term = c
+                elif c != 1.0:
+                    term = self.call(torch.mul, term, c)
+                if total is None:
+                    total = term
+                elif isinstance(total, float) and isinstance(term, float):
+                    total += term
+                elif isinstance(total, float):
+                    total = self.call(torch.add, term, total)
+                else:
+                    total = self.call(torch.add, total, term)
+            if not isinstance(total, fx.Node):
+                raise CannotEmit("a scaling is a constant")
+            self._vectors[key] = total
+        return self._vectors[key]
+
+    def _monomial(self, mono: Mono) -> fx.Node | None:
+        product: fx.Node | None = None
+        for atom, exponent in sorted(mono, key=lambda item: -item[1]):
+            factor = self._vector_atom(atom)
+            for _ in range(abs(exponent)):
+                if product is None:
+                    product = factor if exponent > 0 else self.call(torch.reciprocal, factor)
+                else:
+                    product = self.call(torch.mul if exponent > 0 else torch.div, product, factor)
+        return product
+
+    def _vector_atom(self, atom: Atom) -> fx.Node:
+        key = ("atom", atom)
+        if key in self._vectors:
+            return self._vectors[key]
+        info = self.lift.atom_of(atom)
+        if info.kind == "norm":
+            node = self._norms(Atom(atom.id), self)
+            node = self.method("detach", node) if atom.detached else node
+        elif info.kind == "reciprocal":
+            assert info.poly is not None
+            node = self.call(torch.reciprocal, self.vector(info.poly))
+            node = self.method("detach", node) if atom.detached else node
+        elif info.kind == "clamp_min":
+            assert info.poly is not None
+            node = self.call(torch.clamp_min, self.vector(info.poly), info.eps)
+            node = self.method("detach", node) if atom.detached else node
+        elif info.kind == "node":
+            node = self.atom(atom)
+            if tensor_of(node) is not None:
+                if self._value(node).dim() > 1:
+                    node = self.method("reshape", node, -1)
+                node = self.cast(node, self.compute_dtype)
+        else:
+            raise CannotEmit("a sum of squares is used without its root")
+        self._vectors[key] = node
+        return node
+
+    # -- products -----------------------------------------------------------------------------------------------------
+
+    def _existing(self, expr: Expr) -> fx.Node | None:
+        """The last node before the site that holds a term: the one whose dtype the products around it use."""
+        assert self.site is not None
+        for node in reversed(self.lift.nodes.get(expr, ())):
+            if self.order[node] < self.order[self.site] and node not in self.lift.written:
+                return self.copied[node]
+        return None
+
+    def product(self, chain: Chain) -> fx.Node:
+        """A chain as a node: reused where the graph has it, else one product on the longest prefix that it has."""
+        existing = self._existing(Expr.chain(chain))
+        if existing is not None:
+            return existing
+        for gemm in self.lift.gemms.get(Expr.chain(chain), ()):
+            assert self.site is not None
+            if self.order[gemm.node] < self.order[self.site]:
+                lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
+                return self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+        if len(chain) == 1 and isinstance(chain[0], Mat):
+            node = self.atom(chain[0].atom)
+            return self.method("t", node) if chain[0].transposed else node
+        if not chain or chain == (Mat(ONES),):
+            raise CannotEmit("an identity or a matrix of ones stands alone in the product")
+        prefix, last = chain[:-1], chain[-1]
+        if isinstance(last, Diag):
+            vector = self.vector(Poly(((last.mono, 1.0),)))
+            node = self.product(prefix)
+            return self.call(torch.mul, node, self.cast(vector, self._value(node).dtype))
+        if isinstance(prefix[-1], Diag) and len(prefix) == 1:
+            vector = self.vector(Poly(((prefix[-1].mono, 1.0),)))
+            node = self.product((last,))
+            column = self.method("unsqueeze", self.cast(vector, self._value(node).dtype), -1)
+            return self.call(torch.mul, column, node)
+        left = self.product(prefix)
+        return self._multiply(left, last)
+
+    def _multiply(self, left: fx.Node, factor: Mat) -> fx.Node:
+        right = self.cast(self.atom(factor.atom), self._value(left).dtype)
+        if factor.transposed:
+            return self.call(torch.nn.functional.linear, left, right)
+        return self.call(torch.matmul, left, right)
+
+    def expression(self, expr: Expr) -> fx.Node:
+        """A sum of chains as a node, reused where the graph has it."""
+        existing = self._existing(expr)
+        if existing is not None:
+            return existing
+        total: fx.Node | None = None
+        bias = Poly(())
+        for (scalars, chain), c in expr.items:
+            if chain[:1] == (Mat(ONES),) and len(chain) == 2 and isinstance(chain[1], Diag):
+                bias = bias + Poly(((chain[1].mono, c),)) * Poly(((scalars, 1.0),))
+                continue
+            term = self.product(chain)
+            scale = Poly(((scalars, c),))
+            if scale.constant != 1.0:
+                term = self._scaled(term, scale)
+            total = term if total is None else self.call(torch.add, total, term)
+        if total is None:
+            raise CannotEmit("a sum of nothing but biases")
+        if bias.items:
+            total = self.call(torch.add, total, self.cast(self.vector(bias), self._value(total).dtype))
+        return total
+
+    def _scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
+        constant = scale.constant
+        if constant is not None:
+            return self.call(torch.mul, node, constant)
+        factor = self.vector(scale)
+        if tensor_of(factor) is not None:
+            factor = self.cast(factor, self._value(node).dtype)
+        return self.call(torch.mul, node, factor)
+
+    # -- composition --------------------------------------------------------------------------------------------------
+
+    def base(self, core: Chain, bias: Poly, scaling: Poly) -> tuple[fx.Node, Poly]:
+        """The base product and the bias that remains to be added after the scaling.
+
+        A base product that the graph only has with its bias is made again without it where the biased one then dies;
+        where somebody else reads the biased one, it is reused and ``g ⊙ b`` is taken off the bias.
+        """
+        existing = self._existing(Expr.chain(core))
+        gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]  # type: ignore[index]
+        for gemm in gemms:
+            if gemm.bias is None:
+                return self.copied[gemm.node], bias
+        for gemm in gemms:
+            vector = self.lift.vector(gemm.bias)
+            if vector is not None and not self._dies(gemm.node):
+                return self.copied[gemm.node], bias + (vector.poly * scaling).scaled(-1.0)
+            if vector is not None and bias == vector.poly * scaling:
+                return self.copied[gemm.node], Poly(())
+        if existing is not None and not gemms:
+            return existing, bias
+        if gemms:
+            gemm = gemms[0]
+            target = torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul
+            return self.call(target, self.operand(gemm.lhs), self.operand(gemm.rhs)), bias
+        return self.product(core), bias
+
+    def _dies(self, node: fx.Node, depth: int = 12) -> bool:
+        """Whether every use of an original node lies on the way to the site."""
+        assert self.site is not None
+        if depth == 0:
+            return False
+        return all(
+            user is self.site
+            or (self.order[user] < self.order[self.site] and bool(user.users) and self._dies(user, depth - 1))
+            for user in node.users
+        )
+
+    def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
+        """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
+        last = part.core[-1]
+        alpha = part.scale.constant
+        if alpha is None or not isinstance(last, Mat) or len(part.core) < 2:
+            node = self.product(part.core)
+            return self.call(torch.add, base, self._scaled(node, part.scale) if part.scale.constant != 1.0 else node)
+        left = self.product(part.core[:-1])
+        dtype = self._value(base).dtype
+        right = self.cast(self.atom(last.atom), dtype)
+        right = self.method("t", right) if last.transposed else right
+        flat_base, flat_left = self._flat(base), self.cast(self._flat(left), dtype)
+        out = self.call(torch.addmm, flat_base, flat_left, right, alpha=alpha)
+        return out if flat_base is base else self.method("reshape_as", out, base)
+
+    def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
+        """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
+        parts = tuple(parts)
+        if len(parts) == 1 and parts[0].scale.constant is not None:
+            return self.product(parts[0].core), parts[0].scale.constant
+        total: fx.Node | None = None
+        for part in parts:
+            node = self.product(part.core)
+            if part.scale.constant != 1.0:
+                node = self._scaled(node, part.scale)
+            total = node if total is None else self.call(torch.add, total, node)
+        assert total is not None
+        return total, 1.0
+
+    def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
+        return self._shaped(
+            lambda base, lora: self.call(
+                torch.ops.dorafx.compose.default, base, lora, g, bias, scale, self._out_dtype()
+            ),
+            base,
+            lora,
+        )
+
+    def compose_delta(self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float) -> fx.Node:
+        return self._shaped(
+            lambda result, base, lora: self.call(
+                torch.ops.dorafx.compose_delta.default, result, base, lora, g, scale, self._out_dtype()
+            ),
+            result,
+            base,
+            lora,
+        )
+
+    def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
+        """Bring the operands to one shape, and the result to the site's."""
+        assert self.site is not None
+        wanted = self._value(self.site).shape
+        present = [o for o in operands if o is not None]
+        if all(_sizes(self._value(o).shape) == _sizes(wanted) for o in present):
+            return make(*operands)
+        out = make(*(None if o is None else self._flat(o) for o in operands))
+        if _sizes(self._value(out).shape) == _sizes(wanted):
+            return out
+        for o in present:
+            if _sizes(self._value(o).shape) == _sizes(wanted):
+                return self.method("reshape_as", out, o)
+        if all(isinstance(s, int) for s in wanted):
+            return self.method("reshape", out, tuple(wanted))
+        raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
+
+    def _flat(self, node: fx.Node) -> fx.Node:
+        value = self._value(node)
+        return node if value.dim() == 2 else self.method("reshape", node, -1, value.shape[-1])
+
+    def _out_dtype(self) -> torch.dtype:
+        assert self.site is not None
+        return self._value(self.site).dtype
+
+    # -- factors of a norm --------------------------------------------------------------------------------------------
+
+    def norm_operands(self, norm: NormFactors) -> tuple[fx.Node, fx.Node, fx.Node, float]:
+        """weight ``[d_out, d_in]``, left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta."""
+        weight = self.product_of_parameters(norm.weight)
+        if len(norm.delta) == 1 and not norm.delta[0].scalars:
+            (part,) = norm.delta
+            left, right = self.product_of_parameters(part.left), self.product_of_parameters(part.right)
+            return weight, left, right, part.coefficient / norm.weight_coefficient
+        lefts, rights = [], []
+        for part in norm.delta:
+            left = self.product_of_parameters(part.left)
+            scale = Poly(((part.scalars, part.coefficient / norm.weight_coefficient),))
+            lefts.append(left if scale.constant == 1.0 else self._scaled(left, scale))
+            rights.append(self.product_of_parameters(part.right))
+        if len(lefts) == 1:
+            return weight, lefts[0], rights[0], 1.0
+        return (
+            weight,
+            self.call(torch.cat, _one_dtype(self, lefts), 1),
+            self.call(torch.cat, _one_dtype(self, rights), 0),
+            1.0,
+        )
+
+    def product_of_parameters(self, chain: Chain) -> fx.Node:
+        """A factor of a norm. Read from the atoms themselves, before any cast: the norm is computed in fp32 anyway."""
+        if len(chain) == 1 and isinstance(chain[0], Mat):
+            node = self.atom(chain[0].atom)
+            return self.method("t", node) if chain[0].transposed else node
+        return self.product(chain)
+
+
+def _one_dtype(emit: Emitter, nodes: list[fx.Node]) -> list[fx.Node]:
+    dtypes = {emit._value(n).dtype for n in nodes}
+    if len(dtypes) == 1:
+        return nodes
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return [emit.cast(n, wide) for n in nodes]
+
+
+def _sizes(shape: Iterable[Any]) -> tuple[str, ...]:
+    return tuple(map(str, shape))

@@ -1,0 +1,19 @@
+"""Every test starts with an empty rewrite log and no compiled graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dorafx
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    dorafx.rewrite_log().clear()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,35 @@
+"""Every spelling of the linear form is recognised whole, and computes what it did, with the gradients that it had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests_support import check_same
+
+from dorafx import rewrite_log
+
+from programs import LINEAR, Layer  # isort: skip
+
+
+@pytest.mark.parametrize("name", sorted(LINEAR))
+def test_spelling_is_rewritten_and_exact(name: str) -> None:
+    check_same(LINEAR[name], Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True))
+    log = rewrite_log()
+    assert [(r.status, r.pattern, r.reason) for r in log.records] == [("rewritten", "linear", "")]
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (1, 12), (3, 1, 12), (2, 2, 2, 12), (0, 12)])
+def test_shapes_of_the_input(shape: tuple[int, ...]) -> None:
+    for name in ("direct", "merged_weight_differentiable", "identity_forward_delta_form"):
+        check_same(LINEAR[name], Layer(), torch.randn(*shape, dtype=torch.float64, requires_grad=True))
+        assert len(rewrite_log().rewrites) == 1, name
+        rewrite_log().clear()
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(7, 5, 1), (5, 7, 9), (2, 3, 2), (12, 12, 12)])
+def test_shapes_of_the_layer(d_out: int, d_in: int, rank: int) -> None:
+    for name in ("direct", "merged_weight_detached_norm", "bias_taken_off_first"):
+        layer = Layer(d_out, d_in, rank)
+        check_same(LINEAR[name], layer, torch.randn(3, d_in, dtype=torch.float64, requires_grad=True))
+        assert len(rewrite_log().rewrites) == 1, name
+        rewrite_log().clear()
