@@ -135,7 +135,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
         _compat.fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, len(breaks), list(breaks), log)
+    return Explanation(graphs, max(0, graphs - 1), list(dict.fromkeys(breaks)), log)
 
 
 def rewrite(program: Any) -> Any:
