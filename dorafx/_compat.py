@@ -62,9 +62,43 @@ def carry_node_attributes(old: Any, new: Any) -> None:
 def compile_with_inductor(gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
     """What ``torch.compile(backend="inductor")`` does with a graph, with a key of our own in the cache keys: the caches
     do not see that an operator's backward or decomposition changed (pytorch issue 144344)."""
+    _register_decompositions()
     wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    # The tag reaches what is compiled now, which is the forward. A backward is compiled at its first call, under
+    # Inductor's options alone: for its key the digest must be in one of them.
+    option = "post_grad_custom_post_pass"
+    wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):
         return wrapper(gm, example_inputs)
+
+
+def _keyed_pass(inner: Any) -> Any:
+    """A graph pass that does what ``inner`` does (nothing if None) and puts dorafx's digest into the cache keys."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    if inner is not None and not isinstance(inner, CustomGraphPass):
+        return inner  # Inductor caches nothing then
+
+    class KeyedPass(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            if inner is not None:
+                inner(graph)
+
+        def uuid(self) -> Any:
+            own = inner.uuid() if inner is not None else ""
+            return None if own is None else f"dorafx-{source_hash()}-{own}"
+
+    return KeyedPass()
+
+
+@functools.cache
+def _register_decompositions() -> None:
+    from torch._inductor.decomposition import register_decomposition
+
+    from dorafx.ops.register import DECOMPOSITIONS
+
+    for operator, decomposition in DECOMPOSITIONS.items():
+        register_decomposition([operator])(decomposition)
 
 
 def lookup_backend(name: str) -> Any:
@@ -79,7 +113,7 @@ def lookup_backend(name: str) -> Any:
     try:
         return lookup(name)
     except InvalidBackend as error:
-        known = ", ".join(["inductor", "eager", *sorted(torch.compiler.list_backends())])
+        known = ", ".join(sorted({"inductor", "eager", *torch.compiler.list_backends(exclude_tags=None)}))
         raise ValueError(f"dorafx.codegen: unknown backend {name!r}; known are {known}") from error
 
 
@@ -95,7 +129,15 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def has_cpp_compiler() -> bool:
+    """Whether Inductor will find the C++ compiler that it needs for a CPU, by Inductor's own search."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return False
     return True
 
 
@@ -125,7 +167,11 @@ def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> 
 
 def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
     """Undo :func:`set_compiled_call`."""
-    module._compiled_call_impl = previous
+    if previous is None:
+        # The class's default; the instance had no such attribute.
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = previous
 
 
 def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
@@ -185,3 +231,33 @@ def _rebuilt(program: Any, gm: Any, signature: Any) -> Any:
 def below_autograd() -> Any:
     """A context in which operators skip their autograd kernels: how an autograd kernel calls its own forward."""
     return torch._C._AutoDispatchBelowAutograd()
+
+
+def graph_statistics() -> tuple[int, int]:
+    """Graphs captured and graph breaks met in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"]), int(sum(counters["graph_break"].values()))
+
+
+def through_dynamo(error: ValueError) -> ValueError:
+    """The error as one that Dynamo hands to the user as it is. What a backend raises it wraps in a
+    ``BackendCompilerFailed`` otherwise, which is no ``ValueError``; its own kind of exceptions it lets through."""
+    return _UserValueError(*error.args)
+
+
+def _user_value_error() -> type[ValueError]:
+    try:
+        from torch._dynamo.exc import ShortenTraceback
+    except ImportError:
+        return ValueError
+
+    class UserValueError(ValueError, ShortenTraceback):
+        def __init__(self, *args: object) -> None:
+            ShortenTraceback.__init__(self, *args, first_useful_frame=None)
+
+    UserValueError.__name__ = UserValueError.__qualname__ = "ValueError"
+    return UserValueError
+
+
+_UserValueError = _user_value_error()

@@ -1,4 +1,8 @@
-"""The public functions: optimize, restore, explain, rewrite."""
+"""The public functions: optimize, restore, explain, rewrite.
+
+The backend is imported by the functions that need it: its import puts the polyfills in place, and ``import dorafx`` alone
+must change nothing about how anything else is compiled.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,6 @@ import torch
 from torch import fx
 
 from dorafx import _compat, capture
-from dorafx.backend import dorafx as dorafx_backend
-from dorafx.backend import rewrite_graph_module
 from dorafx.errors import DorafxError
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.options import Options
@@ -22,6 +24,14 @@ __all__ = ["Explanation", "explain", "optimize", "restore", "rewrite"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
+
+
+class _Undo(list[tuple[torch.nn.Module, Any]]):
+    """What :func:`restore` puts back. A copy of a model (``deepcopy``, ``pickle``) has no compiled calls, so there is
+    nothing to put back in it either."""
+
+    def __reduce__(self) -> Any:
+        return _Undo, ()
 
 
 def optimize(
@@ -59,8 +69,10 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
-    if _ATTRIBUTE in model.__dict__:
+    if model.__dict__.get(_ATTRIBUTE):
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
+    from dorafx.backend import dorafx as dorafx_backend
+
     chosen = resolve_scope(model, scope)
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
@@ -68,7 +80,7 @@ def optimize(
     }
     Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
-    undo: list[tuple[torch.nn.Module, Any]] = []
+    undo = _Undo()
     groups = [[("", model)]] if chosen == "model" else module_groups(adapted_modules(model))
     for members in groups:
         backend = functools.partial(dorafx_backend, options=options, mode=mode, members=tuple(n for n, _ in members))
@@ -123,6 +135,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         model: a module or function.
         args, kwargs: what to call it with.
     """
+    from dorafx.backend import rewrite_graph_module
+
     capture.install()
     log = RewriteLog()
     graphs = 0
@@ -151,6 +165,8 @@ def rewrite(program: Any) -> Any:
     Raises:
         TypeError: anything else.
     """
+    from dorafx.backend import rewrite_graph_module
+
     if isinstance(program, torch.export.ExportedProgram):
         new = rewrite_graph_module(program.graph_module, Options())
         return program if new is program.graph_module else _compat.exported_program_with_graph(program, new)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from dorafx import capture, codegen
+from dorafx import _compat, capture, codegen
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import private_writes, without_private_writes
 from dorafx.log import Record, RewriteLog, rewrite_log
@@ -54,7 +55,11 @@ def dorafx(
         ValueError: an unknown or wrong ``dorafx.*`` option.
         RewriteMissError: ``dorafx.strict`` and a candidate was not rewritten.
     """
-    ours, inductor = Options.split(options)
+    try:
+        ours, inductor = Options.split(options)
+        codegen.check_name(ours.codegen)
+    except ValueError as error:
+        raise _compat.through_dynamo(error) from None
     capture.install()
     rewritten = rewrite_or_fall_back(gm, ours, members)
     return codegen.compile_graph(rewritten, example_inputs, ours, inductor, mode)
@@ -111,12 +116,27 @@ def rewrite_graph_module(
     Raises:
         RewriteMissError: ``options.strict`` and a candidate was not rewritten.
     """
+    records: list[Record] = []
+    with _unseen_by_saved_tensors_hooks():
+        new = _rewrite(gm, options, graph_id, records)
+    # Only now: a failure half-way leaves the whole graph as it was, bodies that were rewritten before it included.
+    (rewrite_log() if log is None else log).extend(under(record, member) for member in members for record in records)
+    missed = [r for r in records if r.status == "missed"]
+    if missed and options.strict:
+        raise RewriteMissError(
+            f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
+        )
+    return new
+
+
+def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, records: list[Record]) -> fx.GraphModule:
+    """The recursion of :func:`rewrite_graph_module`; appends to ``records``."""
     nested = {
         name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule) and _is_body(gm, name)
     }
     replaced = {}
     for name, child in nested.items():
-        new_child = rewrite_graph_module(child, options, graph_id, members, log)
+        new_child = _rewrite(child, options, graph_id, records)
         if new_child is not child:
             replaced[name] = new_child
     pure = functional_copy(gm)
@@ -130,16 +150,18 @@ def rewrite_graph_module(
             # Leave out the one candidate that cannot be emitted and carry the rest out.
             matches.refuse(failed.site, Reason(str(failed), failed.site))
             plan = make_plan(matches, options, graph_id)
-    records = plan.records
-    if replaced:
-        new = _with_bodies(new, gm, replaced)
-    (rewrite_log() if log is None else log).extend(under(record, member) for member in members for record in records)
-    missed = [r for r in records if r.status == "missed"]
-    if missed and options.strict:
-        raise RewriteMissError(
-            f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
-        )
-    return new
+    records.extend(plan.records)
+    return _with_bodies(new, gm, replaced) if replaced else new
+
+
+@contextlib.contextmanager
+def _unseen_by_saved_tensors_hooks() -> Iterator[None]:
+    """The shapes of new nodes are found by running operators on fake tensors, which autograd records. Dynamo may compile
+    inside activation checkpointing, whose hooks count what is saved and would count these."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # hooks are forbidden here: then there are none to hide from
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        yield
 
 
 def _is_body(gm: fx.GraphModule, name: str) -> bool:

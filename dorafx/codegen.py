@@ -12,9 +12,17 @@ from dorafx import _compat
 from dorafx.errors import DorafxWarning
 from dorafx.options import Options
 
-__all__ = ["compile_graph"]
+__all__ = ["check_name", "compile_graph"]
 
 _warned_no_compiler = False
+
+
+def check_name(name: str) -> None:
+    """Raises:
+    ValueError: no codegen has this name; the message names those there are.
+    """
+    if name not in ("inductor", "eager"):
+        _compat.lookup_backend(name)
 
 
 def compile_graph(
@@ -44,8 +52,10 @@ def compile_graph(
     if name == "eager":
         return gm.forward
     if name == "inductor":
-        return _compat.compile_with_inductor(gm, example_inputs, mode, inductor_options)
-    return _compat.lookup_backend(name)(gm, list(example_inputs))
+        compiled: Callable[..., Any] = _compat.compile_with_inductor(gm, example_inputs, mode, inductor_options)
+    else:
+        compiled = _compat.lookup_backend(name)(gm, list(example_inputs))
+    return compiled
 
 
 def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:

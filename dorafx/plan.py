@@ -170,7 +170,7 @@ def _rewritten(
     graph_id: int,
 ) -> Record:
     factors = norm.factors
-    site = match.node if match is not None else (factors.info.sites[0] if factors.info.sites else None)
+    site = match.origin if match is not None else (factors.info.sites[0] if factors.info.sites else None)
     closure = _norm_closure(factors)
     weight = tensor_of(lift.atom_of(factors.dense_atom).node)
     reason = ""

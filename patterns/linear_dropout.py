@@ -66,6 +66,9 @@ class LinearDropout:
                     "a low-rank part of the output is not scaled by g while the base is by g - 1", candidate.node
                 )
             parts.append(Part(core, scale))
+        if unscaled > 1:
+            # The layer's own result is one value; what is added beside it (a residual) belongs to somebody else.
+            return Reason("something else than the unscaled base product is added to the delta form", candidate.node)
         if not unscaled or not parts:
             lacking = "the unscaled base product" if not unscaled else "a low-rank product"
             return Reason(f"the delta form lacks {lacking}", candidate.node)

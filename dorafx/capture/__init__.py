@@ -1,6 +1,6 @@
 """Capture: make stock PEFT DoRA layers traceable as one graph, without the user changing a line.
 
-PEFT's DoRA forward breaks the graph in two functions. Dynamo lets a library give a traceable substitute for a function
+PEFT's DoRA forward breaks the graph in a few functions. Dynamo lets a library give a traceable substitute for a function
 (``torch.compiler.substitute_in_graph``), which eager execution never sees; for a method there is no such thing, so an
 equal one takes its place. A substitute is given only where the installed function is one that it was written for: an
 unknown version gets none, a warning, and still works.
@@ -23,7 +23,7 @@ from dorafx.errors import DorafxWarning
 from dorafx.log import rewrite_log
 
 from .fingerprint import fingerprint
-from .polyfills import make_cache_clear, make_dequantize_module_weight
+from .polyfills import make_cache_clear, make_dequantize_module_weight, make_transpose
 
 __all__ = ["CaptureStatus", "install", "status"]
 
@@ -49,6 +49,13 @@ _POLYFILLS = (
         "dequantize_module_weight",
         make_dequantize_module_weight,
         frozenset({"c10f2488cf63b414"}),
+    ),
+    _Polyfill(
+        "peft.utils.other",
+        "transpose",
+        make_transpose,
+        # The same body without and with annotations.
+        frozenset({"048a020e16aef8c9", "bb233edb97159947"}),
     ),
     _Polyfill(
         "peft.tuners.lora.dora",

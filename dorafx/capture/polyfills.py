@@ -1,4 +1,4 @@
-"""Traceable equals of two functions of PEFT that Dynamo cannot trace."""
+"""Traceable equals of functions of PEFT that Dynamo cannot trace."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["make_cache_clear", "make_dequantize_module_weight"]
+__all__ = ["make_cache_clear", "make_dequantize_module_weight", "make_transpose"]
 
 
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,3 +47,20 @@ def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
             self._dora_cache.clear()
 
     return _cache_clear
+
+
+def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A traceable ``transpose(weight, fan_in_fan_out)`` for layers that keep their weight as ``[d_in, d_out]``.
+
+    The original makes a new ``Parameter`` of a transposed parameter, which Dynamo cannot trace, and which is a leaf: no
+    gradient flows through it to the weight. ``detach`` is the same cut.
+    """
+
+    def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
+        if not fan_in_fan_out:
+            return weight
+        if isinstance(weight, torch.nn.Parameter):
+            return weight.detach().T
+        return weight.T
+
+    return transpose

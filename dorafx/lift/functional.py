@@ -7,6 +7,7 @@ that sequential compositions lift like any other.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .targets import canonical_name
 
 __all__ = ["private_writes", "without_private_writes"]
 
-_OUT_OF_PLACE = {
+_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.iadd: torch.add,
     operator.isub: torch.sub,
     operator.imul: torch.mul,

@@ -210,7 +210,8 @@ class Lifter:
         ((scalars, chain), c) = value.expr.items[0]
         if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
             return None
-        axis = vector_axis(tensor.shape)
+        # One token's activations have this shape too, and are no magnitude: they stay what a product takes.
+        axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, True) else None
         if axis is None or axis < -2:
             return None
         return VectorValue(Poly.var(chain[0].atom), axis)
@@ -227,6 +228,9 @@ class Lifter:
         product) of inputs of the graph, is a weight in the making and enters expanded.
         """
         value = self.matrix(arg)
+        if value is None and isinstance(self.value(arg), VectorValue):
+            atom = self.atom_value(arg)  # a [1, d] or [d, 1] tensor that was taken for a vector so far
+            value = atom if isinstance(atom, MatrixValue) else None
         if value is None:
             return None
         if len(value.expr.items) > 1 and not all(self._is_weight_like(a, weight) for a in value.expr.atoms()):

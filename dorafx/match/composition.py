@@ -72,6 +72,13 @@ class Match:
     constant: Expr | None = None
     """Delta form only: what the undropped base contributes, unscaled."""
     bias: Poly = Poly(())
+    first: fx.Node | None = None
+    """Where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only
+    carries it on: the layer that it belongs to."""
+
+    @property
+    def origin(self) -> fx.Node:
+        return self.first or self.node
 
 
 def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:

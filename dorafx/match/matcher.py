@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import fx
@@ -72,7 +72,9 @@ class _Matcher:
                 lift.seal(argument)
             return Verdict.RELIFT if continued else Verdict.KEEP
         for argument in continued:
-            del self._pending[argument]
+            before = self._pending.pop(argument)
+            if before.norm.atom == found.norm.atom:
+                found = replace(found, first=before.origin)
         if len(node.users) == 1:
             self._pending[node] = found
             return Verdict.KEEP

@@ -10,9 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-__all__ = ["Compose", "ComposeDelta", "compose_math", "delta_math"]
+__all__ = ["Compose", "ComposeDelta", "compose_math", "delta_math", "refuse_second_derivative"]
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Called in a backward: gradients are recorded there exactly when the caller passed ``create_graph=True``.
+
+    Raises:
+        RuntimeError: always in that case. A silent zero would be wrong, and training DoRA needs no second derivatives.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"dorafx.{operator} has no second derivative (create_graph=True); call dorafx.restore(model), or compile "
+            "with another backend, where one is needed"
+        )
 
 
 def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
@@ -71,8 +83,8 @@ class Compose(torch.autograd.Function):
         return compose_math(base, lora, g, bias, scale, out_dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("compose")
         g, total = ctx.saved_tensors
         base_dtype, lora_dtype, bias_dtype = ctx.dtypes
         wide = _wide(grad.dtype, g)
@@ -102,8 +114,8 @@ class ComposeDelta(torch.autograd.Function):
         return delta_math(result, base, lora, g, scale, out_dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("compose_delta")
         g, total = ctx.saved_tensors
         result_dtype, base_dtype, lora_dtype = ctx.dtypes
         wide = _wide(grad.dtype, g)

@@ -1,8 +1,9 @@
 """Registration of the operators with PyTorch's dispatcher, so that graphs hold ``OpOverload`` s and caches stay warm.
 
 ``row_norm`` is opaque to compilers: its point is the order in which memory is touched. ``compose`` and
-``compose_delta`` are not: below autograd they are ATen calls, which Inductor fuses with their neighbours, while the
-autograd functions decide what is saved and how gradients are computed.
+``compose_delta`` are not: their autograd kernels run ATen calls, which a tracer sees in their place and Inductor fuses
+with their neighbours, and decide what is saved and how gradients are computed. :data:`DECOMPOSITIONS` serve tracing
+under inference mode, which has no autograd kernels.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from dorafx import _compat
 
 from . import norm
-from .composition import Compose, ComposeDelta, compose_math, delta_math
+from .composition import Compose, ComposeDelta, compose_math, delta_math, refuse_second_derivative
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
 _LIBRARY.define(
@@ -48,8 +48,8 @@ class _RowNorm(torch.autograd.Function):
         return n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("row_norm")
         weight, left, right, n = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         grads = torch.ops.dorafx.row_norm_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
@@ -58,7 +58,7 @@ class _RowNorm(torch.autograd.Function):
 
 def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
     if torch.is_grad_enabled() and (weight.requires_grad or left.requires_grad or right.requires_grad):
-        return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return, no-untyped-call]
+        return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
     with _compat.below_autograd():
         return torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
 
@@ -66,24 +66,30 @@ def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorit
 def _compose_autograd(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
     inputs = (base, lora, g, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return Compose.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return, no-untyped-call]
+        return Compose.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
     return compose_math(*inputs, scale, out_dtype)
 
 
 def _delta_autograd(result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
     inputs = (result, base, lora, g)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return ComposeDelta.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return, no-untyped-call]
+        return ComposeDelta.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
     return delta_math(*inputs, scale, out_dtype)
 
 
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose", compose_math, "CompositeImplicitAutograd")
+_LIBRARY.impl("compose", compose_math, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose", _compose_autograd, "Autograd")
-_LIBRARY.impl("compose_delta", delta_math, "CompositeImplicitAutograd")
+_LIBRARY.impl("compose_delta", delta_math, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose_delta", _delta_autograd, "Autograd")
+
+
+DECOMPOSITIONS = {
+    torch.ops.dorafx.compose.default: compose_math,
+    torch.ops.dorafx.compose_delta.default: delta_math,
+}
 
 
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
@@ -124,4 +130,4 @@ def _row_norm_backward_flops(
     needs_weight, needs_left, needs_right = (*needs, False, False, False)[:3]
     products = int(needs_weight) + int(needs_left) + int(needs_right)
     grams = int(needs_left) * r * r * (d_in + d_out) + int(needs_right) * r * r * (d_in + d_out)
-    return 2 * (products * int(d_out) * int(d_in) * r + grams)
+    return int(2 * (products * int(d_out) * int(d_in) * r + grams))

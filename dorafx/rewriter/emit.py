@@ -253,7 +253,7 @@ class Emitter:
         where somebody else reads the biased one, it is reused and ``g ⊙ b`` is taken off the bias.
         """
         existing = self._existing(Expr.chain(core))
-        gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]  # type: ignore[index]
+        gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]
         for gemm in gemms:
             if gemm.bias is None:
                 return self.copied[gemm.node], bias

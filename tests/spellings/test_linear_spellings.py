@@ -26,6 +26,17 @@ def test_shapes_of_the_input(shape: tuple[int, ...]) -> None:
         rewrite_log().clear()
 
 
+def test_one_token_scaled_on_its_way_in() -> None:
+    """A normalised single token is a vector times a vector by its shape, and still the input of a layer."""
+
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        x = p.m_in * (x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+        return LINEAR["direct"](p, x) + 1.0
+
+    check_same(program, Layer(), torch.randn(1, 1, 12, dtype=torch.float64, requires_grad=True))
+    assert [r.pattern for r in rewrite_log().rewrites] == ["linear"]
+
+
 @pytest.mark.parametrize(("d_out", "d_in", "rank"), [(7, 5, 1), (5, 7, 9), (2, 3, 2), (12, 12, 12)])
 def test_shapes_of_the_layer(d_out: int, d_in: int, rank: int) -> None:
     for name in ("direct", "merged_weight_detached_norm", "bias_taken_off_first"):

@@ -1,0 +1,123 @@
+"""``dorafx demo``: a stock PEFT DoRA model as it is, compiled by Inductor, and with dorafx, beside plain LoRA."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from dorafx.errors import DorafxError
+from dorafx.log import RewriteLog
+from dorafx.log.table import human_bytes
+
+from .models import Size
+from .worker import CONFIGURATIONS
+
+__all__ = ["Size", "run_demo"]
+
+
+def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> dict[str, Any]:
+    """Measure every configuration, each in a process of its own, print the table, and write the log and the report.
+
+    Args:
+        size: of the model.
+        out: folder for ``log.json``, ``report.html`` and ``results.json``; made if need be.
+        repeats: timed calls a figure, after two that warm up.
+        as_json: print the results as JSON instead of the table.
+
+    Returns:
+        The results as written to ``results.json``.
+
+    Raises:
+        DorafxError: transformers or PEFT is not installed, or a configuration failed; the message has its last words.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log_file = out / "log.json"
+    results: list[dict[str, Any]] = []
+    console = Console(stderr=as_json)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+        task = progress.add_task("starting", total=len(CONFIGURATIONS))
+        for index, name in enumerate(CONFIGURATIONS):
+            progress.update(task, description=name)
+            results.append(_run_one(name, index, size, Path(folder), log_file, repeats))
+            progress.advance(task)
+        stock = torch.load(Path(folder) / "logits0.pt", weights_only=True)
+        for index, result in enumerate(results):
+            if CONFIGURATIONS[result["name"]]["use_dora"]:
+                logits = torch.load(Path(folder) / f"logits{index}.pt", weights_only=True)
+                result["max_difference"] = float((logits - stock).abs().max())
+    report = RewriteLog.from_json(log_file.read_text(encoding="utf-8")).to_html(out / "report.html")
+    summary = {"size": asdict(size), "torch": torch.__version__, "threads": torch.get_num_threads(), "results": results}
+    (out / "results.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    if as_json:
+        print(json.dumps(summary, indent=1))
+    else:
+        console.print(_table(size, results))
+        console.print(
+            f"log: {log_file}\nreport: {report}\nresults: {out / 'results.json'}", highlight=False, soft_wrap=True
+        )
+    return summary
+
+
+def _run_one(name: str, index: int, size: Size, folder: Path, log_file: Path, repeats: int) -> dict[str, Any]:
+    spec, answer = folder / f"spec{index}.json", folder / f"result{index}.json"
+    request = {
+        "name": name,
+        "size": asdict(size),
+        "logits": str(folder / f"logits{index}.pt"),
+        "log": str(log_file) if CONFIGURATIONS[name]["backend"] == "dorafx" else "",
+        "repeats": repeats,
+    }
+    spec.write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-m", "dorafx.demo.worker", str(spec), str(answer)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not answer.exists():
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DorafxError(f"the configuration {name!r} failed: {last}")
+    result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return result
+
+
+def _table(size: Size, results: list[dict[str, Any]]) -> Table:
+    title = f"hidden {size.hidden}, {size.layers} layers, rank {size.rank}, {size.tokens} tokens, {torch.get_num_threads()} threads"
+    table = Table(title=title)
+    table.add_column("")
+    names = (
+        "graphs",
+        "breaks",
+        "rewritten",
+        "prefill ms",
+        "decode ms",
+        "training step ms",
+        "peak memory",
+        "max difference",
+    )
+    for column in names:
+        table.add_column(column, justify="right")
+    for r in results:
+        compiled = CONFIGURATIONS[r["name"]]["backend"] is not None
+        table.add_row(
+            r["name"],
+            str(r["graphs"]) if compiled else "",
+            str(r["breaks"]) if compiled else "",
+            str(r.get("rewrites", "")),
+            *(f"{r[what] * 1e3:.1f}" for what in ("prefill", "decode", "step")),
+            human_bytes(r["peak_memory"]),
+            f"{r['max_difference']:.1e}" if "max_difference" in r else "",
+        )
+    return table

@@ -1,0 +1,374 @@
+"""When dorafx fails, the user's program does not: the original graph is compiled, the log says why, one warning."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from integration_support import (
+    assert_all_rewritten,
+    assert_close,
+    assert_same_run,
+    compile_eagerly,
+    dora_sites,
+    peft_model,
+    peft_perceptron,
+    run,
+    tokens,
+)
+from torch import fx, nn
+
+import dorafx.backend
+import dorafx.match.matcher
+from dorafx import DorafxWarning, RewriteMissError, _compat, codegen, rewrite_log
+from dorafx.lift import Lifter
+from dorafx.options import Options
+
+STATIONS = {
+    "lift": (dorafx.match.matcher, "Lifter"),
+    "match": (dorafx.backend, "match_graph"),
+    "plan": (dorafx.backend, "make_plan"),
+    "rewrite": (dorafx.backend, "apply_plan"),
+}
+
+
+class InjectedError(Exception):
+    """What no station raises by itself."""
+
+
+def _break(monkeypatch: pytest.MonkeyPatch, station: str, message: str) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise InjectedError(message)
+
+    module, name = STATIONS[station]
+    monkeypatch.setattr(module, name, fail)
+
+
+def _compile(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="dorafx", fullgraph=True, options={"dorafx.codegen": "eager", **options})
+
+
+def _dorafx_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, DorafxWarning)]
+
+
+# -- internal failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("station", STATIONS)
+def test_failing_station_leaves_the_graph_as_it_was(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_perceptron(lora_dropout=0.2).train()
+    x = torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    compiled = _compile(model)
+    _break(monkeypatch, station, f"no {station} today")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_same_run(run(model, lambda: compiled(x)), expected, 1e-6)
+        torch._dynamo.reset()
+        assert_same_run(run(model, lambda: compiled(x)), expected, 1e-6)
+    (message,) = _dorafx_warnings(caught)
+    assert f"no {station} today" in message
+    assert not rewrite_log().rewrites
+    records = rewrite_log().misses
+    assert len(records) == 2, (
+        "each of the two compilations of the graph is in the log, though the warning is not repeated"
+    )
+    for record in records:
+        assert "InjectedError" in record.reason
+        assert f"no {station} today" in record.reason
+
+
+def test_failing_station_hands_the_original_graph_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[fx.GraphModule] = []
+
+    def compile_graph(gm: fx.GraphModule, inputs: Any, options: Options, *rest: Any) -> Any:
+        received.append(gm)
+        assert options.codegen == "inductor"
+        return gm.forward
+
+    monkeypatch.setattr(codegen, "compile_graph", compile_graph)
+    _break(monkeypatch, "rewrite", "original graph, please")
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    with pytest.warns(DorafxWarning, match="original graph, please"):
+        assert_close(torch.compile(model, backend="dorafx", fullgraph=True)(x), model(x), 1e-6)
+    (graph,) = received
+    assert not [n for n in graph.graph.nodes if "dorafx" in str(n.target)]
+
+
+@pytest.mark.parametrize("station", STATIONS)
+def test_strict_raises_on_a_failing_station(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _break(monkeypatch, station, f"strict about {station}")
+    compiled = _compile(peft_perceptron(), **{"dorafx.strict": True})
+    with pytest.raises(Exception, match=f"strict about {station}"):
+        compiled(torch.randn(3, 24))
+
+
+def test_failure_after_a_body_was_rewritten_is_no_rewrite_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body of a higher-order operator is rewritten before the graph around it; where the latter fails, the whole
+    graph is left as it was, so the log may not claim the body's rewrites."""
+    model = peft_perceptron().train()
+
+    def checkpointed(x: torch.Tensor) -> torch.Tensor:
+        return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+
+    calls = 0
+    original = dorafx.backend.match_graph
+
+    def fail_on_the_outer_graph(graph: fx.Graph) -> Any:
+        nonlocal calls
+        calls += 1
+        if any("checkpoint" in str(n.target) for n in graph.nodes):
+            raise InjectedError("outer graph")
+        return original(graph)
+
+    x = torch.randn(3, 24)
+    expected = run(model, lambda: checkpointed(x))
+    assert_same_run(run(model, lambda: _compile(checkpointed)(x)), expected)
+    assert len(rewrite_log().rewrites) == 2
+    torch._dynamo.reset()
+    rewrite_log().clear()
+    monkeypatch.setattr(dorafx.backend, "match_graph", fail_on_the_outer_graph)
+    with pytest.warns(DorafxWarning, match="outer graph"):
+        assert_same_run(run(model, lambda: _compile(checkpointed)(x)), expected)
+    assert calls > 1
+    assert not rewrite_log().rewrites
+
+
+# -- strict and misses ------------------------------------------------------------------------------------------------
+
+
+def _dense_norm_with_unknown_delta(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A norm of ``W + tanh(B·A)``: no low-rank form exists, so nothing may be rewritten."""
+    dense = w + torch.tanh(b @ a)
+    g = (dense.norm(dim=1) / dense.norm(dim=1).detach()).detach()
+    return g * (x @ w.T + (x @ a.T) @ b.T)
+
+
+def test_what_cannot_be_rewritten_stays_right() -> None:
+    w, a, b, x = torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2), torch.randn(3, 8)
+    actual = _compile(_dense_norm_with_unknown_delta)(w, a, b, x)
+    assert_close(actual, _dense_norm_with_unknown_delta(w, a, b, x), 1e-6)
+    assert not rewrite_log().rewrites
+
+
+def test_strict_names_the_first_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dorafx.match import Reason
+
+    original = dorafx.backend.match_graph
+
+    def refuse_all(graph: fx.Graph) -> Any:
+        matches = original(graph)
+        for atom_id in list(matches.norms):
+            matches.misses[atom_id] = Reason("not on a Sunday", None)
+            del matches.norms[atom_id]
+        matches.compositions = []
+        return matches
+
+    monkeypatch.setattr(dorafx.backend, "match_graph", refuse_all)
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    with pytest.raises(Exception, match="not on a Sunday") as caught:
+        _compile(model, **{"dorafx.strict": True})(x)
+    inner = getattr(caught.value, "inner_exception", caught.value)
+    assert isinstance(inner, RewriteMissError)
+    torch._dynamo.reset()
+    rewrite_log().clear()
+    assert_close(_compile(model)(x), model(x), 1e-6)
+    assert [r.reason for r in rewrite_log().misses] == ["not on a Sunday"] * 2
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"dorafx.nrom": "tiled"}, ["dorafx.nrom", *("dorafx." + f.name for f in fields(Options))]),
+        ({"dorafx.norm": "quick"}, ["quick", "auto", "tiled", "factored"]),
+        ({"dorafx.compose": "slowly"}, ["slowly", "auto"]),
+        ({"dorafx.strict": "yes"}, ["dorafx.strict", "yes"]),
+        ({"dorafx.codegen": "no_such_backend"}, ["no_such_backend", "inductor", "eager", "aot_eager"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_option(wrong: dict[str, Any], named: list[str]) -> None:
+    model = peft_perceptron()
+    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", **wrong})
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is looked at below)
+        compiled(torch.randn(3, 24))
+    for word in named:
+        assert word in str(caught.value)
+
+
+def test_inductors_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[tuple[str | None, dict[str, Any]]] = []
+
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+        received.append((mode, options))
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_with_inductor", compile_with_inductor)
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    options = {"dorafx.norm": "factored", "max_autotune": False, "trace.graph_diagram": False}
+    assert_close(torch.compile(model, backend="dorafx", options=options)(x), model(x), 1e-5)
+    ((mode, passed),) = received
+    assert mode is None
+    assert passed == {"max_autotune": False, "trace.graph_diagram": False}
+    assert {r.norm_algorithm for r in rewrite_log().rewrites} == {"factored"}
+    assert_all_rewritten(model)
+
+
+def test_inductors_mode_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    received: list[str | None] = []
+
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+        received.append(mode)
+        return gm.forward
+
+    monkeypatch.setattr(_compat, "compile_with_inductor", compile_with_inductor)
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    assert_close(torch.compile(model, backend="dorafx", mode="max-autotune-no-cudagraphs")(x), model(x), 1e-5)
+    assert received == ["max-autotune-no-cudagraphs"]
+
+
+@pytest.mark.parametrize("algorithm", ["tiled", "factored"])
+def test_norm_algorithm_on_request(algorithm: str) -> None:
+    model, x = peft_perceptron().train(), torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    compiled = compile_eagerly(model, **{"dorafx.norm": algorithm})
+    assert_same_run(run(model, lambda: compiled(x)), expected)
+    assert {r.norm_algorithm for r in rewrite_log().rewrites} == {algorithm}
+
+
+# -- codegen ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_inductor(train: bool) -> None:
+    """One real compilation by Inductor, forward and backward."""
+    model = peft_perceptron(lora_dropout=0.0).train(train)
+    x = torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    options = {"dorafx.strict": True, "dorafx.norm": "factored", "max_autotune": False}
+    compiled = torch.compile(model, backend="dorafx", fullgraph=True, options=options)
+    assert_same_run(run(model, lambda: compiled(x)), expected)
+    assert_all_rewritten(model)
+    assert {r.codegen for r in rewrite_log().rewrites} == {"inductor"}
+
+
+def test_other_backends_receive_the_rewritten_graph() -> None:
+    received: list[list[str]] = []
+
+    def recorder(gm: fx.GraphModule, inputs: Any) -> Any:
+        received.append([str(n.target) for n in gm.graph.nodes if n.op == "call_function"])
+        return gm.forward
+
+    name = "dorafx_test_recorder"
+    torch._dynamo.register_backend(recorder, name=name)
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    assert_close(compile_eagerly(model, **{"dorafx.codegen": name})(x), model(x), 1e-5)
+    (targets,) = received
+    assert targets.count("dorafx.row_norm.default") == 2
+    assert not any("eye" in t or "linalg" in t for t in targets)
+    assert {r.codegen for r in rewrite_log().rewrites} == {name}
+
+
+def test_aot_eager() -> None:
+    model, x = peft_perceptron(lora_dropout=0.2).train(), torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    compiled = compile_eagerly(model, **{"dorafx.codegen": "aot_eager"})
+    assert_same_run(run(model, lambda: compiled(x)), expected)
+    assert_all_rewritten(model)
+
+
+def test_no_compiler_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_inductor(*args: Any) -> Any:
+        raise AssertionError("Inductor was asked though there is no compiler")
+
+    monkeypatch.setattr(_compat, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(_compat, "compile_with_inductor", no_inductor)
+    monkeypatch.setattr(codegen, "_warned_no_compiler", False)
+    model, x = peft_perceptron().train(), torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = torch.compile(model, backend="dorafx", fullgraph=True)
+        assert_same_run(run(model, lambda: compiled(x)), expected)
+        assert_close(compiled(torch.randn(2, 5, 24)).detach()[:0], torch.empty(0, 5, 24), 0)
+    (message,) = _dorafx_warnings(caught)
+    assert "C++ compiler" in message
+    assert not rewrite_log().misses
+    assert len(rewrite_log().rewrites) >= 2
+
+
+# -- graphs without DoRA ----------------------------------------------------------------------------------------------
+
+
+def _captured(function: Any, *args: Any) -> fx.GraphModule:
+    graphs: list[fx.GraphModule] = []
+
+    def capture(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    torch.compile(function, backend=capture, fullgraph=True)(*args)
+    (graph,) = graphs
+    return graph
+
+
+def test_graph_without_dora_is_the_same_object(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
+    graph = _captured(model, torch.randn(2, 5, 16))
+    before = graph.print_readable(print_output=False)
+    assert dorafx.backend.rewrite_graph_module(graph, Options()) is graph
+    assert graph.print_readable(print_output=False) == before
+    assert not rewrite_log().records
+
+
+def test_plain_lora_passes_through() -> None:
+    model = peft_model(use_dora=False, lora_dropout=0.2).train()
+    ids = tokens()
+    assert not dora_sites(model)
+    expected = run(model, lambda: model(input_ids=ids).logits)
+    compiled = compile_eagerly(model)
+    assert_same_run(run(model, lambda: compiled(input_ids=ids).logits), expected, 1e-6)
+    assert not rewrite_log().records
+
+
+def test_weight_normalisation_is_not_dora() -> None:
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+    x = torch.randn(3, 8)
+    assert_close(_compile(layer)(x), layer(x), 1e-6)
+    assert not rewrite_log().rewrites
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node is lifted a bounded number of times: once where there is no DoRA, at most twice where there is."""
+    lifted: dict[fx.Node, int] = {}
+    original = Lifter._lift
+
+    def count(self: Lifter, node: fx.Node) -> Any:
+        lifted[node] = lifted.get(node, 0) + 1
+        return original(self, node)
+
+    def pass_over(layers: int) -> tuple[int, int]:
+        torch._dynamo.reset()
+        graph = _captured(lambda ids: model(input_ids=ids).logits, tokens())
+        lifted.clear()
+        dorafx.backend.rewrite_graph_module(graph, Options())
+        assert max(lifted.values()) <= (2 if use_dora else 1)
+        return sum(lifted.values()), len(graph.graph.nodes)
+
+    monkeypatch.setattr(Lifter, "_lift", count)
+    ratios = []
+    for layers in (1, 3):
+        model = peft_model(layers=layers, use_dora=use_dora)
+        visits, nodes = pass_over(layers)
+        ratios.append(visits / nodes)
+    assert ratios[1] <= ratios[0] * 1.1

@@ -1,0 +1,115 @@
+"""The compositions against fp64: values, gradients, what is saved, and what Inductor makes of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dorafx.ops  # noqa: F401
+from dorafx.ops import reference
+
+compose = torch.ops.dorafx.compose
+compose_delta = torch.ops.dorafx.compose_delta
+
+
+def tensors(*lead: int, d: int = 7, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
+    base, lora, result = (torch.randn(*lead, d, dtype=torch.float64).to(dtype) for _ in range(3))
+    g, bias = (
+        (torch.rand(d, dtype=torch.float64) + 0.5).to(torch.promote_types(dtype, torch.float32)),
+        torch.randn(d).to(dtype),
+    )
+    return base, lora, result, g, bias
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 5), (1, 2, 3), (0,), (1,)])
+def test_gradients_in_fp64(lead: tuple[int, ...]) -> None:
+    base, lora, result, g, bias = (t.double().requires_grad_() for t in tensors(*lead))
+    assert torch.autograd.gradcheck(lambda *t: compose(*t, 1.3, torch.float64), (base, lora, g, bias))
+    assert torch.autograd.gradcheck(lambda b, g: compose(b, None, g, None, 1.0, torch.float64), (base, g))
+    assert torch.autograd.gradcheck(lambda *t: compose_delta(*t, 1.3, torch.float64), (result, base, lora, g))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_against_fp64(dtype: torch.dtype) -> None:
+    base, lora, result, g, bias = tensors(9, 5, dtype=dtype)
+    wide = [t.double() for t in (base, lora, g, bias)]
+    one_rounding = 0.51 * torch.finfo(dtype).eps
+    exact = reference.compose(*wide, 1.3)
+    assert (
+        (compose(base, lora, g, bias, 1.3, dtype).double() - exact).abs() <= one_rounding * exact.abs() + 1e-6
+    ).all()
+    exact = reference.compose_delta(result.double(), *wide[:3], 1.3)
+    got = compose_delta(result, base, lora, g, 1.3, dtype).double()
+    assert ((got - exact).abs() <= one_rounding * exact.abs() + 2e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("distance", [1e-2, 1e-3, 1e-4, 0.0])
+def test_near_unity(dtype: torch.dtype, distance: float) -> None:
+    """Where g is nearly one, half precision loses ``(g - 1)·base`` in the original's arithmetic; one rounding does not."""
+    base, lora, _, _, _ = tensors(64, d=48, dtype=dtype)
+    g = 1 + distance * (2 * torch.rand(48) - 1)
+    exact = reference.compose(base.double(), lora.double(), g.double(), None, 0.1)
+    h = g.to(dtype)
+    original = base + ((h - 1) * base + h * lora * 0.1)
+    got = compose(base, lora, g, None, 0.1, dtype)
+    error, original_error = (got.double() - exact).norm(), (original.double() - exact).norm()
+    assert error <= 1.0 * original_error
+
+
+def saved_bytes(run) -> list[int]:  # type: ignore[no-untyped-def]
+    sizes: list[int] = []
+    seen: set[int] = set()
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in seen:
+            seen.add(t.untyped_storage().data_ptr())
+            sizes.append(t.numel() * t.element_size())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run()
+    return sizes
+
+
+def test_saved_tensors() -> None:
+    """One ``[tokens, d_out]`` tensor where g is trained, none where it is frozen."""
+    base, lora, result, g, bias = tensors(16, 8, d=32, dtype=torch.bfloat16)
+    activation = base.numel() * base.element_size()
+    base.requires_grad_(), lora.requires_grad_()
+    for trained, expected in ((True, 1), (False, 0)):
+        g.requires_grad_(trained)
+        for run in (
+            lambda: compose(base, lora, g, bias, 1.0, torch.bfloat16),
+            lambda: compose(base, None, g, None, 1.0, torch.bfloat16),
+            lambda: compose_delta(result, base, lora, g, 1.0, torch.bfloat16),
+        ):
+            assert sum(size >= activation for size in saved_bytes(run)) == expected
+
+
+def test_second_derivative_is_refused() -> None:
+    base, lora, _, g, _ = (t.double().requires_grad_() for t in tensors(3))
+    y = compose(base, lora, g, None, 1.0, torch.float64)
+    with pytest.raises(RuntimeError, match="compose has no second derivative"):
+        torch.autograd.grad(y.sum(), g, create_graph=True)
+
+
+def test_inductor_sees_through_the_composition() -> None:
+    """The compiled forward and backward hold pointwise ATen code and no call of a dorafx operator; gradients agree."""
+    from torch._inductor.utils import run_fw_bw_and_get_code
+
+    base, lora, _, g, bias = (t.float() for t in tensors(16, d=32))
+    leaves = [t.requires_grad_() for t in (base, lora, g, bias)]
+
+    def program(*t: torch.Tensor) -> torch.Tensor:
+        return compose(*t, 1.3, torch.float32).sin()
+
+    expected = torch.autograd.grad(program(*leaves).sum(), leaves)
+    compiled = torch.compile(program, backend="inductor")
+    _, code = run_fw_bw_and_get_code(lambda: compiled(*leaves))
+    assert len(code) == 2
+    assert all("dorafx" not in part for part in code)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.compile(program, backend="dorafx")(*leaves), program(*leaves))
+    for got, wanted in zip(torch.autograd.grad(compiled(*leaves).sum(), leaves), expected):
+        torch.testing.assert_close(got, wanted)
