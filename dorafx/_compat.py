@@ -63,12 +63,12 @@ def compile_with_inductor(gm: Any, example_inputs: Any, mode: str | None, option
     """What ``torch.compile(backend="inductor")`` does with a graph, with a key of our own in the cache keys: the caches
     do not see that an operator's backward or decomposition changed (pytorch issue 144344)."""
     _register_decompositions()
-    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
     # The tag reaches what is compiled now, which is the forward. A backward is compiled at its first call, under
     # Inductor's options alone: for its key the digest must be in one of them.
     option = "post_grad_custom_post_pass"
     wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
-    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
         return wrapper(gm, example_inputs)
 
 
@@ -150,7 +150,7 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     """
 
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     own = types.FunctionType(
         call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"

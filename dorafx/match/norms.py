@@ -69,7 +69,8 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     assert info.expr is not None
     expr = info.expr if info.side == "row" else info.expr.transposed()
     if len(expr.items) < 2:
-        return None
+        chains = [chain for (_, chain), _ in expr.items if len(chain) == 1]
+        return _opaque_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
     dense: list[tuple[Chain, float]] = []
     delta: list[LowRank] = []
     for (scalars, chain), c in expr.items:
@@ -127,6 +128,9 @@ def _opaque_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason |
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             if _reaches_product(lift, node, 6):
+                if node in lift.written:
+                    where = source_of(node) or node.name
+                    return Reason(f"the sum made at {where} is written in place before the norm is taken", node)
                 name = getattr(node.target, "__name__", str(node.target))
                 return Reason(
                     f"operator {name} at {source_of(node) or node.name} stands between the low-rank product and the norm",

@@ -9,7 +9,8 @@ __all__ = ["compose", "compose_delta", "row_norm", "row_norm_factored"]
 
 def row_norm(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """``‖W + s·L·R‖`` by row, the dense way. Shapes: ``[d_out, d_in]``, ``[d_out, r]``, ``[r, d_in]`` -> ``[d_out]``."""
-    return torch.linalg.vector_norm(weight + scale * (left @ right), dim=1)
+    n: torch.Tensor = torch.linalg.vector_norm(weight + scale * (left @ right), dim=1)
+    return n
 
 
 def row_norm_factored(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:

@@ -22,8 +22,8 @@ def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
     copied = graph.output(output)
     copied.meta = dict(original.meta)
     mapping[original] = copied
-    for old, new in mapping.items():
-        _compat.carry_node_attributes(old, new)
+    for old, twin in mapping.items():
+        _compat.carry_node_attributes(old, twin)
     graph._codegen = gm.graph._codegen
     attributes: dict[str, object] = {}
     for node in gm.graph.nodes:

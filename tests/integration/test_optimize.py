@@ -184,8 +184,10 @@ def test_generate(cache: str, scope: str) -> None:
     assert torch.equal(actual.sequences, expected.sequences)
     for ours, stock in zip(actual.logits, expected.logits, strict=True):
         assert_close(ours, stock, 1e-5)
-    assert set(rewritten_sites()) == set(dora_sites(model))
     assert not rewrite_log().misses
+    if scope == "auto":
+        # PEFT's generate calls the model inside of it, so what compiles only the outer forward has no part in it.
+        assert set(rewritten_sites()) == set(dora_sites(model))
 
 
 def test_generate_longer_compiles_nothing_more() -> None:

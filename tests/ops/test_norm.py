@@ -148,10 +148,10 @@ def test_flops_are_counted() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
-        (lambda w, l, r: (w, l[:, :1], r), ValueError, "weight \\[d_out, d_in\\], left \\[d_out, r\\]"),
-        (lambda w, l, r: (w[0], l, r), ValueError, "takes matrices"),
-        (lambda w, l, r: (w.int(), l, r), TypeError, "weight is torch.int32"),
-        (lambda w, l, r: (w, l.to("meta"), r), ValueError, "one device is needed"),
+        (lambda w, b, a: (w, b[:, :1], a), ValueError, "weight \\[d_out, d_in\\], left \\[d_out, r\\]"),
+        (lambda w, b, a: (w[0], b, a), ValueError, "takes matrices"),
+        (lambda w, b, a: (w.int(), b, a), TypeError, "weight is torch.int32"),
+        (lambda w, b, a: (w, b.to("meta"), a), ValueError, "one device is needed"),
     ],
 )
 def test_wrong_operands_are_named(change, error, text) -> None:  # type: ignore[no-untyped-def]

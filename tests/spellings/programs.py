@@ -24,9 +24,9 @@ class Layer:
         generator = torch.Generator().manual_seed(0)
 
         def parameter(*shape: int) -> torch.Tensor:
-            return (torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3).requires_grad_()
+            return torch.nn.Parameter(torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.3)
 
-        self.W = parameter(self.d_out, self.d_in).detach()
+        self.W = parameter(self.d_out, self.d_in).requires_grad_(False)
         self.A, self.B = parameter(self.rank, self.d_in), parameter(self.d_out, self.rank)
         self.A2, self.B2 = parameter(2, self.d_in), parameter(self.d_out, 2)
         self.m = (parameter(self.d_out).detach().abs() + 0.5).requires_grad_()

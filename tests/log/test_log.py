@@ -1,0 +1,125 @@
+"""The log as data, text and HTML, and what it says to files that are no logs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dorafx import DorafxWarning, Record, RewriteLog, rewrite_log
+from dorafx.log.table import fold, human_bytes, human_flops
+
+HOSTILE = "</code><script>alert(1)</script>{{ 7*7 }}"
+
+
+def record(i: int = 0, status: str = "rewritten", **changes: object) -> Record:
+    values = {
+        "status": status,
+        "site": f"model.layers.{i}.q_proj",
+        "pattern": "linear",
+        "d_out": 64,
+        "d_in": 32,
+        "rank": 4,
+    }
+    return Record.from_dict({**values, "dtype": "bfloat16", "dense_bytes_avoided": 4096, "graph": 1, **changes})
+
+
+def full_log() -> RewriteLog:
+    log = RewriteLog()
+    log.extend(record(i) for i in range(32))
+    log.add(record(3, "missed", reason="operator tanh at model.py:7 stands in between", source="model.py:7"))
+    log.add_note("polyfill installed: peft.f")
+    return log
+
+
+def test_views() -> None:
+    log = full_log()
+    assert (len(log.rewrites), len(log.misses), len(log.records)) == (32, 1, 33)
+    assert log.to_records()[0]["site"] == "model.layers.0.q_proj"
+    log.clear()
+    assert log.records == []
+    assert log.notes == []
+
+
+def test_json_round_trip() -> None:
+    log = full_log()
+    again = RewriteLog.from_json(log.to_json())
+    assert again.records == log.records
+    assert again.notes == log.notes
+
+
+def test_text_folds_layers_and_gives_reasons() -> None:
+    text = str(full_log())
+    assert "model.layers.*.q_proj" in text
+    assert " 32 " in text
+    assert "operator tanh at model.py:7" in text
+    assert "32 modules rewritten, 1 missed, 128 KiB" in text
+    assert fold([record(0), record(0), record(1)])[0].count == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "empty"),
+        ("hello", "not JSON"),
+        ("[1, 2]", "'dorafx_log' is absent"),
+        ('{"a": 1}', "'dorafx_log' is absent"),
+        ('{"dorafx_log": 99, "records": []}', "version 99"),
+        ('{"dorafx_log": 1, "records": [{"status": "eaten"}]}', "record 0.*'eaten'"),
+        ('{"dorafx_log": 1, "records": [{"site": "x"}]}', "'status' is absent"),
+        ('{"dorafx_log": 1, "records": [{"status": "missed", "rank": "four"}]}', "'rank' is 'four', not int"),
+        ('{"dorafx_log": 1, "records": [{"status": "missed", "colour": 1}]}', "unknown field 'colour'"),
+        ('{"dorafx_log": 1, "records": {}}', "must be lists"),
+        ('{"status": "missed"}\n{"status": "mis', "line 2: not JSON"),
+    ],
+)
+def test_what_is_no_log_is_said(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RewriteLog.from_json(text)
+
+
+def test_html_is_escaped_and_self_contained(tmp_path: Path) -> None:
+    log = full_log()
+    log.add(record(site=HOSTILE, reason=HOSTILE, source=HOSTILE, pattern=HOSTILE))
+    log.add_note(HOSTILE)
+    page = log.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "{{ 7*7 }}" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    assert page.index('class="missed"') < page.index('class="rewritten"')
+
+
+def test_bounded() -> None:
+    log = RewriteLog(max_records=10)
+    log.extend(record(i) for i in range(25))
+    assert len(log.records) == 10
+    assert log.dropped == 15
+    assert "15 oldest records dropped" in str(log)
+
+
+def test_stream_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    monkeypatch.setenv("DORAFX_LOG", str(path))
+    rewrite_log().extend([record(0), record(1)])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["site"] for line in lines] == ["model.layers.0.q_proj", "model.layers.1.q_proj"]
+    assert RewriteLog.from_json(path.read_text(encoding="utf-8")).records == rewrite_log().records
+
+
+def test_an_unwritable_stream_warns_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DORAFX_LOG", str(tmp_path / "no" / "such" / "folder.jsonl"))
+    log = rewrite_log()
+    monkeypatch.setattr(log, "_stream_failed", False)
+    with pytest.warns(DorafxWarning, match="DORAFX_LOG: cannot write") as warned:
+        log.add(record(0))
+        log.add(record(1))
+    assert len(warned) == 1
+    assert len(log.records) == 2
+
+
+def test_units() -> None:
+    assert (human_bytes(0), human_bytes(65536), human_bytes(3 << 30)) == ("0 B", "64 KiB", "3 GiB")
+    assert (human_flops(131072), human_flops(2.5e12)) == ("131 k", "2.5 T")
