@@ -261,3 +261,24 @@ def _user_value_error() -> type[ValueError]:
 
 
 _UserValueError = _user_value_error()
+
+
+# -- tracing (used by capture) ----------------------------------------------------------------------------------------
+
+
+def trace_instead(original: types.FunctionType, substitute: types.FunctionType) -> bool:
+    """Have Dynamo trace ``substitute`` where it would inline ``original``; calls outside of tracing do not change.
+
+    ``torch.compiler.substitute_in_graph`` is for functions; for methods Dynamo knows no substitutes, but it does trace
+    what ``_torchdynamo_inline`` names, a mark that ``torch.compile`` leaves on the functions it returns.
+
+    Returns:
+        Whether this torch heeds the mark; if it does not, nothing is changed.
+    """
+    from torch._dynamo.variables import UserFunctionVariable
+
+    original._torchdynamo_inline = substitute  # type: ignore[attr-defined]
+    if UserFunctionVariable(original).fn is substitute:
+        return True
+    del original._torchdynamo_inline  # type: ignore[attr-defined]
+    return False

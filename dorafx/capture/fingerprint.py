@@ -11,21 +11,37 @@ from typing import Any
 
 __all__ = ["fingerprint"]
 
+_IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
+"""Fields that change nothing of what a function does, or that only some Python versions have."""
+
 
 def fingerprint(fn: Callable[..., Any]) -> str:
-    """Sixteen hex digits; empty where the source cannot be had (a frozen or interactive definition)."""
+    """Sixteen hex digits, the same on every Python version; empty where the function cannot be judged by its source:
+    there is none (interactive or frozen definitions), or the function wraps another, whose source it would show."""
+    if hasattr(fn, "__wrapped__"):
+        return ""
     try:
-        source = textwrap.dedent(inspect.getsource(fn))
-        tree = ast.parse(source)
+        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
     except (OSError, TypeError, SyntaxError):
         return ""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(_canonical(tree.body).encode()).hexdigest()[:16]
+
+
+def _canonical(node: object) -> str:
+    # Neither ast.unparse nor ast.dump: both print differently from one Python version to the next.
+    if isinstance(node, list):
+        return f"[{','.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if name == "body" and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            value = node.body[_has_docstring(node) :]
+        if name not in _IGNORED and value is not None and value != []:
+            fields.append(f"{name}={_canonical(value)}")
+    return f"{type(node).__name__}({','.join(fields)})"
+
+
+def _has_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) -> bool:
+    first = node.body[0]
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)

@@ -1,35 +1,60 @@
-"""Traceable equals of functions of PEFT that Dynamo cannot trace."""
+"""Traceable equals of functions of PEFT that Dynamo cannot trace, and the versions of those that each is equal to."""
 
 from __future__ import annotations
 
-import functools
+import sys
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["make_cache_clear", "make_dequantize_module_weight", "make_transpose"]
+__all__ = ["POLYFILLS", "Polyfill", "make_cache_clear", "make_dequantize_module_weight", "make_transpose"]
+
+_BITSANDBYTES = ("Params4bit", "Int8Params")
+
+
+@torch.compiler.assume_constant_result
+def _from_torchao(kind: type) -> bool:
+    # A class never changes its module, and Dynamo guards on the class: the answer is a constant of the graph.
+    return kind.__module__.startswith("torchao.")
+
+
+@torch.compiler.assume_constant_result
+def _from_bitsandbytes(kind: type) -> bool:
+    return kind.__name__ in _BITSANDBYTES
 
 
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``dequantize_module_weight(module)``.
 
-    The original asks a type for its ``__module__``, which Dynamo cannot. The common cases, a plain parameter or tensor
-    and HQQ, are answered here; everything else (torchao, bitsandbytes, a weight of a wrong type) goes through a copy of
-    the original, so each of its branches keeps doing what the installed version does.
+    What the original does that Dynamo cannot is to ask a type for its ``__module__``. The order of the tests is the
+    original's: HQQ, torchao, a bare tensor (FSDP), an error for anything else, bitsandbytes, a parameter as it is.
     """
-    # A copy: the original function object itself is what Dynamo replaces.
     assert isinstance(original, types.FunctionType)
+    # What bitsandbytes' formats need differs between versions of PEFT, so that part stays the installed version's.
+    home = sys.modules[original.__module__]
+    # A copy: the original function object itself is what Dynamo replaces.
     untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
 
     def dequantize_module_weight(module: torch.nn.Module) -> Any:
         if hasattr(module, "W_q"):
             return module.dequantize()  # type: ignore[operator]
-        weight = module.weight
-        if type(weight) is torch.nn.Parameter or type(weight) is torch.Tensor:
+        weight: Any = module.weight
+        if _from_torchao(type(weight)):
+            return weight.dequantize()
+        if not isinstance(weight, torch.Tensor):
+            return untouched(module)  # raises, with the original's words
+        if not isinstance(weight, torch.nn.Parameter) or not _from_bitsandbytes(type(weight)):
             return weight
-        return untouched(module)
+        device = weight.device
+        dense = home.dequantize_bnb_weight(weight, state=getattr(module, "state", None))
+        # 8 bit weights may be moved in place by their dequantisation. The original assigns in any case, but Dynamo
+        # cannot assign a parameter that did not move.
+        if device.type == "cpu" and module.weight.device != device:
+            module.weight = module.weight.to(device)  # type: ignore[operator, assignment]
+        return dense
 
     return dequantize_module_weight
 
@@ -37,11 +62,11 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
 def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``_cache_clear(self)`` of a DoRA layer, equal to the original in every state.
 
-    The original clears a dict at every forward without caching. The dict is empty then, but the mutation alone keeps
-    Dynamo from tracing a checkpointed body. Here an empty dict is left alone and a filled one cleared as ever.
+    The original clears a dict at every forward that does not cache. The dict is empty then, but the mutation alone keeps
+    Dynamo from tracing a checkpointed body. Here an empty dict is left alone and a filled one cleared as ever, so
+    ``ENABLE_DORA_CACHING`` means what it means in eager; Dynamo guards on the dict, whichever of the two was traced.
     """
 
-    @functools.wraps(original)
     def _cache_clear(self: Any) -> None:
         if len(self._dora_cache) != 0:
             self._dora_cache.clear()
@@ -50,7 +75,7 @@ def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A traceable ``transpose(weight, fan_in_fan_out)`` for layers that keep their weight as ``[d_in, d_out]``.
+    """A traceable ``transpose(weight, fan_in_fan_out)``, for embeddings and for layers whose weight is ``[d_in, d_out]``.
 
     The original makes a new ``Parameter`` of a transposed parameter, which Dynamo cannot trace, and which is a leaf: no
     gradient flows through it to the weight. ``detach`` is the same cut.
@@ -64,3 +89,45 @@ def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
         return weight.T
 
     return transpose
+
+
+@dataclass(frozen=True)
+class Polyfill:
+    """A function of PEFT and how to make its traceable equal.
+
+    Attributes:
+        module: where the function is defined.
+        name: its qualified name there.
+        make: given the original, gives the equal.
+        known: fingerprint of each original that the equal stands for, with the versions of PEFT that have it.
+        method: the function is called as a method.
+        optional: versions without the function do not need the polyfill either.
+    """
+
+    module: str
+    name: str
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    known: dict[str, str]
+    method: bool = False
+    optional: bool = False
+
+    @property
+    def qualified(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+# The fingerprints are of 0.15.2, 0.16.0, 0.17.1, 0.18.1, 0.19.1, 0.20.0 and 0.21.2.
+POLYFILLS = (
+    Polyfill(
+        "peft.utils.integrations", "dequantize_module_weight", make_dequantize_module_weight, {"1bec147cb50d62b8": "0.15 to 0.21"}
+    ),
+    Polyfill("peft.utils.other", "transpose", make_transpose, {"0606d9163b2dd344": "0.15 to 0.21"}),
+    Polyfill(
+        "peft.tuners.lora.dora",
+        "DoraLinearLayer._cache_clear",
+        make_cache_clear,
+        {"f750c94eb0aad83f": "0.19 to 0.21"},
+        method=True,
+        optional=True,
+    ),
+)

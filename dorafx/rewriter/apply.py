@@ -8,6 +8,7 @@ from torch import fx
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx.lift import Atom, tensor_of
 from dorafx.lift.targets import canonical_name
+from dorafx.lift.transfer.layout import drops_nothing
 from dorafx.match import Matches, forms
 from dorafx.plan import NormPlan, RewritePlan
 
@@ -102,7 +103,7 @@ def _erase_dead(graph: fx.Graph, roots: list[fx.Node]) -> None:
         if node in erased or node.users or node.op not in ("call_function", "call_method"):
             continue
         name = canonical_name(node)
-        if name in (None, "dropout", "set_grad_enabled"):
+        if name is None or (name == "dropout" and not drops_nothing(node)):
             continue
         inputs = node.all_input_nodes
         graph.erase_node(node)

@@ -18,17 +18,17 @@ class Architecture:
     """How to make one and what to call it with."""
 
     make: Callable[[], torch.nn.Module]
-    inputs: Callable[[], dict[str, torch.Tensor]]
+    inputs: Callable[..., dict[str, torch.Tensor]]
     targets: str | list[str] = "all-linear"
 
 
-def tokens() -> dict[str, torch.Tensor]:
-    ids = torch.randint(1, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+def tokens(seed: int = 1) -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "labels": ids}
 
 
-def pictures() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+def pictures(seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
     return {"pixel_values": torch.randn(2, 3, 16, 16, generator=generator), "labels": torch.tensor([0, 1])}
 
 

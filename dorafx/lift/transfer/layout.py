@@ -122,11 +122,15 @@ def detach(lift: Lifter, node: fx.Node) -> Value | None:
     return lift.detach(value) if value is not None else None
 
 
+def drops_nothing(node: fx.Node) -> bool:
+    """Whether a dropout node is the identity, which draws no random numbers."""
+    args = arguments(node, "input", "p", "training")
+    return args.get("training") is False or args.get("p") == 0
+
+
 @transfer("dropout")
 def dropout(lift: Lifter, node: fx.Node) -> Value | None:
     """A dropout that drops nothing is the identity; any other is an atom of its own (its own mask)."""
-    args = arguments(node, "input", "p", "training")
-    if args.get("training") is False or args.get("p") == 0:
-        tensor = tensor_of(node)
-        return lift.value(args.get("input")) if isinstance(tensor, torch.Tensor) else None
+    if drops_nothing(node) and isinstance(tensor_of(node), torch.Tensor):
+        return lift.value(node.args[0] if node.args else node.kwargs.get("input"))
     return None

@@ -1,0 +1,124 @@
+"""Installing the polyfills: when, and for which PEFT."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import threading
+import types
+import warnings
+from typing import Any
+
+import torch
+
+from dorafx import _compat
+from dorafx.errors import DorafxWarning
+
+from .fingerprint import fingerprint
+from .late import after_import
+from .polyfills import POLYFILLS, Polyfill
+from .status import CaptureStatus
+
+__all__ = ["install", "status"]
+
+_lock = threading.Lock()
+_status: CaptureStatus | None = None
+
+
+def install() -> CaptureStatus:
+    """Install the polyfills for the PEFT of this process; later calls cost a comparison.
+
+    It is called when the backend is looked up, which is before Dynamo traces anything for it. A PEFT that is imported by
+    then, as the one that made the user's model is, gets its polyfills here. One that is not is left alone: importing it
+    takes seconds and is nothing that a model without PEFT should pay. It gets them at the end of its own import, not
+    at the next call of the backend, because by then Dynamo has traced, and broken, the graph.
+
+    Returns:
+        What is in place; empty while PEFT is not imported.
+    """
+    global _status
+    if _status is not None:
+        return _status
+    if sys.modules.get("peft") is None:
+        after_import("peft", _install_after_import)
+        return CaptureStatus()
+    # Before the lock is taken: another thread may be importing PEFT, and would end in this function.
+    peft = importlib.import_module("peft")
+    with _lock:
+        if _status is None:
+            _status = _install(peft)
+            _report(_status)
+    return _status
+
+
+def status() -> CaptureStatus:
+    """What is in place for the PEFT that is installed, which is imported to know it."""
+    try:
+        if importlib.util.find_spec("peft") is not None:
+            importlib.import_module("peft")
+    except Exception as error:  # a broken installation of somebody else's package is not ours to report by crashing
+        return CaptureStatus(skipped=[("peft", f"import failed: {type(error).__name__}: {error}")])
+    return install()
+
+
+def _install_after_import() -> None:
+    try:
+        install()
+    except Exception as error:  # the user is importing PEFT, and must get it
+        warnings.warn(f"dorafx could not install its polyfills: {error}", DorafxWarning, stacklevel=2)
+
+
+def _install(peft: types.ModuleType) -> CaptureStatus:
+    found = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
+    for polyfill in POLYFILLS:
+        reason = _install_one(polyfill)
+        if reason is None:
+            found.installed.append(polyfill.qualified)
+        elif reason:
+            found.skipped.append((polyfill.qualified, reason))
+    return found
+
+
+def _install_one(polyfill: Polyfill) -> str | None:
+    """None if installed, "" if not needed, else the reason why not."""
+    try:
+        target: Any = importlib.import_module(polyfill.module)
+    except Exception as error:
+        return f"{polyfill.module} cannot be imported: {error}"
+    for part in polyfill.name.split("."):
+        target = getattr(target, part, None)
+    if target is None:
+        return "" if polyfill.optional else "the function is not there"
+    print_ = fingerprint(target)
+    if not print_:
+        return "the function's source cannot be had, or it wraps another function"
+    if print_ not in polyfill.known:
+        return "the function differs from those that the polyfill was written for"
+    substitute = polyfill.make(target)
+    if polyfill.method:
+        # Dynamo looks substitutes of functions up where a function is a value of its own, which methods are not.
+        return None if _compat.trace_instead(target, substitute) else "this version of torch traces methods otherwise"
+    try:
+        torch.compiler.substitute_in_graph(target)(substitute)
+    except Exception as error:  # another library may have substituted it already
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _report(found: CaptureStatus) -> None:
+    from dorafx.log import rewrite_log
+
+    log = rewrite_log()
+    for name in found.installed:
+        log.add_note(f"polyfill installed: {name} (PEFT {found.peft_version})")
+    for name, reason in found.skipped:
+        log.add_note(f"polyfill not installed: {name} (PEFT {found.peft_version}): {reason}")
+    if found.skipped:
+        functions = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
+        warnings.warn(
+            f"dorafx has no polyfill for these functions of PEFT {found.peft_version}: {functions}. DoRA layers work "
+            "as ever, but may break the graph, and are not rewritten where they do.",
+            DorafxWarning,
+            stacklevel=3,
+        )
