@@ -45,8 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--hidden", type=int, default=1024, help="hidden size (default 1024)")
     demo.add_argument("--layers", type=int, default=2, help="decoder layers (default 2)")
     demo.add_argument("--rank", type=int, default=128, help="rank of the adapters (default 128)")
-    demo.add_argument("--tokens", type=int, default=512, help="tokens of the prefill and a training step (default 512)")
-    demo.add_argument("--repeats", type=int, default=5, help="timed calls a figure (default 5)")
+    demo.add_argument("--tokens", type=int, default=256, help="tokens of the prefill and a training step (default 256)")
+    demo.add_argument("--repeats", type=int, default=3, help="timed calls a figure (default 3)")
     demo.add_argument("--out", type=Path, default=Path("dorafx-demo"), help="folder for log, report and results")
     demo.set_defaults(run=_demo)
 

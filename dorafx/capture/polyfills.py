@@ -119,7 +119,10 @@ class Polyfill:
 # The fingerprints are of 0.15.2, 0.16.0, 0.17.1, 0.18.1, 0.19.1, 0.20.0 and 0.21.2.
 POLYFILLS = (
     Polyfill(
-        "peft.utils.integrations", "dequantize_module_weight", make_dequantize_module_weight, {"1bec147cb50d62b8": "0.15 to 0.21"}
+        "peft.utils.integrations",
+        "dequantize_module_weight",
+        make_dequantize_module_weight,
+        {"1bec147cb50d62b8": "0.15 to 0.21"},
     ),
     Polyfill("peft.utils.other", "transpose", make_transpose, {"0606d9163b2dd344": "0.15 to 0.21"}),
     Polyfill(

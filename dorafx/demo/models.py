@@ -17,7 +17,7 @@ class Size:
     hidden: int = 1024
     layers: int = 2
     rank: int = 128
-    tokens: int = 512
+    tokens: int = 256
 
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "rank", "tokens"):

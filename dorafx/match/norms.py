@@ -69,7 +69,7 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     assert info.expr is not None
     expr = info.expr if info.side == "row" else info.expr.transposed()
     if len(expr.items) < 2:
-        chains = [chain for (_, chain), _ in expr.items if len(chain) == 1]
+        chains: list[Chain] = [chain for (_, chain), _ in expr.items if len(chain) == 1]
         return _opaque_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
     dense: list[tuple[Chain, float]] = []
     delta: list[LowRank] = []

@@ -38,8 +38,11 @@ def _sum(base: torch.Tensor, lora: torch.Tensor | None, scale: float, wide: torc
 
 
 def _kept_sum(base: torch.Tensor, lora: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """What the backward keeps for the gradient of g, in the widest dtype of those it is made for: with fp32 adapters on
-    a bf16 base, a sum rounded to bf16 made that gradient's error 1.07 times the original's."""
+    """What the backward keeps for the gradient of g: the sum in the widest dtype of those it is made for. Where the
+    magnitude is trained in fp32 around half-precision products (fp32 adapters, or autocast, which hides them), a sum
+    rounded to half precision made that gradient's error 1.07 times the original's."""
+    if torch.is_autocast_enabled(base.device.type):
+        return _sum(base, lora, scale, _wide(out_dtype, base, lora))
     widest = torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
     return _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(widest)
 

@@ -63,8 +63,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(
         lambda: hf.GPT2LMHeadModel(
             hf.GPT2Config(
-                n_embd=HIDDEN, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=64, use_cache=False,
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                n_embd=HIDDEN,
+                n_layer=2,
+                n_head=4,
+                vocab_size=VOCABULARY,
+                n_positions=64,
+                use_cache=False,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
             )  # fmt: skip
         ),
         tokens,
@@ -72,8 +79,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(
         lambda: hf.OPTForCausalLM(
             hf.OPTConfig(
-                hidden_size=HIDDEN, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=VOCABULARY,
-                max_position_embeddings=64, word_embed_proj_dim=HIDDEN, dropout=0.0, use_cache=False, pad_token_id=0,
+                hidden_size=HIDDEN,
+                ffn_dim=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                vocab_size=VOCABULARY,
+                max_position_embeddings=64,
+                word_embed_proj_dim=HIDDEN,
+                dropout=0.0,
+                use_cache=False,
+                pad_token_id=0,
             )  # fmt: skip
         ),
         tokens,
@@ -82,7 +97,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         lambda: hf.BertForMaskedLM(
             hf.BertConfig(
                 **without(decoder(), "num_key_value_heads", "use_cache", "attention_dropout"),
-                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
             )  # fmt: skip
         ),
         tokens,
@@ -91,8 +107,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "t5": Architecture(
         lambda: hf.T5ForConditionalGeneration(
             hf.T5Config(
-                d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY, dropout_rate=0.0,
-                use_cache=False, decoder_start_token_id=0,
+                d_model=HIDDEN,
+                d_kv=8,
+                d_ff=48,
+                num_layers=2,
+                num_heads=4,
+                vocab_size=VOCABULARY,
+                dropout_rate=0.0,
+                use_cache=False,
+                decoder_start_token_id=0,
             )  # fmt: skip
         ),
         tokens,
@@ -101,8 +124,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(
         lambda: hf.ViTForImageClassification(
             hf.ViTConfig(
-                hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=16,
-                patch_size=8, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
+                hidden_size=HIDDEN,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                image_size=16,
+                patch_size=8,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                num_labels=2,
             )  # fmt: skip
         ),
         pictures,

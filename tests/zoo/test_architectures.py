@@ -166,7 +166,9 @@ def test_no_dense_intermediate_is_left() -> None:
     weights = {n for n in gm.graph.nodes if n.op == "placeholder"}
     targets = [str(n.target) for n in gm.graph.nodes]
     assert not any("eye" in t for t in targets)
-    assert sum("row_norm" in t for t in targets) == sum("dorafx.compose" in t for t in targets) == len(dora_sites(model))
+    assert (
+        sum("row_norm" in t for t in targets) == sum("dorafx.compose" in t for t in targets) == len(dora_sites(model))
+    )
     for node in gm.graph.nodes:
         value = node.meta.get("example_value")
         if node not in weights and isinstance(value, torch.Tensor) and tuple(value.shape) in shapes:
