@@ -132,11 +132,14 @@ def source_hash() -> str:
 @functools.cache
 def has_cpp_compiler() -> bool:
     """Whether Inductor will find the C++ compiler that it needs for a CPU, by Inductor's own search."""
-    from torch._inductor import cpp_builder, exc
+    import subprocess
+
+    from torch._inductor import cpp_builder
 
     try:
         cpp_builder.get_cpp_compiler()
-    except exc.InvalidCxxCompiler:
+    except (RuntimeError, OSError, subprocess.SubprocessError):
+        # InvalidCxxCompiler is a RuntimeError, and on Windows a bare one is raised; a CXX that is no program is an OSError.
         return False
     return True
 
@@ -240,6 +243,21 @@ def graph_statistics() -> tuple[int, int]:
     return int(counters["stats"]["unique_graphs"]), int(sum(counters["graph_break"].values()))
 
 
+def allow_recompilations(limit: int) -> None:
+    """Let Dynamo compile up to ``limit`` variants of one code object. Beyond its limit (8) it runs that code eagerly for
+    good, which a measurement of compiled code must not meet."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = limit
+
+
+def quiet_tracing_errors() -> None:
+    """Keep torch from logging the traceback of a failed shape computation; the exception itself still arrives."""
+    import logging
+
+    logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)
+
+
 def through_dynamo(error: ValueError) -> ValueError:
     """The error as one that Dynamo hands to the user as it is. What a backend raises it wraps in a
     ``BackendCompilerFailed`` otherwise, which is no ``ValueError``; its own kind of exceptions it lets through."""
@@ -266,7 +284,7 @@ _UserValueError = _user_value_error()
 # -- tracing (used by capture) ----------------------------------------------------------------------------------------
 
 
-def trace_instead(original: types.FunctionType, substitute: types.FunctionType) -> bool:
+def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) -> bool:
     """Have Dynamo trace ``substitute`` where it would inline ``original``; calls outside of tracing do not change.
 
     ``torch.compiler.substitute_in_graph`` is for functions; for methods Dynamo knows no substitutes, but it does trace
@@ -278,7 +296,7 @@ def trace_instead(original: types.FunctionType, substitute: types.FunctionType) 
     from torch._dynamo.variables import UserFunctionVariable
 
     original._torchdynamo_inline = substitute  # type: ignore[attr-defined]
-    if UserFunctionVariable(original).fn is substitute:
+    if UserFunctionVariable(original).fn is substitute:  # type: ignore[arg-type]
         return True
     del original._torchdynamo_inline  # type: ignore[attr-defined]
     return False

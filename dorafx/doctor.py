@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,12 +52,15 @@ def examine() -> list[Check]:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            checks += [_row_norm(device, dtype), _compose(device, dtype)]
+            for operator in (_row_norm, _compose, _compose_delta):
+                checks.append(_guarded(operator, device, dtype))
     return checks
 
 
 def _parts(version: str) -> tuple[int, ...]:
-    return tuple(int(p) for p in version.split("+")[0].split(".")[:2] if p.isdigit())
+    # "2.12rc1" counts as 2.12.
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
 
 
 def _version(name: str) -> Check:
@@ -67,6 +72,16 @@ def _version(name: str) -> Check:
         return Check(name, name in _OPTIONAL, "not installed (optional)" if name in _OPTIONAL else "not installed")
     supported = _parts(found) >= _parts(first) and (not beyond or _parts(found) < _parts(beyond))
     return Check(name, supported, found if supported else f"{found}; supported: {wanted}")
+
+
+def _guarded(check: Callable[[str, torch.dtype], Check], device: str, dtype: torch.dtype) -> Check:
+    """The check's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+    try:
+        return check(device, dtype)
+    except Exception as error:
+        name = check.__name__.lstrip("_")
+        message = next(iter(str(error).splitlines()), "")
+        return Check(f"{name} {device} {_short(dtype)}", False, f"{type(error).__name__}: {message}")
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -91,6 +106,17 @@ def _compose(device: str, dtype: torch.dtype) -> Check:
     got = torch.ops.dorafx.compose(base.to(device), lora.to(device), g.to(device), None, 1.5, dtype)
     error = float((got.cpu().double() - exact).abs().max() / exact.abs().max())
     return Check(f"compose {device} {_short(dtype)}", error < _tolerance(dtype), f"relative error {error:.1e}")
+
+
+def _compose_delta(device: str, dtype: torch.dtype) -> Check:
+    generator = torch.Generator().manual_seed(0)
+    result, base, lora = (torch.randn(33, 96, generator=generator).to(dtype) for _ in range(3))
+    g = torch.rand(96, generator=generator) + 0.5
+    exact = reference.compose_delta(result.double(), base.double(), lora.double(), g.double(), 1.5)
+    tensors = (t.to(device) for t in (result, base, lora, g))
+    got = torch.ops.dorafx.compose_delta(*tensors, 1.5, dtype)
+    error = float((got.cpu().double() - exact).abs().max() / exact.abs().max())
+    return Check(f"compose_delta {device} {_short(dtype)}", error < _tolerance(dtype), f"relative error {error:.1e}")
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -15,13 +15,13 @@ __all__ = ["POLYFILLS", "Polyfill", "make_cache_clear", "make_dequantize_module_
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _from_torchao(kind: type) -> bool:
     # A class never changes its module, and Dynamo guards on the class: the answer is a constant of the graph.
     return kind.__module__.startswith("torchao.")
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _from_bitsandbytes(kind: type) -> bool:
     return kind.__name__ in _BITSANDBYTES
 
@@ -53,7 +53,7 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
         # 8 bit weights may be moved in place by their dequantisation. The original assigns in any case, but Dynamo
         # cannot assign a parameter that did not move.
         if device.type == "cpu" and module.weight.device != device:
-            module.weight = module.weight.to(device)  # type: ignore[operator, assignment]
+            module.weight = module.weight.to(device)
         return dense
 
     return dequantize_module_weight

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from dorafx.log import RewriteLog
 from dorafx.log.table import human_bytes
 
 from .models import Size
-from .worker import CONFIGURATIONS
+from .worker import CONFIGURATIONS, PHASES
 
 __all__ = ["Size", "run_demo"]
 
@@ -51,11 +53,11 @@ def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> 
         TimeElapsedColumn(),
     )
     with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
-        task = progress.add_task("starting", total=len(CONFIGURATIONS))
+        task = progress.add_task("starting", total=len(CONFIGURATIONS) * len(PHASES))
         for index, name in enumerate(CONFIGURATIONS):
             progress.update(task, description=name)
-            results.append(_run_one(name, index, size, Path(folder), log_file, repeats))
-            progress.advance(task)
+            advance = functools.partial(progress.advance, task)
+            results.append(_run_one(name, index, size, Path(folder), log_file, repeats, advance))
         stock = torch.load(Path(folder) / "logits0.pt", weights_only=True)
         for index, result in enumerate(results):
             if CONFIGURATIONS[result["name"]]["use_dora"]:
@@ -74,7 +76,9 @@ def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> 
     return summary
 
 
-def _run_one(name: str, index: int, size: Size, folder: Path, log_file: Path, repeats: int) -> dict[str, Any]:
+def _run_one(
+    name: str, index: int, size: Size, folder: Path, log_file: Path, repeats: int, advance: Callable[[], None]
+) -> dict[str, Any]:
     spec, answer = folder / f"spec{index}.json", folder / f"result{index}.json"
     request = {
         "name": name,
@@ -85,39 +89,43 @@ def _run_one(name: str, index: int, size: Size, folder: Path, log_file: Path, re
     }
     spec.write_text(json.dumps(request), encoding="utf-8")
     command = [sys.executable, "-m", "dorafx.demo.worker", str(spec), str(answer)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0 or not answer.exists():
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    # Standard error goes to a file: a pipe that nobody reads would block a worker that warns a lot.
+    errors = folder / f"errors{index}.txt"
+    with errors.open("wb") as sink, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True) as worker:
+        try:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                if line.strip() in PHASES:
+                    advance()
+        except BaseException:
+            worker.kill()
+            raise
+    if worker.returncode != 0 or not answer.exists():
+        last = (errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
         raise DorafxError(f"the configuration {name!r} failed: {last}")
     result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return result
 
 
 def _table(size: Size, results: list[dict[str, Any]]) -> Table:
+    """One column a configuration, which fits 80 characters."""
     title = f"hidden {size.hidden}, {size.layers} layers, rank {size.rank}, {size.tokens} tokens, {torch.get_num_threads()} threads"
     table = Table(title=title)
-    table.add_column("")
-    names = (
-        "graphs",
-        "breaks",
-        "rewritten",
-        "prefill ms",
-        "decode ms",
-        "training step ms",
-        "peak memory",
-        "max difference",
-    )
-    for column in names:
-        table.add_column(column, justify="right")
+    table.add_column("", no_wrap=True)
     for r in results:
-        compiled = CONFIGURATIONS[r["name"]]["backend"] is not None
-        table.add_row(
-            r["name"],
-            str(r["graphs"]) if compiled else "",
-            str(r["breaks"]) if compiled else "",
-            str(r.get("rewrites", "")),
-            *(f"{r[what] * 1e3:.1f}" for what in ("prefill", "decode", "step")),
-            human_bytes(r["peak_memory"]),
-            f"{r['max_difference']:.1e}" if "max_difference" in r else "",
-        )
+        table.add_column(r["name"].replace(", ", "\n"), justify="right", no_wrap=True)
+    compiled = [CONFIGURATIONS[r["name"]]["backend"] is not None for r in results]
+    rows: dict[str, list[str]] = {
+        "graphs": [str(r["graphs"]) if c else "" for r, c in zip(results, compiled)],
+        "graph breaks": [str(r["breaks"]) if c else "" for r, c in zip(results, compiled)],
+        "layers rewritten": [str(r.get("rewrites", "")) for r in results],
+        "prefill, ms": [f"{r['prefill'] * 1e3:.1f}" for r in results],
+        "one token, ms": [f"{r['decode'] * 1e3:.1f}" for r in results],
+        "training step, ms": [f"{r['step'] * 1e3:.1f}" for r in results],
+        "peak memory": [human_bytes(r["peak_memory"]) if r["peak_memory"] is not None else "" for r in results],
+        "max difference": [f"{r['max_difference']:.1e}" if "max_difference" in r else "" for r in results],
+    }
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    table.caption = "one token: a forward of one token"
     return table

@@ -15,7 +15,7 @@ class Size:
     """Size of the demo: hidden size, decoder layers, adapter rank, tokens of the prefill and of a training step."""
 
     hidden: int = 1024
-    layers: int = 2
+    layers: int = 1
     rank: int = 128
     tokens: int = 256
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import statistics
 import sys
 import time
@@ -16,9 +15,17 @@ import torch
 
 from dorafx import _compat
 
+from .memory import peak_resident_bytes
 from .models import Size, build
 
-__all__ = ["CONFIGURATIONS", "run"]
+__all__ = ["CONFIGURATIONS", "PHASES", "run"]
+
+PHASES = ("prefill", "decode", "step")
+"""Each is named on standard output when it is done, for the parent's progress bar."""
+
+# Seven shapes in three phases are more than the 8 variants that Dynamo compiles of one code object. Stock PEFT's layers
+# share one and would run eagerly from the ninth on: a handicap that is the measurement's, not the model's.
+_RECOMPILATIONS = 64
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "PEFT DoRA, eager": {"use_dora": True, "backend": None},
@@ -41,8 +48,10 @@ def _median(step: Callable[[], Any], repeats: int) -> tuple[float, list[float]]:
 
 
 def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats: int = 5) -> dict[str, Any]:
-    """Measure one configuration: times in seconds, peak resident memory in bytes, graphs, breaks and rewrites."""
+    """Measure one configuration: times in seconds, peak resident memory in bytes (None
+    where unknown), graphs, breaks and rewrites."""
     settings = CONFIGURATIONS[name]
+    _compat.allow_recompilations(_RECOMPILATIONS)
     model = build(size, bool(settings["use_dora"]))
     call: Callable[..., Any] = model
     if settings["backend"] is not None:
@@ -55,6 +64,7 @@ def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats
         torch.save(call(input_ids=ids).logits, logits_file)
         for what, tokens in (("prefill", ids), ("decode", ids[:, :1])):
             result[what], result["samples"][what] = _median(functools.partial(call, input_ids=tokens), repeats)
+            print(what, flush=True)
     inference_graphs = _compat.graph_statistics()
 
     model.train()
@@ -66,7 +76,8 @@ def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats
         optimizer.zero_grad()
 
     result["step"], result["samples"]["step"] = _median(training_step, repeats)
-    result["peak_memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print("step", flush=True)
+    result["peak_memory"] = peak_resident_bytes()
     result["graphs"], result["breaks"] = _compat.graph_statistics()
     result["inference_graphs"] = inference_graphs[0]
     if settings["backend"] == "dorafx":

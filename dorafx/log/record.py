@@ -8,6 +8,8 @@ from typing import Any
 
 __all__ = ["Record"]
 
+_BEYOND = 2**63  # what a table column of any program that reads the log can hold
+
 
 @dataclass(frozen=True)
 class Record:
@@ -73,4 +75,6 @@ class Record:
         for name, value in values.items():
             if not isinstance(value, types[name]) or isinstance(value, bool):
                 raise ValueError(f"record: field {name!r} is {value!r}, not {types[name].__name__}")
+            if isinstance(value, int) and not 0 <= value < _BEYOND:
+                raise ValueError(f"record: field {name!r} is not between 0 and 2**63 - 1")
         return Record(**values)

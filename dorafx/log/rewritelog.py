@@ -27,11 +27,10 @@ class RewriteLog:
     Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them.
     """
 
-    def __init__(self, max_records: int = 100_000, stream_to: str | None = None) -> None:
+    def __init__(self, max_records: int = 100_000) -> None:
         self._records: deque[Record] = deque(maxlen=max_records)
         self._notes: deque[str] = deque(maxlen=1000)
         self._lock = threading.Lock()
-        self._stream_to = stream_to
         self._stream_failed = False
         self.dropped = 0
 
@@ -91,8 +90,11 @@ class RewriteLog:
             ValueError: text that is neither; the message says what was wrong and where.
         """
         log = cls()
+        text = text.removeprefix("\ufeff")  # editors and shells on Windows put a byte order mark in front
         try:
             data = json.loads(text)
+        except RecursionError:
+            raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
             log.extend(_from_lines(text, error))
             return log
@@ -138,7 +140,7 @@ class RewriteLog:
 
     def _stream(self, records: list[Record]) -> None:
         """Append JSON lines to the file that the user asked for. A log must never stop a training run."""
-        path = self._stream_to if self._stream_to is not None else os.environ.get("DORAFX_LOG")
+        path = os.environ.get("DORAFX_LOG")
         if not path or self._stream_failed or self is not _PROCESS_LOG:
             return
         try:
@@ -151,11 +153,13 @@ class RewriteLog:
 
 def _from_lines(text: str, whole: json.JSONDecodeError) -> list[Record]:
     records = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             records.append(Record.from_dict(json.loads(line)))
+        except RecursionError:
+            raise ValueError(f"dorafx log, line {number}: nested too deeply") from None
         except json.JSONDecodeError:
             if not records:
                 raise ValueError(f"not a dorafx log: not JSON (line {whole.lineno}: {whole.msg})") from None

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .record import Record
 
 if TYPE_CHECKING:
     from .rewritelog import RewriteLog
 
-__all__ = ["Fold", "fold", "human_bytes", "human_flops", "render"]
+__all__ = ["Fold", "fold", "human_bytes", "human_flops", "printable", "render"]
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -62,6 +63,11 @@ def human_flops(value: float) -> str:
     return f"{value:.3g} P"
 
 
+def printable(text: str) -> str:
+    """The text with control characters made visible: a log read from a file must not steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def render(log: RewriteLog) -> str:
     """The table as plain text (no colours, so that it can go into a file or a bug report)."""
     rewrites, misses = log.rewrites, log.misses
@@ -78,18 +84,24 @@ def render(log: RewriteLog) -> str:
             flops = f"{human_flops(r.flops_before)} -> {human_flops(r.flops_after)}"
             avoided = human_bytes(r.dense_bytes_avoided * f.count)
             table.add_row(
-                f.site or "(function)", str(f.count), r.pattern, str(r.d_out), str(r.d_in), str(r.rank), r.dtype, avoided,
-                flops, r.norm_algorithm,
+                *(
+                    Text(printable(cell))  # names are not markup: "block[0]" is a module's name
+                    for cell in (
+                        f.site or "(function)", str(f.count), r.pattern, str(r.d_out), str(r.d_in), str(r.rank), r.dtype,
+                        avoided, flops, r.norm_algorithm,
+                    )
+                )
             )  # fmt: skip
         console.print(table)
     partial = [f for f in fold(rewrites) if f.first.reason]
     for f in partial:
         console.print(
-            f"partly  {f.site or '(function)'} x {f.count}: {f.first.reason} [{f.first.source}]", markup=False
+            printable(f"partly  {f.site or '(function)'} x {f.count}: {f.first.reason} [{f.first.source}]"),
+            markup=False,
         )
     for f in fold(misses):
         where = f" [{f.first.source}]" if f.first.source else ""
-        console.print(f"missed  {f.site or '(graph)'} x {f.count}: {f.first.reason}{where}", markup=False)
+        console.print(printable(f"missed  {f.site or '(graph)'} x {f.count}: {f.first.reason}{where}"), markup=False)
     sites = len({r.site for r in rewrites})
     saved = sum(f.first.dense_bytes_avoided * f.count for f in fold(rewrites))
     summary = f"{sites} modules rewritten, {len({r.site for r in misses})} missed, {human_bytes(saved)} of dense intermediates avoided a forward"

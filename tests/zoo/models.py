@@ -72,7 +72,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
-            )  # fmt: skip
+            )
         ),
         tokens,
     ),
@@ -89,7 +89,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 dropout=0.0,
                 use_cache=False,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
         ),
         tokens,
     ),
@@ -99,7 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 **without(decoder(), "num_key_value_heads", "use_cache", "attention_dropout"),
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
-            )  # fmt: skip
+            )
         ),
         tokens,
         ["query", "key", "value", "dense"],
@@ -116,7 +116,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 dropout_rate=0.0,
                 use_cache=False,
                 decoder_start_token_id=0,
-            )  # fmt: skip
+            )
         ),
         tokens,
         ["q", "k", "v", "o", "wi", "wo"],
@@ -133,7 +133,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
                 num_labels=2,
-            )  # fmt: skip
+            )
         ),
         pictures,
     ),

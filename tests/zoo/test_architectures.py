@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from models import ARCHITECTURES, build, dora_sites
 from torch.utils.flop_counter import FlopCounterMode
 
 from dorafx import explain, rewrite_log
 from dorafx.backend import rewrite_graph_module
 from dorafx.options import Options
-from models import ARCHITECTURES, build, dora_sites
 
 NAMES = sorted(ARCHITECTURES)
 
