@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,10 @@ def _one_line(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None and type(error).__module__.startswith("torch."):
         cause = cause.__cause__  # Dynamo wraps what the model raised
+    # Dynamo's own first line says only that a shape computation failed; what failed is quoted further down.
+    quoted = re.search(r": got (\w+\(.*\))$", str(cause), re.MULTILINE)
+    if quoted:
+        return f"{quoted[1]} (--debug shows where)"
     first = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
     if isinstance(cause, (DorafxError, OSError, ValueError, TypeError, ImportError)) and first:
         return first

@@ -49,13 +49,22 @@ def compile_graph(
                 stacklevel=2,
             )
         name = "eager"
-    if name == "eager":
+    if name == "eager" and not _has_bodies(gm):
         return gm.forward
+    if name == "eager":
+        # Run as it stands, a checkpointed body would draw another dropout mask when it is computed again: Dynamo leaves
+        # it to AOTAutograd to make both draw the same.
+        name = "aot_eager"
     if name == "inductor":
         compiled: Callable[..., Any] = _compat.compile_with_inductor(gm, example_inputs, mode, inductor_options)
     else:
         compiled = _compat.lookup_backend(name)(gm, list(example_inputs))
     return compiled
+
+
+def _has_bodies(gm: fx.GraphModule) -> bool:
+    """Whether the graph holds higher-order operators with graphs of their own."""
+    return any(isinstance(child, fx.GraphModule) for child in gm.children())
 
 
 def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:

@@ -13,6 +13,10 @@ import pytest
 from dorafx.cli import main
 
 MODEL = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -36,6 +40,38 @@ def build():
 
 def wrong():
     return 3
+
+
+@dataclass
+class Config:
+    size: int = 5
+
+
+def bad_shape():
+    print("building")
+    return nn.Linear(3, Config().size), (torch.randn(2, 7),)
+
+
+def failing():
+    raise KeyError("first\\nsecond")
+
+
+def not_a_tuple():
+    return Layer(), torch.randn(3, 6)
+
+
+class Closed(nn.Module):
+    def forward(self):
+        return torch.ones(2) + 1
+
+
+def bare():
+    return Closed()
+
+
+def noisy():
+    print("noise")
+    return build()
 """
 
 
@@ -68,6 +104,9 @@ def test_explain_exits_with_1_on_a_miss(script: Path, capsys: pytest.CaptureFixt
         ("no/such.py:build", "there is no file"),
         ("{script}:biuld", "no callable 'biuld'; it has"),
         ("{script}:wrong", "must return"),
+        ("{script}:not_a_tuple", "args must be a tuple, not Tensor"),
+        ("{script}:failing", "KeyError: "),
+        ("{script}:bad_shape", "RuntimeError('a and b must have same reduction dim"),
     ],
 )
 def test_wrong_targets(script: Path, target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +114,33 @@ def test_wrong_targets(script: Path, target: str, message: str, capsys: pytest.C
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_explain_keeps_what_the_model_prints_out_of_the_json(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{script}:noisy", "--json"]) == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["graphs"] == 1
+    assert "noise" in output.err
+
+
+def test_explain_a_model_without_arguments(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", f"{script}:bare"]) == 0
+    assert "1 graphs, 0 graph breaks" in capsys.readouterr().out
+
+
+def test_debug_shows_the_traceback(script: Path) -> None:
+    with pytest.raises(KeyError):
+        main(["explain", f"{script}:failing", "--debug"])
+
+
+def test_a_script_does_not_replace_a_loaded_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "json.py").write_text(
+        "import torch\n\ndef build():\n    return torch.ones, ((2,),)\n", encoding="utf-8"
+    )
+    before = sys.modules["json"]
+    main(["explain", f"{tmp_path / 'json.py'}:build"])
+    capsys.readouterr()
+    assert sys.modules["json"] is before
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,8 +161,47 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     answer = json.loads(capsys.readouterr().out)
     checks = {c["name"]: c for c in answer}
     assert checks["torch"]["passed"]
-    assert checks["row_norm cpu float32"]["passed"]
+    for operator in ("row_norm", "compose", "compose_delta"):
+        assert checks[f"{operator} cpu float32"]["passed"]
     assert "peft.utils.integrations.dequantize_module_weight" in [c["detail"] for c in answer]
+
+
+def test_doctor_reports_an_operator_that_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dorafx.ops import reference
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("no kernel image\nand more")
+
+    monkeypatch.setattr(reference, "row_norm", broken)
+    assert main(["doctor"]) == 1
+    assert "FAIL  row_norm cpu float32: RuntimeError: no kernel image\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "parts"), [("2.13.0+cpu", (2, 13)), ("2.12rc1", (2, 12)), ("5", (5, 0)), ("x", (0, 0))]
+)
+def test_versions(version: str, parts: tuple[int, int]) -> None:
+    from dorafx.doctor import _parts
+
+    assert _parts(version) == parts
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a peak that is not inherited")
+def test_peak_memory_is_the_process_own() -> None:
+    ballast = bytearray(400 << 20)
+    light = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s); "
+    )
+    light += "s.loader.exec_module(m); print(m.peak_resident_bytes())"
+    from dorafx.demo import memory
+
+    done = subprocess.run([sys.executable, "-c", light, memory.__file__], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < len(ballast) // 4
+    own = memory.peak_resident_bytes()
+    assert own is not None
+    assert own > len(ballast)
 
 
 @pytest.mark.slow
@@ -130,6 +235,22 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["max_difference"] < 1e-4
     for name in ("log.json", "report.html", "results.json"):
         assert (tmp_path / "dorafx-demo" / name).stat().st_size > 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize(
+    ("ending", "message"),
+    [("kill -TERM $$", "failed: ended by signal 15"), ("echo it broke >&2; exit 3", "failed: it broke")],
+)
+def test_demo_says_how_a_worker_ended(
+    ending: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = tmp_path / "worker"
+    worker.write_text(f"#!/bin/sh\necho a warning >&2\n{ending}\n", encoding="utf-8")
+    worker.chmod(0o755)
+    monkeypatch.setattr("dorafx.demo.sys.executable", str(worker))
+    assert main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_demo_refuses_wrong_sizes(capsys: pytest.CaptureFixture[str]) -> None:

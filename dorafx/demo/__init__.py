@@ -102,6 +102,8 @@ def _run_one(
             raise
     if worker.returncode != 0 or not answer.exists():
         last = (errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
+        if worker.returncode < 0:  # then the last line is only what it happened to say before
+            last = f"ended by signal {-worker.returncode}"
         raise DorafxError(f"the configuration {name!r} failed: {last}")
     result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return result

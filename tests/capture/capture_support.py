@@ -69,6 +69,18 @@ def llama(layers: int = 1, *, use_dora: bool = True, adapters: tuple[str, ...] =
     return model
 
 
+def mlp(**config: Any) -> Any:
+    """The three linear layers of a decoder layer, which compile quickly."""
+    return llama(**config).base_model.model.model.layers[0].mlp
+
+
+def check_mlp(graphs: Graphs, *, fullgraph: bool) -> None:
+    """The compiled MLP in eval mode against itself in eager."""
+    block, x = mlp().eval(), torch.randn(3, 32)
+    expected = block(x)
+    torch.testing.assert_close(torch.compile(block, backend=graphs, fullgraph=fullgraph)(x), expected)
+
+
 def tokens() -> torch.Tensor:
     return torch.arange(12).reshape(2, 6) * 5 % 64
 

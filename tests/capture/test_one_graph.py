@@ -147,9 +147,9 @@ with warnings.catch_warnings(record=True) as caught:
     torch._dynamo.lookup_backend("dorafx")
     from dorafx import capture, rewrite_log
     capture.install(); found = capture.install()
-from capture_support import Graphs, compare, llama
+from capture_support import Graphs, check_mlp
 graphs = Graphs()
-compare(llama().eval(), graphs, fullgraph=False)
+check_mlp(graphs, fullgraph=False)
 print(json.dumps({
     "graphs": len(graphs),
     "warnings": [str(w.message) for w in caught if w.category.__name__ == "DorafxWarning"],
@@ -170,8 +170,8 @@ def test_unknown_peft_gets_no_polyfill_one_warning_and_still_works(tmp_path: Any
         "    self._dora_cache = {}\n"
     )
     answer = in_new_process(UNKNOWN.replace("TMP", repr(str(tmp_path))))
-    # The same model is one graph with the polyfills: this is what they are for.
-    assert answer["graphs"] > SITES
+    # The same block is one graph with the polyfills (the next test): this is what they are for.
+    assert answer["graphs"] > 3
     assert len(answer["warnings"]) == 1
     assert "PEFT 0.99.0" in answer["warnings"][0]
     assert answer["installed"] == ["peft.utils.other.transpose"]
@@ -201,9 +201,9 @@ threads = [threading.Thread(target=capture.install) for _ in range(4)]
 import peft
 [t.join() for t in threads]
 after = capture.install()
-from capture_support import Graphs, compare, llama
+from capture_support import Graphs, check_mlp
 graphs = Graphs()
-compare(llama().eval(), graphs)
+check_mlp(graphs, fullgraph=True)
 print(json.dumps({
     "imported": imported, "before": before.installed, "after": after.installed, "still": still,
     "waiting": waiting, "gone": "_AfterImport" not in [type(f).__name__ for f in sys.meta_path], "graphs": len(graphs), "loader": type(peft.__loader__).__name__,

@@ -82,7 +82,7 @@ exprs = st.lists(
         st.lists(st.sampled_from([Mat(X), Mat(W), Mat(W, True), Diag(((M, 1),)), Diag(((M, -1),))]), max_size=3),
         st.integers(-2, 2),
     ),
-    max_size=3,
+    max_size=2,
 ).map(lambda items: sum((Expr.chain(chain, float(c)) for chain, c in items), Expr(())))
 
 

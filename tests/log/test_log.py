@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,9 @@ def test_text_folds_layers_and_gives_reasons() -> None:
         ('{"dorafx_log": 1, "records": [{"site": "x"}]}', "'status' is absent"),
         ('{"dorafx_log": 1, "records": [{"status": "missed", "rank": "four"}]}', "'rank' is 'four', not int"),
         ('{"dorafx_log": 1, "records": [{"status": "missed", "colour": 1}]}', "unknown field 'colour'"),
+        ('{"status": "missed", "rank": -1}', "'rank' is not between"),
+        ('{"status": "missed", "d_out": 1' + "0" * 400 + "}", "'d_out' is not between"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"dorafx_log": 1, "records": {}}', "must be lists"),
         ('{"status": "missed"}\n{"status": "mis', "line 2: not JSON"),
     ],
@@ -90,6 +94,32 @@ def test_html_is_escaped_and_self_contained(tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert page.index('class="missed"') < page.index('class="rewritten"')
+
+
+def test_a_byte_order_mark_is_no_obstacle() -> None:
+    assert RewriteLog.from_json("\ufeff" + full_log().to_json()).records == full_log().records
+
+
+def test_text_takes_names_literally() -> None:
+    log = RewriteLog()
+    log.add(record(site="a[/b].blocks[0]\x1b[31m", pattern="[bold]p"))
+    log.add(record(status="missed", site="c[/d]", reason="\x1b[2J"))
+    text = str(log)
+    assert "a[/b].blocks[0]" in text
+    assert "[bold]p" in text
+    assert "c[/d]" in text
+    assert "\x1b" not in text
+
+
+def test_threads_lose_nothing() -> None:
+    log = RewriteLog(max_records=1000)
+    threads = [threading.Thread(target=lambda: [log.add(record(i)) for i in range(300)]) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(log.records) == 1000
+    assert log.dropped == 200
 
 
 def test_bounded() -> None:
