@@ -3,7 +3,7 @@
 ``torch.compile(model, backend="dorafx")`` needs no import of this package. Everything else is here.
 """
 
-from dorafx.api import Explanation, explain, optimize, restore, rewrite
+from dorafx.api import Explanation, explain, invalidate, optimize, restore, rewrite
 from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
@@ -18,6 +18,7 @@ __all__ = [
     "RewriteLog",
     "RewriteMissError",
     "explain",
+    "invalidate",
     "optimize",
     "pattern",
     "restore",

@@ -56,6 +56,21 @@ def carry_node_attributes(old: Any, new: Any) -> None:
         new._dynamo_source = old._dynamo_source
 
 
+def mark_new_input(node: Any) -> None:
+    """A placeholder that Dynamo did not make has no source; AOTAutograd accepts None, but not that nothing is said."""
+    node._dynamo_source = None
+
+
+def takes_operands_for_body(target: Any) -> bool:
+    """Whether a call target is a higher-order operator whose body takes one more input for one more operand."""
+    return target in (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)
+
+
+def body_operands_start(target: Any) -> int:
+    """Where the body's operands begin among the operator's arguments: ``invoke_subgraph`` has a name before them."""
+    return 2 if target is torch.ops.higher_order.invoke_subgraph else 1
+
+
 # -- compilers (used by codegen and the public API) -------------------------------------------------------------------
 
 
@@ -300,3 +315,18 @@ def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) 
         return True
     del original._torchdynamo_inline  # type: ignore[attr-defined]
     return False
+
+
+# -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
+
+
+def weak_storage(tensor: torch.Tensor) -> Any:
+    """A weak reference to a tensor's storage: no other storage has the same address while it is kept."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def weak_storage_id(reference: Any) -> int:
+    """What :func:`storage_id` gives for tensors of the storage that a :func:`weak_storage` stands for."""
+    return int(reference.cdata)

@@ -1,4 +1,4 @@
-"""The public functions: optimize, restore, explain, rewrite.
+"""The public functions: optimize, restore, explain, rewrite, invalidate.
 
 The backend is imported by the functions that need it: its import puts the polyfills in place, and ``import dorafx`` alone
 must change nothing about how anything else is compiled.
@@ -18,9 +18,9 @@ from dorafx import _compat, capture
 from dorafx.errors import DorafxError
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.options import Options
-from dorafx.scope import adapted_modules, module_groups, resolve_scope
+from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
 
-__all__ = ["Explanation", "explain", "optimize", "restore", "rewrite"]
+__all__ = ["Explanation", "explain", "invalidate", "optimize", "restore", "rewrite"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
@@ -39,6 +39,7 @@ def optimize(
     *,
     scope: str = "auto",
     codegen: str = "inductor",
+    norm_reuse: str = "auto",
     strict: bool = False,
     dynamic: bool | None = None,
     mode: str | None = None,
@@ -52,9 +53,13 @@ def optimize(
         model: any ``nn.Module``.
         scope: ``"modules"`` compiles each adapter layer by itself; layers of one shape share their graphs, so the
             compile time does not grow with depth, and it works under gradient checkpointing, data-parallel wrappers and
-            ``generate``'s changing cache. ``"model"`` compiles the whole forward as one graph, which fuses more.
+            ``generate``'s changing cache. ``"model"`` compiles the whole forward as one graph, which fuses more; ``generate``
+            of a PEFT model sees it too.
             ``"auto"``: ``"modules"`` where the model has PEFT adapter layers, else ``"model"``.
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
+        norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
+            nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
+            training until the optimizer steps (gradient accumulation).
         strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
@@ -76,12 +81,13 @@ def optimize(
     chosen = resolve_scope(model, scope)
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
+        "dorafx.norm_reuse": norm_reuse,
         "dorafx.strict": strict,
     }
     Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
-    groups = [[("", model)]] if chosen == "model" else module_groups(adapted_modules(model))
+    groups = [[entry] for entry in entry_modules(model)] if chosen == "model" else module_groups(adapted_modules(model))
     for members in groups:
         backend = functools.partial(dorafx_backend, options=options, mode=mode, members=tuple(n for n, _ in members))
         compile_one = _compat.group_compiler(backend, dynamic)
@@ -100,6 +106,22 @@ def restore(model: M) -> M:
     for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
         _compat.restore_compiled_call(module, previous)
     return model
+
+
+def invalidate(model: torch.nn.Module) -> int:
+    """Forget every kept norm of a model's parameters and buffers; the next forward computes them again.
+
+    Never needed after anything that goes through PyTorch: see :mod:`dorafx.runtime.store` for what is watched. For writes
+    that it cannot see (a kernel of your own that writes through a raw pointer).
+
+    Returns:
+        How many norms were forgotten.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"invalidate takes an nn.Module, not {type(model).__name__}")
+    from dorafx.runtime import norm_store
+
+    return norm_store().invalidate([*model.parameters(), *model.buffers()])
 
 
 @dataclass

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import Reason, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
-from dorafx.rewriter import CannotEmit, apply_plan, copy_graph_module
+from dorafx.provenance import site_of
+from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, hoist_norms, norms_inside
+from dorafx.runtime import with_prologue
 
 __all__ = ["dorafx", "rewrite_graph_module"]
 
@@ -62,15 +65,36 @@ def dorafx(
     except ValueError as error:
         raise _compat.through_dynamo(error) from None
     capture.install()
-    rewritten = rewrite_or_fall_back(gm, ours, members)
-    return codegen.compile_graph(rewritten, example_inputs, ours, inductor, mode)
+    program = rewrite_or_fall_back(gm, ours, members)
+    compiled = codegen.compile_graph(program.graph, [*example_inputs, *program.norm_values], ours, inductor, mode)
+    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens)
 
 
-def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[str, ...] = ("",)) -> fx.GraphModule:
-    """The rewritten graph module; the original one where anything goes wrong, with a logged miss and one warning."""
+@dataclass
+class Program:
+    """What a graph became: a norm prologue and a main graph.
+
+    Attributes:
+        graph: the main graph; its last inputs are the norms.
+        norms: how the prologue computes each of them.
+        few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
+    """
+
+    graph: fx.GraphModule
+    norms: tuple[HoistedNorm, ...] = ()
+    few_tokens: bool = False
+
+    @property
+    def norm_values(self) -> list[Any]:
+        """Fake values of the norms, for a compiler."""
+        return [norm.value for norm in self.norms]
+
+
+def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[str, ...] = ("",)) -> Program:
+    """The rewritten program; the original one where anything goes wrong, with a logged miss and one warning."""
     graph_id = next(_graph_ids)
     try:
-        return rewrite_graph_module(gm, options, graph_id, members)
+        return _rewrite_program(gm, options, graph_id, members, rewrite_log(), prologue=True)
     except RewriteMissError:
         raise
     except Exception as error:
@@ -92,7 +116,7 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
         if last not in _warned:
             _warned.add(last)
             warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=2)
-        return gm
+        return Program(gm)
 
 
 def rewrite_graph_module(
@@ -103,6 +127,7 @@ def rewrite_graph_module(
     log: RewriteLog | None = None,
 ) -> fx.GraphModule:
     """Lift, match, plan and rewrite one graph module and the graph modules inside it (bodies of higher-order operators).
+    The norms stay in the graph: this is the form for graphs that others compile.
 
     Args:
         gm: the graph module; it is not changed.
@@ -117,27 +142,47 @@ def rewrite_graph_module(
     Raises:
         RewriteMissError: ``options.strict`` and a candidate was not rewritten.
     """
-    records: list[Record] = []
-    with _unseen_by_saved_tensors_hooks():
-        new = _rewrite(gm, options, graph_id, records)
+    return _rewrite_program(gm, options, graph_id, members, rewrite_log() if log is None else log, False).graph
+
+
+def _rewrite_program(
+    gm: fx.GraphModule, options: Options, graph_id: int, members: tuple[str, ...], log: RewriteLog, prologue: bool
+) -> Program:
+    found = _Found()
+    with _unseen_by_saved_tensors_hooks(), _garbage_kept():
+        new = _rewrite(gm, options, graph_id, found)
+        norms = hoist_norms(new) if prologue and new is not gm else ()
     # Only now: a failure half-way leaves the whole graph as it was, bodies that were rewritten before it included.
-    (rewrite_log() if log is None else log).extend(under(record, member) for member in members for record in records)
+    inside = {site_of(node) for node in norms_inside(new)} if new is not gm else set()
+    records = [
+        replace(r, norm_placement="graph" if r.site in inside else "prologue") if r.rewritten else r
+        for r in found.records
+    ]
+    log.extend(under(record, member) for member in members for record in records)
     missed = [r for r in records if r.status == "missed"]
     if missed and options.strict:
         raise RewriteMissError(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
-    return new
+    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens))
 
 
-def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, records: list[Record]) -> fx.GraphModule:
-    """The recursion of :func:`rewrite_graph_module`; appends to ``records``."""
+@dataclass
+class _Found:
+    """What was met in a graph and its bodies."""
+
+    records: list[Record] = field(default_factory=list)
+    few_tokens: list[bool] = field(default_factory=list)
+
+
+def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found) -> fx.GraphModule:
+    """The recursion of :func:`rewrite_graph_module`; adds to ``found``."""
     nested = {
         name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule) and _is_body(gm, name)
     }
     replaced = {}
     for name, child in nested.items():
-        new_child = _rewrite(child, options, graph_id, records)
+        new_child = _rewrite(child, options, graph_id, found)
         if new_child is not child:
             replaced[name] = new_child
     pure = functional_copy(gm)
@@ -151,7 +196,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, records: list[
             # Leave out the one candidate that cannot be emitted and carry the rest out.
             matches.refuse(failed.site, Reason(str(failed), failed.site))
             plan = make_plan(matches, options, graph_id)
-    records.extend(plan.records)
+    found.records.extend(plan.records)
+    found.few_tokens.extend(c.few_tokens for c in plan.compositions)
     return _with_bodies(new, gm, replaced) if replaced else new
 
 
@@ -163,6 +209,19 @@ def _unseen_by_saved_tensors_hooks() -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # hooks are forbidden here: then there are none to hide from
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Graphs are made of cycles and nothing of them dies while they are rewritten: a collector would walk all of them
+    again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _is_body(gm: fx.GraphModule, name: str) -> bool:

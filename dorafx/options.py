@@ -9,7 +9,11 @@ from typing import Any
 __all__ = ["Options"]
 
 _PREFIX = "dorafx."
-_CHOICES = {"norm": ("auto", "tiled", "factored"), "compose": ("auto", "accumulated", "epilogue")}
+_CHOICES = {
+    "norm": ("auto", "tiled", "factored"),
+    "compose": ("auto", "accumulated", "epilogue"),
+    "norm_reuse": ("auto", "never", "step"),
+}
 
 
 @dataclass(frozen=True)
@@ -20,12 +24,15 @@ class Options:
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
         compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32.
+        norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
+            also in training, until the optimizer steps (gradient accumulation).
         strict: a miss or an internal failure raises instead of falling back.
     """
 
     codegen: str = "inductor"
     norm: str = "auto"
     compose: str = "auto"
+    norm_reuse: str = "auto"
     strict: bool = False
 
     @staticmethod

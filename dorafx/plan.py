@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,9 @@ from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
 from dorafx.provenance import site_of
 
-__all__ = ["CompositionPlan", "NormPlan", "RewritePlan", "make_plan"]
+__all__ = ["CompositionPlan", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]
+
+_FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,13 @@ class CompositionPlan:
     ``accumulate``: add the low-rank product into the base product inside the GEMM, leaving one ``[tokens, d_out]``
     intermediate. In half precision that would round the sum once more than the original does, so there the two products
     stay apart and the epilogue adds them in fp32.
+
+    ``few_tokens``: see :func:`serves_few_tokens`.
     """
 
     match: Match
     accumulate: bool
+    few_tokens: bool
 
 
 @dataclass
@@ -75,12 +81,12 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
         plan.norms[atom_id] = NormPlan(factors, _norm_algorithm(options))
     composed: dict[int, Match] = {}
     for match in matches.compositions:
-        plan.compositions.append(CompositionPlan(match, _accumulates(match, options)))
+        plan.compositions.append(CompositionPlan(match, _accumulates(match, options), serves_few_tokens(tensor_of(match.node))))
         composed[match.norm.atom.id] = match
+    flops = _gemm_flops(lift)
     for atom_id, norm in plan.norms.items():
-        plan.records.append(
-            _rewritten(lift, norm, composed.get(atom_id), matches.composition_misses.get(atom_id), options, graph_id)
-        )
+        miss = matches.composition_misses.get(atom_id)
+        plan.records.append(_rewritten(lift, norm, composed.get(atom_id), miss, flops, options, graph_id))
     for atom_id, reason in matches.misses.items():
         plan.records.append(_missed(lift, atom_id, reason, options, graph_id))
     return plan
@@ -105,6 +111,17 @@ def _accumulates(match: Match, options: Options) -> bool:
     return not any((t := tensor_of(a)) is not None and t.dtype in narrow for a in _near(match.node, 8))
 
 
+def serves_few_tokens(output: torch.Tensor | None) -> bool:
+    """Whether a composition's output ``[.., d_out]`` has so few tokens that its norm (2·d_out·d_in·r FLOPs) costs more
+    than all the rest (2·tokens·d_out·d_in): at most 8, or one a sequence. Such forwards, and no others, reuse norms."""
+    if output is None or output.dim() == 0:
+        return False
+    leading = output.shape[:-1]
+    if len(leading) > 1 and isinstance(leading[-1], int) and leading[-1] == 1:
+        return True
+    return all(isinstance(size, int) for size in leading) and math.prod(leading) <= _FEW_TOKENS
+
+
 def _near(node: fx.Node, depth: int) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     frontier = [node]
@@ -127,14 +144,14 @@ def _norm_closure(norm: NormFactors) -> list[fx.Node]:
     return list(seen)
 
 
-def _gemm_flops(lift: Lifter, nodes: list[fx.Node]) -> int:
-    wanted = set(nodes)
-    flops = 0
+def _gemm_flops(lift: Lifter) -> dict[fx.Node, int]:
+    """FLOPs of every matrix product of the graph whose sizes are numbers."""
+    flops: dict[fx.Node, int] = {}
     for gemms in lift.gemms.values():
         for gemm in gemms:
             out, lhs = tensor_of(gemm.node), tensor_of(gemm.lhs)
-            if gemm.node in wanted and out is not None and lhs is not None and isinstance(out.numel(), int):
-                flops += 2 * out.numel() * int(lhs.shape[-1])
+            if out is not None and lhs is not None and isinstance(out.numel(), int):
+                flops[gemm.node] = flops.get(gemm.node, 0) + 2 * out.numel() * int(lhs.shape[-1])
     return flops
 
 
@@ -166,6 +183,7 @@ def _rewritten(
     norm: NormPlan,
     match: Match | None,
     composition_miss: Reason | None,
+    gemm_flops: dict[fx.Node, int],
     options: Options,
     graph_id: int,
 ) -> Record:
@@ -188,7 +206,7 @@ def _rewritten(
         rank=factors.rank,
         dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else "",
         dense_bytes_avoided=_dense_bytes(factors, closure),
-        flops_before=_gemm_flops(lift, closure),
+        flops_before=sum(gemm_flops.get(node, 0) for node in closure),
         flops_after=2 * factors.d_out * factors.d_in * factors.rank,
         norm_algorithm=norm.algorithm,
         codegen=options.codegen,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCOPES", "adapted_modules", "module_groups", "resolve_scope"]
+__all__ = ["SCOPES", "adapted_modules", "entry_modules", "module_groups", "resolve_scope"]
 
 SCOPES = ("auto", "model", "modules")
 
@@ -37,6 +37,17 @@ def resolve_scope(model: torch.nn.Module, scope: str) -> str:
     if scope == "auto":
         return "modules" if found else "model"
     return scope
+
+
+def entry_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+    """The modules through which callers enter a model: itself, and the model inside a PEFT wrapper, whose ``generate`` the
+    wrapper calls without passing through its own forward."""
+    entries = [("", model)]
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if callable(unwrap) else None
+    if isinstance(inner, torch.nn.Module) and inner is not model:
+        entries += [(name, module) for name, module in model.named_modules() if module is inner]
+    return entries
 
 
 def module_groups(modules: list[tuple[str, torch.nn.Module]]) -> list[list[tuple[str, torch.nn.Module]]]:

@@ -26,6 +26,8 @@ class Record:
         dense_bytes_avoided: bytes of the ``[d_out, d_in]`` (or larger) intermediates that one forward no longer makes.
         flops_before, flops_after: matrix-product FLOPs of the norm, one forward.
         norm_algorithm: ``"tiled"`` or ``"factored"``.
+        norm_placement: ``"prologue"``: computed before the graph, and an input of it; ``"graph"``: inside (differentiable
+            norms, and graphs that others compile).
         codegen: what compiled the rewritten graph.
         graph: number of the compiled graph within the process.
     """
@@ -43,6 +45,7 @@ class Record:
     flops_before: int = 0
     flops_after: int = 0
     norm_algorithm: str = ""
+    norm_placement: str = ""
     codegen: str = ""
     graph: int = 0
 

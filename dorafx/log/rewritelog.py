@@ -13,18 +13,23 @@ from typing import Any
 
 from dorafx.errors import DorafxWarning
 
+from .counters import NormCounters
 from .record import Record
 
 __all__ = ["SCHEMA_VERSION", "RewriteLog", "rewrite_log"]
 
 SCHEMA_VERSION = 1
-"""Of the JSON form: ``{"dorafx_log": 1, "notes": [str], "records": [{field: value}]}`` with :class:`Record` 's fields."""
+"""Of the JSON form: ``{"dorafx_log": 1, "notes": [str], "norms": counts, "records": [{field: value}]}`` with
+:class:`Record` 's fields and :class:`NormCounters` 's counts, which may be absent."""
 
 
 class RewriteLog:
     """Records of what dorafx did, and notes on the process (polyfills installed, and the like).
 
     Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them.
+
+    Attributes:
+        norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
     """
 
     def __init__(self, max_records: int = 100_000) -> None:
@@ -33,6 +38,7 @@ class RewriteLog:
         self._lock = threading.Lock()
         self._stream_failed = False
         self.dropped = 0
+        self.norms = NormCounters()
 
     def add(self, record: Record) -> None:
         self.extend((record,))
@@ -50,7 +56,8 @@ class RewriteLog:
             self._notes.append(text)
 
     def clear(self) -> None:
-        """Forget records and notes."""
+        """Forget records, notes and counts."""
+        self.norms.clear()
         with self._lock:
             self._records.clear()
             self._notes.clear()
@@ -80,7 +87,13 @@ class RewriteLog:
 
     def to_json(self) -> str:
         """The log as JSON (see :data:`SCHEMA_VERSION`)."""
-        return json.dumps({"dorafx_log": SCHEMA_VERSION, "notes": self.notes, "records": self.to_records()}, indent=1)
+        content = {
+            "dorafx_log": SCHEMA_VERSION,
+            "notes": self.notes,
+            "norms": self.norms.to_dict(),
+            "records": self.to_records(),
+        }
+        return json.dumps(content, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> RewriteLog:
@@ -116,6 +129,8 @@ class RewriteLog:
                 raise ValueError(f"dorafx log, record {i}: {error}") from None
         for note in notes:
             log.add_note(str(note))
+        if "norms" in data:
+            log.norms = NormCounters.from_dict(data["norms"])
         return log
 
     def to_html(self, path: str | os.PathLike[str]) -> Path:

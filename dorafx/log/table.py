@@ -108,6 +108,8 @@ def render(log: RewriteLog) -> str:
     if log.dropped:
         summary += f"; {log.dropped} oldest records dropped"
     console.print(summary, markup=False)
+    if log.norms.computed or log.norms.reused:
+        console.print(printable(str(log.norms)), markup=False)
     output = console.file
     assert isinstance(output, io.StringIO)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())

@@ -1,7 +1,8 @@
-"""Rewrite: a new graph from a plan."""
+"""Rewrite: a new graph from a plan, and a norm prologue beside it."""
 
 from .apply import apply_plan
 from .copying import copy_graph_module
 from .emit import CannotEmit, Emitter
+from .prologue import HoistedNorm, hoist_norms, norms_inside
 
-__all__ = ["CannotEmit", "Emitter", "apply_plan", "copy_graph_module"]
+__all__ = ["CannotEmit", "Emitter", "HoistedNorm", "apply_plan", "copy_graph_module", "hoist_norms", "norms_inside"]

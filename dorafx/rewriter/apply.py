@@ -12,7 +12,7 @@ from dorafx.lift.transfer.layout import drops_nothing
 from dorafx.match import Matches, forms
 from dorafx.plan import NormPlan, RewritePlan
 
-from .copying import copy_graph_module
+from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
 
 __all__ = ["apply_plan"]
@@ -48,38 +48,44 @@ def apply_plan(gm: fx.GraphModule, matches: Matches, plan: RewritePlan) -> fx.Gr
         CannotEmit: an operand cannot be read where it is needed; nothing is changed, and ``site`` says which part of the
             plan to leave out.
     """
-    new, copied = copy_graph_module(gm)
+    graph, copied = copy_graph(gm)
     norms = _Norms(plan)
-    emit = Emitter(matches.lift, new.graph, copied, norms)
+    emit = Emitter(matches.lift, graph, copied, norms)
     rules = forms()
     work: list[tuple[int, fx.Node, int]] = [
         (emit.order[c.match.node], c.match.node, i) for i, c in enumerate(plan.compositions)
     ]
-    # Every norm node is replaced, also below a composition: where the composition leaves it without users it goes away.
     work += [(emit.order[site], site, -1) for norm in plan.norms.values() for site in norm.factors.info.sites]
-    sites = {site: atom_id for atom_id, norm in plan.norms.items() for site in norm.factors.info.sites}
+    sites = {site: norm for norm in plan.norms.values() for site in norm.factors.info.sites}
     dead: list[fx.Node] = []
     for _, node, index in sorted(work, key=lambda item: item[0]):
         old = copied[node]
         try:
-            with new.graph.inserting_before(old):
-                if index >= 0:
-                    composition = plan.compositions[index]
-                    emit.begin(node, composition.accumulate)
-                    made = rules[composition.match.pattern].rewrite(composition.match, emit)
-                else:
-                    emit.begin(node, False)
-                    made = _norm_in_place_of(node, plan.norms[sites[node]], norms, emit)
+            with graph.inserting_before(old):
+                emit.begin(node, index >= 0 and plan.compositions[index].accumulate)
+                if index < 0:
+                    norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
+                    continue
+                made = rules[plan.compositions[index].match.pattern].rewrite(plan.compositions[index].match, emit)
         except CannotEmit as reason:
             reason.site = node
             raise
         old.replace_all_uses_with(made)
         copied[node] = made
         dead.append(old)
-    _erase_dead(new.graph, dead)
-    new.graph.lint()
-    new.recompile()
-    return new
+    _erase_dead(graph, dead)
+    # The original norms that somebody still reads: in most layers the composition was the only one.
+    erased = set(copied.values()) - set(graph.nodes)
+    remaining = [node for node in sites if copied[node] not in erased and copied[node].users]
+    for node in remaining:
+        old = copied[node]
+        with graph.inserting_before(old):
+            emit.begin(node, False)
+            old.replace_all_uses_with(_norm_in_place_of(node, sites[node], norms, emit))
+    _erase_dead(graph, [copied[node] for node in sites if copied[node] not in erased])
+    _erase_dead(graph, list(norms.made.values()))
+    graph.lint()
+    return module_with_graph(gm, graph)
 
 
 def _norm_in_place_of(node: fx.Node, norm: NormPlan, norms: _Norms, emit: Emitter) -> fx.Node:

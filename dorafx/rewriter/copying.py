@@ -7,11 +7,17 @@ from torch import fx
 
 from dorafx import _compat
 
-__all__ = ["copy_graph_module"]
+__all__ = ["copy_graph", "copy_graph_module", "module_with_graph"]
 
 
 def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A graph module of the same submodules and parameters (shared) with a copied graph, and original node -> copy.
+    """A graph module of the same submodules and parameters (shared) with a copied graph, and original node -> copy."""
+    graph, mapping = copy_graph(gm)
+    return module_with_graph(gm, graph), mapping
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a module's graph, and original node -> copy.
 
     ``Graph.graph_copy`` leaves out what Dynamo puts on nodes beside ``meta``; that is carried over here.
     """
@@ -25,8 +31,13 @@ def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
     for old, twin in mapping.items():
         _compat.carry_node_attributes(old, twin)
     graph._codegen = gm.graph._codegen
+    return graph, mapping
+
+
+def module_with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module around a graph that was made from ``gm`` 's, with what else ``gm`` has."""
     attributes: dict[str, object] = {}
-    for node in gm.graph.nodes:
+    for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):
             value: object = gm
             for part in str(node.target).split("."):
@@ -39,4 +50,4 @@ def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
     for key in _compat.GRAPH_MODULE_ATTRIBUTES:
         if key in gm.__dict__:
             new.__dict__[key] = gm.__dict__[key]
-    return new, mapping
+    return new

@@ -260,9 +260,13 @@ def test_inductor(train: bool) -> None:
 
 
 def test_other_backends_receive_the_rewritten_graph() -> None:
+    """The norms are inputs of the graph, after the user's own; the composition is an operator in it."""
     received: list[list[str]] = []
 
     def recorder(gm: fx.GraphModule, inputs: Any) -> Any:
+        placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        assert len(inputs) == len(placeholders)
+        assert [tuple(t.shape) for t in inputs[-2:]] == [(48,), (24,)]
         received.append([str(n.target) for n in gm.graph.nodes if n.op == "call_function"])
         return gm.forward
 
@@ -271,8 +275,9 @@ def test_other_backends_receive_the_rewritten_graph() -> None:
     model, x = peft_perceptron(), torch.randn(3, 24)
     assert_close(compile_eagerly(model, **{"dorafx.codegen": name})(x), model(x), 1e-5)
     (targets,) = received
-    assert targets.count("dorafx.row_norm.default") == 2
-    assert not any("eye" in t or "linalg" in t for t in targets)
+    assert targets.count("dorafx.compose.default") == 2
+    assert not any("eye" in t or "linalg" in t or "row_norm" in t for t in targets)
+    assert {r.norm_placement for r in rewrite_log().rewrites} == {"prologue"}
     assert {r.codegen for r in rewrite_log().rewrites} == {name}
 
 

@@ -1,0 +1,168 @@
+"""The norm store: norms kept between forwards, each with what it was computed from, so that none is ever stale.
+
+A norm is reused only where all of this still holds of every tensor that it was computed from:
+
+- it is the same tensor object, on the same storage (``p.data = …``, ``.to(…)`` and merging replace the storage);
+- its version counter did not move (in-place operators, ``load_state_dict`` and most optimizers move it);
+- no ``torch.optim`` optimizer stepped since (``fused=True`` writes without moving the counter);
+- sampled elements are what they were, bit for bit (``p.data.copy_(…)`` writes without moving the counter). Samples
+  are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dorafx import _compat
+from dorafx.log import NormCounters, rewrite_log
+
+__all__ = ["NormStore", "norm_store"]
+
+_SAMPLES = 16
+
+
+class _TensorState:
+    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory."""
+
+    __slots__ = ("pointer", "reference", "sample", "storage", "storage_id", "version")
+
+    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None]) -> None:
+        self.reference = weakref.ref(tensor, on_death)
+        self.version = tensor._version
+        self.pointer = tensor.data_ptr()
+        self.storage = _compat.weak_storage(tensor)
+        self.storage_id = _compat.weak_storage_id(self.storage)
+        sample = _sample(tensor)
+        self.sample = None if sample is None else sample.clone()
+
+    def change(self, tensor: torch.Tensor) -> str:
+        """What differs now; empty if nothing does."""
+        if self.reference() is not tensor:
+            return "another parameter"
+        if tensor._version != self.version:
+            return "a parameter was written"
+        if tensor.data_ptr() != self.pointer or _compat.storage_id(tensor) != self.storage_id:
+            return "a parameter's data was replaced"
+        if self.sample is not None:
+            now = _sample(tensor)
+            if now is None or not torch.equal(now, self.sample):
+                return "a parameter's data was overwritten"
+        return ""
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
+    """Elements spread over a CPU tensor, as integers (NaN equals itself then); a view."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return None
+    flat = tensor.detach()
+    if not flat.is_contiguous():
+        flat = flat.mT if flat.dim() == 2 and flat.mT.is_contiguous() else flat[:1].contiguous()
+    count = min(_SAMPLES, flat.numel())
+    return flat.as_strided((count,), (max(1, flat.numel() // count),), flat.storage_offset()).view(
+        _INTEGERS[flat.element_size()]
+    )
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    norm: torch.Tensor
+    states: tuple[_TensorState, ...]
+    optimizer_steps: int
+
+
+class NormStore:
+    """Norms by what they are computed from.
+
+    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: an entry goes when the first of its
+    tensors does.
+
+    Args:
+        counters: counts what happens.
+    """
+
+    def __init__(self, counters: NormCounters) -> None:
+        self.counters = counters
+        self._entries: dict[Any, _Entry] = {}
+        self._steps = 0
+        self._watching = False
+
+    def kept(self, signature: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """The norm of these tensors, if there is one that cannot be stale."""
+        key = (signature, *map(id, tensors))
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else ""
+        for state, tensor in zip(entry.states, tensors):
+            if reason:
+                break
+            reason = state.change(tensor)
+        if not reason:
+            self.counters.count(reused=1)
+            return entry.norm
+        self.counters.count_invalidated(reason)
+        self._entries.pop(key, None)
+        return None
+
+    def keep(self, signature: str, tensors: Sequence[torch.Tensor], norm: torch.Tensor) -> None:
+        """Keep a norm that was just computed. Tensors that cannot be watched (made under inference mode) are not kept."""
+        self._watch_optimizers()
+        if any(t.is_inference() for t in tensors):
+            return
+        key = (signature, *map(id, tensors))
+        entries = self._entries
+
+        def forget(_: Any) -> None:
+            entries.pop(key, None)
+
+        states = tuple(_TensorState(t, forget) for t in tensors)
+        entries[key] = _Entry(norm, states, self._steps)
+
+    def drop(self, signature: str, tensors: Sequence[torch.Tensor], reason: str) -> None:
+        """Forget the norm of these tensors, if it is kept."""
+        if self._entries and self._entries.pop((signature, *map(id, tensors)), None) is not None:
+            self.counters.count_invalidated(reason)
+
+    def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Forget every norm that was computed from one of these tensors; returns how many."""
+        wanted = set(map(id, tensors))
+        stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
+        for key in stale:
+            self._entries.pop(key, None)
+        if stale:
+            self.counters.count_invalidated("the user invalidated it", len(stale))
+        return len(stale)
+
+    def clear(self) -> None:
+        """Forget all norms."""
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _watch_optimizers(self) -> None:
+        if self._watching:
+            return
+        self._watching = True
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        def stepped(*_: Any) -> None:
+            self._steps += 1
+
+        register_optimizer_step_post_hook(stepped)
+
+
+_PROCESS_STORE = NormStore(rewrite_log().norms)
+
+
+def norm_store() -> NormStore:
+    """The store of this process: graphs of one model share it, so that a prefill refreshes what decoding reuses."""
+    return _PROCESS_STORE
