@@ -21,7 +21,6 @@ from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import Reason, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
-from dorafx.provenance import site_of
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, hoist_norms, norms_inside
 from dorafx.runtime import with_prologue
 
@@ -153,7 +152,7 @@ def _rewrite_program(
         new = _rewrite(gm, options, graph_id, found)
         norms = hoist_norms(new) if prologue and new is not gm else ()
     # Only now: a failure half-way leaves the whole graph as it was, bodies that were rewritten before it included.
-    inside = {site_of(node) for node in norms_inside(new)} if new is not gm else set()
+    inside = norms_inside(new) if new is not gm else set()
     records = [
         replace(r, norm_placement="graph" if r.site in inside else "prologue") if r.rewritten else r
         for r in found.records

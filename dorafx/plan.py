@@ -46,11 +46,13 @@ class CompositionPlan:
 
 @dataclass
 class RewritePlan:
-    """Everything that will happen to one graph; ``records`` is what the log will say of it."""
+    """Everything that will happen to one graph; ``records`` is what the log will say of it, ``sites`` where in the model
+    each norm belongs."""
 
     norms: dict[int, NormPlan] = field(default_factory=dict)
     compositions: list[CompositionPlan] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    sites: dict[int, str] = field(default_factory=dict)
 
     @property
     def empty(self) -> bool:
@@ -81,12 +83,15 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
         plan.norms[atom_id] = NormPlan(factors, _norm_algorithm(options))
     composed: dict[int, Match] = {}
     for match in matches.compositions:
-        plan.compositions.append(CompositionPlan(match, _accumulates(match, options), serves_few_tokens(tensor_of(match.node))))
+        plan.compositions.append(
+            CompositionPlan(match, _accumulates(match, options), serves_few_tokens(tensor_of(match.node)))
+        )
         composed[match.norm.atom.id] = match
     flops = _gemm_flops(lift)
     for atom_id, norm in plan.norms.items():
         miss = matches.composition_misses.get(atom_id)
         plan.records.append(_rewritten(lift, norm, composed.get(atom_id), miss, flops, options, graph_id))
+        plan.sites[atom_id] = plan.records[-1].site
     for atom_id, reason in matches.misses.items():
         plan.records.append(_missed(lift, atom_id, reason, options, graph_id))
     return plan

@@ -14,6 +14,7 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
+from .prologue import SITE
 
 __all__ = ["apply_plan"]
 
@@ -27,13 +28,14 @@ class _Norms:
 
     def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
         if atom.id not in self.made:
-            self.made[atom.id] = _emit_norm(self.plan.norms[atom.id], emit)
+            self.made[atom.id] = _emit_norm(self.plan.norms[atom.id], self.plan.sites[atom.id], emit)
         return self.made[atom.id]
 
 
-def _emit_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
+def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
     weight, left, right, scale = emit.norm_operands(norm.factors)
     n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+    n.meta[SITE] = site
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     if norm.factors.info.eps:

@@ -7,6 +7,7 @@ gradients flow stays in the graph.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import fx
 from dorafx import _compat
 from dorafx.lift import tensor_of
 
-__all__ = ["HoistedNorm", "hoist_norms", "norms_inside"]
+__all__ = ["SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
+
+# On a norm's node: the name of the module in the log's record of it.
+SITE = "dorafx_site"
 
 # What may stand between a parameter and the norm in the prologue: pure, and without gradients of its own there.
 _FUNCTIONS = frozenset(
@@ -62,9 +66,7 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     Returns:
         How to compute the new inputs, in their order.
     """
-    for call in list(gm.graph.nodes):
-        if _compat.takes_operands_for_body(call.target):
-            _out_of_body(gm, call)
+    _out_of_bodies(gm)
     norms = [node for node in gm.graph.nodes if _is_norm(node)]
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders)}
@@ -86,15 +88,15 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     return tuple(hoisted)
 
 
-def norms_inside(gm: fx.GraphModule) -> list[fx.Node]:
-    """The norms that a graph and the graphs inside it compute themselves."""
-    return [
-        node
+def norms_inside(gm: fx.GraphModule) -> set[str]:
+    """Sites of the norms that a graph and the graphs inside it compute themselves."""
+    return {
+        node.meta[SITE]
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
-        if _is_norm(node)
-    ]
+        if _is_norm(node) and SITE in node.meta
+    }
 
 
 def _is_norm(node: fx.Node) -> bool:
@@ -174,50 +176,58 @@ def _erase_unused(graph: fx.Graph, root: fx.Node) -> None:
 # -- bodies of higher-order operators ---------------------------------------------------------------------------------
 
 
-def _calls_of(gm: fx.GraphModule, reference: fx.Node) -> int:
-    return sum(len(n.users) for n in gm.graph.nodes if n.op == "get_attr" and n.target == reference.target)
+def _calls_of_bodies(gm: fx.GraphModule) -> Iterator[tuple[fx.GraphModule, list[fx.Node]]]:
+    """Each body and the calls that run it, where all of them take further operands."""
+    users: dict[str, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            users.setdefault(str(node.target), []).extend(node.users)
+    for name, calls in users.items():
+        body = getattr(gm, name, None)
+        if calls and isinstance(body, fx.GraphModule) and all(_compat.takes_operands_for_body(c.target) for c in calls):
+            yield body, calls
 
 
-def _out_of_body(gm: fx.GraphModule, call: fx.Node) -> None:
-    """Compute the norms of a body before the operator that runs it, and hand them in as additional operands, so that
+def _out_of_bodies(gm: fx.GraphModule) -> None:
+    """Compute the norms of bodies before the operators that run them, and hand them in as additional operands, so that
     recomputation in the backward does not compute them again."""
-    reference = call.args[0]
-    if not isinstance(reference, fx.Node):
-        return
-    body = getattr(gm, str(reference.target), None)
-    if not isinstance(body, fx.GraphModule) or _calls_of(gm, reference) != 1:
-        return  # a body that several calls share needs the operand from each of them: its norms stay inside
-    for nested in list(body.graph.nodes):
-        if _compat.takes_operands_for_body(nested.target):
-            _out_of_body(body, nested)
-    operands = call.args[_compat.body_operands_start(call.target) :]
-    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
-    if len(operands) != len(placeholders) or not placeholders:
-        return
-    outside: dict[fx.Node, Any] = dict(zip(placeholders, operands))
-    last, changed = placeholders[-1], False
-    for norm in [node for node in body.graph.nodes if _is_norm(node)]:
-        closure = _closure(norm)
-        if closure is None or _needs_gradient(norm):
+    for body, calls in _calls_of_bodies(gm):
+        _out_of_bodies(body)
+        inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+        operands = [call.args[_compat.body_operands_start(call.target) :] for call in calls]
+        if not inputs or any(len(o) != len(inputs) for o in operands):
             continue
-        if not all(isinstance(outside.get(n), fx.Node) for n in closure if n.op == "placeholder"):
-            continue
-        moved = {n: outside[n] for n in closure if n.op == "placeholder"}
+        outside = [dict(zip(inputs, o)) for o in operands]
+        norms = [node for node in body.graph.nodes if _is_norm(node)]
+        moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside)]
+        if moved:
+            body.graph.lint()
+            body.recompile()
+
+
+def _out_of_body(
+    gm: fx.GraphModule, body: fx.GraphModule, norm: fx.Node, calls: list[fx.Node], outside: list[dict[fx.Node, Any]]
+) -> bool:
+    closure = _closure(norm)
+    if closure is None or _needs_gradient(norm):
+        return False
+    leaves = [node for node in closure if node.op == "placeholder"]
+    if not all(isinstance(of_call.get(leaf), fx.Node) for of_call in outside for leaf in leaves):
+        return False
+    last = [node for node in body.graph.nodes if node.op == "placeholder"][-1]
+    with body.graph.inserting_after(last):
+        new_input = body.graph.placeholder(f"outer_{norm.name}")
+    _become_input(new_input, norm)
+    for call, of_call in zip(calls, outside):
+        copies = {leaf: of_call[leaf] for leaf in leaves}
         with gm.graph.inserting_before(call):
             for node in closure:
-                if node not in moved:
-                    moved[node] = gm.graph.node_copy(node, moved.__getitem__)
-        with body.graph.inserting_after(last):
-            last = body.graph.placeholder(f"norm_{norm.name}")
-        _become_input(last, norm)
-        # The body reads it without gradient; so does whoever hands it in.
-        with gm.graph.inserting_before(call):
-            operand = gm.graph.call_method("detach", (moved[norm],))
-        operand.meta.update(last.meta)
+                if node not in copies:
+                    copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+            # The body reads it without gradient; so does whoever hands it in.
+            operand = gm.graph.call_method("detach", (copies[norm],))
+        operand.meta.update(new_input.meta)
         call.args = (*call.args, operand)
-        norm.replace_all_uses_with(last)
-        _erase_unused(body.graph, norm)
-        changed = True
-    if changed:
-        body.graph.lint()
-        body.recompile()
+    norm.replace_all_uses_with(new_input)
+    _erase_unused(body.graph, norm)
+    return True

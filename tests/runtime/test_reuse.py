@@ -388,7 +388,12 @@ def test_generate_reuses_after_the_prefill() -> None:
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_after_training_is_fresh(cache: str) -> None:
     model = peft_model(layers=1)
-    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+    }
     ids = tokens(1, 9)
     dorafx.optimize(model, scope="model", codegen="eager", strict=True)
     optimizer = torch.optim.AdamW(parameters(model), lr=0.05, fused=True)
