@@ -34,7 +34,8 @@ def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
 
 def _sum(base: torch.Tensor, lora: torch.Tensor | None, scale: float, wide: torch.dtype) -> torch.Tensor:
     total = base.to(wide)
-    return total if lora is None else torch.add(total, lora.to(wide), alpha=scale)
+    # Not torch.add(…, alpha=scale): Inductor 2.13 fuses that with the product before it into an addmm and loses alpha.
+    return total if lora is None else total + lora.to(wide) * scale
 
 
 def _kept_sum(base: torch.Tensor, lora: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:

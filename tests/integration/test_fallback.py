@@ -246,13 +246,15 @@ def test_norm_algorithm_on_request(algorithm: str) -> None:
 # -- codegen ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_inductor(train: bool) -> None:
-    """One real compilation by Inductor, forward and backward."""
+@pytest.mark.parametrize(
+    ("train", "compose"), [(False, "auto"), (True, "auto"), (True, "accumulated"), (True, "epilogue")]
+)
+def test_inductor(train: bool, compose: str) -> None:
+    """Real compilations by Inductor, forward and backward, of either way to add the low-rank product."""
     model = peft_perceptron(lora_dropout=0.0).train(train)
     x = torch.randn(3, 24)
     expected = run(model, lambda: model(x))
-    options = {"dorafx.strict": True, "dorafx.norm": "factored", "max_autotune": False}
+    options = {"dorafx.strict": True, "dorafx.norm": "factored", "dorafx.compose": compose, "max_autotune": False}
     compiled = torch.compile(model, backend="dorafx", fullgraph=True, options=options)
     assert_same_run(run(model, lambda: compiled(x)), expected)
     assert_all_rewritten(model)
