@@ -3,7 +3,7 @@
 ``torch.compile(model, backend="dorafx")`` needs no import of this package. Everything else is here.
 """
 
-from dorafx.api import Explanation, explain, invalidate, optimize, restore, rewrite
+from dorafx.api import Explanation, VerifyReport, explain, invalidate, optimize, restore, rewrite, verify
 from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
@@ -17,6 +17,7 @@ __all__ = [
     "Record",
     "RewriteLog",
     "RewriteMissError",
+    "VerifyReport",
     "explain",
     "invalidate",
     "optimize",
@@ -24,4 +25,5 @@ __all__ = [
     "restore",
     "rewrite",
     "rewrite_log",
+    "verify",
 ]

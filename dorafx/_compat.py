@@ -317,6 +317,26 @@ def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) 
     return False
 
 
+# -- values (used by validation) --------------------------------------------------------------------------------------
+
+
+def size_hint(value: Any) -> Any:
+    """The number that a symbolic size or scalar had when it was traced, without a guard on it; anything else as it is."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint if value.node.has_hint() else 3
+    return value
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast inside, on any device."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""The public functions: optimize, restore, explain, rewrite, invalidate.
+"""The public functions: optimize, restore, explain, verify, rewrite, invalidate.
 
 The backend is imported by the functions that need it: its import puts the polyfills in place, and ``import dorafx`` alone
 must change nothing about how anything else is compiled.
@@ -19,8 +19,9 @@ from dorafx.errors import DorafxError
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
+from dorafx.validation import Check
 
-__all__ = ["Explanation", "explain", "invalidate", "optimize", "restore", "rewrite"]
+__all__ = ["Explanation", "VerifyReport", "explain", "invalidate", "optimize", "restore", "rewrite", "verify"]
 
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
@@ -40,6 +41,7 @@ def optimize(
     scope: str = "auto",
     codegen: str = "inductor",
     norm_reuse: str = "auto",
+    verify: bool = False,
     strict: bool = False,
     dynamic: bool | None = None,
     mode: str | None = None,
@@ -60,6 +62,8 @@ def optimize(
         norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
             nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
             training until the optimizer steps (gradient accumulation).
+        verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
+            a graph is compiled, and leave alone what differs.
         strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
@@ -82,6 +86,7 @@ def optimize(
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
         "dorafx.norm_reuse": norm_reuse,
+        "dorafx.verify": verify,
         "dorafx.strict": strict,
     }
     Options.split(options)  # a wrong value fails here, not at the first forward
@@ -122,6 +127,60 @@ def invalidate(model: torch.nn.Module) -> int:
     from dorafx.runtime import norm_store
 
     return norm_store().invalidate([*model.parameters(), *model.buffers()])
+
+
+@dataclass
+class VerifyReport:
+    """What the validation of every rewrite of a model found. ``str()`` is a table; true if all of them passed."""
+
+    checks: list[Check]
+    log: RewriteLog = field(default_factory=RewriteLog)
+
+    @property
+    def failures(self) -> list[Check]:
+        return [check for check in self.checks if not check.passed]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'ok    ' if c.passed else 'FAILED'}  {c.site or '(function)'}  {c.pattern}  {c.reason or f'{c.error:.1e}'}"
+            for c in self.checks
+        ]
+        worst = max((c.error for c in self.checks), default=0.0)
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.checks)} rewrites checked, {len(self.failures)} failed, largest difference {worst:.1e}",
+            ]
+        )
+
+
+def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport:
+    """Translation validation: trace one call of ``model`` and compare every region that dorafx would rewrite with its
+    replacement, on random data in fp64, outputs and gradients. Compiles nothing; like :func:`explain` otherwise.
+
+    Args:
+        model: a module or function.
+        args, kwargs: what to call it with.
+    """
+    from dorafx.backend import rewrite_graph_module
+
+    capture.install()
+    report = VerifyReport([])
+
+    def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        rewrite_graph_module(gm, Options(verify=True), log=report.log, checks=report.checks)
+        return gm.forward
+
+    with torch.random.fork_rng():
+        _compat.fresh_compile(model, collect)(*args, **kwargs)
+    return report
 
 
 @dataclass

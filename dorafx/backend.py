@@ -18,11 +18,13 @@ from dorafx import _compat, capture, codegen
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import private_writes, without_private_writes
 from dorafx.log import Record, RewriteLog, rewrite_log
-from dorafx.match import Reason, match_graph
+from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
-from dorafx.plan import make_plan
+from dorafx.plan import RewritePlan, make_plan
+from dorafx.provenance import site_of
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, hoist_norms, norms_inside
 from dorafx.runtime import with_prologue
+from dorafx.validation import Check, Region, leaves_of
 
 __all__ = ["dorafx", "rewrite_graph_module"]
 
@@ -76,12 +78,14 @@ class Program:
     Attributes:
         graph: the main graph; its last inputs are the norms.
         norms: how the prologue computes each of them.
+        checks: what the validation of each rewrite found.
         few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
     """
 
     graph: fx.GraphModule
     norms: tuple[HoistedNorm, ...] = ()
     few_tokens: bool = False
+    checks: list[Check] = field(default_factory=list)
 
     @property
     def norm_values(self) -> list[Any]:
@@ -124,6 +128,7 @@ def rewrite_graph_module(
     graph_id: int = 0,
     members: tuple[str, ...] = ("",),
     log: RewriteLog | None = None,
+    checks: list[Check] | None = None,
 ) -> fx.GraphModule:
     """Lift, match, plan and rewrite one graph module and the graph modules inside it (bodies of higher-order operators).
     The norms stay in the graph: this is the form for graphs that others compile.
@@ -134,6 +139,7 @@ def rewrite_graph_module(
         graph_id: number of the graph in the log.
         members: names of the modules that this graph serves; the log has the records once for each.
         log: where the records go; the process's log by default.
+        checks: with ``options.verify``, receives what the validation of each rewrite found.
 
     Returns:
         A new graph module; ``gm`` itself where nothing is there to rewrite.
@@ -141,7 +147,10 @@ def rewrite_graph_module(
     Raises:
         RewriteMissError: ``options.strict`` and a candidate was not rewritten.
     """
-    return _rewrite_program(gm, options, graph_id, members, rewrite_log() if log is None else log, False).graph
+    program = _rewrite_program(gm, options, graph_id, members, rewrite_log() if log is None else log, False)
+    if checks is not None:
+        checks.extend(program.checks)
+    return program.graph
 
 
 def _rewrite_program(
@@ -163,7 +172,7 @@ def _rewrite_program(
         raise RewriteMissError(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
-    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens))
+    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks)
 
 
 @dataclass
@@ -172,6 +181,7 @@ class _Found:
 
     records: list[Record] = field(default_factory=list)
     few_tokens: list[bool] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found) -> fx.GraphModule:
@@ -189,15 +199,41 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
     new, plan = gm, make_plan(matches, options, graph_id)
     while not plan.empty:
         try:
-            new = apply_plan(pure, matches, plan)
-            break
+            new, copied = apply_plan(pure, matches, plan)
         except CannotEmit as failed:
             # Leave out the one candidate that cannot be emitted and carry the rest out.
-            matches.refuse(failed.site, Reason(str(failed), failed.site))
-            plan = make_plan(matches, options, graph_id)
+            refused = [(failed.site, str(failed))]
+        else:
+            refused = _failed_checks(matches, plan, copied, found.checks) if options.verify else []
+        if not refused:
+            break
+        new = gm
+        for site, reason in refused:
+            matches.refuse(site, Reason(reason, site))
+        plan = make_plan(matches, options, graph_id)
     found.records.extend(plan.records)
     found.few_tokens.extend(c.few_tokens for c in plan.compositions)
     return _with_bodies(new, gm, replaced) if replaced else new
+
+
+def _failed_checks(
+    matches: Matches, plan: RewritePlan, copied: dict[fx.Node, fx.Node], checks: list[Check]
+) -> list[tuple[fx.Node | None, str]]:
+    """Validate every rewrite of a graph; those that failed, with the reason. ``checks`` receives what was found."""
+    regions = [(c.match.node, c.match.pattern, [c.match.expr]) for c in plan.compositions]
+    for norm in plan.norms.values():
+        info = norm.factors.info
+        regions += [(node, "norm_only", [info.expr]) for node in info.sites if info.expr is not None]
+    failed: list[tuple[fx.Node | None, str]] = []
+    for node, pattern, terms in regions:
+        if node not in copied:
+            continue  # nobody reads it any more
+        region = Region(node, copied[node], leaves_of(matches.lift, terms), copied)
+        check = region.check(site_of(node), pattern)
+        checks.append(check)
+        if not check.passed:
+            failed.append((node, check.reason))
+    return failed
 
 
 @contextlib.contextmanager

@@ -26,6 +26,8 @@ class Options:
         compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32.
         norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
             also in training, until the optimizer steps (gradient accumulation).
+        verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
+            the graph is compiled, and leave alone what differs.
         strict: a miss or an internal failure raises instead of falling back.
     """
 
@@ -33,6 +35,7 @@ class Options:
     norm: str = "auto"
     compose: str = "auto"
     norm_reuse: str = "auto"
+    verify: bool = False
     strict: bool = False
 
     @staticmethod
@@ -60,7 +63,7 @@ class Options:
 def _check(key: str, name: str, value: Any) -> None:
     if name in _CHOICES and value not in _CHOICES[name]:
         raise ValueError(f"{key}: {value!r} is not one of {', '.join(map(repr, _CHOICES[name]))}")
-    if name == "strict" and not isinstance(value, bool):
+    if name in ("strict", "verify") and not isinstance(value, bool):
         raise ValueError(f"{key}: {value!r} is not True or False")
     if name == "codegen" and (not isinstance(value, str) or not value):
         raise ValueError(f"{key}: {value!r} is not 'inductor', 'eager' or the name of a Dynamo backend")

@@ -16,7 +16,10 @@ def test_split() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"dorafx.nrom": "tiled"}, "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.strict"),
+        (
+            {"dorafx.nrom": "tiled"},
+            "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.verify, dorafx.strict",
+        ),
         ({"dorafx.norm": "fast"}, "'auto', 'tiled', 'factored'"),
         ({"dorafx.compose": 3}, "'auto', 'accumulated', 'epilogue'"),
         ({"dorafx.strict": 1}, "True or False"),

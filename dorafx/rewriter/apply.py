@@ -43,8 +43,10 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
     return n
 
 
-def apply_plan(gm: fx.GraphModule, matches: Matches, plan: RewritePlan) -> fx.GraphModule:
-    """A new graph module with every planned rewrite in it.
+def apply_plan(
+    gm: fx.GraphModule, matches: Matches, plan: RewritePlan
+) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A new graph module with every planned rewrite in it, and original node -> the node that stands for it there.
 
     Raises:
         CannotEmit: an operand cannot be read where it is needed; nothing is changed, and ``site`` says which part of the
@@ -83,11 +85,13 @@ def apply_plan(gm: fx.GraphModule, matches: Matches, plan: RewritePlan) -> fx.Gr
         old = copied[node]
         with graph.inserting_before(old):
             emit.begin(node, False)
-            old.replace_all_uses_with(_norm_in_place_of(node, sites[node], norms, emit))
-    _erase_dead(graph, [copied[node] for node in sites if copied[node] not in erased])
+            copied[node] = _norm_in_place_of(node, sites[node], norms, emit)
+            old.replace_all_uses_with(copied[node])
+        _erase_dead(graph, [old])
     _erase_dead(graph, list(norms.made.values()))
     graph.lint()
-    return module_with_graph(gm, graph)
+    alive = set(graph.nodes)
+    return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}
 
 
 def _norm_in_place_of(node: fx.Node, norm: NormPlan, norms: _Norms, emit: Emitter) -> fx.Node:

@@ -1,0 +1,114 @@
+"""Translation validation: right rewrites pass, wrong ones are refused and the program stays right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from dorafx.patterns.linear import Linear
+from integration_support import assert_all_rewritten, assert_same_run, peft_model, peft_perceptron, run, tokens
+from programs import LINEAR, Layer
+from torch import fx
+
+import dorafx
+from dorafx import rewrite_log
+from dorafx.rewriter import Emitter
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_every_spelling_passes(name: str) -> None:
+    layer = Layer()
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    report = dorafx.verify(lambda value: LINEAR[name](layer, value), x)
+    assert report, str(report)
+    assert len(report.checks) >= 1
+    assert max(check.error for check in report.checks) < 1e-12
+    assert not rewrite_log().records, "a dry run leaves the process's log alone"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft(kind: str, dtype: torch.dtype) -> None:
+    model = peft_model(kind, dtype=dtype, lora_dropout=0.1).train()
+    report = dorafx.verify(model, input_ids=tokens())
+    assert report.passed, str(report)
+    assert len(report.checks) == len(report.log.rewrites) > 3
+    assert str(report).endswith(f"0 failed, largest difference {max(c.error for c in report.checks):.1e}")
+
+
+def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    right = Linear.rewrite
+
+    def rewrite(self: Linear, match: Any, emit: Emitter) -> fx.Node:
+        made = right(self, match, emit)
+        if how == "scale":
+            return emit.call(torch.mul, made, 1.001)
+        if how == "gradient":
+            return emit.method("detach", made)
+        return emit.call(torch.add, made, emit.method("sum", made))
+
+    monkeypatch.setattr(Linear, "rewrite", rewrite)
+
+
+@pytest.mark.parametrize("how", ["scale", "gradient", "leak"])
+def test_wrong_rewrite_is_refused(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_perceptron().train()
+    x = torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    _sabotage(monkeypatch, how)
+    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.verify": True})
+    assert_same_run(run(model, lambda: compiled(x)), expected)
+    assert {r.pattern for r in rewrite_log().rewrites} == {"norm_only"}, "the norms themselves are right"
+    expected_reason = "gradient flows" if how == "gradient" else "verification: "
+    assert all(expected_reason in r.reason for r in rewrite_log().rewrites)
+    report = dorafx.verify(model, x)
+    assert not report
+    assert {c.pattern for c in report.failures} == {"linear"}
+    assert "FAILED  base_model.model.first  linear  verification" in str(report)
+
+
+def test_wrong_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dorafx.rewriter import apply
+
+    right = apply._emit_norm
+    monkeypatch.setattr(apply, "_emit_norm", lambda *a: a[-1].call(torch.mul, right(*a), 1.01))
+    model, x = peft_perceptron().train(), torch.randn(3, 24)
+    expected = run(model, lambda: model(x))
+    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.verify": True})
+    assert_same_run(run(model, lambda: compiled(x)), expected)
+    assert not rewrite_log().rewrites
+    assert len(rewrite_log().misses) == 2
+
+
+def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peft_perceptron()
+    dorafx.optimize(model, verify=True, strict=True, codegen="eager")
+    model(torch.randn(3, 24))
+    assert_all_rewritten(model)
+    dorafx.restore(model)
+    _sabotage(monkeypatch, "leak")
+    with pytest.raises(ValueError, match=r"dorafx.verify: 'yes' is not True or False"):
+        dorafx.optimize(model, verify="yes")  # type: ignore[arg-type]
+
+
+def test_strict_raises_on_a_refused_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dorafx.rewriter import apply
+
+    right = apply._emit_norm
+    monkeypatch.setattr(apply, "_emit_norm", lambda *a: a[-1].call(torch.mul, right(*a), 1.01))
+    compiled = torch.compile(
+        peft_perceptron(),
+        backend="dorafx",
+        options={"dorafx.codegen": "eager", "dorafx.verify": True, "dorafx.strict": True},
+    )
+    # Dynamo wraps what a backend raises, with the name of the exception in its text.
+    with pytest.raises(Exception, match=r"RewriteMissError: .* verification: outputs differ"):
+        compiled(torch.randn(3, 24))
+
+
+def test_the_generators_are_left_alone() -> None:
+    model = peft_perceptron(lora_dropout=0.3).train()
+    state = torch.get_rng_state()
+    assert dorafx.verify(model, torch.ones(3, 24))
+    assert torch.equal(torch.get_rng_state(), state)
