@@ -20,6 +20,9 @@ _INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 ) | {operator.setitem}
 
+# Function -> position of ``max_norm``.
+_RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
+
 
 def written_arguments(node: fx.Node) -> Iterator[Any]:
     """The arguments of a node that it writes to."""
@@ -41,8 +44,16 @@ def written_arguments(node: fx.Node) -> Iterator[Any]:
             yield node.args[0]
         else:
             name = getattr(node.target, "__name__", "")
-            if (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
+            if name in _RESCALE_THEIR_TABLE and _rescales(node):
+                yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+            elif (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
                 yield node.args[0]
+
+
+def _rescales(node: fx.Node) -> bool:
+    """``F.embedding(i, table, padding_idx, max_norm)`` brings the rows that it looks up to that norm, in the table."""
+    position = _RESCALE_THEIR_TABLE[node.target.__name__]  # type: ignore[union-attr]
+    return node.kwargs.get("max_norm", node.args[position] if len(node.args) > position else None) is not None
 
 
 @functools.cache

@@ -167,6 +167,11 @@ class Lifter:
         key = ("node", node) if node not in self.written else None
         return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
 
+    def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
+        """The one-hot rows of an embedding's indices. ``options`` decide which rows have a gradient."""
+        key = ("onehot", indices, options) if indices not in self.written else None
+        return self._intern(key, AtomInfo("onehot", requires_grad=False))
+
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         return self._intern((info.kind, info.expr, info.poly, info.side, info.eps), info)
@@ -242,6 +247,8 @@ class Lifter:
         info = self.atom_of(atom)
         if info.parameter or not leaves:
             return info.parameter
+        if info.kind == "onehot":
+            return False
         if info.node is not None:
             return info.node.op in ("placeholder", "get_attr")
         terms = [t for t in (info.expr, info.poly) if t is not None]

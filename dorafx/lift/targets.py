@@ -40,6 +40,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "matmul": ("matmul", "mm", "__matmul__"),
     "linear": ("linear",),
     "addmm": ("addmm",),
+    "embedding": ("embedding",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
     "t": ("t",),
     "permute": ("permute",),

@@ -42,9 +42,10 @@ class AtomInfo:
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
     or columns. ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed.
     """
 
-    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min"]
+    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min", "onehot"]
     requires_grad: bool = True
     parameter: bool = False
     """Known to depend on parameters and buffers only."""

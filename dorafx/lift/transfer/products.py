@@ -71,6 +71,25 @@ def addmm(lift: Lifter, node: fx.Node) -> Value | None:
     return MatrixValue(product + Expr.broadcast(vector.poly).scaled(beta))
 
 
+@transfer("embedding")
+def embedding(lift: Lifter, node: fx.Node) -> Value | None:
+    """A look-up is the product of the indices' one-hot rows with the table. Emission reuses the look-up, and never forms
+    the product."""
+    first, second = node.args[:2] if len(node.args) > 1 else (node.args[0], node.kwargs.get("weight"))
+    table = tensor_of(first)
+    # ``F.embedding(indices, table)``, but ``torch.embedding(table, indices)`` and aten's.
+    indices, table_node = (second, first) if table is not None and table.dtype in FLOAT_DTYPES else (first, second)
+    table = tensor_of(table_node)
+    if not isinstance(indices, fx.Node) or table is None or table.dim() != 2 or table_node in lift.written:
+        return None  # max_norm, for one, rescales rows of the table in place
+    options = [*map(str, node.args[2:]), *sorted(f"{k}={v}" for k, v in node.kwargs.items() if k != "weight")]
+    weight = lift.operand(table_node, weight=True)
+    if weight is None:
+        return None
+    rows = Expr.mat(lift.onehot(indices, tuple(options)))
+    return MatrixValue(rows @ weight)
+
+
 @transfer("multi_dot")
 def multi_dot(lift: Lifter, node: fx.Node) -> Value | None:
     operands = [lift.operand(a) for a in node.args[0]]  # type: ignore[union-attr]

@@ -1,0 +1,49 @@
+"""Embedding DoRA: ``y = g ⊙ (E[i] + s·A[i]·B)`` with ``g = m / ‖E + s·A·B‖`` by column."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from dorafx.lift import Mat
+from dorafx.match import Candidate, Match, Reason, base_core, forms, pattern
+
+if TYPE_CHECKING:
+    from dorafx.rewriter import Emitter
+
+
+@pattern(name="embedding")
+class Embedding:
+    """The linear form with the one-hot rows of the indices as activations: a look-up is their product with the table. The
+    norm is that of the columns of the table, one an embedding dimension. Look-ups are reused as the graph has them."""
+
+    name: str = "embedding"
+    spellings: tuple[str, ...] = (
+        "g * F.embedding(i, E) + g * (F.embedding(i, A) @ B) * s",
+        "g * (F.embedding(i, E) + s * F.embedding(i, A) @ B)",
+    )
+
+    @staticmethod
+    def statement(
+        i: torch.Tensor, E: torch.Tensor, A: torch.Tensor, B: torch.Tensor, m: torch.Tensor, s: float
+    ) -> torch.Tensor:
+        """The form as plain PyTorch. Shapes: i ``[..]`` (integers), E ``[vocabulary, d]``, A ``[vocabulary, r]``,
+        B ``[r, d]``, m ``[d]``."""
+        n = torch.linalg.norm(E + s * (A @ B).detach(), dim=0).detach()
+        return (m / n) * (F.embedding(i, E) + s * F.embedding(i, A) @ B)
+
+    def check(self, candidate: Candidate) -> Match | Reason:
+        base = base_core(candidate)
+        head = base[0] if base else None
+        if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
+            return Reason("the layer's input is no index", candidate.node)
+        result = forms()["linear"].check(candidate)
+        return replace(result, pattern=self.name) if isinstance(result, Match) else result
+
+    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+        made: fx.Node = forms()["linear"].rewrite(match, emit)
+        return made
