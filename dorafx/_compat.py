@@ -251,6 +251,12 @@ def below_autograd() -> Any:
     return torch._C._AutoDispatchBelowAutograd()
 
 
+def below_autocast() -> Any:
+    """A context in which no operator is autocast, whatever region the caller is in. Unlike ``torch.autocast(enabled=
+    False)`` it leaves the region's settings and its cache of cast weights alone, and costs one thread-local flag."""
+    return torch._C._DisableAutocast()
+
+
 def graph_statistics() -> tuple[int, int]:
     """Graphs captured and graph breaks met in this process so far."""
     from torch._dynamo.utils import counters

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from dorafx import _compat
+
 __all__ = ["check_operands", "compute_dtype", "factored", "row_norm", "row_norm_backward", "tiled"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -133,11 +135,11 @@ def row_norm(
         ValueError, TypeError: see :func:`check_operands`; or an unknown algorithm.
     """
     check_operands(weight, left, right)
-    if algorithm == "factored":
-        return factored(weight, left, right, scale)
-    if algorithm not in ("auto", "tiled"):
+    if algorithm not in ("auto", "tiled", "factored"):
         raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
-    return tiled(weight, left, right, scale)
+    # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
+    with _compat.below_autocast():
+        return (factored if algorithm == "factored" else tiled)(weight, left, right, scale)
 
 
 def row_norm_backward(
@@ -158,6 +160,21 @@ def row_norm_backward(
     Returns:
         Gradients in the dtypes of weight, left and right; an empty tensor for each that is not needed.
     """
+    with _compat.below_autocast():
+        return _gradients(grad, weight, left, right, norm, scale, needs_weight, needs_left, needs_right)
+
+
+def _gradients(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    norm: torch.Tensor,
+    scale: float,
+    needs_weight: bool,
+    needs_left: bool,
+    needs_right: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(weight)
     c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
     wide_left, wide_right = left.to(dtype), right.to(dtype)

@@ -17,6 +17,7 @@ from dorafx import _compat
 
 from . import norm
 from .composition import Compose, ComposeDelta, compose_math, delta_math, refuse_second_derivative
+from .triton import dispatch as cuda
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
 _LIBRARY.define(
@@ -78,6 +79,7 @@ def _delta_autograd(result: Any, base: Any, lora: Any, g: Any, scale: float, out
 
 
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose", compose_math, "CompositeExplicitAutograd")

@@ -171,3 +171,18 @@ def test_rank_zero_is_the_plain_norm() -> None:
 
 def test_operator_contract() -> None:
     torch.library.opcheck(row_norm.default, (*(t.requires_grad_() for t in operands(4, 6, 2)), 0.5, "auto"))
+
+
+@pytest.mark.parametrize("algorithm", ["tiled", "factored"])
+def test_autocast_around_it_changes_nothing(algorithm: str) -> None:
+    """The operator runs inside the user's autocast regions, and must not multiply in their dtype."""
+    plain = [t.requires_grad_() for t in operands(33, 65, 7)]
+    cast = [t.detach().clone().requires_grad_() for t in plain]
+    expected = row_norm(*plain, 0.7, algorithm)
+    expected.sin().sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = row_norm(*cast, 0.7, algorithm)
+        assert torch.equal(got, expected)
+        got.sin().sum().backward()
+    for one, other in zip(cast, plain):
+        assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]

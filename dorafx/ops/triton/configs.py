@@ -1,0 +1,74 @@
+"""Block sizes, warps and stages of the row norm: decided here and nowhere else.
+
+Every configuration compiles for sm_80, sm_90 and sm_100 without spilled registers, which the tests check ahead of time.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ROW_NORM", "RowNormConfig", "multiprocessors", "row_norm_config", "splits"]
+
+
+@dataclass(frozen=True)
+class RowNormConfig:
+    """One way to run the row norm: a ``rows x columns`` tile of W, formed from products of depth ``depth``."""
+
+    factor_bytes: int
+    """Width of the product's operands: 2 (fp16, bf16) or 4 (fp32)."""
+    max_rank: int | None
+    """The largest rank it serves; None is any."""
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+    @property
+    def single(self) -> bool:
+        """Whether one product covers the whole rank: ``left`` is then loaded once, and W's tiles are prefetched."""
+        return self.max_rank is not None
+
+
+# Small ranks are bound by reading W: few rows a block, many blocks in flight. Large ranks are bound by the tensor cores
+# and by reading the factors from L2, which larger tiles do less often. fp32 factors are split into three tf32 products.
+ROW_NORM = (
+    RowNormConfig(2, 16, 64, 128, 16, 4, 4),
+    RowNormConfig(2, 32, 64, 128, 32, 8, 3),
+    RowNormConfig(2, 64, 64, 128, 64, 4, 3),
+    RowNormConfig(2, 128, 128, 128, 128, 8, 2),
+    RowNormConfig(2, None, 128, 128, 64, 8, 3),
+    RowNormConfig(4, 16, 64, 64, 16, 4, 3),
+    RowNormConfig(4, 32, 64, 64, 32, 4, 3),
+    RowNormConfig(4, None, 64, 128, 32, 8, 3),
+)
+
+
+def row_norm_config(factor_bytes: int, rank: int) -> RowNormConfig:
+    """The first configuration that serves operands of this width and rank."""
+    return next(c for c in ROW_NORM if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
+
+
+@functools.cache
+def splits(row_blocks: int, column_blocks: int, processors: int) -> int:
+    """Into how many parts to divide d_in, so that ``row_blocks x splits`` programs fill the device: the fewest parts
+    among those whose last wave is fullest, since every part costs a partial sum."""
+
+    def filled(parts: int) -> float:
+        programs = row_blocks * parts
+        return programs / (-(-programs // processors) * processors)
+
+    if row_blocks >= 8 * processors:
+        return 1
+    most = min(column_blocks, max(1, -(-4 * processors // row_blocks)))
+    best = max(filled(parts) for parts in range(1, most + 1))
+    return next(parts for parts in range(1, most + 1) if filled(parts) >= best - 0.05)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """The device's streaming multiprocessors; 1 where kernels are interpreted on CPU tensors."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

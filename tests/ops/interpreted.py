@@ -1,0 +1,102 @@
+"""The kernels in Triton's interpreter, against fp64. Run by test_triton_interpreter.py in a process of its own, since
+the interpreter is switched on for a whole process, before Triton is imported."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dorafx.ops import reference
+from dorafx.ops.triton import configs
+from dorafx.ops.triton.row_norm import launch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def operands(d_out: int, d_in: int, rank: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    weight, left, right = (torch.randn(s, generator=generator) for s in ((d_out, d_in), (d_out, rank), (rank, d_in)))
+    return weight, left, right
+
+
+def check(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, parts: int | None = None
+) -> None:
+    exact = reference.row_norm(weight.double(), left.double(), right.double(), scale)
+    got = launch(weight, left, right, scale, parts)
+    assert got.dtype == torch.float32
+    # fp32 sums of d_in squares, of products of r terms.
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 16, 33, 64, 65, 150])
+def test_every_configuration(rank: int, dtype: torch.dtype) -> None:
+    weight, left, right = (t.to(dtype) for t in operands(70, 150, rank))
+    check(weight, left, right, 0.3)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_divided_along_d_in(parts: int) -> None:
+    check(*operands(65, 700, 5), 0.5, parts)
+
+
+def test_division_does_not_change_between_runs() -> None:
+    weight, left, right = operands(65, 700, 5)
+    first = launch(weight, left, right, 0.5, 5)
+    assert all(torch.equal(first, launch(weight, left, right, 0.5, 5)) for _ in range(3))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    d_out=st.integers(1, 90),
+    d_in=st.integers(1, 200),
+    rank=st.integers(1, 40),
+    scale=st.floats(-3, 3, allow_nan=False, width=32),
+    weight_dtype=st.sampled_from(DTYPES),
+    factor_dtype=st.sampled_from(DTYPES),
+    transposed=st.booleans(),
+    strided=st.booleans(),
+    seed=st.integers(0, 3),
+)
+def test_any_shape_stride_and_dtype_mix(
+    d_out: int,
+    d_in: int,
+    rank: int,
+    scale: float,
+    weight_dtype: torch.dtype,
+    factor_dtype: torch.dtype,
+    transposed: bool,
+    strided: bool,
+    seed: int,
+) -> None:
+    weight, left, right = operands(d_out, d_in, rank, seed)
+    weight, left, right = weight.to(weight_dtype), left.to(factor_dtype), right.to(factor_dtype)
+    if transposed:
+        weight, right = weight.t().contiguous().t(), right.t().contiguous().t()
+    if strided:
+        weight = torch.stack([weight, weight], 2)[:, :, 0]
+        left = torch.cat([left, left], 1)[:, :rank]
+    check(weight, left, right, scale)
+
+
+def test_zero_rows_nan_and_infinity() -> None:
+    weight, left, right = operands(6, 100, 3)
+    weight[0], left[0] = 0.0, 0.0
+    weight[1, 5], weight[2, 7] = math.nan, math.inf
+    got = launch(weight, left, right, 1.0)
+    assert got[0] == 0
+    assert math.isnan(got[1])
+    assert got[2] == math.inf
+    assert torch.isfinite(got[3:]).all()
+
+
+def test_configurations_are_those_that_were_run() -> None:
+    """Ranks above reach every configuration of fp32 operands, which is what the interpreter multiplies."""
+    assert {configs.row_norm_config(4, r).max_rank for r in (1, 16, 33, 64, 65, 150)} | {32} == {
+        c.max_rank for c in configs.ROW_NORM if c.factor_bytes == 4
+    }

@@ -1,0 +1,109 @@
+"""The row norm's kernels compile ahead of time for every architecture and configuration that ships, without spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from dorafx.ops.triton import configs  # noqa: E402
+from dorafx.ops.triton.row_norm import finish_kernel, row_norm_kernel  # noqa: E402
+
+pytestmark = [pytest.mark.triton, pytest.mark.timeout(600)]
+
+# Shared memory of one block, in bytes, as the CUDA programming guide gives it.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+OPERANDS = {2: ("bf16", "bf16"), 4: ("bf16", "fp32")}
+
+
+def ptxas(architecture: int) -> str:
+    """The assembler that Triton brings for an architecture; the newer one has had this name since Blackwell."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    newer = folder / "ptxas-blackwell"
+    return str(newer if architecture >= 90 and newer.exists() else folder / "ptxas")
+
+
+def compiled(architecture: int, source: ASTSource, warps: int, stages: int) -> tuple[int, int, int]:
+    """(registers, spilled bytes, shared bytes)."""
+    kernel = triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": stages}
+    )
+    with tempfile.NamedTemporaryFile(suffix=".ptx", mode="w") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        target = re.search(r"\.target (\w+)", kernel.asm["ptx"])
+        assert target is not None
+        command = [ptxas(architecture), "-v", f"--gpu-name={target.group(1)}", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    registers = int(re.findall(r"Used (\d+) registers", done.stderr)[0])
+    spills = sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
+    return registers, spills, int(kernel.metadata.shared)
+
+
+def row_norm_source(config: configs.RowNormConfig, split: bool) -> ASTSource:
+    weight, factor = OPERANDS[config.factor_bytes]
+    pointers = {"weight": f"*{weight}", "left": f"*{factor}", "right": f"*{factor}", "out": "*fp32", "scale": "fp32"}
+    integers = ("d_out", "d_in", "rank", "part", "stride_wo", "stride_lo", "stride_rr")
+    constants = {
+        "stride_wi": 1,  # the launcher specialises strides of one, as contiguous operands have them
+        "stride_lr": 1,
+        "stride_ri": 1,
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "DEPTH": config.depth,
+        "SINGLE": config.single,
+        "SPLIT": split,
+        "OPERAND": triton.language.bfloat16 if config.factor_bytes == 2 else triton.language.float32,
+        "PRECISION": "tf32" if config.factor_bytes == 2 else "tf32x3",
+        "STAGES": config.num_stages,
+    }
+    signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    names = row_norm_kernel.arg_names
+    signature = {name: signature[name] for name in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in (*pointers, *integers)}
+    aligned.pop((names.index("scale"),))
+    return ASTSource(row_norm_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize("config", configs.ROW_NORM, ids=lambda c: f"{8 * c.factor_bytes}bit-rank{c.max_rank}")
+def test_row_norm(config: configs.RowNormConfig, architecture: int) -> None:
+    registers, spills, shared = compiled(
+        architecture, row_norm_source(config, False), config.num_warps, config.num_stages
+    )
+    assert spills == 0
+    assert registers <= 255
+    assert shared <= SHARED[architecture]
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+def test_finish(architecture: int) -> None:
+    signature = {"partial": "*fp32", "out": "*fp32", "d_out": "i32", "parts": "i32", "ROWS": "constexpr"}
+    source = ASTSource(finish_kernel, signature, {(4,): 256})
+    assert compiled(architecture, source, 4, 3)[1] == 0
+
+
+def test_every_rank_has_a_configuration() -> None:
+    for factor_bytes in (2, 4):
+        for rank in (1, 8, 16, 17, 64, 100, 384, 4096):
+            config = configs.row_norm_config(factor_bytes, rank)
+            assert config.factor_bytes == factor_bytes
+            assert config.max_rank is None or config.max_rank >= rank
+            assert not config.single or config.depth >= rank
+
+
+def test_splits_fill_the_device() -> None:
+    assert configs.splits(row_blocks=8 * 132, column_blocks=64, processors=132) == 1
+    assert configs.splits(row_blocks=1, column_blocks=64, processors=132) > 32
+    for blocks in (1, 7, 32, 64, 131, 500):
+        parts = configs.splits(blocks, 64, 132)
+        assert 1 <= parts <= 64
