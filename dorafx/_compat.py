@@ -333,16 +333,6 @@ def size_hint(value: Any) -> Any:
     return value
 
 
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """No autocast inside, on any device."""
-    with contextlib.ExitStack() as stack:
-        for device in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 
@@ -356,3 +346,22 @@ def weak_storage(tensor: torch.Tensor) -> Any:
 def weak_storage_id(reference: Any) -> int:
     """What :func:`storage_id` gives for tensors of the storage that a :func:`weak_storage` stands for."""
     return int(reference.cdata)
+
+
+# -- measuring (used by bench) ----------------------------------------------------------------------------------------
+
+
+def memory_events(profile: Any, device_type: str) -> list[int]:
+    """Sizes in bytes of the allocations (positive) and frees (negative) that a finished ``torch.profiler.profile`` with
+    ``profile_memory=True`` saw on a kind of device, in the order of time. The public event list leaves out those that
+    happened inside an operator."""
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    wanted = getattr(torch._C._autograd.DeviceType, device_type.upper())
+    events.sort(key=lambda e: e.start_ns())
+    return [int(e.nbytes()) for e in events if e.device_type() == wanted]
+
+
+def load_inductor() -> None:
+    """Import all of Inductor now, so that a compilation timed later does not pay for it."""
+    import torch._inductor.compile_fx
+    import torch._inductor.utils  # noqa: F401

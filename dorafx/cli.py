@@ -1,7 +1,7 @@
-"""The command line: ``dorafx {demo, explain, report, doctor}``.
+"""The command line: ``dorafx {demo, explain, bench, report, doctor}``.
 
-Exit codes: 0 done; 1 it ran and the answer is no (``explain`` found misses, ``doctor`` found a failure); 2 it could not
-run (wrong input, or the code it was given failed); 130 interrupted.
+Exit codes: 0 done; 1 it ran and the answer is no (``explain`` found misses, ``doctor`` found a failure, a configuration of
+``bench`` failed); 2 it could not run (wrong input, or the code it was given failed); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import dorafx
 from dorafx import _compat
+from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
 
 __all__ = ["main"]
@@ -79,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         "target", help="FILE.py:CALLABLE; it returns a model, or (model, args) or (model, args, kwargs) to call it with"
     )
     explain.set_defaults(run=_explain)
+
+    bench = commands.add_parser(
+        "bench", parents=[common], help="measure dorafx beside PEFT, dense and factored norms, LoRA and merged weights"
+    )
+    add_arguments(bench)
+    bench.set_defaults(run=run_command)
 
     report = commands.add_parser("report", parents=[common], help="turn a log into an HTML page")
     report.add_argument("log", type=Path, help="a log's JSON, or the JSON lines that DORAFX_LOG collects")

@@ -85,7 +85,7 @@ class Region:
     def check(self, site: str, pattern: str) -> Check:
         """Compare outputs and gradients."""
         try:
-            with torch.random.fork_rng(), _compat.without_autocast():
+            with torch.random.fork_rng(), _compat.below_autocast():
                 wanted = self._run(self.node, lambda n: n)
                 actual = self._run(self.replacement, self.originals.get)
                 error, what = self._compare(wanted, actual)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,7 +198,7 @@ def test_peak_memory_is_the_process_own() -> None:
         "import importlib.util as u, sys; s = u.spec_from_file_location('m', sys.argv[1]); m = u.module_from_spec(s); "
     )
     light += "s.loader.exec_module(m); print(m.peak_resident_bytes())"
-    from dorafx.demo import memory
+    from dorafx.bench import memory
 
     done = subprocess.run([sys.executable, "-c", light, memory.__file__], capture_output=True, text=True, check=True)
     assert int(done.stdout) < len(ballast) // 4
@@ -237,20 +240,23 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (tmp_path / "dorafx-demo" / name).stat().st_size > 100
 
 
+def _dies(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGTERM)
+    return {}
+
+
+def _raises(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    raise ValueError("it broke")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(
-    ("ending", "message"),
-    [("kill -TERM $$", "failed: ended by signal 15"), ("echo it broke >&2; exit 3", "failed: it broke")],
-)
-def test_demo_says_how_a_worker_ended(
-    ending: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("job", "message"), [(_dies, "ended by signal 15"), (_raises, "ValueError: it broke")])
+def test_demo_says_how_a_configuration_ended(
+    job: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    worker = tmp_path / "worker"
-    worker.write_text(f"#!/bin/sh\necho a warning >&2\n{ending}\n", encoding="utf-8")
-    worker.chmod(0o755)
-    monkeypatch.setattr("dorafx.demo.sys.executable", str(worker))
+    monkeypatch.setattr("dorafx.demo.run", job)
     assert main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 2
-    assert message in capsys.readouterr().err
+    assert f"the configuration 'PEFT DoRA, eager' failed: {message}" in capsys.readouterr().err
 
 
 def test_demo_refuses_wrong_sizes(capsys: pytest.CaptureFixture[str]) -> None:

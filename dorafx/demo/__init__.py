@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,15 +12,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dorafx.bench.models import Size
+from dorafx.bench.processes import JobError, run_job
+from dorafx.bench.run import progress_bar
 from dorafx.errors import DorafxError
 from dorafx.log import RewriteLog
 from dorafx.log.table import human_bytes
 
-from .models import Size
-from .worker import CONFIGURATIONS, PHASES
+from .worker import CONFIGURATIONS, PHASES, run
 
 __all__ = ["Size", "run_demo"]
 
@@ -46,13 +45,7 @@ def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> 
     log_file = out / "log.json"
     results: list[dict[str, Any]] = []
     console = Console(stderr=as_json)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-    )
-    with tempfile.TemporaryDirectory() as folder, Progress(*columns, console=console) as progress:
+    with tempfile.TemporaryDirectory() as folder, progress_bar(console) as progress:
         task = progress.add_task("starting", total=len(CONFIGURATIONS) * len(PHASES))
         for index, name in enumerate(CONFIGURATIONS):
             progress.update(task, description=name)
@@ -79,7 +72,6 @@ def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> 
 def _run_one(
     name: str, index: int, size: Size, folder: Path, log_file: Path, repeats: int, advance: Callable[[], None]
 ) -> dict[str, Any]:
-    spec, answer = folder / f"spec{index}.json", folder / f"result{index}.json"
     request = {
         "name": name,
         "size": asdict(size),
@@ -87,26 +79,10 @@ def _run_one(
         "log": str(log_file) if CONFIGURATIONS[name]["backend"] == "dorafx" else "",
         "repeats": repeats,
     }
-    spec.write_text(json.dumps(request), encoding="utf-8")
-    command = [sys.executable, "-m", "dorafx.demo.worker", str(spec), str(answer)]
-    # Standard error goes to a file: a pipe that nobody reads would block a worker that warns a lot.
-    errors = folder / f"errors{index}.txt"
-    with errors.open("wb") as sink, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=sink, text=True) as worker:
-        try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                if line.strip() in PHASES:
-                    advance()
-        except BaseException:
-            worker.kill()
-            raise
-    if worker.returncode != 0 or not answer.exists():
-        last = (errors.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["no output"])[-1]
-        if worker.returncode < 0:  # then the last line is only what it happened to say before
-            last = f"ended by signal {-worker.returncode}"
-        raise DorafxError(f"the configuration {name!r} failed: {last}")
-    result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return result
+    try:
+        return run_job(run, request, lambda phase: advance())
+    except JobError as error:
+        raise DorafxError(f"the configuration {name!r} failed: {error}") from error
 
 
 def _table(size: Size, results: list[dict[str, Any]]) -> Table:

@@ -1,12 +1,9 @@
-"""One configuration of the demo, in a process of its own: ``python -m dorafx.demo.worker SPEC.json RESULT.json``."""
+"""One configuration of the demo, in a process of its own."""
 
 from __future__ import annotations
 
 import functools
-import json
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,15 @@ from typing import Any
 import torch
 
 from dorafx import _compat
-
-from .memory import peak_resident_bytes
-from .models import Size, build
+from dorafx.bench.clock import Clock
+from dorafx.bench.memory import peak_resident_bytes
+from dorafx.bench.models import VOCABULARY, Size, build
+from dorafx.bench.worker import RECOMPILATIONS
 
 __all__ = ["CONFIGURATIONS", "PHASES", "run"]
 
 PHASES = ("prefill", "decode", "step")
-"""Each is named on standard output when it is done, for the parent's progress bar."""
-
-# Seven shapes in three phases are more than the 8 variants that Dynamo compiles of one code object. Stock PEFT's layers
-# share one and would run eagerly from the ninth on: a handicap that is the measurement's, not the model's.
-_RECOMPILATIONS = 64
+"""Each is reported when it is done, for the parent's progress bar."""
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "PEFT DoRA, eager": {"use_dora": True, "backend": None},
@@ -35,36 +29,29 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def _median(step: Callable[[], Any], repeats: int) -> tuple[float, list[float]]:
-    """Seconds of one call: the median after two calls that compile and warm up."""
-    for _ in range(2):
-        step()
-    samples = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        samples.append(time.perf_counter() - start)
-    return statistics.median(samples), samples
-
-
-def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats: int = 5) -> dict[str, Any]:
-    """Measure one configuration: times in seconds, peak resident memory in bytes (None
-    where unknown), graphs, breaks and rewrites."""
-    settings = CONFIGURATIONS[name]
-    _compat.allow_recompilations(_RECOMPILATIONS)
+def run(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    """Measure one configuration: times in seconds (medians after two calls that compile and warm up), peak resident
+    memory in bytes (None where unknown), graphs, breaks and rewrites."""
+    settings, size = CONFIGURATIONS[request["name"]], Size(**request["size"])
+    _compat.allow_recompilations(RECOMPILATIONS)
+    clock = Clock("cpu", 0, least=request["repeats"])
     model = build(size, bool(settings["use_dora"]))
     call: Callable[..., Any] = model
     if settings["backend"] is not None:
         call = torch.compile(model, backend=str(settings["backend"]), dynamic=False)
-    ids = torch.randint(0, 1024, (1, size.tokens), generator=torch.Generator().manual_seed(1))
-    result: dict[str, Any] = {"name": name, "samples": {}}
+    ids = torch.randint(0, VOCABULARY, (1, size.tokens), generator=torch.Generator().manual_seed(1))
+    result: dict[str, Any] = {"name": request["name"], "samples": {}}
+
+    def timed(phase: str, step: Callable[[], Any]) -> None:
+        samples = clock.samples(step)
+        result[phase], result["samples"][phase] = statistics.median(samples), samples
+        report(phase)
 
     model.eval()
     with torch.no_grad():
-        torch.save(call(input_ids=ids).logits, logits_file)
-        for what, tokens in (("prefill", ids), ("decode", ids[:, :1])):
-            result[what], result["samples"][what] = _median(functools.partial(call, input_ids=tokens), repeats)
-            print(what, flush=True)
+        torch.save(call(input_ids=ids).logits, request["logits"])
+        timed("prefill", functools.partial(call, input_ids=ids))
+        timed("decode", functools.partial(call, input_ids=ids[:, :1]))
     inference_graphs = _compat.graph_statistics()
 
     model.train()
@@ -75,8 +62,7 @@ def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats
         optimizer.step()
         optimizer.zero_grad()
 
-    result["step"], result["samples"]["step"] = _median(training_step, repeats)
-    print("step", flush=True)
+    timed("step", training_step)
     result["peak_memory"] = peak_resident_bytes()
     result["graphs"], result["breaks"] = _compat.graph_statistics()
     result["inference_graphs"] = inference_graphs[0]
@@ -85,17 +71,6 @@ def run(name: str, size: Size, logits_file: Path, log_file: Path | None, repeats
 
         result["rewrites"] = len({r.site for r in rewrite_log().rewrites})
         result["misses"] = len(rewrite_log().misses)
-        if log_file is not None:
-            log_file.write_text(rewrite_log().to_json(), encoding="utf-8")
+        if request["log"]:
+            Path(request["log"]).write_text(rewrite_log().to_json(), encoding="utf-8")
     return result
-
-
-def main() -> None:
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    log_file = Path(spec["log"]) if spec["log"] else None
-    result = run(spec["name"], Size(**spec["size"]), Path(spec["logits"]), log_file, spec["repeats"])
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

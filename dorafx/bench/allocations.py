@@ -1,0 +1,77 @@
+"""What a call allocates, and what autograd keeps of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dorafx import _compat
+
+__all__ = ["Allocations", "allocations", "saved_bytes", "storage_bytes"]
+
+
+@dataclass(frozen=True)
+class Allocations:
+    """Bytes: of the largest single allocation of a call, and of all that was alive at once at most, beyond what was
+    alive before the call. As the caching allocator or the CPU's hands them out, rounded up there."""
+
+    largest: int
+    peak: int
+
+
+def allocations(step: Callable[[], Any], device: str) -> Allocations:
+    """Run ``step`` once under the profiler, which sees every allocation of tensor memory on any device.
+
+    Raises:
+        RuntimeError: the profiler saw no memory at all, as where another tool holds it.
+    """
+    cuda = torch.device(device).type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if cuda:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+        if cuda:
+            torch.cuda.synchronize(device)
+    events = _compat.memory_events(profile, torch.device(device).type)
+    if not events:
+        raise RuntimeError("the profiler reported no allocations")
+    alive = peak = 0
+    for size in events:
+        alive += size
+        peak = max(peak, alive)
+    return Allocations(max(0, *events), peak)
+
+
+def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) -> int:
+    """Bytes that autograd keeps between ``forward`` and its backward: storages of saved tensors, each counted once and
+    whole, as a view keeps all of its storage alive.
+
+    Args:
+        forward: returns what a backward would start from.
+        excluded: tensors that exist anyway: parameters and buffers.
+    """
+    known = {_compat.storage_id(t) for t in excluded}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if _compat.storage_id(tensor) not in known:
+            # Detached: a tensor that is both an output and saved by its own node would be a cycle. Held until the end, so
+            # that no two storages ever have one address.
+            kept[_compat.storage_id(tensor)] = tensor.detach()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = storage_bytes(kept.values())
+    del result
+    return total
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors' storages, each counted once."""
+    return sum({_compat.storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())

@@ -1,0 +1,111 @@
+"""``dorafx bench``: its arguments, and what it does with them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from .plan import ANCHORS, DTYPES, SUITES, Settings
+from .plot import FORMATS, plot
+from .results import Results
+from .run import run_bench
+from .shapes import PRESETS
+from .table import summary, tables
+
+__all__ = ["add_arguments", "run_command"]
+
+
+def add_arguments(bench: argparse.ArgumentParser) -> None:
+    """The arguments of ``dorafx bench``."""
+    bench.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
+    bench.add_argument("--against", nargs="+", default=[], metavar="NAME", help=", ".join(ANCHORS))
+    bench.add_argument(
+        "--shapes",
+        nargs="+",
+        default=[],
+        metavar="SHAPE",
+        help=f"{', '.join(PRESETS)}, or D_OUTxD_IN or D_OUTxD_IN:RANK",
+    )
+    bench.add_argument("--hidden", type=int, nargs="+", default=[], help="sizes (default 1024; norm: 1024 to 8192)")
+    bench.add_argument("--rank", type=int, nargs="+", default=[], help="ranks (default 128; norm: 8 64 384)")
+    bench.add_argument(
+        "--tokens", type=int, default=1024, help="tokens of an input, or in decode's cache (default 1024)"
+    )
+    bench.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default float32, on CUDA bfloat16)")
+    bench.add_argument("--device", help="cpu or cuda (default cuda if there is one)")
+    bench.add_argument(
+        "--layers", type=int, default=4, help="decoder layers of a model, also of a preset's (default 4)"
+    )
+    bench.add_argument("--rounds", type=int, default=2, help="processes a configuration, interleaved (default 2)")
+    bench.add_argument(
+        "--seconds", type=float, default=0.5, help="time of timed calls a figure and round (default 0.5)"
+    )
+    bench.add_argument("--threads", type=int, default=0, help="threads of a process (default: torch's own choice)")
+    bench.add_argument("--checkpointing", action="store_true", help="train the model with activation checkpointing")
+    bench.add_argument(
+        "--micro-batches", type=int, default=1, help="forwards and backwards a training step (default 1)"
+    )
+    bench.add_argument("--mode", default="default", help="Inductor's mode for all that is compiled")
+    bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing; draw the results of this file")
+    bench.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print the results of this file")
+    bench.add_argument(
+        "-o", "--output", type=Path, help=f"the results' JSON; with --plot the picture ({', '.join(FORMATS)})"
+    )
+
+
+def run_command(options: argparse.Namespace) -> int:
+    """Returns the exit code: 1 if a configuration failed.
+
+    Raises:
+        ValueError, DorafxError, OSError: as the command line reports them, with exit code 2.
+    """
+    if options.plot is not None or options.table is not None:
+        return _show(options)
+    settings = _settings(options)
+    console = Console(stderr=options.json)
+    results = run_bench(settings, options.output, console)
+    if options.json:
+        print(results.to_json())
+    else:
+        _print(results, console)
+        if options.output is not None:
+            console.print(f"results: {options.output}", highlight=False, soft_wrap=True)
+    return 1 if any(row.error for row in results.rows) else 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    if options.plot is not None and options.table is not None:
+        raise ValueError("--plot and --table: give one of them")
+    if options.table is not None and options.output is not None:
+        raise ValueError("--table prints, and writes no file: leave -o out")
+    if options.suites:
+        raise ValueError("--plot and --table measure nothing: leave the suites out")
+    results = Results.read(options.plot or options.table)
+    if options.plot is not None:
+        print(plot(results, options.output or options.plot.with_suffix(".png")))
+    elif options.json:
+        print(results.to_json())
+    else:
+        _print(results, Console())
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
+    plain: tuple[str, ...] = ("tokens", "layers", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
+    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen")}
+    for name in ("suites", "against", "shapes", "hidden", "rank"):
+        fields[name] = tuple(dict.fromkeys(getattr(options, name)))
+    return Settings(**fields, device=device, dtype=dtype)
+
+
+def _print(results: Results, console: Console) -> None:
+    console.print(summary(results), highlight=False, soft_wrap=True)
+    for table in tables(results):
+        console.print(table)

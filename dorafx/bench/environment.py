@@ -1,0 +1,78 @@
+"""Where a measurement was made: hardware, versions, and the commit of dorafx if it is a git checkout."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dorafx
+
+__all__ = ["describe_environment"]
+
+_PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
+
+
+def describe_environment(device: str, threads: int) -> dict[str, Any]:
+    """Plain data; what a system does not tell is an empty string.
+
+    Args:
+        device: that is measured.
+        threads: of each process; 0 stands for torch's own choice.
+    """
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "cuda": torch.version.cuda or "",
+        "processor": _processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": threads or torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "dorafx": dorafx.__version__,
+        "commit": _commit(Path(dorafx.__file__).parent),
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _commit(package: Path) -> str:
+    """The commit that the package is checked out from, with ``+changes`` where files differ from it."""
+    # A package installed below somebody's repository is in the folder but not in the index.
+    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
+        return ""
+    commit = _git(package, "rev-parse", "HEAD") or ""
+    return f"{commit}+changes" if _git(package, "status", "--porcelain", "--", str(package)) else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What a git command prints; None if it fails or there is no git."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

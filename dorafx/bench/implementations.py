@@ -1,0 +1,127 @@
+"""The implementations that are compared, made from one stock PEFT module each: compiled, patched or merged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .clock import Clock
+from .models import Size, build, move_off_initial_values
+from .norms import NORMS, Norm
+
+__all__ = ["COMPILED", "Task", "build_layer", "build_model"]
+
+COMPILED = {"dorafx": "dorafx", "peft-inductor": "inductor", "lora": "inductor", "merged": "inductor"}
+"""The backend of each implementation that is compiled; the others run eagerly."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One configuration, as a worker gets it. ``parameters`` are the case's own."""
+
+    name: str
+    parameters: dict[str, Any]
+    clock: Clock
+    dtype: torch.dtype
+    mode: str = "default"
+    codegen: str = "inductor"
+    checkpointing: bool = False
+    micro_batches: int = 1
+
+    def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, compiled if this implementation is."""
+        backend = COMPILED.get(self.name)
+        if backend is None:
+            return call
+        options: dict[str, Any] | None = None
+        if backend == "dorafx" and self.codegen != "inductor":
+            options = {"dorafx.codegen": self.codegen}
+        mode = None if self.mode == "default" else self.mode
+        fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options)
+        if mode is None:
+            return fast
+
+        @functools.wraps(call)
+        def stepped(*args: Any, **kwargs: Any) -> Any:
+            # With CUDA graphs, the previous call's outputs may be overwritten from here on.
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            return fast(*args, **kwargs)
+
+        return stepped
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Standard normal values in the task's dtype; the worker seeds the generator, so every process draws the same."""
+        return torch.randn(*shape, dtype=self.dtype, device=self.clock.device)
+
+
+def build_layer(task: Task) -> torch.nn.Module:
+    """PEFT's adapter layer around one ``[d_out, d_in]`` linear, without a bias."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    p = task.parameters
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential(
+        torch.nn.Linear(p["d_in"], p["d_out"], bias=False, dtype=task.dtype, device=task.clock.device)
+    )
+    holder.requires_grad_(False)
+    lora = LoraConfig(
+        r=p["rank"], lora_alpha=2 * p["rank"], use_dora=task.name != "lora", target_modules=["0"], task_type=None
+    )
+    # PEFT would keep the factors of a half-precision layer in fp32, which is meant for autocast.
+    inject_adapter_in_model(lora, holder).to(task.dtype)
+    move_off_initial_values(holder)
+    layer: Any = holder[0]
+    if task.name == "merged":
+        layer.merge()
+        merged: torch.nn.Module = layer.get_base_layer()
+        return merged
+    return _with_norm_of(task.name, layer)
+
+
+def build_model(task: Task, size: Size) -> Any:
+    """The model of :func:`~dorafx.bench.models.build`, merged or with another norm where the task wants it."""
+    model = build(size, task.name != "lora", task.dtype, task.clock.device, task.checkpointing)
+    if task.name == "merged":
+        return model.merge_and_unload()
+    return _with_norm_of(task.name, model)
+
+
+def _with_norm_of(name: str, module: torch.nn.Module) -> torch.nn.Module:
+    """Give PEFT's DoRA layers another norm in place where ``name`` is one; everything else stays PEFT's."""
+    if name in NORMS and name != "peft":
+        from peft.tuners.lora.dora import DoraLinearLayer
+
+        for layer in module.modules():
+            if type(layer) is DoraLinearLayer:
+                layer.forward = functools.partial(_dora, layer, NORMS[name])  # type: ignore[method-assign]
+    return module
+
+
+def _dora(
+    layer: Any,
+    norm: Norm,
+    x: torch.Tensor,
+    *,
+    lora_A: Any,
+    lora_B: Any,
+    scaling: float,
+    base_layer: Any,
+    base_result: torch.Tensor | None = None,
+    **unused: Any,
+) -> torch.Tensor:
+    """What a DoRA layer adds to its base layer's output: ``(g - 1) ⊙ x·Wᵀ + g ⊙ s·x·Aᵀ·Bᵀ``, the norm without gradient."""
+    weight = base_layer.weight
+    with torch.no_grad():
+        n = norm(weight, lora_B.weight, lora_A.weight, scaling)
+    g = layer.weight / n
+    if base_result is None:
+        base = F.linear(x, weight)
+    else:
+        base = base_result if base_layer.bias is None else base_result - base_layer.bias
+    added: torch.Tensor = (g - 1) * base + g * scaling * lora_B(lora_A(x))
+    return added

@@ -1,0 +1,241 @@
+"""What will be measured: from the command line's settings to a list of cases, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from dorafx.codegen import check_name
+
+from . import work
+from .models import Size
+from .shapes import PRESETS, Shape, parse_shape
+from .work import Work
+
+__all__ = ["ANCHORS", "DTYPES", "SUITES", "Case", "Settings", "Suite", "anchors_of", "cases_of"]
+
+ANCHORS = {
+    "peft": "stock PEFT, eager",
+    "peft-inductor": "stock PEFT, compiled by Inductor",
+    "dense": "the dense product B@A, eager",
+    "chunked": "the factored norm over chunks of d_in (arXiv:2603.22276), eager",
+    "lora": "plain LoRA, compiled by Inductor",
+    "merged": "adapter merged into the weights, compiled by Inductor",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What a suite measures and can be measured against; ``why`` says why not against the rest."""
+
+    measures: str
+    allowed: tuple[str, ...]
+    default: tuple[str, ...]
+    why: str
+    needs_peft: bool = True
+
+
+_EVERY = tuple(ANCHORS)
+_TRAINED = "nothing is trained in merged weights"
+SUITES = {
+    "norm": Suite(
+        "the row norm of W + s·B·A alone",
+        ("peft", "peft-inductor", "dense", "chunked"),
+        ("peft", "dense", "chunked"),
+        "it has no norm",
+        needs_peft=False,
+    ),
+    "compose": Suite(
+        "the composition g ⊙ (base + s·lora) alone, forward and forward with backward",
+        ("peft", "peft-inductor", "lora"),
+        ("peft", "peft-inductor", "lora"),
+        "its composition is another's or none",
+        needs_peft=False,
+    ),
+    "layer": Suite("one DoRA linear, forward and training", _EVERY, ("peft", "peft-inductor", "lora", "merged"), ""),
+    "model": Suite("a Llama-shaped PEFT model, prefill and training step", _EVERY, ("peft", "lora"), ""),
+    "decode": Suite("one token with a filled key-value cache", _EVERY, ("peft", "lora", "merged"), ""),
+    "memory": Suite(
+        "bytes that autograd saves, and peak memory of a training step",
+        ("peft", "peft-inductor", "dense", "chunked", "lora"),
+        ("peft", "lora"),
+        _TRAINED,
+    ),
+    "compile": Suite(
+        "a cold compilation of prefill and training step, and dorafx's share of it",
+        ("peft-inductor", "lora"),
+        ("peft-inductor", "lora"),
+        "it compiles nothing, or not the training step",
+    ),
+}
+_DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
+_DEFAULT_RANK = {"norm": (8, 64, 384)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line gives; empty tuples leave the choice to the suite.
+
+    Raises:
+        ValueError: a value that is not allowed; the message names what is.
+    """
+
+    suites: tuple[str, ...]
+    against: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    hidden: tuple[int, ...] = ()
+    rank: tuple[int, ...] = ()
+    tokens: int = 1024
+    dtype: str = "float32"
+    device: str = "cpu"
+    layers: int = 4
+    rounds: int = 2
+    seconds: float = 0.5
+    threads: int = 0
+    checkpointing: bool = False
+    micro_batches: int = 1
+    mode: str = "default"
+    codegen: str = "inductor"
+
+    def __post_init__(self) -> None:
+        if not self.suites:
+            raise ValueError(f"bench: name a suite: {', '.join(SUITES)}")
+        for suite in self.suites:
+            _one_of("bench", suite, SUITES)
+            anchors_of(suite, self.against)
+        _one_of("--dtype", self.dtype, DTYPES)
+        _one_of("--mode", self.mode, MODES)
+        for name in ("tokens", "layers", "rounds", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        for name in ("hidden", "rank"):
+            for value in getattr(self, name):
+                if value < 1:
+                    raise ValueError(f"--{name} must be at least 1, not {value}")
+        if self.threads < 0:
+            raise ValueError(f"--threads must be at least 1, or 0 for torch's own choice, not {self.threads}")
+        if not 0 <= self.seconds < float("inf"):
+            raise ValueError(f"--seconds must be a number of seconds, not {self.seconds}")
+        if self.mode != "default" and self.codegen != "inductor":
+            raise ValueError(
+                f"--mode is Inductor's, and --codegen {self.codegen} leaves Inductor out; give one of them"
+            )
+        check_name(self.codegen)
+        _check_device(self.device)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to measure in every implementation: ``parameters`` go to the worker, ``work`` has the least work of the
+    metrics that have a limit."""
+
+    suite: str
+    label: str
+    parameters: dict[str, Any]
+    work: dict[str, Work] = field(default_factory=dict)
+
+
+def anchors_of(suite: str, against: Sequence[str]) -> tuple[str, ...]:
+    """The anchors to measure in a suite: those asked for, or the suite's own choice.
+
+    Raises:
+        ValueError: an unknown anchor, or one that makes no sense in the suite.
+    """
+    known = SUITES[suite]
+    for name in against:
+        _one_of("--against", name, ANCHORS)
+        if name not in known.allowed:
+            raise ValueError(
+                f"--against {name} makes no sense in the suite {suite} ({known.why}); allowed are {', '.join(known.allowed)}"
+            )
+    return tuple(dict.fromkeys(against)) or known.default
+
+
+def cases_of(suite: str, settings: Settings) -> list[Case]:
+    """The cases of one suite.
+
+    Raises:
+        ValueError: shapes or sizes that the suite cannot take.
+    """
+    itemsize = DTYPES[settings.dtype].itemsize
+    tokens = settings.tokens
+    if suite in ("norm", "compose", "layer"):
+        return [_operator_case(suite, shape, tokens, itemsize) for shape in _weights(suite, settings)]
+    cases = []
+    for name, size in _models(suite, settings):
+        label = f"{name}, {size.layers} layers, r{size.rank}, {size.tokens} tokens"
+        metrics: dict[str, Work] = {}
+        if suite == "model":
+            metrics = work.model_work(size, itemsize, settings.checkpointing, settings.micro_batches)
+        elif suite == "decode":
+            metrics = work.decode_work(size, itemsize)
+        elif suite == "memory":
+            one = {"d_out": size.intermediate, "d_in": size.hidden, "rank": size.rank, "tokens": tokens}
+            cases.append(Case(suite, f"{size.intermediate}x{size.hidden} r{size.rank}, {tokens} tokens", one))
+        cases.append(Case(suite, label, {"size": asdict(size)}, metrics))
+    return cases
+
+
+def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int) -> Case:
+    d_out, d_in, rank = shape.d_out, shape.d_in, shape.rank
+    suffix = f" ({shape.label})" if shape.label else ""
+    if suite == "compose":
+        label = f"{tokens}x{d_out}{suffix}"
+        return Case(suite, label, {"tokens": tokens, "d_out": d_out}, work.compose_work(tokens, d_out, itemsize))
+    parameters = {"d_out": d_out, "d_in": d_in, "rank": rank}
+    if suite == "norm":
+        metrics = {"time": work.norm_work(d_out, d_in, rank, itemsize)}
+        return Case(suite, f"{d_out}x{d_in} r{rank}{suffix}", parameters, metrics)
+    label = f"{d_out}x{d_in} r{rank}, {tokens} tokens{suffix}"
+    return Case(suite, label, {**parameters, "tokens": tokens}, work.layer_work(tokens, d_out, d_in, rank, itemsize))
+
+
+def _weights(suite: str, settings: Settings) -> list[Shape]:
+    """The distinct weights, each at every rank unless it names its own."""
+    shapes: list[Shape] = []
+    for text in settings.shapes:
+        preset = PRESETS.get(text.lower())
+        named = [Shape(s.d_out, s.d_in, label=f"{text.lower()} {s.label}") for s in preset.shapes()] if preset else []
+        shapes += named or [parse_shape(text)]
+    if not settings.shapes:
+        shapes = [Shape(d, d) for d in settings.hidden or _DEFAULT_HIDDEN.get(suite, (1024,))]
+    if suite == "compose":  # what a composition costs does not depend on d_in and rank
+        return list({s.d_out: Shape(s.d_out, 1, 1, s.label) for s in reversed(shapes)}.values())[::-1]
+    ranks = settings.rank or _DEFAULT_RANK.get(suite, (128,))
+    return [Shape(s.d_out, s.d_in, r, s.label) for s in shapes for r in ((s.rank,) if s.rank else ranks)]
+
+
+def _models(suite: str, settings: Settings) -> list[tuple[str, Size]]:
+    found = []
+    for rank in settings.rank or (128,):
+        common = {"layers": settings.layers, "rank": rank, "tokens": settings.tokens}
+        for text in settings.shapes:
+            _one_of(f"--shapes in the suite {suite}", text.lower(), PRESETS)
+            preset = asdict(PRESETS[text.lower()])
+            found.append((text.lower(), Size(**{**preset, **common})))
+        if not settings.shapes:
+            found += [(f"hidden {d}", Size(hidden=d, **common)) for d in settings.hidden or (1024,)]
+    return found
+
+
+def _one_of(what: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{what}: {value!r} is not one of {', '.join(known)}")
+
+
+def _check_device(text: str) -> None:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {text!r} is not cpu, cuda or cuda:NUMBER")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device: {text!r}: torch finds {torch.cuda.device_count()} CUDA devices here; cpu is allowed"
+        )

@@ -1,0 +1,112 @@
+"""The run: configurations interleaved over rounds, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dorafx.errors import DorafxError
+
+from .environment import describe_environment
+from .plan import SUITES, Case, Settings, anchors_of, cases_of
+from .processes import JobError, run_job
+from .results import Metric, Results, Row
+from .worker import CEILINGS, configuration, request_for
+
+__all__ = ["progress_bar", "run_bench"]
+
+Configuration = tuple[Case, Row]
+
+
+def progress_bar(console: Console) -> Progress:
+    """Description, bar, done of total, time."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
+    return Progress(*columns, console=console)
+
+
+def run_bench(settings: Settings, out: Path | None = None, console: Console | None = None) -> Results:
+    """Measure everything that the settings name.
+
+    A configuration that fails is a row with its error, and is left out of later rounds; the rest goes on.
+
+    Args:
+        settings: what to measure.
+        out: the results' JSON, written anew after every round, so that an interrupted run leaves what it has.
+        console: where the progress bar goes; standard error by default.
+
+    Returns:
+        The results.
+
+    Raises:
+        ValueError: sizes that a suite cannot take.
+        DorafxError: a suite needs PEFT or transformers, which are not installed.
+        OSError: ``out`` cannot be written.
+    """
+    configurations: list[Configuration] = []
+    for suite in settings.suites:
+        _check_installed(suite)
+        names = ("dorafx", *anchors_of(suite, settings.against))
+        for case in cases_of(suite, settings):
+            configurations += [(case, Row(suite, case.label, name, case.parameters)) for name in names]
+    results = Results(
+        asdict(settings),
+        describe_environment(settings.device, settings.threads),
+        rows=[row for _, row in configurations],
+    )
+    if out is not None:
+        out.touch()  # better to fail now than after the first round
+    start_method = "spawn" if torch.device(settings.device).type == "cuda" else None
+    total = settings.rounds * (len(configurations) + 1)
+    with progress_bar(console or Console(stderr=True)) as progress:
+        task = progress.add_task("starting", total=total)
+        for number in range(settings.rounds):
+            progress.update(task, description=CEILINGS)
+            _measure_ceilings(settings, results, start_method)
+            progress.advance(task)
+            # Every other round backwards: a machine that slows down as it warms favours neither end.
+            for case, row in configurations if number % 2 == 0 else reversed(configurations):
+                progress.update(task, description=f"{row.suite} {row.case}: {row.name}")
+                if not row.error:
+                    _measure(settings, case, row, start_method)
+                progress.advance(task)
+            if out is not None:
+                out.write_text(results.to_json(), encoding="utf-8")
+    return results
+
+
+def _measure_ceilings(settings: Settings, results: Results, start_method: str | None) -> None:
+    try:
+        figures = run_job(configuration, request_for(settings, CEILINGS, None), start_method=start_method)
+    except JobError as error:
+        raise JobError(f"measuring the copy bandwidth and matmul rate failed: {error}") from error
+    for metric, (unit, samples) in figures.items():
+        results.ceilings.setdefault(metric, Metric(unit)).rounds.append(samples)
+
+
+def _measure(settings: Settings, case: Case, row: Row, start_method: str | None) -> None:
+    try:
+        figures = run_job(configuration, request_for(settings, row.name, case), start_method=start_method)
+    except JobError as error:
+        row.error = str(error)
+        return
+    for metric, (unit, samples) in figures.items():
+        work = case.work.get(metric)
+        known = row.metrics.setdefault(metric, Metric(unit, [], *((work.flops, work.bytes) if work else (0.0, 0.0))))
+        known.rounds.append(samples)
+
+
+def _check_installed(suite: str) -> None:
+    needed = ("peft", "transformers") if SUITES[suite].needs_peft else ()
+    absent = [name for name in needed if importlib.util.find_spec(name) is None]
+    if absent:
+        raise DorafxError(f"bench {suite} needs {' and '.join(absent)}: pip install 'dorafx[peft]'")

@@ -1,0 +1,23 @@
+"""One module a suite. Each has ``measure(task)``, which runs in a process of its own and returns, by metric, the unit and
+the samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..implementations import Task
+from . import compiling, compose, decode, layer, memory, model, norm
+
+__all__ = ["MEASURES", "Figures"]
+
+Figures = dict[str, tuple[str, list[float]]]
+
+MEASURES: dict[str, Callable[[Task], Figures]] = {
+    "norm": norm.measure,
+    "compose": compose.measure,
+    "layer": layer.measure,
+    "model": model.measure,
+    "decode": decode.measure,
+    "memory": memory.measure,
+    "compile": compiling.measure,
+}

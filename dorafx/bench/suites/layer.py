@@ -1,0 +1,33 @@
+"""One DoRA linear of PEFT's."""
+
+from __future__ import annotations
+
+import torch
+
+from ..implementations import Task, build_layer
+
+__all__ = ["measure"]
+
+
+def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+    """Seconds of a forward without gradients, and of a training step: forward and backward to the input and the adapter."""
+    layer = build_layer(task)
+    call = task.compiled(layer)
+    x = task.random(1, task.parameters["tokens"], task.parameters["d_in"])
+    layer.eval()
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return call(x)  # type: ignore[no-any-return]
+
+    figures = {"forward": ("s", task.clock.samples(forward, cold=True))}
+    if task.name == "merged":  # nothing to train
+        return figures
+    layer.train()
+    inputs = [x.requires_grad_(), *(p for p in layer.parameters() if p.requires_grad)]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = call(x)
+        return torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    return {**figures, "training step": ("s", task.clock.samples(step, cold=True))}

@@ -1,0 +1,68 @@
+"""What training keeps in memory: bytes that autograd saves, and the peak of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..allocations import allocations, saved_bytes, storage_bytes
+from ..implementations import Task, build_layer, build_model
+from ..models import Size
+from .model import TrainingStep, token_ids
+
+__all__ = ["measure"]
+
+
+def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+    """Bytes: saved by autograd for the backward (parameters and buffers excluded); at once at most in a training step
+    beyond what was there before it; and that with what was there: parameters, optimizer, input."""
+    standing: Callable[[], list[torch.Tensor]]
+    if "size" in task.parameters:
+        size = Size(**task.parameters["size"])
+        module = build_model(task, size).train()
+        call = task.compiled(module)
+        ids = token_ids(task, size.tokens)
+        training = TrainingStep(task, module, call, ids)
+        step: Callable[[], Any] = training
+        standing = training.state
+
+        def forward() -> Any:
+            return call(input_ids=ids, labels=ids).loss
+    else:
+        module = build_layer(task).train()
+        call = task.compiled(module)
+        x = task.random(1, task.parameters["tokens"], task.parameters["d_in"]).requires_grad_()
+        inputs = [x, *(p for p in module.parameters() if p.requires_grad)]
+
+        def forward() -> Any:
+            return call(x)
+
+        def step() -> Any:
+            y = call(x)
+            return torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+        def standing() -> list[torch.Tensor]:
+            return [x]
+
+    for _ in range(2):  # compile, and let the optimizer make its state
+        step()
+    own = [*module.parameters(), *module.buffers()]
+    saved = saved_bytes(forward, own)
+    temporaries = allocations(step, task.clock.device).peak
+    peak = _cuda_peak(task, step) if task.clock.cuda else storage_bytes([*own, *standing()]) + temporaries
+    return {
+        "saved": ("B", [float(saved)]),
+        "temporaries": ("B", [float(temporaries)]),
+        "peak": ("B", [float(peak)]),
+    }
+
+
+def _cuda_peak(task: Task, step: Callable[[], Any]) -> int:
+    """Bytes of all tensors at the height of one step, as the caching allocator counts them."""
+    torch.cuda.synchronize(task.clock.device)
+    torch.cuda.reset_peak_memory_stats(task.clock.device)
+    step()
+    torch.cuda.synchronize(task.clock.device)
+    return int(torch.cuda.max_memory_allocated(task.clock.device))

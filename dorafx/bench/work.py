@@ -1,0 +1,74 @@
+"""The least work that a computation needs, for the share of the hardware's limit: FLOPs, and bytes that must move.
+
+Counted for DoRA whose norms are known (what plain LoRA does too), without attention's products and without the temporary
+tensors of any implementation: a lower bound, so the share that the table prints is one too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .models import VOCABULARY, Size
+from .shapes import Preset
+
+__all__ = ["Work", "compose_work", "decode_work", "layer_work", "model_work", "norm_work"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products, and bytes read and written."""
+
+    flops: float
+    bytes: float
+
+
+def norm_work(d_out: int, d_in: int, rank: int, itemsize: int) -> Work:
+    """The product ``B·A`` once, every operand read once, the norms written in fp32."""
+    return Work(2.0 * d_out * d_in * rank, itemsize * (d_out * d_in + rank * (d_out + d_in)) + 4.0 * d_out)
+
+
+def compose_work(tokens: int, d_out: int, itemsize: int) -> dict[str, Work]:
+    """Forward: two ``[tokens, d_out]`` tensors read, one written. With the backward: one more kept, and in the backward
+    two read and two written."""
+    tensor = float(tokens * d_out * itemsize)
+    return {"forward": Work(0, 3 * tensor), "forward + backward": Work(0, 8 * tensor)}
+
+
+def layer_work(tokens: int, d_out: int, d_in: int, rank: int, itemsize: int) -> dict[str, Work]:
+    """One linear: forward; training also the gradients of ``x`` and of the factors (the weight is frozen)."""
+    base, low = 2.0 * tokens * d_out * d_in, 2.0 * tokens * rank * (d_out + d_in)
+    weights = itemsize * (d_out * d_in + rank * (d_out + d_in))
+    activations = itemsize * tokens * (d_out + d_in)
+    return {
+        "forward": Work(base + low, weights + activations),
+        "training step": Work(2 * base + 3 * low, 2 * weights + 3 * activations),
+    }
+
+
+def _layers(size: Size) -> list[tuple[int, int]]:
+    preset = Preset(size.hidden, size.intermediate, size.heads, size.kv_heads, size.head_dim, size.layers)
+    return [shape for shape in preset.linears().values() for _ in range(size.layers)]
+
+
+def model_work(size: Size, itemsize: int, checkpointing: bool, micro_batches: int) -> dict[str, Work]:
+    """All linears of a model and its head. Checkpointing computes the decoder's forward twice."""
+    forward = step = weights = 0.0
+    for d_out, d_in in _layers(size):
+        work = layer_work(size.tokens, d_out, d_in, size.rank, itemsize)
+        forward += work["forward"].flops
+        step += work["training step"].flops + (work["forward"].flops if checkpointing else 0)
+        weights += itemsize * (d_out * d_in + size.rank * (d_out + d_in))
+    head = 2.0 * size.tokens * VOCABULARY * size.hidden
+    weights += itemsize * VOCABULARY * size.hidden
+    return {
+        "prefill": Work(forward + head, weights),
+        "training step": Work(micro_batches * (step + 2 * head), micro_batches * 2 * weights),
+    }
+
+
+def decode_work(size: Size, itemsize: int) -> dict[str, Work]:
+    """Every weight and the filled key-value cache read once for one token."""
+    one = Size(**{**vars(size), "tokens": 1})
+    work = model_work(one, itemsize, False, 1)["prefill"]
+    cache = 2.0 * size.layers * size.kv_heads * size.head_dim * size.tokens * itemsize
+    return {"one token": Work(work.flops, work.bytes + cache)}

@@ -1,0 +1,179 @@
+"""Runs: order, failures, and every suite for real on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dorafx.bench import run
+from dorafx.bench.plan import SUITES, Settings, cases_of
+from dorafx.bench.processes import JobError
+from dorafx.bench.results import Results
+from dorafx.bench.worker import configuration, request_for
+from dorafx.cli import main
+
+TINY = ["--hidden", "64", "--rank", "4", "--tokens", "16", "--layers", "1", "--seconds", "0", "--threads", "1"]
+FIGURES = {
+    "norm": {"time", "largest allocation", "temporaries"},
+    "compose": {"forward", "forward + backward"},
+    "layer": {"forward", "training step"},
+    "model": {"prefill", "training step"},
+    "decode": {"one token"},
+    "memory": {"saved", "temporaries", "peak"},
+    "compile": {"compilation", "graphs", "graph breaks"},
+}
+
+
+def tiny(suite: str, **changes: Any) -> Settings:
+    return Settings((suite,), hidden=(64,), rank=(4,), tokens=16, layers=1, seconds=0, rounds=1, **changes)
+
+
+def test_norm_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "norm.json"
+    assert main(["bench", "norm", *TINY, "--rounds", "2", "-o", str(out), "--json"]) == 0
+    results = Results.from_json(capsys.readouterr().out)
+    assert results == Results.read(out)
+    assert [row.name for row in results.rows] == ["dorafx", "peft", "dense", "chunked"]
+    for row in results.rows:
+        assert set(row.metrics) == FIGURES["norm"]
+        assert len(row.metrics["time"].rounds) == 2
+        assert all(len(samples) >= 3 for samples in row.metrics["time"].rounds)
+    assert results.rows[0].metrics["largest allocation"].median < results.rows[2].metrics["largest allocation"].median
+    assert set(results.ceilings) == {"copy", "matmul"}
+    assert results.environment["threads"] == 1
+    assert results.environment["versions"]["torch"] == torch.__version__
+    assert results.settings["hidden"] == [64]
+
+
+class Fake:
+    """In place of ``run_job``: notes what was asked for."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.asked: list[str] = []
+        self.failing = failing
+
+    def __call__(self, job: Any, request: dict[str, Any], start_method: str | None = None) -> dict[str, Any]:
+        self.asked.append(request["name"])
+        if request["name"] == self.failing:
+            raise JobError("OutOfMemoryError: too much")
+        return {"time": ["s", [1.0]]} if request["suite"] != "ceilings" else {"copy": ["B/s", [1.0]]}
+
+
+def test_rounds_are_interleaved_and_turn_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake()
+    monkeypatch.setattr(run, "run_job", fake)
+    run.run_bench(Settings(("norm",), ("dense",), hidden=(64,), rank=(4,), rounds=3))
+    assert fake.asked == ["ceilings", "dorafx", "dense", "ceilings", "dense", "dorafx", "ceilings", "dorafx", "dense"]
+
+
+def test_a_failing_configuration_is_a_row(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = Fake("peft")
+    monkeypatch.setattr(run, "run_job", fake)
+    out = tmp_path / "x.json"
+    assert main(["bench", "norm", *TINY, "--rounds", "2", "--against", "peft", "dense", "-o", str(out)]) == 1
+    assert fake.asked.count("peft") == 1  # not tried again
+    assert fake.asked.count("dense") == 2
+    rows = {row.name: row for row in Results.read(out).rows}
+    assert rows["peft"].error == "OutOfMemoryError: too much"
+    assert "peft failed: OutOfMemoryError: too much" in capsys.readouterr().out
+
+
+def test_failing_ceilings_end_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(run, "run_job", Fake("ceilings"))
+    assert main(["bench", "norm", *TINY]) == 2
+    assert "matmul rate failed: OutOfMemoryError" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_leaves_the_rounds_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = Fake()
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        if len(fake.asked) == 4:
+            raise KeyboardInterrupt
+        return fake(*args, **kwargs)
+
+    monkeypatch.setattr(run, "run_job", stopping)
+    out = tmp_path / "x.json"
+    assert main(["bench", "norm", *TINY, "--against", "dense", "-o", str(out)]) == 130
+    assert [len(row.metrics["time"].rounds) for row in Results.read(out).rows] == [1, 1]
+
+
+def test_suites_that_need_peft_say_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    find: Callable[[str], object] = run.importlib.util.find_spec
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    assert main(["bench", "model", *TINY]) == 2
+    assert capsys.readouterr().err.strip() == "dorafx: bench model needs peft: pip install 'dorafx[peft]'"
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and with eager codegen, which is quick; what they measure is checked, not how fast it is."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    settings = tiny(suite, codegen="eager")
+    names = ["dorafx", *(n for n in SUITES[suite].allowed if n in ("peft", "dense", "chunked"))]
+    for case in cases_of(suite, settings):
+        found = {name: configuration(request_for(settings, name, case), print) for name in names}
+        for figures in found.values():
+            assert set(figures) >= FIGURES[suite]
+            assert set(case.work) <= set(figures)
+            assert all(samples and min(samples) >= 0 for _, samples in figures.values())
+        if suite == "compile":
+            assert found["dorafx"]["graphs"][1] == [2.0]
+            assert found["dorafx"]["graph breaks"][1] == [0.0]
+            assert 0 < found["dorafx"]["share of the pass"][1][0] < 1
+        if suite == "memory":
+            assert found["dorafx"]["saved"][1] < found["peft"]["saved"][1]
+
+
+def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpointing keeps fewer bytes, and every micro-batch is a forward and a backward."""
+    cases = {c.label: c for c in cases_of("memory", tiny("memory"))}
+    case = next(c for label, c in cases.items() if label.startswith("hidden"))
+    plain, checkpointed = (
+        configuration(request_for(tiny("memory", checkpointing=flag), "peft", case), print)["saved"][1][0]
+        for flag in (False, True)
+    )
+    assert checkpointed < plain / 2
+    (model,) = cases_of("model", tiny("model", micro_batches=3, checkpointing=True))
+    once = cases_of("model", tiny("model"))[0]
+    assert model.work["training step"].flops > 3 * once.work["training step"].flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_suites_for_real(suite: str, tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    arguments = [*TINY, "--rounds", "1", "--against", *SUITES[suite].allowed, "-o", str(out)]
+    assert main(["bench", suite, *arguments]) == 0
+    results = Results.read(out)
+    assert {row.name for row in results.rows} == {"dorafx", *SUITES[suite].allowed}
+    for row in results.rows:
+        untrained = row.name == "merged"
+        assert set(row.metrics) >= FIGURES[suite] - ({"training step"} if untrained else set()), row.name
+    if suite == "compile":
+        graphs = {row.name: row.metrics["graphs"].median for row in results.rows}
+        assert graphs["dorafx"] == graphs["lora"] < graphs["peft-inductor"]
+    if suite == "memory":
+        layer = {row.name: row.metrics["saved"].median for row in results.rows[: len(SUITES[suite].allowed) + 1]}
+        d_out, tokens = results.rows[0].parameters["d_out"], 16
+        # One [tokens, d_out] tensor for the magnitude's gradient, and vectors.
+        assert layer["dorafx"] <= layer["lora"] + 4 * (tokens * d_out + 4 * d_out)
+        assert layer["dorafx"] < layer["peft"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_suites_on_a_gpu(suite: str, tmp_path: Path) -> None:
+    out = tmp_path / "x.json"
+    assert main(["bench", suite, *TINY, "--rounds", "1", "--device", "cuda", "-o", str(out)]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    assert document["settings"]["dtype"] == "bfloat16"
+    assert all(row["metrics"] for row in document["rows"])
