@@ -117,6 +117,8 @@ class Settings:
             for value in getattr(self, name):
                 if value < 1:
                     raise ValueError(f"--{name} must be at least 1, not {value}")
+        if self.hidden and self.shapes:
+            raise ValueError("--hidden and --shapes both name sizes; give one of them")
         if self.threads < 0:
             raise ValueError(f"--threads must be at least 1, or 0 for torch's own choice, not {self.threads}")
         if not 0 <= self.seconds < float("inf"):

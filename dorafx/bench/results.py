@@ -52,7 +52,8 @@ class Metric:
 
 @dataclass
 class Row:
-    """One configuration: an implementation in a case. ``error`` is how it failed, empty if it did not."""
+    """One configuration: an implementation in a case. ``error`` is how it failed, empty if it did not; ``facts`` are counts
+    that do not vary: graphs and graph breaks of what is compiled, modules that dorafx rewrote."""
 
     suite: str
     case: str
@@ -60,6 +61,7 @@ class Row:
     parameters: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Metric] = field(default_factory=dict)
     error: str = ""
+    facts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -144,7 +146,8 @@ def _row(data: Any, where: str) -> Row:
         raise ValueError(f"the field {where} must be of the type dict, not {type(data).__name__}")
     suite, case, name, error = (_get(data, field_, str, where) for field_ in ("suite", "case", "name", "error"))
     metrics = _metrics(_get(data, "metrics", dict, where), f"{where}.metrics")
-    return Row(suite, case, name, _get(data, "parameters", dict, where), metrics, error)
+    parameters, facts = _get(data, "parameters", dict, where), _get(data, "facts", dict, where)
+    return Row(suite, case, name, parameters, metrics, error, facts)
 
 
 def _metrics(data: dict[str, Any], where: str) -> dict[str, Metric]:

@@ -86,20 +86,21 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
 
 def _measure_ceilings(settings: Settings, results: Results, start_method: str | None) -> None:
     try:
-        figures = run_job(configuration, request_for(settings, CEILINGS, None), start_method=start_method)
+        answer = run_job(configuration, request_for(settings, CEILINGS, None), start_method=start_method)
     except JobError as error:
         raise JobError(f"measuring the copy bandwidth and matmul rate failed: {error}") from error
-    for metric, (unit, samples) in figures.items():
+    for metric, (unit, samples) in answer["figures"].items():
         results.ceilings.setdefault(metric, Metric(unit)).rounds.append(samples)
 
 
 def _measure(settings: Settings, case: Case, row: Row, start_method: str | None) -> None:
     try:
-        figures = run_job(configuration, request_for(settings, row.name, case), start_method=start_method)
+        answer = run_job(configuration, request_for(settings, row.name, case), start_method=start_method)
     except JobError as error:
         row.error = str(error)
         return
-    for metric, (unit, samples) in figures.items():
+    row.facts = answer["facts"]
+    for metric, (unit, samples) in answer["figures"].items():
         work = case.work.get(metric)
         known = row.metrics.setdefault(metric, Metric(unit, [], *((work.flops, work.bytes) if work else (0.0, 0.0))))
         known.rounds.append(samples)

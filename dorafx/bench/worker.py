@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from dorafx import _compat
+from dorafx.errors import DorafxError
+from dorafx.log import rewrite_log
 
 from .ceilings import measure_ceilings
 from .clock import Clock
-from .implementations import Task
-from .plan import DTYPES, Case, Settings
+from .implementations import COMPILED, Task
+from .plan import DTYPES, SUITES, Case, Settings
 
 __all__ = ["CEILINGS", "configuration", "request_for"]
 
@@ -33,7 +35,15 @@ def request_for(settings: Settings, name: str, case: Case | None) -> dict[str, A
 
 
 def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    """Measure one configuration: ``{metric: [unit, samples]}``."""
+    """Measure one configuration.
+
+    Returns:
+        ``figures``, ``{metric: [unit, samples]}``, and ``facts``: of what is compiled its graphs and graph breaks, of
+        dorafx also how many modules it rewrote.
+
+    Raises:
+        DorafxError: dorafx left a DoRA layer as it was, so that the figures would be another implementation's.
+    """
     from .suites import MEASURES
 
     if request["threads"]:
@@ -45,7 +55,22 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
     clock = Clock(request["device"], request["seconds"])
     dtype = DTYPES[request["dtype"]]
     if request["suite"] == CEILINGS:
-        return {key: list(value) for key, value in measure_ceilings(clock, dtype).items()}
+        return {"figures": {key: list(value) for key, value in measure_ceilings(clock, dtype).items()}, "facts": {}}
     settings = {key: request[key] for key in ("mode", "codegen", "checkpointing", "micro_batches")}
     task = Task(request["name"], request["parameters"], clock, dtype, **settings)
-    return {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
+    rewrite_log().clear()
+    before = _compat.graph_statistics()
+    figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
+    graphs, breaks = (now - then for now, then in zip(_compat.graph_statistics(), before))
+    facts = {"graphs": graphs, "graph breaks": breaks} if task.name in COMPILED else {}
+    if task.name == "dorafx" and SUITES[request["suite"]].needs_peft:  # the others call the operators
+        facts["rewritten"] = _rewritten()
+    return {"figures": figures, "facts": facts}
+
+
+def _rewritten() -> int:
+    log = rewrite_log()
+    if log.misses or not log.rewrites:
+        why = log.misses[0].reason if log.misses else "no DoRA layer was found"
+        raise DorafxError(f"dorafx did not rewrite everything: {why}")
+    return len({record.site for record in log.rewrites})

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_results import sample
+from test_bench_results import sample
 
 from dorafx.bench.results import Results
 from dorafx.bench.table import human

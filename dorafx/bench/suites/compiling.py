@@ -28,12 +28,12 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     ids = token_ids(task, size.tokens)
+    before = _compat.graph_statistics()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         os.environ["TRITON_CACHE_DIR"] = os.path.join(folder, "triton")
         _compat.load_inductor()
         call = task.compiled(model)
-        before = _compat.graph_statistics()
 
         @torch.no_grad()
         def prefill() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from dorafx.bench.processes import JobError
 from dorafx.bench.results import Results
 from dorafx.bench.worker import configuration, request_for
 from dorafx.cli import main
+from dorafx.errors import DorafxError
 
 TINY = ["--hidden", "64", "--rank", "4", "--tokens", "16", "--layers", "1", "--seconds", "0", "--threads", "1"]
 FIGURES = {
@@ -61,7 +63,8 @@ class Fake:
         self.asked.append(request["name"])
         if request["name"] == self.failing:
             raise JobError("OutOfMemoryError: too much")
-        return {"time": ["s", [1.0]]} if request["suite"] != "ceilings" else {"copy": ["B/s", [1.0]]}
+        figures = {"time": ["s", [1.0]]} if request["suite"] != "ceilings" else {"copy": ["B/s", [1.0]]}
+        return {"figures": figures, "facts": {}}
 
 
 def test_rounds_are_interleaved_and_turn_around(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +123,10 @@ def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) ->
     settings = tiny(suite, codegen="eager")
     names = ["dorafx", *(n for n in SUITES[suite].allowed if n in ("peft", "dense", "chunked"))]
     for case in cases_of(suite, settings):
-        found = {name: configuration(request_for(settings, name, case), print) for name in names}
+        answers = {name: configuration(request_for(settings, name, case), print) for name in names}
+        found = {name: answer["figures"] for name, answer in answers.items()}
+        if "layer" in suite or "size" in case.parameters:
+            assert answers["dorafx"]["facts"]["rewritten"] == (1 if suite == "layer" else 7)
         for figures in found.values():
             assert set(figures) >= FIGURES[suite]
             assert set(case.work) <= set(figures)
@@ -133,12 +139,22 @@ def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) ->
             assert found["dorafx"]["saved"][1] < found["peft"]["saved"][1]
 
 
+def test_figures_of_layers_that_were_not_rewritten_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(gm: Any, *args: Any, **kwargs: Any) -> Any:
+        return gm
+
+    monkeypatch.setattr(importlib.import_module("dorafx.backend"), "rewrite_graph_module", nothing)
+    settings = tiny("layer", codegen="eager")
+    with pytest.raises(DorafxError, match="did not rewrite everything: no DoRA layer was found"):
+        configuration(request_for(settings, "dorafx", cases_of("layer", settings)[0]), print)
+
+
 def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpointing keeps fewer bytes, and every micro-batch is a forward and a backward."""
     cases = {c.label: c for c in cases_of("memory", tiny("memory"))}
     case = next(c for label, c in cases.items() if label.startswith("hidden"))
     plain, checkpointed = (
-        configuration(request_for(tiny("memory", checkpointing=flag), "peft", case), print)["saved"][1][0]
+        configuration(request_for(tiny("memory", checkpointing=flag), "peft", case), print)["figures"]["saved"][1][0]
         for flag in (False, True)
     )
     assert checkpointed < plain / 2

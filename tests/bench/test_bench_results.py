@@ -12,7 +12,7 @@ from dorafx.bench.results import SCHEMA, Metric, Results, Row
 
 def sample() -> Results:
     ours = Row("norm", "8x8 r2", "dorafx", {"d_out": 8}, {"time": Metric("s", [[1e-3, 3e-3], [2e-3]], 4e6, 1e3)})
-    stock = Row("norm", "8x8 r2", "peft", {"d_out": 8}, {"time": Metric("s", [[4e-3]], 4e6, 1e3)})
+    stock = Row("norm", "8x8 r2", "peft", {"d_out": 8}, {"time": Metric("s", [[4e-3]], 4e6, 1e3)}, facts={"graphs": 1})
     broken = Row("norm", "8x8 r2", "dense", {"d_out": 8}, {}, "OutOfMemoryError: of memory")
     ceilings = {"copy": Metric("B/s", [[1e6, 2e6]]), "matmul": Metric("FLOP/s", [[4e9]])}
     environment = {
@@ -71,6 +71,7 @@ def changed(path: list[Any], value: Any) -> str:
         (["rows"], {}, "rows must be of the type list, not dict"),
         (["rows", 1], 5, r"rows\[1\] must be of the type dict, not int"),
         (["rows", 0, "suite"], None, r"rows\[0\].suite is missing"),
+        (["rows", 0, "facts"], None, r"rows\[0\].facts is missing"),
         (["rows", 0, "name"], 3, r"rows\[0\].name must be of the type str, not int"),
         (["rows", 0, "metrics", "time"], 3, r"rows\[0\].metrics.time must be of the type dict"),
         (["rows", 0, "metrics", "time", "unit"], "h", r"rows\[0\].metrics.time.unit: 'h' is not one of s, B"),

@@ -87,6 +87,7 @@ def test_shapes_by_hand() -> None:
         (["norm", "--dtype", "int8"], "'int8' is not one of float32, bfloat16, float16, float64"),
         (["norm", "--device", "tpu"], "'tpu' is not cpu, cuda or cuda:NUMBER"),
         (["norm", "--device", "cuda:99"], "CUDA devices here; cpu is allowed"),
+        (["norm", "--hidden", "64", "--shapes", "8x8"], "give one of them"),
         (["norm", "--rank", "0"], "--rank must be at least 1"),
         (["norm", "--rounds", "0"], "--rounds must be at least 1"),
         (["norm", "--micro-batches", "0"], "--micro-batches must be at least 1"),
