@@ -140,10 +140,8 @@ def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_figures_of_layers_that_were_not_rewritten_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(gm: Any, *args: Any, **kwargs: Any) -> Any:
-        return gm
-
-    monkeypatch.setattr(importlib.import_module("dorafx.backend"), "rewrite_graph_module", nothing)
+    backend = importlib.import_module("dorafx.backend")
+    monkeypatch.setattr(backend, "rewrite_or_fall_back", lambda gm, *args: backend.Program(gm))
     settings = tiny("layer", codegen="eager")
     with pytest.raises(DorafxError, match="did not rewrite everything: no DoRA layer was found"):
         configuration(request_for(settings, "dorafx", cases_of("layer", settings)[0]), print)
