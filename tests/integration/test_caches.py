@@ -98,9 +98,11 @@ def test_changed_sources_miss_both_caches(warm_cache: Path) -> None:
 
 
 def test_changed_options_are_never_stale(warm_cache: Path) -> None:
-    options = [{"dorafx.norm": "factored"}, {"dorafx.norm": "tiled"}, {"dorafx.norm": "factored"}]
+    """The norm's algorithm is the prologue's affair; how the low-rank product is added changes the graph itself."""
+    other = {"dorafx.norm": "factored", "dorafx.compose": "epilogue"}
+    options = [other, {"dorafx.norm": "tiled", "dorafx.compose": "accumulated"}, other]
     factored, tiled, again = _process(warm_cache, *options)
     assert [r["algorithms"] for r in (factored, tiled, again)] == [["factored"], ["tiled"], ["factored"]]
     assert factored["aot"].get("autograd_cache_miss") == 1
-    # "tiled" is what the first process chose by itself, and "factored" was compiled a moment ago.
+    # The second is what the first process chose by itself, and the third was compiled a moment ago.
     assert tiled["aot"] == again["aot"] == {"autograd_cache_hit": 1}
