@@ -7,14 +7,17 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from dorafx.errors import DorafxError
 
-__all__ = ["Job", "JobError", "run_job"]
+__all__ = ["PEFT", "Job", "JobError", "run_job"]
+
+PEFT = ("peft", "transformers.models.llama.modeling_llama")
+"""What takes a job with a model seconds to import."""
 
 Job = Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]
 """A module-level function of a request and of a function that reports progress; both dicts are plain data."""
@@ -29,6 +32,7 @@ def run_job(
     request: dict[str, Any],
     on_progress: Callable[[str], None] = lambda what: None,
     start_method: str | None = None,
+    preload: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run ``job(request, report)`` in a new process and wait for it.
 
@@ -41,6 +45,7 @@ def run_job(
         request: what it gets.
         on_progress: called with each word that the job reports.
         start_method: of :mod:`multiprocessing`; None is the cheapest safe one.
+        preload: modules that the server imports once for all jobs. It heeds those of this process's first job.
 
     Returns:
         What the job returned.
@@ -53,7 +58,7 @@ def run_job(
         start_method = "forkserver" if sys.platform == "linux" else "spawn"
     context: Any = multiprocessing.get_context(start_method)
     if start_method == "forkserver":
-        context.set_forkserver_preload(["dorafx.bench.worker"])
+        context.set_forkserver_preload(["dorafx.bench.worker", *preload])
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output.txt"

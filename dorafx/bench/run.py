@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,13 +17,14 @@ from dorafx.errors import DorafxError
 
 from .environment import describe_environment
 from .plan import SUITES, Case, Settings, anchors_of, cases_of
-from .processes import JobError, run_job
+from .processes import PEFT, JobError, run_job
 from .results import Metric, Results, Row
 from .worker import CEILINGS, configuration, request_for
 
 __all__ = ["progress_bar", "run_bench"]
 
 Configuration = tuple[Case, Row]
+Run = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def progress_bar(console: Console) -> Progress:
@@ -66,36 +70,38 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
     if out is not None:
         out.touch()  # better to fail now than after the first round
     start_method = "spawn" if torch.device(settings.device).type == "cuda" else None
+    preload = PEFT if any(SUITES[suite].needs_peft for suite in settings.suites) else ()
+    run = functools.partial(run_job, configuration, start_method=start_method, preload=preload)
     total = settings.rounds * (len(configurations) + 1)
     with progress_bar(console or Console(stderr=True)) as progress:
         task = progress.add_task("starting", total=total)
         for number in range(settings.rounds):
             progress.update(task, description=CEILINGS)
-            _measure_ceilings(settings, results, start_method)
+            _measure_ceilings(settings, results, run)
             progress.advance(task)
             # Every other round backwards: a machine that slows down as it warms favours neither end.
             for case, row in configurations if number % 2 == 0 else reversed(configurations):
                 progress.update(task, description=f"{row.suite} {row.case}: {row.name}")
                 if not row.error:
-                    _measure(settings, case, row, start_method)
+                    _measure(settings, case, row, run)
                 progress.advance(task)
             if out is not None:
                 out.write_text(results.to_json(), encoding="utf-8")
     return results
 
 
-def _measure_ceilings(settings: Settings, results: Results, start_method: str | None) -> None:
+def _measure_ceilings(settings: Settings, results: Results, run: Run) -> None:
     try:
-        answer = run_job(configuration, request_for(settings, CEILINGS, None), start_method=start_method)
+        answer = run(request_for(settings, CEILINGS, None))
     except JobError as error:
         raise JobError(f"measuring the copy bandwidth and matmul rate failed: {error}") from error
     for metric, (unit, samples) in answer["figures"].items():
         results.ceilings.setdefault(metric, Metric(unit)).rounds.append(samples)
 
 
-def _measure(settings: Settings, case: Case, row: Row, start_method: str | None) -> None:
+def _measure(settings: Settings, case: Case, row: Row, run: Run) -> None:
     try:
-        answer = run_job(configuration, request_for(settings, row.name, case), start_method=start_method)
+        answer = run(request_for(settings, row.name, case))
     except JobError as error:
         row.error = str(error)
         return

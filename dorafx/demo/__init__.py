@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dorafx.bench.models import Size
-from dorafx.bench.processes import JobError, run_job
+from dorafx.bench.processes import PEFT, JobError, run_job
 from dorafx.bench.run import progress_bar
 from dorafx.errors import DorafxError
 from dorafx.log import RewriteLog
@@ -80,7 +80,7 @@ def _run_one(
         "repeats": repeats,
     }
     try:
-        return run_job(run, request, lambda phase: advance())
+        return run_job(run, request, lambda phase: advance(), preload=PEFT)
     except JobError as error:
         raise DorafxError(f"the configuration {name!r} failed: {error}") from error
 

@@ -59,7 +59,7 @@ class Fake:
         self.asked: list[str] = []
         self.failing = failing
 
-    def __call__(self, job: Any, request: dict[str, Any], start_method: str | None = None) -> dict[str, Any]:
+    def __call__(self, job: Any, request: dict[str, Any], **unused: Any) -> dict[str, Any]:
         self.asked.append(request["name"])
         if request["name"] == self.failing:
             raise JobError("OutOfMemoryError: too much")
@@ -162,13 +162,15 @@ def test_options_reach_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_suites_for_real(suite: str, tmp_path: Path) -> None:
     out = tmp_path / "x.json"
-    arguments = [*TINY, "--rounds", "1", "--against", *SUITES[suite].allowed, "-o", str(out)]
-    assert main(["bench", suite, *arguments]) == 0
+    # Inductor takes minutes for the dozens of graphs of a stock model; the layer and the cold compilation have them.
+    anchors = [a for a in SUITES[suite].allowed if a != "peft-inductor" or suite not in ("model", "decode", "memory")]
+    assert main(["bench", suite, *TINY, "--rounds", "1", "--against", *anchors, "-o", str(out)]) == 0
     results = Results.read(out)
-    assert {row.name for row in results.rows} == {"dorafx", *SUITES[suite].allowed}
+    assert {row.name for row in results.rows} == {"dorafx", *anchors}
     for row in results.rows:
         untrained = row.name == "merged"
         assert set(row.metrics) >= FIGURES[suite] - ({"training step"} if untrained else set()), row.name
@@ -176,7 +178,7 @@ def test_suites_for_real(suite: str, tmp_path: Path) -> None:
         graphs = {row.name: row.metrics["graphs"].median for row in results.rows}
         assert graphs["dorafx"] == graphs["lora"] < graphs["peft-inductor"]
     if suite == "memory":
-        layer = {row.name: row.metrics["saved"].median for row in results.rows[: len(SUITES[suite].allowed) + 1]}
+        layer = {row.name: row.metrics["saved"].median for row in results.rows[: len(anchors) + 1]}
         d_out, tokens = results.rows[0].parameters["d_out"], 16
         # One [tokens, d_out] tensor for the magnitude's gradient, and vectors.
         assert layer["dorafx"] <= layer["lora"] + 4 * (tokens * d_out + 4 * d_out)
