@@ -14,7 +14,7 @@ from .plot import FORMATS, plot
 from .results import Results
 from .run import run_bench
 from .shapes import PRESETS
-from .table import summary, tables
+from .table import markdown, summary, tables
 
 __all__ = ["add_arguments", "run_command"]
 
@@ -53,6 +53,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
     bench.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing; draw the results of this file")
     bench.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print the results of this file")
+    bench.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
     bench.add_argument(
         "-o", "--output", type=Path, help=f"the results' JSON; with --plot the picture ({', '.join(FORMATS)})"
     )
@@ -66,6 +67,8 @@ def run_command(options: argparse.Namespace) -> int:
     """
     if options.plot is not None or options.table is not None:
         return _show(options)
+    if options.markdown:
+        raise ValueError("--markdown goes with --table FILE")
     settings = _settings(options)
     console = Console(stderr=options.json)
     results = run_bench(settings, options.output, console)
@@ -90,6 +93,8 @@ def _show(options: argparse.Namespace) -> int:
         print(plot(results, options.output or options.plot.with_suffix(".png")))
     elif options.json:
         print(results.to_json())
+    elif options.markdown:
+        print(markdown(results))
     else:
         _print(results, Console())
     return 0

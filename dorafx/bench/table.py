@@ -9,7 +9,7 @@ from dorafx.log.table import human_bytes
 
 from .results import Metric, Results, Row
 
-__all__ = ["human", "summary", "tables"]
+__all__ = ["human", "markdown", "summary", "tables"]
 
 
 def human(value: float, unit: str) -> str:
@@ -64,6 +64,24 @@ def tables(results: Results) -> list[Table]:
         table.caption_justify = "left"
         made.append(table)
     return made
+
+
+def markdown(results: Results) -> str:
+    """The same as a section of a Markdown page: one table a suite, one line an implementation and figure."""
+    lines = [*(f"{line}  " for line in summary(results).splitlines()), ""]
+    for suite in dict.fromkeys(row.suite for row in results.rows):
+        lines += [f"### {suite}", "", "| case | figure | implementation | median | quartiles | to dorafx | of limit |"]
+        lines.append("|---|---|---|---:|---:|---:|---:|")
+        rows = [row for row in results.rows if row.suite == suite]
+        for case, metric in dict.fromkeys((row.case, m) for row in rows for m in row.metrics):
+            for row in rows:
+                if row.case == case and metric in row.metrics:
+                    lines.append(f"| {' | '.join((case, metric, row.name, *_cells(results, row, metric)))} |")
+        lines += [
+            f"| {row.case} | failed: {row.error.replace('|', '/')} | {row.name} | | | | |" for row in rows if row.error
+        ]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _cells(results: Results, row: Row, name: str) -> tuple[str, str, str, str]:

@@ -3,9 +3,10 @@
 #
 #     examples/benchmarks/gpu.sh [FOLDER] [PART...]      parts: norm compose model decode memory compile
 #
-# LAYERS (default 8) decoder layers of Qwen3-32B's shape; ROUNDS (default 3). A part that fails does not stop the rest.
+# LAYERS (default 8) decoder layers of Qwen3-32B's shape; ROUNDS (default 3); PYTHON (default python). FOLDER is results
+# beside this script by default. A part that fails does not stop the rest.
 set -uo pipefail
-folder=${1:-results}
+folder=${1:-$(dirname "$0")/results}
 shift || true
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(norm compose model decode memory compile)
@@ -15,7 +16,7 @@ status=0
 bench() {
     suite=$1
     shift
-    python -m dorafx bench "$suite" --device cuda --dtype bfloat16 --rounds "${ROUNDS:-3}" -o "$folder/gpu-$suite.json" "$@" || status=1
+    "${PYTHON:-python}" -m dorafx bench "$suite" --device cuda --dtype bfloat16 --rounds "${ROUNDS:-3}" -o "$folder/gpu-$suite.json" "$@" || status=1
 }
 
 qwen=(--shapes qwen3-32b --layers "${LAYERS:-8}" --rank 384 --tokens 4096)

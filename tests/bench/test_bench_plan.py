@@ -100,6 +100,7 @@ def test_shapes_by_hand() -> None:
         (["--plot", "absent.json"], "absent.json"),
         (["--plot", "a.json", "--table", "a.json"], "give one of them"),
         (["norm", "--table", "a.json"], "leave the suites out"),
+        (["norm", "--markdown"], "--markdown goes with --table FILE"),
         (["--table", "a.json", "-o", "b.json"], "leave -o out"),
     ],
 )

@@ -34,6 +34,14 @@ def test_table(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert max(len(line) for line in text.splitlines()[4:]) <= 80
 
 
+def test_table_as_markdown(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--table", str(file), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 8x8 r2 | time | dorafx | 2 ms | 1.5 .. 2.5 ms | 1.00x | 50% |" in lines
+    assert "| 8x8 r2 | failed: OutOfMemoryError: of memory | dense | | | | |" in lines
+    assert lines.count("### norm") == 1
+
+
 def test_table_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--table", str(file), "--json"]) == 0
     assert Results.from_json(capsys.readouterr().out) == sample()
