@@ -336,6 +336,12 @@ def size_hint(value: Any) -> Any:
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 
+def storage_id_and_size(tensor: torch.Tensor) -> tuple[int, int]:
+    """:func:`storage_id`, and the storage's size in bytes."""
+    storage = tensor.untyped_storage()
+    return storage._cdata, storage.nbytes()
+
+
 def weak_storage(tensor: torch.Tensor) -> Any:
     """A weak reference to a tensor's storage: no other storage has the same address while it is kept."""
     from torch.multiprocessing.reductions import StorageWeakRef

@@ -11,6 +11,7 @@ A norm is reused only where all of this still holds of every tensor that it was 
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,16 @@ from dorafx.log import NormCounters, rewrite_log
 
 __all__ = ["NormStore", "norm_store"]
 
-_SAMPLES = 16
+_SAMPLES = 8
 
 
 class _TensorState:
-    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory."""
+    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory.
 
-    __slots__ = ("pointer", "reference", "sample", "storage", "storage_id", "version")
+    Checked before every decoding step and for every layer, when the step has just washed the caches: each access counts.
+    """
+
+    __slots__ = ("cells", "pointer", "reference", "sample", "size", "storage", "storage_id", "version")
 
     def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None]) -> None:
         self.reference = weakref.ref(tensor, on_death)
@@ -37,8 +41,9 @@ class _TensorState:
         self.pointer = tensor.data_ptr()
         self.storage = _compat.weak_storage(tensor)
         self.storage_id = _compat.weak_storage_id(self.storage)
-        sample = _sample(tensor)
-        self.sample = None if sample is None else sample.clone()
+        self.size = tensor.untyped_storage().nbytes()
+        self.cells = _cells(tensor)
+        self.sample = [cell.value for cell in self.cells]
 
     def change(self, tensor: torch.Tensor) -> str:
         """What differs now; empty if nothing does."""
@@ -46,29 +51,30 @@ class _TensorState:
             return "another parameter"
         if tensor._version != self.version:
             return "a parameter was written"
-        if tensor.data_ptr() != self.pointer or _compat.storage_id(tensor) != self.storage_id:
+        if tensor.data_ptr() != self.pointer or _compat.storage_id_and_size(tensor) != (self.storage_id, self.size):
             return "a parameter's data was replaced"
-        if self.sample is not None:
-            now = _sample(tensor)
-            if now is None or not torch.equal(now, self.sample):
-                return "a parameter's data was overwritten"
+        # From here on the memory is known to be the tensor's still.
+        if [cell.value for cell in self.cells] != self.sample:
+            return "a parameter's data was overwritten"
         return ""
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Elements spread over a CPU tensor, as integers (NaN equals itself then); a view."""
+def _cells(tensor: torch.Tensor) -> list[Any]:
+    """Elements spread over a CPU tensor, as integers in its memory (NaN equals itself then)."""
     if tensor.device.type != "cpu" or not tensor.numel():
-        return None
-    flat = tensor.detach()
-    if not flat.is_contiguous():
-        flat = flat.mT if flat.dim() == 2 and flat.mT.is_contiguous() else flat[:1].contiguous()
-    count = min(_SAMPLES, flat.numel())
-    return flat.as_strided((count,), (max(1, flat.numel() // count),), flat.storage_offset()).view(
-        _INTEGERS[flat.element_size()]
-    )
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return []
+    count = min(_SAMPLES, tensor.numel())
+    size = tensor.element_size()
+    cell = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}[size]
+    start = tensor.data_ptr()
+    found = []
+    for k in range(count):
+        position, offset = k * tensor.numel() // count, 0
+        for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+            position, index = divmod(position, length)
+            offset += index * stride
+        found.append(cell.from_address(start + offset * size))
+    return found
 
 
 @dataclass(frozen=True)
@@ -113,9 +119,10 @@ class NormStore:
         return None
 
     def keep(self, signature: str, tensors: Sequence[torch.Tensor], norm: torch.Tensor) -> None:
-        """Keep a norm that was just computed. Tensors that cannot be watched (made under inference mode) are not kept."""
+        """Keep a norm that was just computed, unless one of the tensors cannot be watched: made under inference mode, or
+        of a subclass, whose memory may be anywhere."""
         self._watch_optimizers()
-        if any(t.is_inference() for t in tensors):
+        if any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
             return
         key = (signature, *map(id, tensors))
         entries = self._entries

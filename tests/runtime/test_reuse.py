@@ -119,6 +119,39 @@ def test_never() -> None:
     assert len(norm_store()) == 0
 
 
+class _Marked(torch.nn.Parameter):
+    """A subclass, as quantised and sharded parameters are."""
+
+
+def test_subclasses_are_not_kept() -> None:
+    store = norm_store()
+    plain = [torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)]
+    store.keep("n", plain, torch.randn(4))
+    assert len(store) == 1
+    store.keep("n", [_Marked(plain[0]), *plain[1:]], torch.randn(4))
+    assert len(store) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_any_layout_is_sampled(dtype: torch.dtype) -> None:
+    """Whatever strides a tensor has, a change of all of it shows, and none does not; one element will do."""
+    for tensor in (
+        torch.randn(7, 5).to(dtype),
+        torch.randn(7, 5).to(dtype).t(),
+        torch.randn(7, 10).to(dtype)[:, ::2],
+        torch.randn(3, 1, 4).to(dtype).expand(3, 6, 4)[1:],
+        torch.ones(1).to(dtype),
+        torch.empty(0, 3).to(dtype),
+    ):
+        store = norm_store()
+        store.clear()
+        norm = torch.randn(4)
+        store.keep("n", [tensor], norm)
+        assert store.kept("n", [tensor]) is norm
+        tensor.data.add_(3) if tensor.dim() < 3 else tensor.data[:, 0].add_(3)
+        assert (store.kept("n", [tensor]) is None) == bool(tensor.numel())
+
+
 def test_inference_mode_then_gradients() -> None:
     """Norms made under inference mode are ordinary tensors."""
     decoder = Decoder()
