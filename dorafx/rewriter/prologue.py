@@ -77,7 +77,7 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
         if closure is None or _needs_gradient(norm) or last is None:
             continue
         with gm.graph.inserting_after(last):
-            last = gm.graph.placeholder(f"norm_{len(hoisted) + 1}")
+            last = _new_placeholder(gm.graph, "outer_norm")
         _become_input(last, norm)
         hoisted.append(_extracted(norm, closure, position, tensor_of(last)))
         norm.replace_all_uses_with(last)
@@ -150,6 +150,14 @@ def _extracted(
     return HoistedNorm(tuple(position[node] for node in inputs), graph, str(graph), value)
 
 
+def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A placeholder whose argument is called what its node is. Were they to differ, generated code would rename one argument
+    to the other's name before reading the other: the user's variables may have any name, this one's included."""
+    node = graph.placeholder(name)
+    node.target = node.name
+    return node
+
+
 def _become_input(placeholder: fx.Node, norm: fx.Node) -> None:
     """Give a new input what Dynamo gives its own: a fake value without gradient, and a source (there is none)."""
     for slot in ("example_value", "val"):
@@ -216,7 +224,7 @@ def _out_of_body(
         return False
     last = [node for node in body.graph.nodes if node.op == "placeholder"][-1]
     with body.graph.inserting_after(last):
-        new_input = body.graph.placeholder(f"outer_{norm.name}")
+        new_input = _new_placeholder(body.graph, "outer_norm")
     _become_input(new_input, norm)
     for call, of_call in zip(calls, outside):
         copies = {leaf: of_call[leaf] for leaf in leaves}

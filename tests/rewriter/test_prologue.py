@@ -193,3 +193,26 @@ def test_the_body_of_a_checkpoint_reads_its_norm_from_outside() -> None:
     assert placements() == ["prologue"] * 3
     # One forward for the outputs and one for the gradients; the recomputation takes what the forward had.
     assert rewrite_log().norms.computed == 6
+
+
+def test_new_inputs_are_not_mixed_up_with_variables_of_their_names() -> None:
+    """Two norms, by row and by column of a square weight, in programs whose values have the names of new inputs."""
+
+    class Unnamed(Layer):  # the tracer calls the values norm and norm_1
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            adapted = self.weight + self.b @ self.a
+            r, c = adapted.norm(dim=1).detach(), adapted.norm(dim=0).detach()
+            return F.linear(x, adapted / r[:, None]) * self.m + F.linear(x, adapted) / c
+
+    class Named(Layer):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            adapted = self.weight + self.b @ self.a
+            outer_norm, outer_norm_1 = adapted.norm(dim=1).detach(), adapted.norm(dim=0).detach()
+            outer_norm_2 = outer_norm * 2
+            return F.linear(x, adapted / outer_norm_2[:, None]) * self.m + F.linear(x, adapted) / outer_norm_1
+
+    for kind in (Unnamed, Named):
+        rewrite_log().clear()
+        check(kind(detached, 8, 8), x_of(4, 8))
+        assert len({(r.norm_placement, r.norm_algorithm) for r in rewrite_log().rewrites}) == 1
+        assert {r.norm_placement for r in rewrite_log().rewrites} == {"prologue"}
