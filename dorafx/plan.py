@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
-from dorafx.lift import Lifter, tensor_of
+from dorafx import _compat
+from dorafx.cost import MergedCost, merged_cost
+from dorafx.lift import Expr, Lifter, Mat, tensor_of
+from dorafx.lift.algebra import ONES
 from dorafx.log import Record
 from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
@@ -82,19 +85,77 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
     for atom_id, factors in matches.norms.items():
         plan.norms[atom_id] = NormPlan(factors, _norm_algorithm(options))
     composed: dict[int, Match] = {}
+    decisions: dict[int, str] = {}
+    misses = dict(matches.composition_misses)
     for match in matches.compositions:
+        # One composition may be scaled by several norms, by row and by column: all of them are served by it.
+        norms = {atom.id for atom in lift.norms_in(match.expr)} | {match.norm.atom.id}
+        cost = _cost_if_merged(lift, match)
+        if cost is not None:
+            decisions.update((atom_id, str(cost)) for atom_id in norms)
+            if not cost.pays:
+                misses.update((atom_id, Reason("the merged weight is cheaper", match.node)) for atom_id in norms)
+                continue
         plan.compositions.append(
             CompositionPlan(match, _accumulates(match, options), serves_few_tokens(tensor_of(match.node)))
         )
-        composed[match.norm.atom.id] = match
+        composed.update((atom_id, match) for atom_id in norms)
     flops = _gemm_flops(lift)
+    for atom_id in [i for i, norm in plan.norms.items() if i not in composed and not norm.factors.info.sites]:
+        # No node computes this norm alone (``F.normalize``), so without its composition there is nothing to replace.
+        del plan.norms[atom_id]
+        lost = misses.get(atom_id) or Reason("no node computes this norm by itself")
+        plan.records.append(replace(_missed([], lost, options, graph_id), decision=decisions.get(atom_id, "")))
     for atom_id, norm in plan.norms.items():
-        miss = matches.composition_misses.get(atom_id)
-        plan.records.append(_rewritten(lift, norm, composed.get(atom_id), miss, flops, options, graph_id))
+        record = _rewritten(lift, norm, composed.get(atom_id), misses.get(atom_id), flops, options, graph_id)
+        plan.records.append(replace(record, decision=decisions.get(atom_id, "")))
         plan.sites[atom_id] = plan.records[-1].site
     for atom_id, reason in matches.misses.items():
-        plan.records.append(_missed(lift, atom_id, reason, options, graph_id))
+        plan.records.append(_missed(lift.atoms[atom_id].sites, reason, options, graph_id))
+    for node, reason in matches.unknown:
+        plan.records.append(_missed([node], reason, options, graph_id))
     return plan
+
+
+def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
+    """What it costs to take a merged weight apart; None where the graph multiplies by the weight itself anyway."""
+    if len(match.base) < 2 or lift.gemms.get(Expr.chain(match.base)) or lift.nodes.get(Expr.chain(match.base)):
+        return None
+    output, weight = tensor_of(match.node), tensor_of(lift.atom_of(match.norm.dense_atom).node)
+    if output is None or weight is None or not weight.numel():
+        return None
+    d_out = match.norm.d_out if match.norm.info.side == "row" else match.norm.d_in
+    tokens = math.prod(int(_compat.size_hint(size)) for size in output.shape) // max(d_out, 1)
+    return merged_cost(
+        tokens,
+        match.norm.d_out,
+        match.norm.d_in,
+        match.norm.rank,
+        _dense_bytes(match.norm, _norm_closure(match.norm) + _merging(lift, match)),
+        output.requires_grad,
+        output.device,
+        sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
+    )
+
+
+def _merging(lift: Lifter, match: Match) -> list[fx.Node]:
+    """The nodes that turn the sum into the merged weight."""
+    sizes = sorted((str(match.norm.d_out), str(match.norm.d_in)))
+    found: dict[fx.Node, None] = {}
+    # The product itself and what follows it up to the match (a view, a bias, a cast) are few.
+    stack = [(match.node, 4)]
+    while stack:
+        node, beyond = stack.pop()
+        for argument in node.all_input_nodes:
+            tensor = tensor_of(argument)
+            if argument in found or tensor is None or argument.op not in ("call_function", "call_method"):
+                continue
+            if tensor.dim() == 2 and sorted(map(str, tensor.shape)) == sizes:
+                found[argument] = None
+                stack.append((argument, 0))
+            elif beyond:
+                stack.append((argument, beyond - 1))
+    return list(found)
 
 
 def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
@@ -163,8 +224,6 @@ def _gemm_flops(lift: Lifter) -> dict[fx.Node, int]:
 def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
     """Bytes of the intermediates of ``d_out · d_in`` elements or more that the original made for its norm; views and
     casts that change nothing share storage with their input and count once, parameters not at all."""
-    from dorafx import _compat
-
     seen = {
         _compat.storage_id(t)
         for n in nodes
@@ -194,7 +253,7 @@ def _rewritten(
 ) -> Record:
     factors = norm.factors
     site = match.origin if match is not None else (factors.info.sites[0] if factors.info.sites else None)
-    closure = _norm_closure(factors)
+    closure = _norm_closure(factors) or (_merging(lift, match) if match is not None else [])
     weight = tensor_of(lift.atom_of(factors.dense_atom).node)
     reason = ""
     if match is None:
@@ -219,8 +278,7 @@ def _rewritten(
     )
 
 
-def _missed(lift: Lifter, atom_id: int, reason: Reason, options: Options, graph_id: int) -> Record:
-    sites = lift.atoms[atom_id].sites
+def _missed(sites: list[fx.Node], reason: Reason, options: Options, graph_id: int) -> Record:
     node = reason.node or (sites[0] if sites else None)
     operand = tensor_of(sites[0].args[0]) if sites and sites[0].args else None
     matrix = operand is not None and operand.dim() == 2 and all(isinstance(s, int) for s in operand.shape)

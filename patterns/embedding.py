@@ -40,7 +40,7 @@ class Embedding:
         base = base_core(candidate)
         head = base[0] if base else None
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
-            return Reason("the layer's input is no index", candidate.node)
+            return Reason("the layer's input is no index", candidate.node, specific=False)
         result = forms()["linear"].check(candidate)
         return replace(result, pattern=self.name) if isinstance(result, Match) else result
 

@@ -48,7 +48,9 @@ class Linear:
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         if base is None:
-            return Reason("the output scaled by this norm has no product with the norm's weight", candidate.node)
+            return Reason(
+                "the output scaled by this norm has no product with the norm's weight", candidate.node, specific=False
+            )
         cores = candidate.composition.cores
         scaling = cores[base]
         if scaling.constant is not None:

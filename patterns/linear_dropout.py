@@ -45,7 +45,9 @@ class LinearDropout:
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         if base is None:
-            return Reason("the output scaled by this norm has no product with the norm's weight", candidate.node)
+            return Reason(
+                "the output scaled by this norm has no product with the norm's weight", candidate.node, specific=False
+            )
         cores = candidate.composition.cores
         scaling = cores[base] + Poly.const(1.0)
         if dict(cores[base].items).get((), 0.0) != -1.0:

@@ -84,6 +84,8 @@ def _push(chain: list[Factor], factor: Factor) -> None:
             if merged:
                 chain.append(Diag(merged))
             return
+    elif chain and isinstance(chain[-1], Mat) and factor.atom.id == chain[-1].atom.id == ONES.id:
+        raise TooComplex  # their product is a multiple of ones, by an inner dimension that no term remembers
     chain.append(factor)
 
 

@@ -29,6 +29,11 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     "sub_": torch.sub,
     "mul_": torch.mul,
     "div_": torch.div,
+    **{
+        getattr(getattr(torch.ops.aten, f"{name}_"), overload): getattr(torch, name)
+        for name in ("add", "sub", "mul", "div")
+        for overload in ("Tensor", "Scalar")
+    },
 }
 # Operators whose result is a fresh tensor, so that a write to it is seen by nobody else.
 _FRESH = frozenset({"linear", "matmul", "addmm", "add", "sub", "rsub", "mul", "div", "neg"})
@@ -40,16 +45,19 @@ def _tensor(node: Any) -> torch.Tensor | None:
 
 
 def _is_fresh(node: fx.Node) -> bool:
-    if node.op == "call_method" and node.target == "clone":
+    if node.target in ("clone", torch.clone) or (
+        _compat.is_overload(node.target) and _compat.aten_name(node.target) == "clone"
+    ):
         return True
     return canonical_name(node) in _FRESH
 
 
 def private_writes(graph: fx.Graph) -> set[int]:
     """The storages that are written only by arithmetic with an out-of-place twin, that an operator of this graph made,
-    and that no view shares."""
+    and that no view shares before the last write."""
     writes: dict[int, bool] = {}
-    for node in graph.nodes:
+    last: dict[int, int] = {}
+    for i, node in enumerate(graph.nodes):
         for argument in written_arguments(node):
             tensor = _tensor(argument)
             if tensor is None:
@@ -57,15 +65,18 @@ def private_writes(graph: fx.Graph) -> set[int]:
             storage = _compat.storage_id(tensor)
             known = node.target in _OUT_OF_PLACE and len(node.args) == 2 and not node.kwargs
             writes[storage] = writes.get(storage, True) and known
+            last[storage] = i
     private = {storage for storage, known in writes.items() if known}
     if not private:
         return private
-    for node in graph.nodes:
+    for i, node in enumerate(graph.nodes):
         tensor = _tensor(node)
         if tensor is None or _compat.storage_id(tensor) not in private:
             continue
         if node.target in _OUT_OF_PLACE or (_is_fresh(node) and not _shares(node)):
             continue
+        if i > last[_compat.storage_id(tensor)]:
+            continue  # a view of what will not be written again
         private.discard(_compat.storage_id(tensor))
     return private
 
@@ -81,10 +92,10 @@ def _shares(node: fx.Node) -> bool:
 def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
     """Replace the writes to these storages by their out-of-place twins, in a graph of one's own."""
     version: dict[int, fx.Node] = {}
+    superseded: dict[fx.Node, int] = {}
 
     def current(node: fx.Node) -> fx.Node:
-        tensor = _tensor(node)
-        return version.get(_compat.storage_id(tensor), node) if tensor is not None else node
+        return version[superseded[node]] if node in superseded else node
 
     for node in list(graph.nodes):
         if version:
@@ -103,4 +114,7 @@ def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
             node.replace_all_uses_with(cast)
             graph.erase_node(node)
             node = cast
+        elif not _is_fresh(node) or _shares(node):
+            continue  # a view after the last write
         version[_compat.storage_id(tensor)] = node
+        superseded[node] = _compat.storage_id(tensor)

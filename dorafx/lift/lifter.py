@@ -22,6 +22,8 @@ Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 TRANSFER: dict[str, Transfer] = {}
 
+_PRODUCTS = frozenset({"matmul", "linear", "addmm", "einsum", "embedding", "multi_dot"})
+
 
 def transfer(*names: str) -> Callable[[Transfer], Transfer]:
     """Register the transfer function of the operators with these canonical names."""
@@ -67,10 +69,15 @@ class Lifter:
         self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
         """Which nodes hold a given term, in graph order: operands to reuse."""
         self.gemms: dict[Expr, list[Gemm]] = {}
+        self.expanded: dict[fx.Node, VectorValue] = {}
+        """Nodes that are a vector repeated along other axes, and the vector."""
+        self.site_scales: dict[fx.Node, float] = {}
+        """Sites of norms that are a multiple of the norm."""
         self.written = written_nodes(graph)
         self._interned: dict[Any, Atom] = {}
         self._no_grad_ids: set[int] = {ONES.id}
         self._param_node: dict[fx.Node, bool] = {}
+        self._productless: dict[fx.Node, bool] = {}
         self._grad_enabled = True
         self._before_inference: list[bool] = []
 
@@ -79,6 +86,7 @@ class Lifter:
     def run(self) -> Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
+            self._has_no_product_behind(node)
             value = self._lift(node)
             if value is not None and not self._grad_enabled:
                 value = self.detach(value)
@@ -190,6 +198,11 @@ class Lifter:
     def atom_of(self, atom: Atom) -> AtomInfo:
         return self.atoms[atom.id]
 
+    @staticmethod
+    def name_of(node: fx.Node) -> str:
+        """The operator's canonical name; empty where the table does not know it."""
+        return canonical_name(node) or ""
+
     # -- services for transfer functions ------------------------------------------------------------------------------
 
     def value(self, arg: Any) -> Value | None:
@@ -216,7 +229,7 @@ class Lifter:
         if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
             return None
         # One token's activations have this shape too, and are no magnitude: they stay what a product takes.
-        axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, True) else None
+        axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, _is_leaf) else None
         if axis is None or axis < -2:
             return None
         return VectorValue(Poly.var(chain[0].atom), axis)
@@ -238,21 +251,35 @@ class Lifter:
             value = atom if isinstance(atom, MatrixValue) else None
         if value is None:
             return None
-        if len(value.expr.items) > 1 and not all(self._is_weight_like(a, weight) for a in value.expr.atoms()):
+        accepts = self._has_no_product_behind if weight else _refuses
+        if len(value.expr.items) > 1 and not all(self._is_weight_like(a, accepts) for a in value.expr.atoms()):
             sealed = self.atom_value(arg)
             return sealed.expr if isinstance(sealed, MatrixValue) else None
         return value.expr
 
-    def _is_weight_like(self, atom: Atom, leaves: bool) -> bool:
+    def is_weight(self, atom: Atom) -> bool:
+        """Whether an indeterminate is a parameter, made of parameters, or made of inputs of the graph without any product:
+        activations have one behind them."""
         info = self.atom_of(atom)
-        if info.parameter or not leaves:
+        return info.parameter or (info.node is not None and self._has_no_product_behind(info.node))
+
+    def _has_no_product_behind(self, node: fx.Node) -> bool:
+        if node not in self._productless:
+            inputs = node.all_input_nodes
+            self._productless[node] = canonical_name(node) not in _PRODUCTS and all(
+                self._productless.get(argument, False) for argument in inputs
+            )
+        return self._productless[node]
+
+    def _is_weight_like(self, atom: Atom, accepts: Callable[[fx.Node], bool]) -> bool:
+        """Whether an indeterminate is made of parameters and of nodes that are accepted."""
+        info = self.atom_of(atom)
+        if info.parameter or info.kind == "onehot":
             return info.parameter
-        if info.kind == "onehot":
-            return False
         if info.node is not None:
-            return info.node.op in ("placeholder", "get_attr")
+            return accepts(info.node)
         terms = [t for t in (info.expr, info.poly) if t is not None]
-        return all(self._is_weight_like(a, leaves) for t in terms for a in t.atoms())
+        return all(self._is_weight_like(a, accepts) for t in terms for a in t.atoms())
 
     def detach(self, value: Value) -> Value:
         keep = frozenset(self._no_grad_ids)
@@ -276,6 +303,14 @@ class Lifter:
             elif info.poly is not None:
                 found |= self.norms_in(info.poly)
         return found
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _refuses(_: fx.Node) -> bool:
+    return False
 
 
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:

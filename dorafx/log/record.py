@@ -20,6 +20,7 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
+        decision: what a choice by cost was made on; empty where there was none.
         source: ``file:line`` of the user's code.
         d_out, d_in, rank: shape of the weight, rank of the delta.
         dtype: of the weight.
@@ -36,6 +37,7 @@ class Record:
     site: str = ""
     pattern: str = ""
     reason: str = ""
+    decision: str = ""
     source: str = ""
     d_out: int = 0
     d_in: int = 0

@@ -2,7 +2,8 @@
 
 from .composition import Candidate, Composition, Match, Part, base_core, part_scale
 from .matcher import Matches, Verdict, match_graph
-from .norms import LowRank, NormFactors, Reason, source_of
+from .near_misses import Reason, source_of
+from .norms import LowRank, NormFactors
 from .registry import Form, forms, pattern
 
 __all__ = [

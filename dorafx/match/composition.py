@@ -109,5 +109,6 @@ def base_core(candidate: Candidate) -> Chain | None:
             and last.transposed != mat.transposed
         ):
             return core
-    values = [core for core in scaled if len(core) == 1]
+    # Not the norm's own weight: scaled by column, it is a weight in the making, and no layer's output.
+    values = [core for core in scaled if len(core) == 1 and isinstance(core[0], Mat) and core[0].atom.id != mat.atom.id]
     return values[0] if len(values) == 1 else None

@@ -10,7 +10,8 @@ from torch import fx
 from dorafx.lift import Atom, Lifter, MatrixValue, Value
 
 from .composition import Candidate, Match, group
-from .norms import NormFactors, Reason, split_norm
+from .near_misses import Reason, unknown_consumer, unknown_norms
+from .norms import NormFactors, split_norm
 from .registry import forms
 
 __all__ = ["Matches", "Verdict", "match_graph"]
@@ -35,6 +36,8 @@ class Matches:
     """Norms that look like DoRA's and are left alone."""
     composition_misses: dict[int, Reason] = field(default_factory=dict)
     """Norms that are rewritten while the composition around them is not."""
+    unknown: list[tuple[fx.Node, Reason]] = field(default_factory=list)
+    """Nodes that look like a DoRA norm and are no norm that the lifter knows."""
 
     def refuse(self, site: fx.Node | None, reason: Reason) -> None:
         """Take back what was matched at a node: a composition leaves its norm, a norm takes its compositions along."""
@@ -89,13 +92,19 @@ class _Matcher:
         matches = self.matches or Matches(lift)
         for match in self._pending.values():
             matches.compositions.append(match)
-        composed = {m.norm.atom.id for m in matches.compositions}
+        composed = {atom.id for m in matches.compositions for atom in lift.norms_in(m.expr)}
         for atom_id in composed:
             matches.composition_misses.pop(atom_id, None)
         # Norms whose vector is never used on an activation have been classified by nobody yet.
         for atom_id, info in enumerate(lift.atoms):
             if info.kind == "norm":
                 self._classify(lift, Atom(atom_id))
+        for atom_id in matches.norms:
+            if atom_id not in composed and atom_id not in matches.composition_misses:
+                lost = unknown_consumer(lift, lift.atoms[atom_id], atom_id)
+                if lost is not None:
+                    matches.composition_misses[atom_id] = lost
+        matches.unknown.extend(unknown_norms(lift))
         return matches
 
     def _classify(self, lift: Lifter, atom: Atom) -> NormFactors | None:
@@ -125,7 +134,10 @@ class _Matcher:
                 result = form.check(candidate)
                 if isinstance(result, Match):
                     return result
-                self.matches.composition_misses[norm.atom.id] = result
+                known = self.matches.composition_misses.get(norm.atom.id)
+                # Of one node the first specific reason stays: forms come in order of preference.
+                if known is None or not known.specific or (result.specific and result.node is not known.node):
+                    self.matches.composition_misses[norm.atom.id] = result
         return None
 
 

@@ -7,22 +7,17 @@ from dataclasses import dataclass
 from torch import fx
 
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
-from dorafx.lift.algebra import Chain, Mono, transpose_chain
+from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
+
+from .near_misses import Reason, hidden_delta, source_of
 
 __all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
 
 
 @dataclass(frozen=True)
-class Reason:
-    """Why something that looked like DoRA was left alone."""
-
-    text: str
-    node: fx.Node | None = None
-
-
-@dataclass(frozen=True)
 class LowRank:
-    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``."""
+    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``. Of a column times a
+    row, ``D(column)·𝟙·D(row)``, each side has the matrix of ones, as a column and as a row of them."""
 
     coefficient: float
     scalars: Mono
@@ -70,11 +65,15 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     expr = info.expr if info.side == "row" else info.expr.transposed()
     if len(expr.items) < 2:
         chains: list[Chain] = [chain for (_, chain), _ in expr.items if len(chain) == 1]
-        return _opaque_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
+        return hidden_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
     dense: list[tuple[Chain, float]] = []
     delta: list[LowRank] = []
     for (scalars, chain), c in expr.items:
         mats = [f for f in chain if isinstance(f, Mat)]
+        ones = [i for i, f in enumerate(chain) if isinstance(f, Mat) and f.atom == ONES]
+        if ones and 0 < ones[0] < len(chain) - 1:
+            delta.append(LowRank(c, scalars, chain[: ones[0] + 1], chain[ones[0] :], 1))  # a column times a row
+            continue
         if len(mats) == 1 and not scalars:
             dense.append((chain, c))
             continue
@@ -85,7 +84,7 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             return Reason("a factor of the delta has a symbolic or non-matrix shape", _site(info))
         delta.append(part)
     if not delta:
-        return _opaque_delta(lift, info, [chain for chain, _ in dense])
+        return hidden_delta(lift, info, [chain for chain, _ in dense])
     if len(dense) != 1:
         what = "no dense weight" if not dense else f"{len(dense)} dense matrices"
         return Reason(f"the norm is of a sum with {what} beside the low-rank product; one is supported", _site(info))
@@ -97,6 +96,8 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     size = _size(lift, mat)
     if size is None:
         return Reason("the weight inside the norm has a symbolic shape or is not a matrix", _site(info))
+    if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
+        return None  # activations: a residual stream plus a layer's output, normalised
     return NormFactors(atom, info, weight, c, tuple(delta), *size)
 
 
@@ -120,51 +121,9 @@ def _site(info: AtomInfo) -> fx.Node | None:
     return info.sites[0] if info.sites else None
 
 
-def _opaque_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:
-    """A norm of ``W + something`` where the something is one unknown value: name the operator that hides the product."""
-    for chain in chains:
-        for factor in chain:
-            node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
-            if node is None or node.op not in ("call_function", "call_method"):
-                continue
-            if _reaches_product(lift, node, 6):
-                if node in lift.written:
-                    where = source_of(node) or node.name
-                    return Reason(f"the sum made at {where} is written in place before the norm is taken", node)
-                name = getattr(node.target, "__name__", str(node.target))
-                return Reason(
-                    f"operator {name} at {source_of(node) or node.name} stands between the low-rank product and the norm",
-                    node,
-                )
-    return None
-
-
-def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
-    if depth == 0:
-        return False
-    for arg in node.all_input_nodes:
-        value = lift.matrix(arg)
-        if value is not None and any(sum(isinstance(f, Mat) for f in ch) >= 2 for (_, ch), _ in value.expr.items):
-            return True
-        if _reaches_product(lift, arg, depth - 1):
-            return True
-    return False
-
-
 def output_chain(factors: NormFactors) -> Chain:
     """The chain by which an activation meets the weight: ``Wᵀ`` for a norm by rows of ``W``."""
     return transpose_chain(factors.weight)
-
-
-def source_of(node: fx.Node) -> str:
-    """``file:line`` of the innermost user frame that a node's stack trace names; empty where there is none."""
-    trace = node.meta.get("stack_trace") or ""
-    for line in reversed(trace.splitlines()):
-        stripped = line.strip()
-        if stripped.startswith('File "'):
-            path, _, rest = stripped[6:].partition('"')
-            return f"{path}:{rest.split('line ')[1].split(',')[0]}" if "line " in rest else path
-    return ""
 
 
 def expr_of_low_rank(part: LowRank) -> Expr:

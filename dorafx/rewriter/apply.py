@@ -14,6 +14,7 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
+from .norm_operands import norm_operands
 from .prologue import SITE
 
 __all__ = ["apply_plan"]
@@ -33,7 +34,7 @@ class _Norms:
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
-    weight, left, right, scale = emit.norm_operands(norm.factors)
+    weight, left, right, scale = norm_operands(emit, norm.factors)
     n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
     n.meta[SITE] = site
     if abs(norm.factors.weight_coefficient) != 1.0:
@@ -99,6 +100,9 @@ def _norm_in_place_of(node: fx.Node, norm: NormPlan, norms: _Norms, emit: Emitte
     tensor = tensor_of(node)
     assert tensor is not None
     made = norms(Atom(norm.factors.atom.id), emit)
+    scale = emit.lift.site_scales.get(node, 1.0)
+    if scale != 1.0:
+        made = emit.call(torch.mul, made, scale)
     if not norm.factors.info.requires_grad:
         made = emit.method("detach", made)
     made = emit.cast(made, tensor.dtype)

@@ -10,11 +10,11 @@ from torch import fx
 
 from dorafx.lift import Atom, Diag, Expr, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
-from dorafx.match import NormFactors, Part
+from dorafx.match import Part
 
 __all__ = ["CannotEmit", "Emitter"]
 
-_HALF = (torch.float16, torch.bfloat16)
+_COLUMNS = ((Mat(ONES),), (Mat(ONES, True),))
 
 
 class CannotEmit(Exception):
@@ -49,12 +49,14 @@ class Emitter:
         self.accumulate = False
         self.compute_dtype = torch.float32
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
+        self._products: dict[Chain, fx.Node] = {}
 
     def begin(self, site: fx.Node, accumulate: bool) -> None:
         """Start the replacement of an original node: everything is emitted just before it."""
         self.site = site
         self.accumulate = accumulate
         self._vectors.clear()
+        self._products.clear()
         tensor = tensor_of(site)
         self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
 
@@ -96,14 +98,14 @@ class Emitter:
             raise CannotEmit("a factor of the product is no value of the graph")
         return self.operand(node, atom.detached)
 
-    def _value(self, node: fx.Node) -> torch.Tensor:
+    def tensor(self, node: fx.Node) -> torch.Tensor:
         value = tensor_of(node)
         if value is None:
             raise CannotEmit(f"{node.name} carries no shape")
         return value
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if self._value(node).dtype == dtype else self.method("to", node, dtype)
+        return node if self.tensor(node).dtype == dtype else self.method("to", node, dtype)
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -161,7 +163,7 @@ class Emitter:
         elif info.kind == "node":
             node = self.atom(atom)
             if tensor_of(node) is not None:
-                if self._value(node).dim() > 1:
+                if self.tensor(node).dim() > 1:
                     node = self.method("reshape", node, -1)
                 node = self.cast(node, self.compute_dtype)
         else:
@@ -181,6 +183,11 @@ class Emitter:
 
     def product(self, chain: Chain) -> fx.Node:
         """A chain as a node: reused where the graph has it, else one product on the longest prefix that it has."""
+        if chain not in self._products:
+            self._products[chain] = self._product(chain)
+        return self._products[chain]
+
+    def _product(self, chain: Chain) -> fx.Node:
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
             return existing
@@ -195,20 +202,32 @@ class Emitter:
         if not chain or chain == (Mat(ONES),):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
         prefix, last = chain[:-1], chain[-1]
+        if isinstance(last, Mat) and last.atom == ONES:
+            return self._summed(prefix)
         if isinstance(last, Diag):
             vector = self.vector(Poly(((last.mono, 1.0),)))
             node = self.product(prefix)
-            return self.call(torch.mul, node, self.cast(vector, self._value(node).dtype))
+            return self.call(torch.mul, node, self.cast(vector, self.tensor(node).dtype))
         if isinstance(prefix[-1], Diag) and len(prefix) == 1:
             vector = self.vector(Poly(((prefix[-1].mono, 1.0),)))
             node = self.product((last,))
-            column = self.method("unsqueeze", self.cast(vector, self._value(node).dtype), -1)
+            column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
             return self.call(torch.mul, column, node)
         left = self.product(prefix)
         return self._multiply(left, last)
 
+    def _summed(self, chain: Chain) -> fx.Node:
+        """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""
+        if len(chain) == 1 and isinstance(chain[0], Diag):
+            return self.method("unsqueeze", self.vector(Poly(((chain[0].mono, 1.0),))), -1)
+        if isinstance(chain[-1], Diag):
+            left = self.product(chain[:-1])
+            vector = self.cast(self.vector(Poly(((chain[-1].mono, 1.0),))), self.tensor(left).dtype)
+            return self.call(torch.matmul, left, self.method("unsqueeze", vector, -1))
+        return self.call(torch.sum, self.product(chain), -1, True)
+
     def _multiply(self, left: fx.Node, factor: Mat) -> fx.Node:
-        right = self.cast(self.atom(factor.atom), self._value(left).dtype)
+        right = self.cast(self.atom(factor.atom), self.tensor(left).dtype)
         if factor.transposed:
             return self.call(torch.nn.functional.linear, left, right)
         return self.call(torch.matmul, left, right)
@@ -227,21 +246,21 @@ class Emitter:
             term = self.product(chain)
             scale = Poly(((scalars, c),))
             if scale.constant != 1.0:
-                term = self._scaled(term, scale)
+                term = self.scaled(term, scale)
             total = term if total is None else self.call(torch.add, total, term)
         if total is None:
             raise CannotEmit("a sum of nothing but biases")
         if bias.items:
-            total = self.call(torch.add, total, self.cast(self.vector(bias), self._value(total).dtype))
+            total = self.call(torch.add, total, self.cast(self.vector(bias), self.tensor(total).dtype))
         return total
 
-    def _scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
+    def scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
         constant = scale.constant
         if constant is not None:
             return self.call(torch.mul, node, constant)
         factor = self.vector(scale)
         if tensor_of(factor) is not None:
-            factor = self.cast(factor, self._value(node).dtype)
+            factor = self.cast(factor, self.tensor(node).dtype)
         return self.call(torch.mul, node, factor)
 
     # -- composition --------------------------------------------------------------------------------------------------
@@ -286,11 +305,11 @@ class Emitter:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
         last = part.core[-1]
         alpha = part.scale.constant
-        if alpha is None or not isinstance(last, Mat) or len(part.core) < 2:
+        if alpha is None or not isinstance(last, Mat) or len(part.core) < 2 or last.atom == ONES:
             node = self.product(part.core)
-            return self.call(torch.add, base, self._scaled(node, part.scale) if part.scale.constant != 1.0 else node)
+            return self.call(torch.add, base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
         left = self.product(part.core[:-1])
-        dtype = self._value(base).dtype
+        dtype = self.tensor(base).dtype
         right = self.cast(self.atom(last.atom), dtype)
         right = self.method("t", right) if last.transposed else right
         flat_base, flat_left = self._flat(base), self.cast(self._flat(left), dtype)
@@ -300,16 +319,22 @@ class Emitter:
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
         parts = tuple(parts)
+        if any(p.scale.constant is not None and p.core[-1:] in _COLUMNS for p in parts):
+            raise CannotEmit("a low-rank product has one column, and no vector makes it wide")
         if len(parts) == 1 and parts[0].scale.constant is not None:
             return self.product(parts[0].core), parts[0].scale.constant
         total: fx.Node | None = None
         for part in parts:
             node = self.product(part.core)
             if part.scale.constant != 1.0:
-                node = self._scaled(node, part.scale)
+                node = self.scaled(node, part.scale)
             total = node if total is None else self.call(torch.add, total, node)
         assert total is not None
         return total, 1.0
+
+    def shaped_like_site(self, node: fx.Node) -> fx.Node:
+        """A value with the shape and dtype of what it replaces."""
+        return self._shaped(lambda out: self.cast(out, self._out_dtype()), node)
 
     def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
         return self._shaped(
@@ -333,66 +358,27 @@ class Emitter:
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
         assert self.site is not None
-        wanted = self._value(self.site).shape
+        wanted = self.tensor(self.site).shape
         present = [o for o in operands if o is not None]
-        if all(_sizes(self._value(o).shape) == _sizes(wanted) for o in present):
+        if all(_sizes(self.tensor(o).shape) == _sizes(wanted) for o in present):
             return make(*operands)
         out = make(*(None if o is None else self._flat(o) for o in operands))
-        if _sizes(self._value(out).shape) == _sizes(wanted):
+        if _sizes(self.tensor(out).shape) == _sizes(wanted):
             return out
         for o in present:
-            if _sizes(self._value(o).shape) == _sizes(wanted):
+            if _sizes(self.tensor(o).shape) == _sizes(wanted):
                 return self.method("reshape_as", out, o)
         if all(isinstance(s, int) for s in wanted):
             return self.method("reshape", out, tuple(wanted))
         raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
 
     def _flat(self, node: fx.Node) -> fx.Node:
-        value = self._value(node)
+        value = self.tensor(node)
         return node if value.dim() == 2 else self.method("reshape", node, -1, value.shape[-1])
 
     def _out_dtype(self) -> torch.dtype:
         assert self.site is not None
-        return self._value(self.site).dtype
-
-    # -- factors of a norm --------------------------------------------------------------------------------------------
-
-    def norm_operands(self, norm: NormFactors) -> tuple[fx.Node, fx.Node, fx.Node, float]:
-        """weight ``[d_out, d_in]``, left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta."""
-        weight = self.product_of_parameters(norm.weight)
-        if len(norm.delta) == 1 and not norm.delta[0].scalars:
-            (part,) = norm.delta
-            left, right = self.product_of_parameters(part.left), self.product_of_parameters(part.right)
-            return weight, left, right, part.coefficient / norm.weight_coefficient
-        lefts, rights = [], []
-        for part in norm.delta:
-            left = self.product_of_parameters(part.left)
-            scale = Poly(((part.scalars, part.coefficient / norm.weight_coefficient),))
-            lefts.append(left if scale.constant == 1.0 else self._scaled(left, scale))
-            rights.append(self.product_of_parameters(part.right))
-        if len(lefts) == 1:
-            return weight, lefts[0], rights[0], 1.0
-        return (
-            weight,
-            self.call(torch.cat, _one_dtype(self, lefts), 1),
-            self.call(torch.cat, _one_dtype(self, rights), 0),
-            1.0,
-        )
-
-    def product_of_parameters(self, chain: Chain) -> fx.Node:
-        """A factor of a norm. Read from the atoms themselves, before any cast: the norm is computed in fp32 anyway."""
-        if len(chain) == 1 and isinstance(chain[0], Mat):
-            node = self.atom(chain[0].atom)
-            return self.method("t", node) if chain[0].transposed else node
-        return self.product(chain)
-
-
-def _one_dtype(emit: Emitter, nodes: list[fx.Node]) -> list[fx.Node]:
-    dtypes = {emit._value(n).dtype for n in nodes}
-    if len(dtypes) == 1:
-        return nodes
-    wide = torch.float64 if torch.float64 in dtypes else torch.float32
-    return [emit.cast(n, wide) for n in nodes]
+        return self.tensor(self.site).dtype
 
 
 def _sizes(shape: Iterable[Any]) -> tuple[str, ...]:

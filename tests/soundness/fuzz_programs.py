@@ -23,6 +23,10 @@ NORMS: dict[str, Callable[..., torch.Tensor]] = {
     "product": lambda w, d, k: torch.sqrt((w * w).sum(dim=d, keepdim=k)),
     "pow": lambda w, d, k: w.pow(2).sum(d, keepdim=k).sqrt(),
     "square": lambda w, d, k: torch.square(w).sum(d, k) ** 0.5,
+    "mean": lambda w, d, k: (w.square().mean(d, keepdim=k) * w.shape[d]).sqrt(),
+    "einsum": lambda w, d, k: (
+        torch.einsum("oi,oi->o" if d == 1 else "oi,oi->i", w, w).sqrt().view((-1, 1) if k else -1)
+    ),
 }
 DELTAS: dict[str, Callable[..., torch.Tensor]] = {
     "B @ A": lambda b, a: b @ a,
@@ -32,6 +36,14 @@ DELTAS: dict[str, Callable[..., torch.Tensor]] = {
     "linear": lambda b, a: F.linear(b, a.t()),
     "middle": lambda b, a: b @ torch.eye(b.shape[1], dtype=b.dtype) @ a,
     "contiguous": lambda b, a: torch.matmul(b.contiguous(), a.clone()),
+    "einsum": lambda b, a: torch.einsum("or,ri->oi", b, a),
+    "einsum backwards": lambda b, a: torch.einsum("ri,or->oi", a, b),
+    "concatenated": lambda b, a: torch.cat([b, 0.5 * b], 1) @ torch.cat([0.5 * a, a], 0),
+    "gathered": lambda b, a: b[:, list(range(b.shape[1]))[::-1]] @ a.flip(0),
+    "two halves": lambda b, a: 0.5 * (b @ a) + (b * 0.5) @ a,
+    "columns times rows": lambda b, a: (
+        torch.outer(b[:, 0], a[0]) + b[:, 1:] @ a[1:] if b.shape[1] > 1 else torch.outer(b[:, 0], a[0])
+    ),
     "diagonal": lambda b, a: b @ torch.diag(torch.diagonal(torch.eye(b.shape[1], dtype=b.dtype))) @ a,
 }
 SCALED_SUMS: dict[str, Callable[..., torch.Tensor]] = {
@@ -62,6 +74,11 @@ COMPOSITIONS = (
     "g - 1 on the sum",
     "interpolated",
     "reciprocal",
+    "addcmul",
+    "lerp",
+    "F.normalize",
+    "weight_norm",
+    "columns",
 )
 BIASES = ("none", "inside", "after", "taken off first")
 VECTORS = ("plain", "view", "unsqueeze", "index", "reshape")
@@ -177,14 +194,19 @@ def specs(perturbed: bool) -> st.SearchStrategy[Spec]:
 
 
 def is_recognised(spec: Spec) -> bool:
-    """Whether a program must be rewritten whole; of the others the norm alone is, or a reason is given. Not wholly recognised
-    yet: ``v[None]``; a side of one or a single token, where a matrix is a vector by its shape; a norm whose scaling is a
-    tensor around an output whose scaling is a number; writes that a view sees or that ``make_fx`` traced."""
-    if spec.vector == "index" or spec.scaled_sum in (WRITTEN, "tensor"):
-        return False
-    if 1 in (spec.d_out, spec.d_in) or math.prod(spec.leading) == 1:
-        return False
-    return spec.composition != "in place" or (spec.capture == "dynamo" and spec.input != "flat")
+    """Whether a program must be rewritten whole; of the others the norm alone is, or a reason is given. Not wholly recognised:
+    a side of one or a single token, where a matrix is a vector by its shape; a sum formed by writes."""
+    return not (
+        spec.scaled_sum == WRITTEN
+        or 1 in (spec.d_out, spec.d_in)
+        or math.prod(spec.leading) == 1
+        or is_taken_apart(spec)
+    )
+
+
+def is_taken_apart(spec: Spec) -> bool:
+    """``make_fx`` sees ``einsum`` as permutations around a batched product, in which no norm and no delta is known."""
+    return spec.capture == "make_fx" and (spec.norm == "einsum" or spec.delta.startswith("einsum"))
 
 
 class Operands(torch.nn.Module):
@@ -349,7 +371,14 @@ def _composed(
     if has("squared scaling"):
         m, n = m * m, n * n
 
-    if spec.composition in ("merged", "merged, normalised first", "weight delta"):
+    if spec.composition in (
+        "merged",
+        "merged, normalised first",
+        "weight delta",
+        "F.normalize",
+        "weight_norm",
+        "columns",
+    ):
         y = _merged(spec, p, x_base, m, n, weight + s * (up @ down))
         return y.view(shape) if spec.input == "flat" else y
 
@@ -385,6 +414,10 @@ def _composed(
         y *= _shaped(spec, m)
     elif spec.composition == "g - 1 on the sum":
         y = bracket + (g - 1) * bracket
+    elif spec.composition == "addcmul":
+        y = torch.addcmul(torch.addcmul(base, g - 1, base), g, low, value=s)
+    elif spec.composition == "lerp":
+        y = torch.lerp(torch.ones_like(g), g, 0.25) * bracket
     elif spec.composition == "interpolated":
         k = 0.5
         y = (k * (g - 1) + (k if has("interpolated to another constant") else 1)) * bracket
@@ -414,6 +447,12 @@ def _merged(
         column * (adapted / divisor) if spec.composition == "merged, normalised first" else column * adapted / divisor
     )
     bias = p.bias if spec.bias != "none" else None
+    if spec.composition == "F.normalize":
+        return F.linear(x, column * F.normalize(adapted, dim=1), bias)
+    if spec.composition == "weight_norm" and m.numel() == spec.d_out:
+        return F.linear(x, torch._weight_norm(adapted, column, 0), bias)
+    if spec.composition == "columns":
+        return F.linear(x, p.W2[0] * adapted / adapted.norm(dim=0, keepdim=True), bias)
     if spec.composition == "weight delta":
         first = p.W.T if spec.weight == "transposed" else p.W
         return F.linear(x, first, bias) + F.linear(x, merged - first)

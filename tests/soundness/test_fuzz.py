@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_programs import Operands, Spec, is_recognised, program, specs
+from fuzz_programs import Operands, Spec, is_recognised, is_taken_apart, program, specs
 from hypothesis import HealthCheck, assume, given, settings
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -17,9 +17,9 @@ from dorafx import rewrite_log
 
 TOLERANCE = 1e-10
 QUICK = settings(
-    max_examples=80, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
-LONG = settings(max_examples=5000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+LONG = settings(max_examples=10_000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def pair(spec: Spec, p: Operands, x: torch.Tensor) -> tuple[Any, Any]:
@@ -86,12 +86,14 @@ def check(spec: Spec) -> list[dorafx.Record]:
 def check_dora(spec: Spec, tally: Counter[str]) -> None:
     records = check(spec)
     # A flattened matrix with a side of one is a vector by its shape; nothing else may be passed over in silence.
-    assert records or 1 in (spec.d_out, spec.d_in), "passed over in silence"
+    assert records or 1 in (spec.d_out, spec.d_in) or is_taken_apart(spec), "passed over in silence"
     assert not any("internal failure" in r.reason for r in records), records[0].reason
-    whole = any(r.rewritten and r.pattern == "linear" for r in records)
+    whole = any(r.rewritten and r.pattern in ("linear", "linear_columns") for r in records)
     assert whole or all(r.reason for r in records)
     if is_recognised(spec):
-        tally["rewritten" if whole else "in part or missed"] += 1
+        # A merged weight that is cheaper as it is stays, and the record says by how much.
+        decided = any(r.decision for r in records)
+        tally["rewritten" if whole else "merged is cheaper" if decided else "in part or missed"] += 1
 
 
 def check_perturbed(spec: Spec) -> None:
@@ -107,7 +109,8 @@ def test_dora_in_any_spelling() -> None:
         check_dora(spec, tally)
 
     fuzz()
-    assert tally["rewritten"] >= 0.99 * tally.total(), tally
+    print(f"\n{tally}")
+    assert tally["in part or missed"] <= 0.01 * tally.total(), tally
 
 
 @QUICK
@@ -128,7 +131,7 @@ def test_many_in_any_spelling() -> None:
 
     fuzz()
     print(f"\n{tally}")
-    assert tally["rewritten"] >= 0.99 * tally.total(), tally
+    assert tally["in part or missed"] <= 0.01 * tally.total(), tally
 
 
 @pytest.mark.slow

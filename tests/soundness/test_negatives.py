@@ -35,13 +35,13 @@ def weight_norm_without_a_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, p.m_column * p.W / p.W.norm(dim=1, keepdim=True))
 
 
-@negative([])
+@negative(["missed"], "is of order 1: DoRA's is the 2-norm")
 def one_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = torch.linalg.vector_norm(p.W + p.B @ p.A, ord=1, dim=1)
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
-@negative([])
+@negative(["missed"], "is of the whole weight: DoRA's is by row or by column")
 def norm_of_the_whole_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (F.linear(x, p.W) + lora(p, x)) / (p.W + p.B @ p.A).norm()
 
@@ -58,7 +58,7 @@ def bias_like_part_of_another_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor
     return (p.m / n) * F.linear(x, p.W) + lora(p, x)
 
 
-@negative(["norm_only"], "no activation is scaled by it")
+@negative(["norm_only"], "operator sum at")
 def scaled_after_an_activation(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (p.W + p.B @ p.A).norm(dim=1)
     return torch.relu(F.linear(x, p.W) + lora(p, x)).sin() + (p.m / n).sum()
@@ -127,6 +127,213 @@ def residual_is_not_drawn_in(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (p.W + S * (p.B @ p.A)).norm(dim=1)
     y = (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
     return y + torch.relu(x[..., : p.d_out])
+
+
+@negative(["norm_only"], "no product with the norm's weight")
+def output_uses_the_weight_of_another_layer(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W.flip(0)) + lora(p, x))
+
+
+@negative(["linear"], "")
+def output_uses_the_weight_plus_something(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Exact: the second dense matrix gets a product of its own, which for ten tokens costs less than forming the sum."""
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W + 0.25 * p.W.abs()) + lora(p, x))
+
+
+@negative(["missed"], "is of order inf")
+def maximum_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.linalg.vector_norm(p.W + p.B @ p.A, float("inf"), dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator amax at")
+def largest_element(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).amax(dim=1)
+    return (p.m / (n * n + 1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator std at")
+def standard_deviation(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).std(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator sigmoid")
+def sigmoid_of_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.sigmoid(p.B @ p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator round")
+def rounded_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.round(p.B @ p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator where")
+def masked_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.where(p.W > 0, p.B @ p.A, 0.0)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator triu")
+def triangle_of_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.triu(p.B @ p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator flip")
+def delta_flipped(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + (p.B @ p.A).flip(1)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator roll")
+def rows_rolled(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).roll(1, 0).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator mul")
+def elementwise_gate_on_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + (p.B @ p.A) * torch.sigmoid(p.W)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator kron")
+def kronecker_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    # [2, 3] x [5, 4] is [10, 12]
+    delta = torch.kron(p.B[:2] @ p.A[:, :3], p.B[:5, :1] @ p.A[:1, :4])
+    return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
+
+
+@negative(["missed"], "operator threshold")
+def sparse_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    delta = F.threshold(p.B @ p.A, 0.05, 0.0)
+    n = (p.W + delta).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + F.linear(x, delta))
+
+
+@negative(["missed"], "operator cumsum")
+def running_sum_of_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.cumsum(p.B @ p.A, 1)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "2 dense matrices")
+def two_dense_weights(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.sin(p.W) + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "no dense weight")
+def sum_of_two_products_only(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.B @ p.A + p.B2 @ p.A2).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "scaled by a vector")
+def weight_scaled_by_a_vector_inside(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W * p.b[:, None] + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator relu")
+def relu_of_the_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.relu((p.W + p.B @ p.A).norm(dim=1) - 0.1) + 0.1
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator clamp")
+def norm_bounded_from_above(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).clamp(1e-6, 1.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator round")
+def norm_rounded(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).detach().round(decimals=1) + 0.05
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator roll")
+def norm_of_the_neighbouring_row(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).roll(1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "the norm itself is an output")
+def norm_is_returned(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return (p.W + p.B @ p.A).norm(dim=1)
+
+
+@negative(["norm_only"], "not scaled by the same vector")
+def adapter_scaled_by_the_magnitude_only(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return p.m / n * F.linear(x, p.W) + p.m * lora(p, x)
+
+
+@negative(["linear"], "")
+def residual_of_another_product_is_not_drawn_in(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x)) + F.linear(x, p.W.cos())
+
+
+@negative(["norm_only"], "")
+def relu_between_base_and_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * torch.relu(F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "no low-rank product is added")
+def adapter_is_missing_in_the_output(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * F.linear(x, p.W)
+
+
+@negative(["norm_only"], "")
+def scaled_along_the_tokens(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    y = (F.linear(x, p.W) + lora(p, x))[0, :1].expand(10, 10)
+    return y * (p.m / n)[:, None]
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def delta_written_through_a_view(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + p.B @ p.A
+    adapted[:, 0].mul_(3.0)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["linear"], "")
+def weight_is_written_between_norm_and_output(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """A write that nobody else sees is a new value: the output has half the weight, and keeps it."""
+    weight = p.W.clone()
+    n = (weight + p.B @ p.A).norm(dim=1)
+    weight.mul_(0.5)
+    return (p.m / n) * (F.linear(x, weight) + lora(p, x))
+
+
+@negative(["linear"], "")
+def norm_is_used_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x)) + n.sum()
+
+
+@negative(["linear"], "")
+def output_is_used_twice(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    y = (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+    return y + torch.relu(y)
+
+
+@negative(["linear"], "")
+def low_rank_product_is_used_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    low = lora(p, x)
+    return (p.m / n) * (F.linear(x, p.W) + low) + low.sin()
 
 
 @pytest.mark.parametrize("name", sorted(NEGATIVES))

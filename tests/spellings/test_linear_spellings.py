@@ -8,14 +8,29 @@ from tests_support import check_same
 
 from dorafx import rewrite_log
 
+from factor_programs import WIDE  # isort: skip
 from programs import LINEAR, Layer  # isort: skip
 
+SPELLINGS = {**LINEAR, **WIDE}
+# Not the linear form once: another form, or several layers.
+FORMS = {
+    "column_norm": ["linear_columns"],
+    "normalize_by_column": ["linear_columns"],
+    "dropout_correction": ["linear_dropout"],
+    "another_input_for_each_branch": ["linear_dropout"],
+    "rows_and_columns": ["linear", "linear"],
+    "two_layers_share_the_weight": ["linear", "linear"],
+}
 
-@pytest.mark.parametrize("name", sorted(LINEAR))
+
+@pytest.mark.parametrize("name", sorted(SPELLINGS))
 def test_spelling_is_rewritten_and_exact(name: str) -> None:
-    check_same(LINEAR[name], Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True))
+    check_same(
+        SPELLINGS[name], Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), tolerance=1e-11
+    )
     log = rewrite_log()
-    assert [(r.status, r.pattern, r.reason) for r in log.records] == [("rewritten", "linear", "")]
+    expected = [("rewritten", form, "") for form in FORMS.get(name, ["linear"])]
+    assert [(r.status, r.pattern, r.reason) for r in log.records] == expected
 
 
 @pytest.mark.parametrize("shape", [(4, 12), (1, 12), (3, 1, 12), (2, 2, 2, 12), (0, 12)])

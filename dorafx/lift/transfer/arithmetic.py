@@ -1,59 +1,113 @@
-"""Sums, differences, scalings and elementwise functions of vectors."""
+"""Sums, differences, products and quotients, with NumPy's broadcasting."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
-from ..algebra import Expr, Poly
+from ..algebra import ONES, Diag, Expr, Mat, Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
 
+Shape = tuple[Any, ...]
+
+
+class Operand(NamedTuple):
+    """An argument of an elementwise operator, or a value on the way through one that does several at once."""
+
+    value: Value | None
+    shape: Shape | None
+    """The tensor's; ``()`` of a number, None where it is not known."""
+    vector: VectorValue | None
+    """The argument as a vector, where it is one: a parameter of shape [d, 1] is a matrix until something is scaled by it."""
+    expanded: bool = False
+    """Whether ``vector`` is seen through an ``expand``, so that the tensor itself is no vector."""
+
+
+def operand(lift: Lifter, arg: Any) -> Operand:
+    """An argument of a node."""
+    tensor = tensor_of(arg)
+    shape = (
+        tuple(tensor.shape) if tensor is not None else (None if isinstance(arg, fx.Node) and _is_tensor(arg) else ())
+    )
+    expanded = lift.expanded.get(arg) if isinstance(arg, fx.Node) else None
+    if expanded is not None:
+        return Operand(lift.value(arg), shape, expanded, True)
+    return Operand(lift.value(arg), shape, lift.vector(arg))
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("example_value", node.meta.get("val", 0)), (int, float)) and (
+        "example_value" in node.meta or "val" in node.meta
+    )
+
+
+def same_shape(s: Shape | None, t: Shape | None) -> bool:
+    """Equal sizes without a guard: ints compare, symbols must be the same expression."""
+    if s is None or t is None or len(s) != len(t):
+        return False
+    return all(_same_size(p, q) for p, q in zip(s, t))
+
 
 def _same_size(a: Any, b: Any) -> bool:
-    """Equal sizes without a guard: ints compare, symbols must be the same expression."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return str(a) == str(b)
+    return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
-def _same_shape(a: Any, b: Any) -> bool:
-    s, t = tensor_of(a), tensor_of(b)
-    if s is None or t is None or s.dim() != t.dim():
-        return False
-    return all(_same_size(p, q) for p, q in zip(s.shape, t.shape))
+def _broadcast(s: Shape | None, t: Shape | None) -> Shape | None:
+    """The shape of an elementwise result; None where symbols leave it open."""
+    if s is None or t is None:
+        return None
+    if len(s) < len(t):
+        s, t = t, s
+    t = (1,) * (len(s) - len(t)) + t
+    out = []
+    for p, q in zip(s, t):
+        if _same_size(p, q) or (isinstance(q, int) and q == 1):
+            out.append(p)
+        elif isinstance(p, int) and p == 1:
+            out.append(q)
+        else:
+            return None
+    return tuple(out)
 
 
-def _is_result_shape(node: fx.Node, arg: Any) -> bool:
-    """Whether the argument was not itself broadcast."""
-    return _same_shape(node, arg)
+def _spans(vector: Operand, matrix: Operand, axis: int) -> bool:
+    """Whether a vector has as many entries as the matrix has along the axis (not one that is broadcast)."""
+    v, m = vector.shape, matrix.shape
+    return v is not None and m is not None and len(v) >= -axis and len(m) >= -axis and _same_size(v[axis], m[axis])
 
 
-def _add(lift: Lifter, node: fx.Node, a: Any, b: Any, sign: float) -> Value | None:
-    va, vb = lift.value(a), lift.value(b)
+def _made(value: Value | None, a: Operand, b: Operand) -> Operand:
+    """The result of ``a`` and ``b`` as an operand of what follows within the same node."""
+    return Operand(value, _broadcast(a.shape, b.shape), value if isinstance(value, VectorValue) else None)
+
+
+def added(a: Operand, b: Operand, sign: float) -> Value | None:
+    """``a + sign·b``; None where it is no term."""
+    va, vb = a.value, b.value
     if va is None or vb is None:
         return None
+    shape = _broadcast(a.shape, b.shape)
     if isinstance(va, MatrixValue) and isinstance(vb, MatrixValue):
-        if not va.squared and not vb.squared and _same_shape(a, b):
+        if not va.squared and not vb.squared and same_shape(a.shape, b.shape):
             return MatrixValue(va.expr + vb.expr.scaled(sign))
-        if _same_shape(a, node):
-            vb = lift.vector(b)
+        if same_shape(a.shape, shape):
+            vb = b.vector
         else:
-            va = lift.vector(a)
+            va = a.vector
         if va is None or vb is None or (isinstance(va, VectorValue) and isinstance(vb, VectorValue)):
-            return _add_vectors(va, vb, sign)
+            return _added_vectors(va, vb, sign)
     if isinstance(va, VectorValue) and isinstance(vb, VectorValue):
-        return _add_vectors(va, vb, sign)
+        return _added_vectors(va, vb, sign)
     if isinstance(va, MatrixValue):
-        return _add_bias(node, a, va, vb, b, sign)
+        return _biased(shape, a, va, b, vb, sign)
     assert isinstance(vb, MatrixValue)
-    added = _add_bias(node, b, MatrixValue(vb.expr.scaled(sign), vb.squared), va, a, 1.0)
-    return added
+    return _biased(shape, b, MatrixValue(vb.expr.scaled(sign), vb.squared), a, va, 1.0)
 
 
-def _add_vectors(va: Value | None, vb: Value | None, sign: float) -> Value | None:
+def _added_vectors(va: Value | None, vb: Value | None, sign: float) -> Value | None:
     if not isinstance(va, VectorValue) or not isinstance(vb, VectorValue):
         return None
     if va.axis is not None and vb.axis is not None and va.axis != vb.axis:
@@ -61,9 +115,11 @@ def _add_vectors(va: Value | None, vb: Value | None, sign: float) -> Value | Non
     return VectorValue(va.poly + vb.poly.scaled(sign), va.axis if va.axis is not None else vb.axis)
 
 
-def _add_bias(node: fx.Node, matrix: Any, m: MatrixValue, v: Value, vector: Any, sign: float) -> Value | None:
+def _biased(
+    shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operand, v: Value, sign: float
+) -> Value | None:
     """``matrix + 𝟙·D(vector)`` for a vector along the last axis, or a number 0."""
-    if not isinstance(v, VectorValue) or m.squared or not _is_result_shape(node, matrix):
+    if not isinstance(v, VectorValue) or m.squared or not same_shape(shape, matrix.shape):
         return None
     if v.poly.constant == 0.0:
         return m
@@ -72,95 +128,74 @@ def _add_bias(node: fx.Node, matrix: Any, m: MatrixValue, v: Value, vector: Any,
     return MatrixValue(m.expr + Expr.broadcast(v.poly).scaled(sign))
 
 
-def _spans(vector: Any, matrix: Any, axis: int) -> bool:
-    """Whether a vector has as many entries as the matrix has along the axis (not one that is broadcast)."""
-    v, m = tensor_of(vector), tensor_of(matrix)
-    return v is not None and m is not None and _same_size(v.numel(), m.shape[axis])
-
-
-@transfer("add")
-def add(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
-    alpha = args.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        return None
-    return _add(lift, node, args.get("input"), args.get("other"), float(alpha))
-
-
-@transfer("sub")
-def sub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
-    alpha = args.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        return None
-    return _add(lift, node, args.get("input"), args.get("other"), -float(alpha))
-
-
-@transfer("rsub")
-def rsub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
-    if args.get("alpha", 1) != 1:
-        return None
-    return _add(lift, node, args.get("other"), args.get("input"), -1.0)
-
-
-def _mul(lift: Lifter, node: fx.Node, a: Any, b: Any) -> Value | None:
-    va, vb = lift.value(a), lift.value(b)
+def multiplied(a: Operand, b: Operand) -> Value | None:
+    """``a ⊙ b``; None where it is no term."""
+    va, vb = a.value, b.value
     if va is None or vb is None:
         return None
+    shape = _broadcast(a.shape, b.shape)
     if isinstance(va, MatrixValue) and isinstance(vb, MatrixValue):
-        if va == vb and not va.squared and _same_shape(a, b):
+        if va == vb and not va.squared and same_shape(a.shape, b.shape):
             return MatrixValue(va.expr, squared=True)
-        # A parameter of shape [d, 1] or [1, d] is a matrix until something is scaled by it.
-        as_b, as_a = lift.vector(b), lift.vector(a)
-        if _is_result_shape(node, a) and as_b is not None:
-            vb = as_b
-        elif as_a is not None:
-            va = as_a
+        if same_shape(shape, a.shape) and b.vector is not None:
+            vb = b.vector
+        elif a.vector is not None:
+            va = a.vector
         else:
             return None
     elif isinstance(va, VectorValue) and isinstance(vb, MatrixValue):
-        as_b = lift.vector(b)
-        if va.axis is not None and as_b is not None and as_b.axis == va.axis:
-            vb = as_b
+        vb = _along(va, b) or vb
     elif isinstance(va, MatrixValue) and isinstance(vb, VectorValue):
-        as_a = lift.vector(a)
-        if vb.axis is not None and as_a is not None and as_a.axis == vb.axis:
-            va = as_a
+        va = _along(vb, a) or va
     if isinstance(va, VectorValue) and isinstance(vb, VectorValue):
         if va.axis is not None and vb.axis is not None and va.axis != vb.axis:
-            return None
+            return _outer(shape, a, va, b, vb)
         return VectorValue(va.poly * vb.poly, va.axis if va.axis is not None else vb.axis)
     if isinstance(va, VectorValue):
         assert isinstance(vb, MatrixValue)
-        return _scale(node, b, vb, a, va)
+        return _scaled(shape, b, vb, a, va)
     assert isinstance(va, MatrixValue) and isinstance(vb, VectorValue)
-    return _scale(node, a, va, b, vb)
+    return _scaled(shape, a, va, b, vb)
 
 
-def _scale(node: fx.Node, matrix: Any, m: MatrixValue, vector: Any, v: VectorValue) -> Value | None:
-    if m.squared or not _is_result_shape(node, matrix):
+def _along(v: VectorValue, other: Operand) -> VectorValue | None:
+    """A matrix that is a vector along the same axis as ``v``."""
+    if v.axis is None or other.vector is None or other.expanded:
+        return None
+    return other.vector if other.vector.axis == v.axis else None
+
+
+def _outer(shape: Shape | None, a: Operand, va: VectorValue, b: Operand, vb: VectorValue) -> Value | None:
+    """A column times a row: ``D(column)·𝟙·D(row)``."""
+    if shape is None or len(shape) != 2 or {va.axis, vb.axis} != {-1, -2} or a.expanded or b.expanded:
+        return None
+    column, row = (va, vb) if va.axis == -2 else (vb, va)
+    return outer_product(column.poly, row.poly)
+
+
+def outer_product(column: Poly, row: Poly) -> Value | None:
+    """``D(column)·𝟙·D(row)``, a product of rank one, for monomials; of a sum it would be several products."""
+    if not column.is_monomial or not row.is_monomial or column.constant is not None or row.constant is not None:
+        return None
+    ((left, c),), ((right, k),) = column.items, row.items
+    return MatrixValue(Expr.chain((Diag(left), Mat(ONES), Diag(right)), c * k))
+
+
+def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operand, v: VectorValue) -> Value | None:
+    if m.squared or not same_shape(shape, matrix.shape):
         return None
     constant = v.poly.constant
     if v.axis is None or constant is not None:
         return MatrixValue(m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
-    shape = tensor_of(matrix)
-    if shape is None:
-        return None
     if v.axis == -1 and _spans(vector, matrix, -1):
         return MatrixValue(m.expr.right_diag(v.poly))
-    if v.axis == -2 and shape.dim() == 2 and _spans(vector, matrix, -2):
+    if v.axis == -2 and matrix.shape is not None and len(matrix.shape) == 2 and _spans(vector, matrix, -2):
         return MatrixValue(m.expr.left_diag(v.poly))
     return None
 
 
-@transfer("mul")
-def mul(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
-    return _mul(lift, node, args.get("input"), args.get("other"))
-
-
-def _reciprocal(lift: Lifter, v: VectorValue) -> VectorValue | None:
+def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
+    """``1/v``: of a monomial a monomial, of a sum an indeterminate of its own."""
     if not v.poly.items:
         return None
     inverse = v.poly.reciprocal()
@@ -170,127 +205,85 @@ def _reciprocal(lift: Lifter, v: VectorValue) -> VectorValue | None:
     return VectorValue(inverse, v.axis)
 
 
+def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
+    """``a / b``, the divisor a vector or a scalar; None where it is no term."""
+    inverse = inverse_of(lift, b.vector) if b.vector is not None else None
+    if inverse is None:
+        return None
+    shape = _broadcast(a.shape, b.shape)
+    va = a.value
+    if isinstance(va, MatrixValue) and not same_shape(shape, a.shape):
+        va = a.vector
+    if isinstance(va, MatrixValue):
+        va = _along(inverse, a) or va
+    if isinstance(va, VectorValue):
+        if b.expanded or a.expanded or (va.axis is not None and inverse.axis is not None and va.axis != inverse.axis):
+            return None
+        return VectorValue(va.poly * inverse.poly, va.axis if va.axis is not None else inverse.axis)
+    return _scaled(shape, a, va, b, inverse) if isinstance(va, MatrixValue) else None
+
+
+@transfer("add")
+def add(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    alpha = args.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), float(alpha))
+
+
+@transfer("sub")
+def sub(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    alpha = args.get("alpha", 1)
+    if not isinstance(alpha, (int, float)):
+        return None
+    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), -float(alpha))
+
+
+@transfer("rsub")
+def rsub(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    if args.get("alpha", 1) != 1:
+        return None
+    return added(operand(lift, args.get("other")), operand(lift, args.get("input")), -1.0)
+
+
+@transfer("mul")
+def mul(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    return multiplied(operand(lift, args.get("input")), operand(lift, args.get("other")))
+
+
 @transfer("div")
 def div(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "other")
     if args.get("rounding_mode") is not None:
         return None
-    a, b = args.get("input"), args.get("other")
-    divisor = lift.vector(b)
-    inverse = _reciprocal(lift, divisor) if divisor is not None else None
-    if inverse is None:
+    return divided(lift, operand(lift, args.get("input")), operand(lift, args.get("other")))
+
+
+@transfer("addcmul", "addcdiv")
+def add_product(lift: Lifter, node: fx.Node) -> Value | None:
+    """``input + value · t₁ ⊙ t₂``, or over ``t₂``."""
+    args = arguments(node, "input", "tensor1", "tensor2", "value")
+    first, second = operand(lift, args.get("tensor1")), operand(lift, args.get("tensor2"))
+    value = args.get("value", 1)
+    if not isinstance(value, (int, float)):
         return None
-    va = lift.value(a)
-    if isinstance(va, MatrixValue) and not _is_result_shape(node, a):
-        va = lift.vector(a)
-    if isinstance(va, MatrixValue):
-        as_a = lift.vector(a)
-        if inverse.axis is not None and as_a is not None and as_a.axis == inverse.axis:
-            va = as_a
-    if isinstance(va, VectorValue):
-        if va.axis is not None and inverse.axis is not None and va.axis != inverse.axis:
-            return None
-        return VectorValue(va.poly * inverse.poly, va.axis if va.axis is not None else inverse.axis)
-    if isinstance(va, MatrixValue):
-        return _scale(node, a, va, b, inverse)
-    return None
-
-
-@transfer("neg")
-def neg(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
-    if isinstance(value, VectorValue):
-        return VectorValue(value.poly.scaled(-1.0), value.axis)
-    if isinstance(value, MatrixValue) and not value.squared:
-        return MatrixValue(value.expr.scaled(-1.0))
-    return None
-
-
-@transfer("reciprocal")
-def reciprocal(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.vector(node.args[0])
-    return _reciprocal(lift, value) if value is not None else None
-
-
-@transfer("square")
-def square(lift: Lifter, node: fx.Node) -> Value | None:
-    return _power(lift, node, node.args[0], 2)
-
-
-@transfer("pow")
-def power(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "exponent")
-    return _power(lift, node, args.get("input"), args.get("exponent"))
-
-
-def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
-    if not isinstance(exponent, (int, float)):
+    made = multiplied(first, second) if lift.name_of(node) == "addcmul" else divided(lift, first, second)
+    if made is None or value == 0:
         return None
-    value = lift.value(base)
-    if isinstance(value, MatrixValue):
-        return MatrixValue(value.expr, squared=True) if exponent == 2 and not value.squared else None
-    if isinstance(value, VectorValue):
-        if exponent == 0.5:
-            return root(lift, value, node)
-        if exponent == -0.5:
-            rooted = root(lift, value, node)
-            return _reciprocal(lift, rooted) if rooted is not None else None
-        if exponent in (1, 2, 3) and len(value.poly.items) <= 2:
-            poly = value.poly
-            for _ in range(int(exponent) - 1):
-                poly = poly * value.poly
-            return VectorValue(poly, value.axis)
-        if exponent == -1:
-            return _reciprocal(lift, value)
-    return None
+    return added(operand(lift, args.get("input")), _made(made, first, second), float(value))
 
 
-def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
-    """``sqrt(Σ w² + eps)`` is a norm; any other square root is not known."""
-    eps = 0.0
-    sumsq = None
-    for mono, c in value.poly.items:
-        if not mono:
-            eps = c
-        elif c == 1.0 and len(mono) == 1 and mono[0][1] == 1 and sumsq is None:
-            sumsq = mono[0][0]
-        else:
-            return None
-    if sumsq is None or eps < 0:
+@transfer("lerp")
+def lerp(lift: Lifter, node: fx.Node) -> Value | None:
+    """``start + weight ⊙ (end - start)``."""
+    args = arguments(node, "input", "end", "weight")
+    start, end, weight = (operand(lift, args.get(name)) for name in ("input", "end", "weight"))
+    difference = _made(added(end, start, -1.0), end, start)
+    if difference.value is None:
         return None
-    info = lift.atom_of(sumsq)
-    if info.kind != "sumsq":
-        return None
-    norm = AtomInfo("norm", info.requires_grad, info.parameter, expr=info.expr, side=info.side, eps=eps)
-    atom = lift.intern(norm)
-    lift.atom_of(atom).sites.append(node)
-    poly = Poly.var(atom)
-    if sumsq.detached:
-        poly = poly.detached(frozenset())
-    return VectorValue(poly, value.axis)
-
-
-@transfer("sqrt")
-def sqrt(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
-    return root(lift, value, node) if isinstance(value, VectorValue) else None
-
-
-@transfer("rsqrt")
-def rsqrt(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
-    rooted = root(lift, value, node) if isinstance(value, VectorValue) else None
-    return _reciprocal(lift, rooted) if rooted is not None else None
-
-
-@transfer("clamp", "clamp_min")
-def clamp(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "min", "max")
-    low = args.get("min")
-    value = lift.value(args.get("input"))
-    if args.get("max") is not None or not isinstance(low, (int, float)) or not isinstance(value, VectorValue):
-        return None
-    info = AtomInfo(
-        "clamp_min", lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=float(low), poly=value.poly
-    )
-    return VectorValue(Poly.var(lift.intern(info)), value.axis)
+    made = multiplied(weight, difference)
+    return added(start, _made(made, weight, difference), 1.0) if made is not None else None

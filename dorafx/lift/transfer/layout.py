@@ -15,6 +15,7 @@ from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
 
 @transfer("view")
 def view(lift: Lifter, node: fx.Node) -> Value | None:
+    """A reshape that keeps the last axis of a matrix, or that moves a vector to another axis."""
     before, after = tensor_of(node.args[0]), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:  # view(dtype) reinterprets bits
         return None
@@ -40,9 +41,12 @@ def expand(lift: Lifter, node: fx.Node) -> Value | None:
     if tuple(map(str, before.shape)) == tuple(map(str, after.shape)):
         return lift.value(node.args[0])
     vector = lift.vector(node.args[0])
-    if vector is not None and vector.axis == -1 and after.dim() >= 2 and str(before.shape[-1]) == str(after.shape[-1]):
-        return MatrixValue(Expr.broadcast(vector.poly))
-    return None
+    if vector is None or vector.axis is None or str(before.shape[vector.axis]) != str(after.shape[vector.axis]):
+        return None
+    if after.dim() >= 2:
+        # To an elementwise operator it is still the vector; to any other a matrix.
+        lift.expanded[node] = vector
+    return MatrixValue(Expr.broadcast(vector.poly)) if vector.axis == -1 and after.dim() >= 2 else None
 
 
 def _transposed(lift: Lifter, arg: Any) -> Value | None:

@@ -10,6 +10,8 @@ from ..algebra import Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
+from .arithmetic import inverse_of
+from .elementwise import at_least
 
 
 def _reduced_side(ndim: int, dim: Any) -> Literal["row", "col"] | None:
@@ -60,6 +62,60 @@ def norm(lift: Lifter, node: fx.Node) -> Value | None:
         args.get("dim"),
         bool(args.get("keepdim", False)),
     )
+
+
+@transfer("mean")
+def mean_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
+    """``Σ w² / d`` along an axis of d elements."""
+    args = arguments(node, "input", "dim", "keepdim")
+    dim, tensor = args.get("dim"), tensor_of(args.get("input"))
+    made = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
+    if made is None or tensor is None or args.get("dtype") is not None:
+        return None
+    axis = dim[0] if isinstance(dim, (tuple, list)) else dim
+    assert isinstance(made, VectorValue) and isinstance(axis, int)
+    size = tensor.shape[axis]
+    return VectorValue(made.poly.scaled(1.0 / size), made.axis) if isinstance(size, int) and size else None
+
+
+@transfer("normalize")
+def normalize(lift: Lifter, node: fx.Node) -> Value | None:
+    """``w / max(‖w‖, eps)`` along an axis."""
+    args = arguments(node, "input", "p", "dim", "eps", "out")
+    eps = args.get("eps", 1e-12)
+    value = lift.matrix(args.get("input"))
+    if args.get("p", 2.0) != 2 or args.get("out") is not None or not isinstance(eps, (int, float)) or value is None:
+        return None
+    return _over_its_norm(lift, args.get("input"), value, args.get("dim", 1), float(eps), None)
+
+
+@transfer("weight_norm", "weight_norm_interface")
+def weight_norm(lift: Lifter, node: fx.Node) -> Value | None:
+    """``g · v / ‖v‖``, the norm over all axes but ``dim``."""
+    args = arguments(node, "v", "g", "dim")
+    value, gain, dim = lift.matrix(args.get("v")), lift.vector(args.get("g")), args.get("dim", 0)
+    if value is None or gain is None or not isinstance(dim, int) or isinstance(dim, bool) or dim not in (0, 1):
+        return None  # dim -1 is a norm of everything
+    if gain.axis not in (None, -2 if dim == 0 else -1):
+        return None
+    return _over_its_norm(lift, args.get("v"), value, 1 - dim, None, gain.poly)
+
+
+def _over_its_norm(
+    lift: Lifter, arg: Any, value: MatrixValue, dim: Any, eps: float | None, gain: Poly | None
+) -> Value | None:
+    tensor = tensor_of(arg)
+    side = _reduced_side(tensor.dim(), dim) if tensor is not None else None
+    if side is None:
+        return None
+    grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
+    divisor = VectorValue(Poly.var(lift.intern(AtomInfo("norm", grad, parameter, expr=value.expr, side=side))), -1)
+    if eps is not None:
+        divisor = at_least(lift, divisor, eps)
+    inverse = inverse_of(lift, divisor)
+    assert inverse is not None
+    scale = inverse.poly if gain is None else inverse.poly * gain
+    return MatrixValue(value.expr.left_diag(scale) if side == "row" else value.expr.right_diag(scale))
 
 
 @transfer("sum")

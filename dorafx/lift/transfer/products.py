@@ -10,6 +10,7 @@ from ..algebra import Diag, Expr
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
+from .arithmetic import outer_product
 
 
 def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
@@ -69,6 +70,15 @@ def addmm(lift: Lifter, node: fx.Node) -> Value | None:
     if vector is None or vector.axis != -1 or str(tensor.numel()) != str(out.shape[-1]):
         return None
     return MatrixValue(product + Expr.broadcast(vector.poly).scaled(beta))
+
+
+@transfer("outer")
+def outer(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "vec2")
+    column, row = lift.value(args.get("input")), lift.value(args.get("vec2"))
+    if not isinstance(column, VectorValue) or not isinstance(row, VectorValue):
+        return None
+    return outer_product(column.poly, row.poly)
 
 
 @transfer("embedding")

@@ -1,0 +1,164 @@
+"""Powers, roots, bounds and constants."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..algebra import Poly
+from ..lifter import Lifter, tensor_of, transfer, vector_axis
+from ..targets import arguments
+from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue
+from .arithmetic import inverse_of
+
+
+@transfer("neg")
+def neg(lift: Lifter, node: fx.Node) -> Value | None:
+    value = lift.value(node.args[0])
+    if isinstance(value, VectorValue):
+        return VectorValue(value.poly.scaled(-1.0), value.axis)
+    if isinstance(value, MatrixValue) and not value.squared:
+        return MatrixValue(value.expr.scaled(-1.0))
+    return None
+
+
+@transfer("reciprocal")
+def reciprocal(lift: Lifter, node: fx.Node) -> Value | None:
+    value = lift.vector(node.args[0])
+    return inverse_of(lift, value) if value is not None else None
+
+
+@transfer("square")
+def square(lift: Lifter, node: fx.Node) -> Value | None:
+    return _power(lift, node, node.args[0], 2)
+
+
+@transfer("pow")
+def power(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "exponent")
+    return _power(lift, node, args.get("input"), args.get("exponent"))
+
+
+def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
+    if not isinstance(exponent, (int, float)):
+        return None
+    value = lift.value(base)
+    if isinstance(value, MatrixValue):
+        return MatrixValue(value.expr, squared=True) if exponent == 2 and not value.squared else None
+    if isinstance(value, VectorValue):
+        if exponent == 0.5:
+            return root(lift, value, node)
+        if exponent == -0.5:
+            rooted = root(lift, value, node)
+            return inverse_of(lift, rooted) if rooted is not None else None
+        if exponent in (1, 2, 3) and len(value.poly.items) <= 2:
+            poly = value.poly
+            for _ in range(int(exponent) - 1):
+                poly = poly * value.poly
+            return VectorValue(poly, value.axis)
+        if exponent == -1:
+            return inverse_of(lift, value)
+    return None
+
+
+def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
+    """``sqrt(c·Σ w² + eps) = √c · sqrt(Σ w² + eps/c)`` is a norm; any other square root is not known."""
+    eps, scale = 0.0, 1.0
+    sumsq = None
+    for mono, c in value.poly.items:
+        if not mono:
+            eps = c
+        elif c > 0 and len(mono) == 1 and mono[0][1] == 1 and sumsq is None:
+            sumsq, scale = mono[0][0], c
+        else:
+            return None
+    if sumsq is None or eps < 0:
+        return None
+    info = lift.atom_of(sumsq)
+    if info.kind != "sumsq":
+        return None
+    norm = AtomInfo("norm", info.requires_grad, info.parameter, expr=info.expr, side=info.side, eps=eps / scale)
+    atom = lift.intern(norm)
+    lift.atom_of(atom).sites.append(node)
+    poly = Poly.var(atom)
+    if scale != 1.0:
+        lift.site_scales[node] = scale**0.5
+        poly = poly.scaled(scale**0.5)
+    if sumsq.detached:
+        poly = poly.detached(frozenset())
+    return VectorValue(poly, value.axis)
+
+
+@transfer("sqrt")
+def sqrt(lift: Lifter, node: fx.Node) -> Value | None:
+    value = lift.value(node.args[0])
+    return root(lift, value, node) if isinstance(value, VectorValue) else None
+
+
+@transfer("rsqrt")
+def rsqrt(lift: Lifter, node: fx.Node) -> Value | None:
+    value = lift.value(node.args[0])
+    rooted = root(lift, value, node) if isinstance(value, VectorValue) else None
+    return inverse_of(lift, rooted) if rooted is not None else None
+
+
+def at_least(lift: Lifter, value: VectorValue, low: float) -> VectorValue:
+    """``max(value, low)`` by element."""
+    info = AtomInfo(
+        "clamp_min", lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=low, poly=value.poly
+    )
+    return VectorValue(Poly.var(lift.intern(info)), value.axis)
+
+
+@transfer("clamp", "clamp_min")
+def clamp(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "min", "max")
+    low = args.get("min")
+    value = lift.value(args.get("input"))
+    if args.get("max") is not None or not isinstance(low, (int, float)) or not isinstance(value, VectorValue):
+        return None
+    return at_least(lift, value, float(low))
+
+
+@transfer("maximum")
+def maximum(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "other")
+    for value, bound in ((args.get("input"), args.get("other")), (args.get("other"), args.get("input"))):
+        v, b = lift.value(value), lift.value(bound)
+        if not isinstance(v, VectorValue) or not isinstance(b, VectorValue) or v.poly.constant is not None:
+            continue
+        low = b.poly.constant
+        if low is not None and (b.axis is None or b.axis == v.axis):
+            return at_least(lift, v, low)
+    return None
+
+
+@transfer(
+    "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "tensor"
+)
+def constant(lift: Lifter, node: fx.Node) -> Value | None:
+    """A tensor of one number, where it is a scalar or a vector."""
+    tensor = tensor_of(node)
+    axis = vector_axis(tensor.shape) if tensor is not None and tensor.dtype in FLOAT_DTYPES else None
+    if tensor is None or axis is None:
+        return None
+    name = lift.name_of(node)
+    number: Any = 0 if "zeros" in name else 1
+    if "full" in name:
+        number = arguments(node, "first", "fill_value").get("fill_value")
+        if name == "new_full":
+            number = arguments(node, "self", "size", "fill_value").get("fill_value")
+    elif name == "tensor":
+        number = node.args[0] if node.args else node.kwargs.get("data")
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        return None
+    if not _is_exact(float(number), tensor):
+        return None
+    return VectorValue(Poly.const(float(number)), axis if tensor.dim() else None)
+
+
+def _is_exact(number: float, tensor: Any) -> bool:
+    """A constant that its dtype rounds stays the tensor that it is: 0.1 in bf16 is another number than 0.1."""
+    return float(torch.tensor(number, dtype=tensor.dtype)) == number

@@ -1,0 +1,30 @@
+"""Indexing that only adds axes or takes everything: ``v[None]``, ``v[:, None]``, ``w[...]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from ..lifter import Lifter, tensor_of, transfer
+from ..targets import arguments
+from ..values import Value
+from .layout import view
+
+
+@transfer("getitem")
+def getitem(lift: Lifter, node: fx.Node) -> Value | None:
+    source, index = node.args[0], node.args[1]
+    if isinstance(source, fx.Node) and lift.name_of(source) == "weight_norm_interface" and index == 0:
+        return lift.values.get(source)
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    # The axes of what is left are in their order, so the result is a view with additional axes of size one.
+    return view(lift, node) if all(i is None or i is Ellipsis or i == slice(None) for i in items) else None
+
+
+@transfer("slice")
+def whole_slice(lift: Lifter, node: fx.Node) -> Value | None:
+    before, after = tensor_of(node.args[0]), tensor_of(node)
+    if before is None or after is None or arguments(node, "input", "dim", "start", "end", "step").get("step", 1) != 1:
+        return None
+    return view(lift, node) if tuple(map(str, before.shape)) == tuple(map(str, after.shape)) else None

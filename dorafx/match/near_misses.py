@@ -1,0 +1,151 @@
+"""Near misses: what looks like DoRA and is left alone, with a reason that a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, tensor_of
+from dorafx.lift.algebra import Chain, Expr
+from dorafx.lift.targets import arguments, canonical_name
+from dorafx.lift.values import VectorValue
+
+__all__ = ["Reason", "hidden_delta", "operator_name", "source_of", "unknown_consumer", "unknown_norms"]
+
+_NORMS = ("norm", "linalg_norm", "vector_norm")
+_DEPTH = 6
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something that looked like DoRA was left alone.
+
+    Attributes:
+        text: names the operator, the operand that differs and the source line, as far as each is known.
+        node: where.
+        specific: whether it says more than that a form did not apply; a specific reason is kept rather than another.
+    """
+
+    text: str
+    node: fx.Node | None = None
+    specific: bool = True
+
+
+def source_of(node: fx.Node) -> str:
+    """``file:line`` of the innermost user frame that a node's stack trace names; empty where there is none."""
+    trace = node.meta.get("stack_trace") or ""
+    for line in reversed(trace.splitlines()):
+        stripped = line.strip()
+        if stripped.startswith('File "'):
+            path, _, rest = stripped[6:].partition('"')
+            return f"{path}:{rest.split('line ')[1].split(',')[0]}" if "line " in rest else path
+    return ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """A node's operator as a person would write it."""
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _at(node: fx.Node) -> str:
+    return source_of(node) or node.name
+
+
+def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:
+    """A norm of ``W + something`` where the something is one unknown value: name the operator that hides the product."""
+    for chain in chains:
+        for factor in chain:
+            node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
+            if node is None or node.op not in ("call_function", "call_method"):
+                continue
+            if _reaches_product(lift, node, _DEPTH):
+                if node in lift.written:
+                    return Reason(f"the sum made at {_at(node)} is written in place before the norm is taken", node)
+                return Reason(
+                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    node,
+                )
+    return None
+
+
+def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
+    if depth == 0:
+        return False
+    for arg in node.all_input_nodes:
+        value = lift.matrix(arg)
+        if value is not None and any(sum(isinstance(f, Mat) for f in ch) >= 2 for (_, ch), _ in value.expr.items):
+            return True
+        if _reaches_product(lift, arg, depth - 1):
+            return True
+    return False
+
+
+def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | None:
+    """The operator in which a norm gets lost on its way to the output; None where nobody reads it."""
+    stack = list(info.sites)
+    seen: set[fx.Node] = set()
+    while stack:
+        node = stack.pop(0)
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            if user.op == "output":
+                return Reason("the norm itself is an output of the program, and scales nothing in it", node)
+            value = lift.values.get(user)
+            term = value.expr if isinstance(value, MatrixValue) else value.poly if value is not None else None
+            if term is not None and any(a.id == atom_id for a in lift.norms_in(term)):
+                stack.append(user)
+            elif value is not None:
+                return Reason(
+                    f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales", user
+                )
+    return None
+
+
+def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
+    """Nodes that make a vector of an adapted weight ``W + s·B·A`` in a way that is no row or column 2-norm."""
+    for node in lift.graph.nodes:
+        if node.op not in ("call_function", "call_method") or not node.all_input_nodes or node in lift.written:
+            continue
+        source = node.all_input_nodes[0]
+        value, out, before = lift.matrix(source), tensor_of(node), tensor_of(source)
+        if value is None or out is None or before is None or before.dim() != 2 or not _is_adapted(lift, value.expr):
+            continue
+        made = lift.values.get(node)
+        if isinstance(made, VectorValue) and any(lift.atom_of(a).kind in ("norm", "sumsq") for a in made.poly.atoms()):
+            continue
+        name = canonical_name(node)
+        if name in _NORMS:
+            yield node, Reason(_what_norm(node), node)
+        elif not isinstance(made, MatrixValue) and out.dim() and _is_vector_of(out.shape, before.shape):
+            yield (
+                node,
+                Reason(
+                    f"operator {operator_name(node)} at {_at(node)} makes a vector of the adapted weight, and is not known "
+                    "as a norm",
+                    node,
+                ),
+            )
+
+
+def _what_norm(node: fx.Node) -> str:
+    order_name = "p" if "p" in node.kwargs else "ord"
+    args = arguments(node, "input", order_name, "dim")
+    order = args.get(order_name)
+    if order not in (None, 2, 2.0, "fro"):
+        return f"the norm at {_at(node)} is of order {order}: DoRA's is the 2-norm"
+    return f"the norm at {_at(node)} is of the whole weight: DoRA's is by row or by column"
+
+
+def _is_adapted(lift: Lifter, expr: Expr) -> bool:
+    """Whether a term is a matrix of parameters plus a product of parameters."""
+    lengths = [sum(isinstance(f, Mat) for f in chain) for (_, chain), _ in expr.items]
+    return 1 in lengths and max(lengths) > 1 and lift.is_parameter_term(expr)
+
+
+def _is_vector_of(shape: tuple[object, ...], matrix: tuple[object, ...]) -> bool:
+    long = [size for size in shape if size != 1]
+    return len(long) == 1 and long[0] in matrix

@@ -1,0 +1,254 @@
+"""More ways to write the delta, the norm and the composition: each function is one spelling of the same small layer."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from programs import Layer, Program, S, lora
+
+WIDE: dict[str, Program] = {}
+
+
+def wide(fn: Program) -> Program:
+    WIDE[fn.__name__] = fn
+    return fn
+
+
+# -- vectors ----------------------------------------------------------------------------------------------------------
+
+
+@wide
+def vectors_indexed_with_none(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return (p.m / n)[None, None, :] * (F.linear(x, p.W) + S * lora(p, x)) + p.bias[None]
+
+
+@wide
+def merged_with_columns_indexed(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    return F.linear(x, p.m[:, None] * adapted / adapted.norm(dim=1)[:, None])
+
+
+@wide
+def everything_indexed_with_ellipsis(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W[...] + S * (p.B @ p.A)[:]
+    return F.linear(x, p.m[..., None] * adapted / adapted.norm(dim=1)[:, None])
+
+
+@wide
+def expanded_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, p.W) + S * lora(p, x)
+    return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)).expand_as(y) * y
+
+
+# -- norms ------------------------------------------------------------------------------------------------------------
+
+
+@wide
+def normalize_merged(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p.m_column * F.normalize(p.W + S * (p.B @ p.A), dim=1), p.bias)
+
+
+@wide
+def normalize_by_column(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p.m_in * F.normalize(p.W + S * (p.B @ p.A), p=2.0, dim=0, eps=1e-8), p.bias)
+
+
+@wide
+def weight_norm_of_the_sum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, torch._weight_norm(p.W + S * (p.B @ p.A), p.m_column, 0), p.bias)
+
+
+@wide
+def norm_by_einsum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    n = torch.einsum("oi,oi->o", adapted, adapted).sqrt()
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def norm_by_mean(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).square().mean(-1).mul(p.d_in).sqrt()
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def norm_by_rsqrt(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    scale = torch.rsqrt((p.W + S * (p.B @ p.A)).pow(2).sum(-1) + 1e-6)
+    return p.m * scale * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def norm_bounded_by_a_tensor(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return (p.m / torch.maximum(n, torch.full_like(n, 1e-6))) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def squared_norm_divides(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return (p.m * n / n.pow(2)) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+# -- deltas -----------------------------------------------------------------------------------------------------------
+
+
+@wide
+def einsum_everywhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * torch.einsum("or,ri->oi", p.B, p.A)).norm(dim=1)
+    low = torch.einsum("bti,ri,or->bto", x, p.A, p.B)
+    return (p.m / n) * (torch.einsum("bti,oi->bto", x, p.W) + S * low)
+
+
+@wide
+def einsum_transposed(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * torch.einsum("ri,or->oi", [p.A, p.B])).norm(dim=1)
+    return (p.m / n) * (torch.einsum("...i,oi->...o", x, p.W) + S * lora(p, x))
+
+
+@wide
+def middle_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    middle = torch.outer(p.d, p.d)
+    n = (p.W + S * (p.B @ middle @ p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * F.linear(F.linear(F.linear(x, p.A), middle), p.B))
+
+
+@wide
+def concatenated_factors(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    up, down = torch.cat([p.B, p.B2], 1), torch.cat([p.A, p.A2], 0)
+    n = (p.W + S * (up @ down)).norm(dim=1).detach()
+    return (p.m / n) * (F.linear(x, p.W) + S * (x @ down.T @ up.T))
+
+
+@wide
+def block_diagonal_factors(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    up = torch.block_diag(p.B[:5], p.B2[5:])
+    down = torch.cat([p.A, p.A2], 0)
+    n = (p.W + S * (up @ down)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * F.linear(F.linear(x, down), up))
+
+
+@wide
+def gathered_factors(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    index = torch.tensor([2, 0])
+    up, down = p.B[:, index], p.A.index_select(0, index)
+    n = (p.W + S * (up @ down)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * F.linear(F.linear(x, down), up))
+
+
+@wide
+def rank_masked_factors(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    mask = (torch.arange(p.rank) < 2).to(x.dtype)
+    n = (p.W + S * ((p.B * mask) @ p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * F.linear(F.linear(x, p.A) * mask, p.B))
+
+
+@wide
+def rank_one_by_outer(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    down = p.A[0]
+    n = (p.W + S * torch.outer(p.b, down)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * (x @ down.unsqueeze(-1)) * p.b)
+
+
+@wide
+def rank_one_by_broadcasting(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    down = p.A[0]
+    n = (p.W + S * p.b[:, None] * down[None, :]).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * (x @ down[:, None]) * p.b)
+
+
+@wide
+def factor_normalised_first(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    down = p.A / p.A.norm(dim=1, keepdim=True)
+    n = (p.W + S * (p.B @ down)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * F.linear(F.linear(x, down), p.B))
+
+
+@wide
+def delta_through_flat_views(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    delta = torch.mm(p.B.view(p.d_out, -1), p.A.reshape(p.rank, -1)).view(p.W.shape)
+    n = (p.W + S * delta).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def difference_of_two_chains(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A - (p.B2 @ p.A2)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x) - F.linear(F.linear(x, p.A2), p.B2))
+
+
+@wide
+def baddbmm_free_sum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = torch.addmm(p.W, p.B, p.A, beta=1.0, alpha=S)
+    return F.linear(x, adapted * (p.m / torch.linalg.norm(adapted, ord=2, dim=-1)).view(-1, 1))
+
+
+# -- compositions -----------------------------------------------------------------------------------------------------
+
+
+@wide
+def addcmul_delta_form(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    base = F.linear(x, p.W)
+    return torch.addcmul(torch.addcmul(base, g - 1, base), g, lora(p, x), value=S)
+
+
+@wide
+def lerp_of_the_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    return torch.lerp(torch.ones_like(g), g, 0.5) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def addcdiv_onto_the_bias(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    return torch.addcdiv(p.bias, (F.linear(x, p.W) + S * lora(p, x)) * p.m, n)
+
+
+@wide
+def rows_and_columns(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    rows, columns = adapted.norm(dim=1, keepdim=True).detach(), adapted.norm(dim=0, keepdim=True).detach()
+    return F.linear(x, p.m_column * adapted / rows * (p.m_in / columns))
+
+
+@wide
+def dropout_correction(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    dropped = x * (x.detach() > 0)
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    return F.linear(x, p.W) + (g - 1) * F.linear(dropped, p.W) + g * S * lora(p, dropped)
+
+
+@wide
+def adapter_dropped_afterwards(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    low = lora(p, x)
+    return g * (F.linear(x, p.W) + S * low * (low.detach() > 0))
+
+
+@wide
+def another_input_for_each_branch(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    first, second = x * (x.detach() > 0), x * (x.detach() < 0.5)
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    return F.linear(x, p.W) + (g - 1) * F.linear(first, p.W) + g * S * lora(p, second)
+
+
+@wide
+def bias_added_in_place(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = (F.linear(x, p.W) + S * lora(p, x)) * (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1))
+    y += p.bias
+    return y
+
+
+@wide
+def two_layers_share_the_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    first = (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * (F.linear(x, p.W) + S * lora(p, x))
+    second = F.linear(F.linear(x, p.A2), p.B2)
+    return first + (p.b / (p.W + p.B2 @ p.A2).norm(dim=1)) * (F.linear(x, p.W) + second)
+
+
+@wide
+def one_projection_in_two_chunks(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    upper, lower = p.W.chunk(2)
+    first = (p.m[:5] / (upper + S * (p.B[:5] @ p.A)).norm(dim=1)) * (F.linear(x, upper) + S * lora(p, x)[..., :5])
+    return torch.cat([first, F.linear(x, lower)], -1)
