@@ -333,6 +333,13 @@ def size_hint(value: Any) -> Any:
     return value
 
 
+def fake_mode() -> Any:
+    """A mode in which operators compute shapes only; ``from_tensor`` brings a tensor into it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 

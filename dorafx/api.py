@@ -233,26 +233,42 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     return Explanation(graphs, max(0, graphs - 1), list(dict.fromkeys(breaks)), log)
 
 
-def rewrite(program: Any) -> Any:
+def rewrite(program: Any, *example_inputs: Any) -> Any:
     """Rewrite a graph that was captured elsewhere.
 
     Args:
-        program: an ``fx.GraphModule`` whose nodes carry shapes (from Dynamo, ``make_fx`` or ``torch.export``), or a
+        program: an ``fx.GraphModule`` (from Dynamo, ``make_fx``, ``torch.export`` or ``fx.symbolic_trace``), or a
             ``torch.export.ExportedProgram``. It is not changed.
+        example_inputs: inputs of the graph, for one whose nodes carry no shapes, as those of ``fx.symbolic_trace`` do.
 
     Returns:
         A new program of the same type; ``program`` itself where it holds no DoRA. The log says what was done.
 
     Raises:
         TypeError: anything else.
+        ValueError: the graph carries no shapes, and there are no example inputs to find them with.
     """
     from dorafx.backend import rewrite_graph_module
+    from dorafx.rewriter.lowering import lower_to_aten
+    from dorafx.rewriter.shapes import carries_shapes, with_shapes
 
     if isinstance(program, torch.export.ExportedProgram):
-        new = rewrite_graph_module(program.graph_module, Options())
-        return program if new is program.graph_module else _compat.exported_program_with_graph(program, new)
+        new = rewrite_graph_module(program.graph_module, Options(), log=rewrite_log())
+        if new is program.graph_module:
+            return program
+        lower_to_aten(new)
+        return _compat.exported_program_with_graph(program, new)
     if isinstance(program, fx.GraphModule):
-        return rewrite_graph_module(program, Options(), log=rewrite_log())
+        if carries_shapes(program):
+            return rewrite_graph_module(program, Options(), log=rewrite_log())
+        if not example_inputs:
+            raise ValueError(
+                "rewrite: the graph's nodes carry no shapes (fx.symbolic_trace leaves none): pass example inputs, as in "
+                "dorafx.rewrite(graph_module, x)"
+            )
+        shaped = with_shapes(program, example_inputs)
+        new = rewrite_graph_module(shaped, Options(), log=rewrite_log())
+        return program if new is shaped else new
     raise TypeError(
         f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
     )

@@ -74,6 +74,7 @@ class Lifter:
         self.site_scales: dict[fx.Node, float] = {}
         """Sites of norms that are a multiple of the norm."""
         self.written = written_nodes(graph)
+        self._written_attributes: set[int | None] | None = None
         self._interned: dict[Any, Atom] = {}
         self._no_grad_ids: set[int] = {ONES.id}
         self._param_node: dict[fx.Node, bool] = {}
@@ -172,8 +173,16 @@ class Lifter:
 
     def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
         # A node whose storage is written has a value that depends on when it is read, so no two reads are equal.
-        key = ("node", node) if node not in self.written else None
+        key = ("node", self._attribute_of(node) or node) if node not in self.written else None
         return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
+
+    def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
+        """What a ``get_attr`` node reads: tracers make one for each use, under several names for a tensor that is tied. None for
+        one that some node of the graph writes to: what it reads depends on when."""
+        identity = _attribute_id(node)
+        if self._written_attributes is None:
+            self._written_attributes = {_attribute_id(n) for n in self.written}
+        return ("attribute", identity) if identity is not None and identity not in self._written_attributes else None
 
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
         """The one-hot rows of an embedding's indices. ``options`` decide which rows have a gradient."""
@@ -303,6 +312,15 @@ class Lifter:
             elif info.poly is not None:
                 found |= self.norms_in(info.poly)
         return found
+
+
+def _attribute_id(node: fx.Node) -> int | None:
+    value: Any = node.graph.owning_module if node.op == "get_attr" else None
+    if value is None:
+        return None
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return id(value) if isinstance(value, torch.Tensor) else None
 
 
 def _is_leaf(node: fx.Node) -> bool:

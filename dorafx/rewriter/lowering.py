@@ -1,0 +1,58 @@
+"""Lower what a rewrite emitted to aten operators, for programs that hold nothing else: exported ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dorafx import _compat
+from dorafx.lift import tensor_of
+
+__all__ = ["lower_to_aten"]
+
+
+def lower_to_aten(gm: fx.GraphModule) -> None:
+    """Replace Tensor methods and torch functions by the aten operators that they call, and leave the rest as it is.
+
+    Args:
+        gm: changed in place. Its nodes carry fake values (``meta["val"]``), as those of exported programs do.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op == "call_method" or (node.op == "call_function" and _is_torch_function(node.target)):
+            _lower(gm.graph, node)
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _is_torch_function(target: Any) -> bool:
+    return not _compat.is_overload(target) and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
+
+
+def _lower(graph: fx.Graph, node: fx.Node) -> None:
+    inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
+
+    def call(*values: torch.Tensor) -> Any:
+        given = dict(zip(inputs, values))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+    values = [tensor_of(n) for n in inputs]
+    traced = make_fx(call, pre_dispatch=True)(*values)
+    made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                continue
+            if inner.op == "output":
+                result = made[inner.args[0]]
+                break
+            made[inner] = graph.node_copy(inner, made.__getitem__)
+            made[inner].meta = {**node.meta, "val": inner.meta.get("val")}
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
