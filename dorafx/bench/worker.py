@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,8 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
         dorafx also how many modules it rewrote.
 
     Raises:
-        DorafxError: dorafx left a DoRA layer as it was, so that the figures would be another implementation's.
+        DorafxError: dorafx left a DoRA layer as it was, or mended an anchor's, so that the figures would be another
+            implementation's.
     """
     from .suites import MEASURES
 
@@ -59,9 +61,13 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
     settings = {key: request[key] for key in ("mode", "codegen", "checkpointing", "micro_batches")}
     task = Task(request["name"], request["parameters"], clock, dtype, **settings)
     rewrite_log().clear()
+    mended = "dorafx.backend" in sys.modules
     before = _compat.graph_statistics()
     figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
     graphs, breaks = (now - then for now, then in zip(_compat.graph_statistics(), before))
+    if task.name != "dorafx" and not mended and "dorafx.backend" in sys.modules:
+        # Importing the backend makes PEFT's layers traceable as one graph. No anchor may profit from that.
+        raise DorafxError(f"bench {request['suite']}: dorafx's polyfills were installed while {task.name} was measured")
     facts = {"graphs": graphs, "graph breaks": breaks} if task.name in COMPILED else {}
     if task.name == "dorafx" and SUITES[request["suite"]].needs_peft:  # the others call the operators
         facts["rewritten"] = _rewritten()

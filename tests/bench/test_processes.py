@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -77,3 +78,22 @@ def test_an_interrupted_parent_ends_the_job() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_job(echo, {}, interrupt)
+
+
+_ANCHOR = """
+import sys
+from dorafx.bench.plan import Settings, cases_of
+from dorafx.bench.worker import configuration, request_for
+settings = Settings(("compile",), hidden=(64,), rank=(2,), tokens=8, layers=1, seconds=0, rounds=1)
+answer = configuration(request_for(settings, "peft-inductor", cases_of("compile", settings)[0]), print)
+assert "dorafx.backend" not in sys.modules
+print("graphs", answer["facts"]["graphs"], "breaks", answer["facts"]["graph breaks"])
+"""
+
+
+@pytest.mark.slow
+def test_anchors_run_as_without_dorafx() -> None:
+    """Importing dorafx's backend makes stock PEFT one graph; whoever is compared must not get that."""
+    done = subprocess.run([sys.executable, "-c", _ANCHOR], capture_output=True, text=True, check=True)
+    _, graphs, _, breaks = done.stdout.split()
+    assert int(graphs) > 10 and int(breaks) > 10
