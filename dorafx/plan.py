@@ -97,7 +97,7 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
                 misses.update((atom_id, Reason("the merged weight is cheaper", match.node)) for atom_id in norms)
                 continue
         plan.compositions.append(
-            CompositionPlan(match, _accumulates(match, options), serves_few_tokens(tensor_of(match.node)))
+            CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)))
         )
         composed.update((atom_id, match) for atom_id in norms)
     flops = _gemm_flops(lift)
@@ -164,8 +164,9 @@ def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
     return "factored" if options.norm == "factored" else "tiled"
 
 
-def _accumulates(match: Match, options: Options) -> bool:
-    if match.constant is not None:
+def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
+    head = match.base[0]
+    if match.constant is not None or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels")):
         return False
     if options.compose != "auto":
         return options.compose == "accumulated"
@@ -216,7 +217,7 @@ def _gemm_flops(lift: Lifter) -> dict[fx.Node, int]:
     for gemms in lift.gemms.values():
         for gemm in gemms:
             out, lhs = tensor_of(gemm.node), tensor_of(gemm.lhs)
-            if out is not None and lhs is not None and isinstance(out.numel(), int):
+            if gemm.convolution is None and out is not None and lhs is not None and isinstance(out.numel(), int):
                 flops[gemm.node] = flops.get(gemm.node, 0) + 2 * out.numel() * int(lhs.shape[-1])
     return flops
 

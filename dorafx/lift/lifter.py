@@ -6,7 +6,8 @@ An operator that the table does not know becomes an atom: never an error, never 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 TRANSFER: dict[str, Transfer] = {}
 
-_PRODUCTS = frozenset({"matmul", "linear", "addmm", "einsum", "embedding", "multi_dot"})
+_PRODUCTS = frozenset({"matmul", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
 def transfer(*names: str) -> Callable[[Transfer], Transfer]:
@@ -108,7 +109,7 @@ class Lifter:
                     value = self.values[node]
             if value is not None and node not in self.written:
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
-                if not (isinstance(value, MatrixValue) and value.squared):
+                if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
                     self.nodes.setdefault(key, []).append(node)
         return self
 
@@ -189,6 +190,38 @@ class Lifter:
         key = ("onehot", indices, options) if indices not in self.written else None
         return self._intern(key, AtomInfo("onehot", requires_grad=False))
 
+    def laid_out(self, arg: Any, layout: Literal["filter", "channels"]) -> Expr | None:
+        """The argument as a matrix in the layout of a convolution's weight or activations; an indeterminate of its own where
+        its term is of another layout, or a sum that depends on activations (see :meth:`operand`)."""
+        value, tensor = self.value(arg), tensor_of(arg)
+        if tensor is None or tensor.dim() < 3 or tensor.dtype not in FLOAT_DTYPES:
+            return None
+        if isinstance(value, MatrixValue) and value.layout == layout and not value.squared:
+            accepts = self._has_no_product_behind if layout == "filter" else _refuses
+            expr = value.expr
+            if len(expr.items) == 1 or all(self._is_weight_like(a, accepts) for a in expr.atoms()):
+                return expr
+        node: fx.Node = arg
+        at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
+        key = (layout, self._attribute_of(node) or node) if node not in self.written else None
+        return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
+
+    def as_filters(self, expr: Expr) -> Expr | None:
+        """A sum of tensors that nothing is known of, in the layout of a convolution's weight."""
+        total: Expr | None = None
+        for (scalars, chain), c in expr.items:
+            node = self.atom_of(chain[0].atom).node if len(chain) == 1 and isinstance(chain[0], Mat) else None
+            filters = self.laid_out(node, "filter") if node is not None and not scalars else None
+            if filters is None or chain[0] != Mat(chain[0].atom):  # type: ignore[union-attr]
+                return None
+            total = filters.scaled(c) if total is None else total + filters.scaled(c)
+        return total
+
+    def unfold(self, activations: Expr, options: tuple[Any, ...]) -> Atom:
+        """The patches of activations that a convolution with these options takes."""
+        info = AtomInfo("unfold", self.requires_grad(activations), False)
+        return self._intern(("unfold", activations, options), info)
+
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         return self._intern((info.kind, info.expr, info.poly, info.side, info.eps), info)
@@ -232,20 +265,20 @@ class Lifter:
         if value is None or isinstance(value, VectorValue):
             return value
         tensor = tensor_of(arg)
-        if tensor is None or value.squared or len(value.expr.items) != 1:
+        if tensor is None or value.squared or value.layout != "last" or len(value.expr.items) != 1:
             return None
         ((scalars, chain), c) = value.expr.items[0]
         if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
             return None
         # One token's activations have this shape too, and are no magnitude: they stay what a product takes.
         axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, _is_leaf) else None
-        if axis is None or axis < -2:
+        if axis is None:
             return None
         return VectorValue(Poly.var(chain[0].atom), axis)
 
     def matrix(self, arg: Any) -> MatrixValue | None:
         value = self.value(arg)
-        return value if isinstance(value, MatrixValue) and not value.squared else None
+        return value if isinstance(value, MatrixValue) and not value.squared and value.layout == "last" else None
 
     def operand(self, arg: Any, weight: bool = False) -> Expr | None:
         """The argument as an operand of a matrix product.
@@ -283,7 +316,7 @@ class Lifter:
     def _is_weight_like(self, atom: Atom, accepts: Callable[[fx.Node], bool]) -> bool:
         """Whether an indeterminate is made of parameters and of nodes that are accepted."""
         info = self.atom_of(atom)
-        if info.parameter or info.kind == "onehot":
+        if info.parameter or info.kind in ("onehot", "unfold"):
             return info.parameter
         if info.node is not None:
             return accepts(info.node)
@@ -293,8 +326,15 @@ class Lifter:
     def detach(self, value: Value) -> Value:
         keep = frozenset(self._no_grad_ids)
         if isinstance(value, MatrixValue):
-            return MatrixValue(value.expr.detached(keep), value.squared)
+            return replace(value, expr=value.expr.detached(keep))
         return VectorValue(value.poly.detached(keep), value.axis)
+
+    def is_made_of_weights(self, expr: Expr) -> bool:
+        """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
+        no product behind it."""
+        if any(self._param_node.values()):
+            return self.is_parameter_term(expr)
+        return all(self._is_weight_like(a, self._has_no_product_behind) for a in expr.atoms())
 
     def requires_grad(self, term: Expr | Poly) -> bool:
         return any(self.atom_of(a).requires_grad and not a.detached for a in term.atoms())

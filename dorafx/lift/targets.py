@@ -60,6 +60,8 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "normalize": ("normalize",),
     "weight_norm": ("_weight_norm",),
     "weight_norm_interface": ("_weight_norm_interface",),
+    "conv": ("conv1d", "conv2d", "conv3d"),
+    "convolution": ("convolution",),
     "embedding": ("embedding",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
     "t": ("t",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,13 +17,22 @@ FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.fl
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
 
 
+Layout = Literal["last", "filter", "channels"]
+
+
 @dataclass(frozen=True)
 class MatrixValue:
-    """``[..., rows, cols]`` with everything before the last axis flattened to rows."""
+    """A tensor as a matrix. How it is flattened to one is its ``layout``:
+
+    - ``"last"``: ``[..., rows, cols]``, everything before the last axis is rows.
+    - ``"filter"``: ``[rows, ...]``, everything behind the first axis is columns: the weight of a convolution.
+    - ``"channels"``: ``[batch, cols, ...]``, everything but the second axis is rows: what a convolution takes and gives.
+    """
 
     expr: Expr
     squared: bool = False
     """The elementwise square of ``expr``: the first half of ``sqrt(sum(w*w))``."""
+    layout: Layout = "last"
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,11 @@ class AtomInfo:
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
     or columns. ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
-    ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed.
+    ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed. ``filter`` and
+    ``channels``: ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies; never formed.
     """
 
-    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min", "onehot"]
+    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min", "onehot", "filter", "channels", "unfold"]
     requires_grad: bool = True
     parameter: bool = False
     """Known to depend on parameters and buffers only."""
@@ -60,10 +71,13 @@ class AtomInfo:
 
 @dataclass(frozen=True)
 class Gemm:
-    """A matrix product that the graph already computes: ``node = lhs · rhs (+ bias)``, rhs transposed for linear."""
+    """A matrix product that the graph already computes: ``node = lhs · rhs (+ bias)``, rhs transposed for linear.
+    ``convolution``: the operator that computes it as ``convolution(lhs, rhs, bias, *options)``, where it is one."""
 
     node: fx.Node
     lhs: Any
     rhs: Any
     rhs_transposed: bool
     bias: Any
+    convolution: Callable[..., Any] | None = None
+    options: tuple[Any, ...] = ()

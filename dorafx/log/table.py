@@ -98,18 +98,23 @@ def render(log: RewriteLog) -> str:
         console.print(
             printable(f"partly  {f.site or '(function)'} x {f.count}: {f.first.reason} [{f.first.source}]"),
             markup=False,
+            soft_wrap=True,
         )
     for f in fold(misses):
         where = f" [{f.first.source}]" if f.first.source else ""
-        console.print(printable(f"missed  {f.site or '(graph)'} x {f.count}: {f.first.reason}{where}"), markup=False)
+        console.print(
+            printable(f"missed  {f.site or '(graph)'} x {f.count}: {f.first.reason}{where}"),
+            markup=False,
+            soft_wrap=True,
+        )
     sites = len({r.site for r in rewrites})
     saved = sum(f.first.dense_bytes_avoided * f.count for f in fold(rewrites))
     summary = f"{sites} modules rewritten, {len({r.site for r in misses})} missed, {human_bytes(saved)} of dense intermediates avoided a forward"
     if log.dropped:
         summary += f"; {log.dropped} oldest records dropped"
-    console.print(summary, markup=False)
+    console.print(summary, markup=False, soft_wrap=True)
     if log.norms.computed or log.norms.reused:
-        console.print(printable(str(log.norms)), markup=False)
+        console.print(printable(str(log.norms)), markup=False, soft_wrap=True)
     output = console.file
     assert isinstance(output, io.StringIO)
     return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())

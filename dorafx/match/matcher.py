@@ -121,7 +121,7 @@ class _Matcher:
         return matches.norms.get(atom.id)
 
     def _recognise(self, lift: Lifter, node: fx.Node, value: Value) -> Match | None:
-        if not isinstance(value, MatrixValue) or value.squared or node in lift.written:
+        if not isinstance(value, MatrixValue) or value.squared or value.layout == "filter" or node in lift.written:
             return None
         norms = [f for atom in sorted(lift.norms_in(value.expr)) if (f := self._classify(lift, atom)) is not None]
         if not norms:

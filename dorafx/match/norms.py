@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import fx
@@ -51,9 +52,11 @@ class NormFactors:
 def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
     node = lift.atom_of(mat.atom).node
     tensor = tensor_of(node)
-    if tensor is None or tensor.dim() != 2 or not all(isinstance(s, int) for s in tensor.shape):
+    if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
         return None
-    rows, cols = int(tensor.shape[0]), int(tensor.shape[1])
+    if tensor.dim() != 2 and lift.atom_of(mat.atom).kind != "filter":
+        return None
+    rows, cols = int(tensor.shape[0]), math.prod(int(s) for s in tensor.shape[1:])
     return (cols, rows) if mat.transposed else (rows, cols)
 
 

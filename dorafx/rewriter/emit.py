@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx.lift import Atom, Diag, Expr, Lifter, Mat, Poly, tensor_of
+from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
 from dorafx.match import Part
 
@@ -47,6 +47,8 @@ class Emitter:
         self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
         self.site: fx.Node | None = None
         self.accumulate = False
+        self.channels = False
+        """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
@@ -55,6 +57,7 @@ class Emitter:
         """Start the replacement of an original node: everything is emitted just before it."""
         self.site = site
         self.accumulate = accumulate
+        self.channels = False
         self._vectors.clear()
         self._products.clear()
         tensor = tensor_of(site)
@@ -94,10 +97,11 @@ class Emitter:
         return self.method("detach", copy) if detached else copy
 
     def atom(self, atom: Atom) -> fx.Node:
-        node = self.lift.atom_of(atom).node
-        if node is None:
+        info = self.lift.atom_of(atom)
+        if info.node is None or info.kind == "channels":
             raise CannotEmit("a factor of the product is no value of the graph")
-        return self.operand(node, atom.detached)
+        made = self.operand(info.node, atom.detached)
+        return self.method("flatten", made, 1) if info.kind == "filter" else made
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         value = tensor_of(node)
@@ -195,8 +199,7 @@ class Emitter:
         for gemm in self.lift.gemms.get(Expr.chain(chain), ()):
             assert self.site is not None
             if self.order[gemm.node] < self.order[self.site]:
-                lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
-                return self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+                return self._again(gemm)
         if len(chain) == 1 and isinstance(chain[0], Mat):
             node = self.atom(chain[0].atom)
             return self.method("t", node) if chain[0].transposed else node
@@ -216,6 +219,13 @@ class Emitter:
             return self.call(torch.mul, column, node)
         left = self.product(prefix)
         return self._multiply(left, last)
+
+    def _again(self, gemm: Gemm) -> fx.Node:
+        """A product of the graph, without its bias."""
+        lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
+        if gemm.convolution is not None:
+            return self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
+        return self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
 
     def _summed(self, chain: Chain) -> fx.Node:
         """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""
@@ -286,9 +296,7 @@ class Emitter:
         if existing is not None and not gemms:
             return existing, bias
         if gemms:
-            gemm = gemms[0]
-            target = torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul
-            return self.call(target, self.operand(gemm.lhs), self.operand(gemm.rhs)), bias
+            return self._again(gemms[0]), bias
         return self.product(core), bias
 
     def _dies(self, node: fx.Node, depth: int = 12) -> bool:
@@ -359,6 +367,9 @@ class Emitter:
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
         assert self.site is not None
+        if self.channels:
+            made = make(*(None if o is None else self.method("movedim", o, 1, -1) for o in operands))
+            return self.method("movedim", made, -1, 1)
         wanted = self.tensor(self.site).shape
         present = [o for o in operands if o is not None]
         if all(_sizes(self.tensor(o).shape) == _sizes(wanted) for o in present):

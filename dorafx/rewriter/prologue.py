@@ -37,7 +37,7 @@ _FUNCTIONS = frozenset(
         torch.sqrt,
     )
 )
-_METHODS = frozenset(("detach", "reshape", "t", "to", "unsqueeze"))
+_METHODS = frozenset(("detach", "flatten", "reshape", "t", "to", "unsqueeze"))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -24,24 +26,19 @@ class Operand(NamedTuple):
     """The argument as a vector, where it is one: a parameter of shape [d, 1] is a matrix until something is scaled by it."""
     expanded: bool = False
     """Whether ``vector`` is seen through an ``expand``, so that the tensor itself is no vector."""
+    filters: Callable[[], Expr | None] = lambda: None
+    """The argument as a convolution's weight, where it may be one."""
 
 
 def operand(lift: Lifter, arg: Any) -> Operand:
     """An argument of a node."""
     tensor = tensor_of(arg)
-    shape = (
-        tuple(tensor.shape) if tensor is not None else (None if isinstance(arg, fx.Node) and _is_tensor(arg) else ())
-    )
+    # What is no tensor is a number, or a symbol that stands for one.
+    shape = tuple(tensor.shape) if tensor is not None else ()
     expanded = lift.expanded.get(arg) if isinstance(arg, fx.Node) else None
     if expanded is not None:
         return Operand(lift.value(arg), shape, expanded, True)
-    return Operand(lift.value(arg), shape, lift.vector(arg))
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return not isinstance(node.meta.get("example_value", node.meta.get("val", 0)), (int, float)) and (
-        "example_value" in node.meta or "val" in node.meta
-    )
+    return Operand(lift.value(arg), shape, lift.vector(arg), filters=lambda: lift.laid_out(arg, "filter"))
 
 
 def same_shape(s: Shape | None, t: Shape | None) -> bool:
@@ -91,8 +88,10 @@ def added(a: Operand, b: Operand, sign: float) -> Value | None:
         return None
     shape = _broadcast(a.shape, b.shape)
     if isinstance(va, MatrixValue) and isinstance(vb, MatrixValue):
-        if not va.squared and not vb.squared and same_shape(a.shape, b.shape):
-            return MatrixValue(va.expr + vb.expr.scaled(sign))
+        if va.layout != vb.layout and same_shape(a.shape, b.shape):
+            va, vb = _in_one_layout(a, va, b, vb)
+        if not va.squared and not vb.squared and va.layout == vb.layout and same_shape(a.shape, b.shape):
+            return replace(va, expr=va.expr + vb.expr.scaled(sign))
         if same_shape(a.shape, shape):
             vb = b.vector
         else:
@@ -104,7 +103,7 @@ def added(a: Operand, b: Operand, sign: float) -> Value | None:
     if isinstance(va, MatrixValue):
         return _biased(shape, a, va, b, vb, sign)
     assert isinstance(vb, MatrixValue)
-    return _biased(shape, b, MatrixValue(vb.expr.scaled(sign), vb.squared), a, va, 1.0)
+    return _biased(shape, b, replace(vb, expr=vb.expr.scaled(sign)), a, va, 1.0)
 
 
 def _added_vectors(va: Value | None, vb: Value | None, sign: float) -> Value | None:
@@ -123,9 +122,32 @@ def _biased(
         return None
     if v.poly.constant == 0.0:
         return m
-    if v.axis != -1 or not _spans(vector, matrix, -1):
+    if v.axis is None or v.axis != _column_axis(m, matrix) or not _spans(vector, matrix, v.axis):
         return None
-    return MatrixValue(m.expr + Expr.broadcast(v.poly).scaled(sign))
+    return replace(m, expr=m.expr + Expr.broadcast(v.poly).scaled(sign))
+
+
+def _column_axis(m: MatrixValue, matrix: Operand) -> int | None:
+    """The axis along which a matrix's columns lie, where it is a single one."""
+    if m.layout == "last":
+        return -1
+    return 1 - len(matrix.shape) if m.layout == "channels" and matrix.shape is not None else None
+
+
+def _row_axis(m: MatrixValue, matrix: Operand) -> int | None:
+    """The axis along which a matrix's rows lie, where it is a single one."""
+    if matrix.shape is None or m.layout == "channels" or (m.layout == "last" and len(matrix.shape) != 2):
+        return None
+    return -len(matrix.shape)
+
+
+def _in_one_layout(a: Operand, va: MatrixValue, b: Operand, vb: MatrixValue) -> tuple[MatrixValue, MatrixValue]:
+    """A tensor that nothing is known of takes the layout of what it is added to."""
+    filters = a.filters() if vb.layout == "filter" else b.filters() if va.layout == "filter" else None
+    if filters is None:
+        return va, vb
+    known = MatrixValue(filters, layout="filter")
+    return (known, vb) if vb.layout == "filter" else (va, known)
 
 
 def multiplied(a: Operand, b: Operand) -> Value | None:
@@ -136,7 +158,7 @@ def multiplied(a: Operand, b: Operand) -> Value | None:
     shape = _broadcast(a.shape, b.shape)
     if isinstance(va, MatrixValue) and isinstance(vb, MatrixValue):
         if va == vb and not va.squared and same_shape(a.shape, b.shape):
-            return MatrixValue(va.expr, squared=True)
+            return replace(va, squared=True)
         if same_shape(shape, a.shape) and b.vector is not None:
             vb = b.vector
         elif a.vector is not None:
@@ -186,12 +208,12 @@ def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operan
         return None
     constant = v.poly.constant
     if v.axis is None or constant is not None:
-        return MatrixValue(m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
-    if v.axis == -1 and _spans(vector, matrix, -1):
-        return MatrixValue(m.expr.right_diag(v.poly))
-    if v.axis == -2 and matrix.shape is not None and len(matrix.shape) == 2 and _spans(vector, matrix, -2):
-        return MatrixValue(m.expr.left_diag(v.poly))
-    return None
+        return replace(m, expr=m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
+    if not _spans(vector, matrix, v.axis):
+        return None
+    if v.axis == _column_axis(m, matrix):
+        return replace(m, expr=m.expr.right_diag(v.poly))
+    return replace(m, expr=m.expr.left_diag(v.poly)) if v.axis == _row_axis(m, matrix) else None
 
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:

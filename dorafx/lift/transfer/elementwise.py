@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ def neg(lift: Lifter, node: fx.Node) -> Value | None:
     if isinstance(value, VectorValue):
         return VectorValue(value.poly.scaled(-1.0), value.axis)
     if isinstance(value, MatrixValue) and not value.squared:
-        return MatrixValue(value.expr.scaled(-1.0))
+        return replace(value, expr=value.expr.scaled(-1.0))
     return None
 
 
@@ -46,7 +47,7 @@ def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | Non
         return None
     value = lift.value(base)
     if isinstance(value, MatrixValue):
-        return MatrixValue(value.expr, squared=True) if exponent == 2 and not value.squared else None
+        return replace(value, squared=True) if exponent == 2 and not value.squared else None
     if isinstance(value, VectorValue):
         if exponent == 0.5:
             return root(lift, value, node)

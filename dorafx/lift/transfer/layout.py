@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,13 @@ def view(lift: Lifter, node: fx.Node) -> Value | None:
     value = lift.value(node.args[0])
     if after.dim() == 0:
         return value if isinstance(value, VectorValue) else None
+    if isinstance(value, MatrixValue) and value.layout == "channels":
+        return value if tuple(map(str, before.shape)) == tuple(map(str, after.shape)) else None
     if isinstance(value, MatrixValue) and after.dim() >= 2 and str(before.shape[-1]) == str(after.shape[-1]):
-        return value
+        return value if value.layout == "last" or before.dim() == after.dim() else None
+    filters = _filter_view(lift, node.args[0], value, before, after)
+    if filters is not None:
+        return filters
     vector = lift.vector(node.args[0])
     if vector is None:
         return None
@@ -31,6 +37,21 @@ def view(lift: Lifter, node: fx.Node) -> Value | None:
         return vector
     axis = vector_axis(after.shape)
     return VectorValue(vector.poly, axis) if axis is not None else None
+
+
+def _filter_view(
+    lift: Lifter, arg: Any, value: Value | None, before: torch.Tensor, after: torch.Tensor
+) -> MatrixValue | None:
+    """A convolution's weight ``[rows, ...]`` as a matrix ``[rows, cols]``, and back."""
+    if str(before.shape[0]) != str(after.shape[0]) or vector_axis(before.shape) is not None:
+        return None
+    if before.dim() >= 3 and after.dim() == 2:
+        expr = lift.laid_out(arg, "filter")
+        return MatrixValue(expr) if expr is not None else None
+    if before.dim() != 2 or after.dim() < 3 or not isinstance(value, MatrixValue) or value.squared:
+        return None
+    # Activations that are cut into heads have this shape too.
+    return MatrixValue(value.expr, layout="filter") if lift.is_made_of_weights(value.expr) else None
 
 
 @transfer("expand")
@@ -55,7 +76,7 @@ def _transposed(lift: Lifter, arg: Any) -> Value | None:
     if tensor is None or tensor.dim() != 2:
         return value if tensor is not None and tensor.dim() == 1 else None
     if isinstance(value, MatrixValue):
-        return MatrixValue(value.expr.transposed(), value.squared)
+        return replace(value, expr=value.expr.transposed())
     if isinstance(value, VectorValue) and value.axis is not None:
         return VectorValue(value.poly, -3 - value.axis)
     return None
@@ -70,11 +91,24 @@ def t(lift: Lifter, node: fx.Node) -> Value | None:
 def transpose(lift: Lifter, node: fx.Node) -> Value | None:
     tensor = tensor_of(node.args[0])
     dims = list(arguments(node, "input", "dim0", "dim1").values())[1:3]
-    if tensor is None or tensor.dim() != 2 or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+    if tensor is None or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+        return None
+    if tensor.dim() > 2:
+        return _moved_vector(lift, node, tensor, dims)
+    if tensor.dim() != 2:
         return None
     if dims[0] % 2 == dims[1] % 2:
         return lift.value(node.args[0])
     return _transposed(lift, node.args[0])
+
+
+def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: list[Any]) -> Value | None:
+    """A vector along one axis of several, after two axes changed places."""
+    vector = lift.value(node.args[0])
+    if not isinstance(vector, VectorValue) or vector.axis is None:
+        return None
+    first, second = (d % tensor.dim() - tensor.dim() for d in dims)
+    return VectorValue(vector.poly, {first: second, second: first}.get(vector.axis, vector.axis))
 
 
 @transfer("permute")

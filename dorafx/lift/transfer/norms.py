@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import fx
@@ -25,6 +26,12 @@ def _reduced_side(ndim: int, dim: Any) -> Literal["row", "col"] | None:
     return "row" if dim % 2 == 1 else "col"
 
 
+def _all_but_first(ndim: int, dim: Any) -> bool:
+    if not isinstance(dim, (tuple, list)) or not all(isinstance(d, int) for d in dim):
+        return False
+    return sorted(d % ndim for d in dim) == list(range(1, ndim))
+
+
 def _reduction(
     lift: Lifter, node: fx.Node, kind: Literal["norm", "sumsq"], arg: Any, dim: Any, keepdim: bool
 ) -> Value | None:
@@ -35,6 +42,14 @@ def _reduction(
     if value.squared != (kind == "sumsq"):
         return None
     side = _reduced_side(tensor.dim(), dim)
+    axis = -1 if not keepdim or side == "col" else -2
+    if tensor.dim() > 2 and _all_but_first(tensor.dim(), dim):
+        filters = value.expr if value.layout == "filter" else lift.as_filters(value.expr)
+        if filters is None:
+            return None
+        value, side, axis = replace(value, expr=filters), "row", -tensor.dim() if keepdim else -1
+    elif value.layout != "last":
+        return None
     if side is None:
         return None
     info = AtomInfo(
@@ -43,7 +58,6 @@ def _reduction(
     atom = lift.intern(info)
     if kind == "norm":
         lift.atom_of(atom).sites.append(node)
-    axis = -1 if not keepdim or side == "col" else -2
     return VectorValue(Poly.var(atom), axis)
 
 
@@ -54,6 +68,9 @@ def norm(lift: Lifter, node: fx.Node) -> Value | None:
     order = args.get(order_name)
     if order not in (None, 2, 2.0, "fro") or isinstance(order, bool):
         return None
+    dim = args.get("dim")
+    if lift.name_of(node) == "linalg_norm" and order == 2 and isinstance(dim, (tuple, list)) and len(dim) == 2:
+        return None  # the largest singular value
     return _reduction(
         lift,
         node,

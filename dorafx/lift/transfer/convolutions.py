@@ -1,0 +1,77 @@
+"""Convolutions: products of patches with flattened filters.
+
+``conv(x, W) = U(x) · W_fᵀ`` where ``U(x)`` has the patches of x that the options (kernel, stride, padding, dilation) select, and
+``W_f`` is W flattened behind its first axis. Neither is ever formed. With a kernel of one, stride 1 and no padding the patches
+are x itself, so PEFT's ``lora_B(lora_A(x))`` is ``U(x) · A_fᵀ · B_fᵀ``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx
+
+from ..algebra import Expr
+from ..lifter import Lifter, tensor_of, transfer
+from ..targets import arguments
+from ..values import Gemm, MatrixValue, Value
+
+_CALLS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+@transfer("conv", "convolution")
+def convolution(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "weight", "bias", "stride", "padding", "dilation", *_rest(lift, node))
+    x, weight = tensor_of(args.get("input")), tensor_of(args.get("weight"))
+    if x is None or weight is None or weight.dim() not in _CALLS or x.dim() != weight.dim():
+        return None
+    spatial = weight.dim() - 2
+    kernel = tuple(weight.shape[2:])
+    stride, padding = _each(args.get("stride", 1), spatial), _each(args.get("padding", 0), spatial)
+    dilation = _each(args.get("dilation", 1), spatial)
+    groups = args.get("groups", 1)
+    if not isinstance(groups, int) or args.get("transposed", False) or None in (stride, padding, dilation):
+        return None
+    if not all(isinstance(k, int) for k in kernel):
+        return None
+    activations = lift.laid_out(args["input"], "channels")
+    filters = lift.laid_out(args["weight"], "filter")
+    if activations is None or filters is None:
+        return None
+    options = (stride, padding, dilation)
+    if groups != 1:
+        # Each filter meets the channels of its own group. That is no product with one matrix of patches, but it is linear in
+        # the filters, row by row: enough for a weight that is one value, whose patches are then nobody else's.
+        if len(filters.items) != 1 or len(filters.items[0][0][1]) != 1:
+            return None
+        activations = Expr.mat(lift.unfold(activations, (kernel, *options, groups, filters)))
+    elif kernel != (1,) * spatial or options != ((1,) * spatial, (0,) * spatial, (1,) * spatial):
+        activations = Expr.mat(lift.unfold(activations, (kernel, *options)))
+    product = activations @ filters.transposed()
+    bias = args.get("bias")
+    lift.gemms.setdefault(product, []).append(
+        Gemm(node, args["input"], args["weight"], True, bias, _CALLS[weight.dim()], (*options, groups))
+    )
+    if bias is not None:
+        vector = lift.vector(bias)
+        if vector is None or vector.axis != -1:
+            return None
+        product = product + Expr.broadcast(vector.poly)
+    return MatrixValue(product, layout="channels")
+
+
+def _rest(lift: Lifter, node: fx.Node) -> tuple[str, ...]:
+    """``aten.convolution`` has two more arguments before ``groups`` than ``conv2d``."""
+    return ("transposed", "output_padding", "groups") if lift.name_of(node) == "convolution" else ("groups",)
+
+
+def _each(value: Any, spatial: int) -> tuple[int, ...] | str | None:
+    """An option by spatial axis; a padding may be a word."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return (value,) * spatial
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        return tuple(value) * spatial if len(value) == 1 else tuple(value)
+    return None
