@@ -41,6 +41,8 @@ class Embedding:
         head = base[0] if base else None
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
             return Reason("the layer's input is no index", candidate.node, specific=False)
+        if not isinstance(base[1], Mat) or base[1].atom.id != candidate.norm.dense_atom.id:
+            return Reason("the table that is looked up is another layer's", candidate.node, specific=False)
         result = forms()["linear"].check(candidate)
         return replace(result, pattern=self.name) if isinstance(result, Match) else result
 
