@@ -49,8 +49,9 @@ def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
         )
 
 
-def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool) -> tuple[int, int]:
-    """Rows and columns of a block: within the cache, and every buffer below one eighth of the weight."""
+def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0) -> tuple[int, int]:
+    """Rows and columns of a block: within the cache, and every buffer below one eighth of the weight, that of ``beside``
+    columns and as many rows included (the product with a factor, or rows of a factor that is cast)."""
     d_out, d_in = weight.shape
     size = 8 if dtype == torch.float64 else 4
     limit = d_out * d_in * weight.element_size() // (_SHARE * size)
@@ -58,7 +59,7 @@ def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: boo
     columns = d_in
     if casts_right and rank:
         columns = max(1, min(d_in, limit // rank))
-    rows = max(1, min(d_out, min(limit, max(target, columns)) // columns))
+    rows = max(1, min(d_out, min(limit, max(target, columns)) // max(columns, beside)))
     return rows, columns
 
 
@@ -68,9 +69,8 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
     dtype = compute_dtype(weight)
     d_out, d_in = weight.shape
     rank = right.shape[0]
-    left = left.to(dtype)
     casts = right.dtype != dtype
-    rows, columns = _block(weight, rank, dtype, casts)
+    rows, columns = _block(weight, rank, dtype, casts, rank if left.dtype != dtype else 0)
     norms = torch.empty(d_out, dtype=dtype, device=weight.device)
     if d_in == 0 or d_out == 0:
         return norms.zero_()
@@ -84,7 +84,7 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
             block = buffer[:height, :width]
             block.copy_(weight[first : first + height, start : start + width])
             if part is not None:
-                block.addmm_(left[first : first + height], part, alpha=scale)
+                block.addmm_(left[first : first + height].to(dtype), part, alpha=scale)
             target = norms[first : first + height]
             if single:
                 torch.linalg.vector_norm(block, dim=1, out=target)
@@ -97,23 +97,32 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
 
 
 def factored(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row, in row blocks where W has to be cast."""
+    """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row.
+
+    All three terms are sums over d_in, so a factor that has to be cast is cast in chunks of columns, and the weight in
+    blocks of rows of each; no buffer reaches one eighth of the weight, beside the ``[r, r]`` Gram matrix.
+    """
     dtype = compute_dtype(weight)
-    d_out = weight.shape[0]
+    d_out, d_in = weight.shape
     rank = right.shape[0]
-    norms = torch.empty(d_out, dtype=dtype, device=weight.device)
-    left, wide = left.to(dtype), right.to(dtype)
-    gram = wide @ wide.mT
-    rows, _ = _block(weight, rank, dtype, False)
+    totals = torch.zeros(d_out, dtype=dtype, device=weight.device)
+    gram = torch.zeros(rank, rank, dtype=dtype, device=weight.device)
+    rows, columns = _block(weight, rank, dtype, right.dtype != dtype, rank)
+    for start in range(0, d_in, columns):
+        chunk = slice(start, start + columns)
+        part = right[:, chunk].to(dtype)
+        gram.addmm_(part, part.mT)
+        for first in range(0, d_out, rows):
+            block = weight[first : first + rows, chunk].to(dtype)
+            side = left[first : first + rows].to(dtype)
+            total = torch.linalg.vector_norm(block, dim=1).square_()
+            total += 2 * scale * (block @ part.mT).mul_(side).sum(dim=1)
+            totals[first : first + rows] += total
     for first in range(0, d_out, rows):
-        block = weight[first : first + rows].to(dtype)
-        side = left[first : first + rows]
-        total = torch.linalg.vector_norm(block, dim=1).square_()
-        total += 2 * scale * (side * (block @ wide.mT)).sum(dim=1)
-        total += scale * scale * ((side @ gram) * side).sum(dim=1)
-        # Rounding may leave a tiny negative number where W and the delta cancel; NaN must pass.
-        norms[first : first + rows] = torch.where(total < 0, 0.0, total).sqrt_()
-    return norms
+        side = left[first : first + rows].to(dtype)
+        totals[first : first + rows] += scale * scale * (side @ gram).mul_(side).sum(dim=1)
+    # Rounding may leave a tiny negative number where W and the delta cancel; NaN must pass.
+    return torch.where(totals < 0, 0.0, totals).sqrt_()
 
 
 def row_norm(

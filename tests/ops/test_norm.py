@@ -118,8 +118,12 @@ def test_second_derivative_is_refused() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["tiled", "factored"])
-@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(512, 512, 16), (256, 1024, 64), (1024, 96, 8), (64, 64, 4)])
-def test_largest_allocation(d_out: int, d_in: int, rank: int, algorithm: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("d_out", "d_in", "rank"),
+    [(512, 512, 16), (256, 1024, 64), (1024, 256, 64), (1024, 96, 8), (64, 64, 4), (768, 1536, 256)],
+)
+def test_largest_allocation(d_out: int, d_in: int, rank: int, dtype: torch.dtype, algorithm: str) -> None:
     """No buffer reaches one eighth of the weight, let alone the dense product's size."""
     largest = 0
 
@@ -131,11 +135,24 @@ def test_largest_allocation(d_out: int, d_in: int, rank: int, algorithm: str) ->
                 largest = max(largest, out.untyped_storage().nbytes())
             return out
 
-    weight, left, right = operands(d_out, d_in, rank)
+    weight, left, right = operands(d_out, d_in, rank, dtype)
     inputs = {t.untyped_storage().data_ptr() for t in (weight, left, right)}
     with Largest():
         norm.row_norm(weight, left, right, 1.0, algorithm)
     assert 0 < largest < d_out * d_in * weight.element_size() / 8
+
+
+@pytest.mark.parametrize("algorithm", ["tiled", "factored"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_many_chunks_of_columns_against_fp64(algorithm: str, transposed: bool) -> None:
+    """A high rank leaves room to cast few columns of a factor at a time; a column norm is that of transposed views."""
+    weight, left, right = operands(96, 320, 64, torch.bfloat16)
+    if transposed:
+        weight, left, right = weight.t().contiguous().t(), left.t().contiguous().t(), right.t().contiguous().t()
+    rows, columns = norm._block(weight, 64, torch.float32, True, 64)
+    assert rows < 96 / 3 and columns < 320 / 4
+    exact = reference.row_norm(weight.double(), left.double(), right.double(), 0.7)
+    torch.testing.assert_close(row_norm(weight, left, right, 0.7, algorithm).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_flops_are_counted() -> None:
