@@ -40,6 +40,7 @@ class Suite:
     needs_peft: bool = True
 
 
+PASS_LAYERS = (8, 16, 32, 64)
 _EVERY = tuple(ANCHORS)
 _TRAINED = "nothing is trained in merged weights"
 SUITES = {
@@ -71,6 +72,12 @@ SUITES = {
         ("peft-inductor", "lora"),
         ("peft-inductor", "lora"),
         "it compiles nothing, or not the training step",
+    ),
+    "pass": Suite(
+        f"dorafx's pass alone over a model of {', '.join(map(str, PASS_LAYERS))} layers, as one graph",
+        (),
+        (),
+        "it has no pass",
     ),
 }
 _DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
@@ -153,7 +160,7 @@ def anchors_of(suite: str, against: Sequence[str]) -> tuple[str, ...]:
         _one_of("--against", name, ANCHORS)
         if name not in known.allowed:
             raise ValueError(
-                f"--against {name} makes no sense in the suite {suite} ({known.why}); allowed are {', '.join(known.allowed)}"
+                f"--against {name} makes no sense in the suite {suite} ({known.why}); allowed are {', '.join(known.allowed) or 'none'}"
             )
     return tuple(dict.fromkeys(against)) or known.default
 
@@ -168,6 +175,9 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
     tokens = settings.tokens
     if suite in ("norm", "compose", "layer"):
         return [_operator_case(suite, shape, tokens, itemsize) for shape in _weights(suite, settings)]
+    if suite == "pass":
+        sizes = (Size(hidden=64, layers=layers, rank=8, tokens=16) for layers in PASS_LAYERS)
+        return [Case(suite, f"{size.layers} layers", {"size": asdict(size)}) for size in sizes]
     cases = []
     for name, size in _models(suite, settings):
         label = f"{name}, {size.layers} layers, r{size.rank}, {size.tokens} tokens"

@@ -80,6 +80,7 @@ def test_shapes_by_hand() -> None:
         (["norm", "--against", "lora"], "allowed are peft, peft-inductor, dense, chunked"),
         (["norm", "memory", "--against", "peft", "merged"], "makes no sense in the suite norm"),
         (["compile", "--against", "peft"], "allowed are peft-inductor, lora"),
+        (["pass", "--against", "lora"], "(it has no pass); allowed are none"),
         (["norm", "--shapes", "8"], "'8' is not one of llama-3-8b, qwen3-32b, mistral-small-24b, gemma3-27b, nor"),
         (["norm", "--shapes", "0x8"], "nor of the form D_OUTxD_IN"),
         (["model", "--shapes", "8x8"], "'8x8' is not one of llama-3-8b"),

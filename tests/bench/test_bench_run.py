@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dorafx.bench import run
+from dorafx.bench import plan, run
 from dorafx.bench.plan import SUITES, Settings, cases_of
 from dorafx.bench.processes import JobError
 from dorafx.bench.results import Results
@@ -28,6 +28,7 @@ FIGURES = {
     "decode": {"one token"},
     "memory": {"saved", "temporaries", "peak"},
     "compile": {"compilation", "graphs", "graph breaks"},
+    "pass": {"pass", "nodes", "pass a node"},
 }
 
 
@@ -120,13 +121,15 @@ def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) ->
     """Here and with eager codegen, which is quick; what they measure is checked, not how fast it is."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.setattr(plan, "PASS_LAYERS", (1, 2))
     settings = tiny(suite, codegen="eager")
     names = ["dorafx", *(n for n in SUITES[suite].allowed if n in ("peft", "dense", "chunked"))]
     for case in cases_of(suite, settings):
         answers = {name: configuration(request_for(settings, name, case), print) for name in names}
         found = {name: answer["figures"] for name, answer in answers.items()}
         if "layer" in suite or "size" in case.parameters:
-            assert answers["dorafx"]["facts"]["rewritten"] == (1 if suite == "layer" else 7)
+            layers = case.parameters["size"]["layers"] if suite != "layer" and "size" in case.parameters else 1
+            assert answers["dorafx"]["facts"]["rewritten"] == (1 if suite == "layer" else 7 * layers)
         for figures in found.values():
             assert set(figures) >= FIGURES[suite]
             assert set(case.work) <= set(figures)
@@ -168,7 +171,8 @@ def test_suites_for_real(suite: str, tmp_path: Path) -> None:
     out = tmp_path / "x.json"
     # Inductor takes minutes for the dozens of graphs of a stock model; the layer and the cold compilation have them.
     anchors = [a for a in SUITES[suite].allowed if a != "peft-inductor" or suite not in ("model", "decode", "memory")]
-    assert main(["bench", suite, *TINY, "--rounds", "1", "--against", *anchors, "-o", str(out)]) == 0
+    against = ["--against", *anchors] if anchors else []
+    assert main(["bench", suite, *TINY, "--rounds", "1", *against, "-o", str(out)]) == 0
     results = Results.read(out)
     assert {row.name for row in results.rows} == {"dorafx", *anchors}
     for row in results.rows:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..implementations import Task
-from . import compiling, compose, decode, layer, memory, model, norm
+from . import compiling, compose, decode, layer, memory, model, norm, rewriting
 
 __all__ = ["MEASURES", "Figures"]
 
@@ -20,4 +20,5 @@ MEASURES: dict[str, Callable[[Task], Figures]] = {
     "decode": decode.measure,
     "memory": memory.measure,
     "compile": compiling.measure,
+    "pass": rewriting.measure,
 }
