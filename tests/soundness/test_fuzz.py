@@ -54,10 +54,23 @@ class _Program(torch.nn.Module):
         return program(self.spec, self.p, x)
 
 
-def evaluated(call: Any, x: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, list[Any]]:
+def largest(t: torch.Tensor) -> float:
+    return max(1.0, float(t.abs().amax())) if t.numel() else 1.0
+
+
+def evaluated(
+    call: Any, x: torch.Tensor, leaves: list[torch.Tensor], size: float = 0
+) -> tuple[torch.Tensor, list[Any]]:
+    """The value, and the gradients of the sines of its elements over ``size``: a sine of thousands has no digits left."""
     y = call(x, *leaves[1:])
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    return y.detach(), list(torch.autograd.grad(y.sin().sum(), wanted, allow_unused=True))
+    loss = (y / (size or largest(y.detach()))).sin().sum()
+    return y.detach(), list(torch.autograd.grad(loss, wanted, allow_unused=True))
+
+
+def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """To ``TOLERANCE`` of the largest element: a program with a small divisor cancels numbers as large as that."""
+    torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE * largest(wanted))
 
 
 def check(spec: Spec) -> list[dorafx.Record]:
@@ -73,13 +86,13 @@ def check(spec: Spec) -> list[dorafx.Record]:
         # Written in place, but needed for a gradient: no program at all.
         assume("modified by an inplace operation" not in str(error))
         raise
-    new_value, new_gradients = evaluated(rewritten, x, leaves)
+    new_value, new_gradients = evaluated(rewritten, x, leaves, largest(value))
     assert new_value.shape == value.shape and new_value.dtype == value.dtype
-    torch.testing.assert_close(new_value, value, rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same(new_value, value)
     for wanted, got in zip(gradients, new_gradients):
         assert (got is None) == (wanted is None), "gradient flow changed"
         if wanted is not None:
-            torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE)
+            assert_same(got, wanted)
     return list(rewrite_log().records)
 
 
@@ -96,8 +109,28 @@ def check_dora(spec: Spec, tally: Counter[str]) -> None:
         tally["rewritten" if whole else "merged is cheaper" if decided else "in part or missed"] += 1
 
 
-def check_perturbed(spec: Spec) -> None:
-    assert not any("internal failure" in r.reason for r in check(spec))
+def check_perturbed(spec: Spec, tally: Counter[str]) -> None:
+    records = check(spec)
+    assert not any("internal failure" in r.reason for r in records)
+    tally["rewritten in its sound part" if any(r.rewritten for r in records) else "left alone"] += 1
+
+
+def test_programs_of_large_numbers() -> None:
+    """Found by the fuzzer, and right: scaled twice by the inverse, its values are of the size of thousands."""
+    chosen = (
+        "linalg.norm",
+        "B @ A",
+        "addmm",
+        "none",
+        "nothing",
+        "direct",
+        "none",
+        "plain",
+        "none",
+        "plain",
+        "transposed",
+    )
+    check(Spec(4, 4, 3, (4,), *chosen, False, ("scaled twice", "inverse scaling"), "make_fx"))
 
 
 def test_dora_in_any_spelling() -> None:
@@ -113,10 +146,16 @@ def test_dora_in_any_spelling() -> None:
     assert tally["in part or missed"] <= 0.01 * tally.total(), tally
 
 
-@QUICK
-@given(specs(perturbed=True))
-def test_programs_that_are_not_dora(spec: Spec) -> None:
-    check_perturbed(spec)
+def test_programs_that_are_not_dora() -> None:
+    tally: Counter[str] = Counter()
+
+    @QUICK
+    @given(specs(perturbed=True))
+    def fuzz(spec: Spec) -> None:
+        check_perturbed(spec, tally)
+
+    fuzz()
+    print(f"\n{tally}")
 
 
 @pytest.mark.slow
@@ -136,7 +175,13 @@ def test_many_in_any_spelling() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@LONG
-@given(specs(perturbed=True))
-def test_many_that_are_not_dora(spec: Spec) -> None:
-    check_perturbed(spec)
+def test_many_that_are_not_dora() -> None:
+    tally: Counter[str] = Counter()
+
+    @LONG
+    @given(specs(perturbed=True))
+    def fuzz(spec: Spec) -> None:
+        check_perturbed(spec, tally)
+
+    fuzz()
+    print(f"\n{tally}")
