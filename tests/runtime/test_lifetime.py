@@ -1,0 +1,128 @@
+"""Models that share weights, models that die, threads, and HF ``generate()``."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from integration_support import assert_close, peft_model, peft_perceptron, randomise, tokens
+from reuse_support import LAYERS, Decoder, counts, one_token, overwrite, parameters
+
+import dorafx
+from dorafx import rewrite_log
+from dorafx.runtime import norm_store
+
+
+def test_two_models_share_a_weight() -> None:
+    first, second = Decoder(), Decoder(randomise(peft_perceptron(), 9))
+    for layer in ("first", "second"):
+        getattr(second.model.base_model.model, layer).base_layer.weight = getattr(
+            first.model.base_model.model, layer
+        ).base_layer.weight
+    first.warm()
+    second.warm()
+    overwrite(first.model.base_model.model.first.base_layer.weight)
+    first.step()
+    second.step()
+
+
+def test_the_store_keeps_no_model_alive() -> None:
+    decoder = Decoder().warm()
+    assert len(norm_store()) == LAYERS
+    storages = [weakref.ref(p) for p in decoder.model.parameters()]
+    torch._dynamo.reset()
+    del decoder
+    gc.collect()
+    assert not any(r() is not None for r in storages)
+    assert len(norm_store()) == 0
+
+
+def test_threads() -> None:
+    decoder = Decoder()
+    decoder.warm()
+    expected = decoder.model(one_token()).detach()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(50):
+                with torch.no_grad():
+                    assert_close(decoder.compiled(one_token()), expected, 1e-5)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert counts() == (LAYERS, LAYERS * 201)
+
+
+def test_threads_between_changes() -> None:
+    """Several threads decode, the parameters change, the threads decode again; what is compared is what each of them saw."""
+    decoder = Decoder().warm()
+    failures: list[BaseException] = []
+
+    def work(expected: torch.Tensor) -> None:
+        try:
+            for _ in range(5):
+                with torch.no_grad():
+                    assert_close(decoder.compiled(one_token()), expected, 1e-5)
+        except BaseException as error:
+            failures.append(error)
+
+    for round_ in range(4):
+        for p in parameters(decoder.model):
+            overwrite(p) if round_ % 2 else p.data.mul_(0.9)
+        expected = decoder.model(one_token()).detach()
+        threads = [threading.Thread(target=work, args=(expected,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures
+    assert counts()[1] > LAYERS
+
+
+def test_generate_reuses_after_the_prefill() -> None:
+    model = peft_model(layers=1)
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    ids = tokens(2, 12)
+    expected = model.generate(input_ids=ids, **settings)
+    for scope in ("modules", "model"):
+        norm_store().clear()
+        rewrite_log().clear()
+        dorafx.optimize(model, scope=scope, codegen="eager", strict=True)
+        assert torch.equal(model.generate(input_ids=ids, **settings), expected)
+        assert counts() == (7, 5 * 7), scope
+        dorafx.restore(model)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate_after_training_is_fresh(cache: str) -> None:
+    model = peft_model(layers=1)
+    settings: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "cache_implementation": cache,
+    }
+    ids = tokens(1, 9)
+    dorafx.optimize(model, scope="model", codegen="eager", strict=True)
+    optimizer = torch.optim.AdamW(parameters(model), lr=0.05, fused=True)
+    for _ in range(2):
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        ours = model.generate(input_ids=ids, **settings)
+        dorafx.restore(model)
+        assert torch.equal(ours, model.generate(input_ids=ids, **settings))
+        dorafx.optimize(model, scope="model", codegen="eager", strict=True)
