@@ -343,10 +343,9 @@ def fake_mode() -> Any:
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 
-def storage_id_and_size(tensor: torch.Tensor) -> tuple[int, int]:
-    """:func:`storage_id`, and the storage's size in bytes."""
-    storage = tensor.untyped_storage()
-    return storage._cdata, storage.nbytes()
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """:func:`storage_id`, of a storage that one has already."""
+    return int(storage._cdata)
 
 
 def weak_storage(tensor: torch.Tensor) -> Any:

@@ -6,11 +6,22 @@ ATen calls, so they run on any device; on a CPU a block stays in the cache betwe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from dorafx import _compat
 
-__all__ = ["check_operands", "compute_dtype", "factored", "row_norm", "row_norm_backward", "tiled"]
+__all__ = [
+    "check_operands",
+    "compute_dtype",
+    "factored",
+    "row_norm",
+    "row_norm_backward",
+    "row_norms",
+    "row_squares",
+    "tiled",
+]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A block of this many bytes is read back from the cache after its GEMM, and is large enough for the GEMM to run at full
@@ -96,16 +107,21 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
     return norms
 
 
-def factored(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def factored(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, square: torch.Tensor | None = None
+) -> torch.Tensor:
     """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row.
 
     All three terms are sums over d_in, so a factor that has to be cast is cast in chunks of columns, and the weight in
     blocks of rows of each; no buffer reaches one eighth of the weight, beside the ``[r, r]`` Gram matrix.
+
+    Args:
+        square: ``‖W‖²`` by row, ``[d_out]`` fp32 (fp64), as :func:`row_squares` makes it, where somebody has kept it.
     """
     dtype = compute_dtype(weight)
     d_out, d_in = weight.shape
     rank = right.shape[0]
-    totals = torch.zeros(d_out, dtype=dtype, device=weight.device)
+    totals = torch.zeros(d_out, dtype=dtype, device=weight.device) if square is None else square.clone()
     gram = torch.zeros(rank, rank, dtype=dtype, device=weight.device)
     rows, columns = _block(weight, rank, dtype, right.dtype != dtype, rank)
     for start in range(0, d_in, columns):
@@ -115,8 +131,9 @@ def factored(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scal
         for first in range(0, d_out, rows):
             block = weight[first : first + rows, chunk].to(dtype)
             side = left[first : first + rows].to(dtype)
-            total = torch.linalg.vector_norm(block, dim=1).square_()
-            total += 2 * scale * (block @ part.mT).mul_(side).sum(dim=1)
+            total = 2 * scale * (block @ part.mT).mul_(side).sum(dim=1)
+            if square is None:
+                total += torch.linalg.vector_norm(block, dim=1).square_()
             totals[first : first + rows] += total
     for first in range(0, d_out, rows):
         side = left[first : first + rows].to(dtype)
@@ -149,6 +166,65 @@ def row_norm(
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
         return (factored if algorithm == "factored" else tiled)(weight, left, right, scale)
+
+
+def row_squares(weight: torch.Tensor) -> torch.Tensor:
+    """``‖W‖²`` by row: ``[d_out]`` in fp32, in fp64 for an fp64 weight."""
+    left, right = weight.new_empty(weight.shape[0], 0), weight.new_empty(0, weight.shape[1])
+    with _compat.below_autocast():
+        return tiled(weight, left, right, 0.0).square_()
+
+
+def row_norms(
+    weights: Sequence[torch.Tensor],
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    algorithm: str,
+    squares: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """Several norms, each as :func:`row_norm` computes it; any shapes and dtypes.
+
+    Args:
+        squares: for the factored algorithm: ``‖W‖²`` by row of each weight, or None; empty for none at all.
+
+    Raises:
+        ValueError, TypeError: see :func:`row_norm`; or lists of different lengths.
+    """
+    check_lists(weights, lefts, rights, scales, squares)
+    norms = []
+    for i, operands in enumerate(zip(weights, lefts, rights, scales)):
+        if algorithm == "factored" and squares and squares[i] is not None:
+            check_operands(*operands[:3])
+            with _compat.below_autocast():
+                norms.append(factored(*operands, squares[i]))
+        else:
+            norms.append(row_norm(*operands, algorithm))
+    return norms
+
+
+def check_lists(
+    weights: Sequence[torch.Tensor],
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    squares: Sequence[torch.Tensor | None],
+) -> None:
+    """Raises:
+    ValueError: lists of different lengths, or squares that are none of their weight.
+    """
+    lengths = [len(weights), len(lefts), len(rights), len(scales)]
+    if len(set(lengths)) != 1 or len(squares) not in (0, len(weights)):
+        raise ValueError(
+            f"row_norms takes lists of one length; got {lengths[0]} weights, {lengths[1]} lefts, {lengths[2]} rights, "
+            f"{lengths[3]} scales and {len(squares)} squares"
+        )
+    for weight, square in zip(weights, squares):
+        if square is not None and (square.shape != weight.shape[:1] or square.dtype != compute_dtype(weight)):
+            raise ValueError(
+                f"row_norms: squares {tuple(square.shape)} of {square.dtype} do not belong to a weight "
+                f"{tuple(weight.shape)} of {weight.dtype}"
+            )
 
 
 def row_norm_backward(

@@ -25,6 +25,11 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
+    "row_norms(Tensor[] weights, Tensor[] lefts, Tensor[] rights, float[] scales, str algorithm, "
+    "Tensor?[] squares) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
     "row_norm_backward(Tensor grad, Tensor weight, Tensor left, Tensor right, Tensor norm, float scale, "
     "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
@@ -81,6 +86,8 @@ def _delta_autograd(result: Any, base: Any, lora: Any, g: Any, scale: float, out
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
+_LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose", compose_math, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose", _compose_autograd, "Autograd")
@@ -98,6 +105,14 @@ DECOMPOSITIONS = {
 def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
     norm.check_operands(weight, left, right)
     return torch.empty(weight.shape[0], dtype=norm.compute_dtype(weight), device=weight.device)
+
+
+@torch.library.register_fake("dorafx::row_norms", lib=_LIBRARY)
+def _row_norms_fake(
+    weights: Any, lefts: Any, rights: Any, scales: Any, algorithm: str, squares: Any
+) -> list[torch.Tensor]:
+    norm.check_lists(weights, lefts, rights, scales, squares)
+    return [_row_norm_fake(*operands) for operands in zip(weights, lefts, rights, scales)]
 
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
@@ -122,6 +137,11 @@ def _row_norm_backward_fake(
 @register_flop_formula(torch.ops.dorafx.row_norm)
 def _row_norm_flops(weight: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * int(weight[0]) * int(weight[1]) * int(right[0])
+
+
+@register_flop_formula(torch.ops.dorafx.row_norms)
+def _row_norms_flops(weights: Any, lefts: Any, rights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sum(_row_norm_flops(*shapes) for shapes in zip(weights, lefts, rights))
 
 
 @register_flop_formula(torch.ops.dorafx.row_norm_backward)

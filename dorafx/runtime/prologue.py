@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from dorafx.ops.norm import row_squares
 from dorafx.rewriter import HoistedNorm
 
 from .store import NormStore, norm_store
 
 __all__ = ["with_prologue"]
+
+_row_norms = torch.ops.dorafx.row_norms.default
 
 
 def with_prologue(
@@ -36,35 +40,100 @@ def with_prologue(
     if not norms:
         return compiled
     kept_in = norm_store() if store is None else store
-    prologue = [(_callable(norm), norm.inputs, norm.signature) for norm in norms]
+    prologue = [(i, norm.inputs, norm.signature) for i, norm in enumerate(norms)]
+    recipes = [_recipe(norm) for norm in norms]
 
     def run(*args: Any) -> Any:
         recording = torch.is_grad_enabled()
         may_reuse = reuse == "step" or (reuse == "auto" and few_tokens and not recording)
-        values = []
-        for compute, inputs, signature in prologue:
-            tensors = [args[i] for i in inputs]
+        values: list[Any] = [None] * len(prologue)
+        missing = []
+        for i, inputs, signature in prologue:
+            tensors = [args[k] for k in inputs]
             norm = kept_in.kept(signature, tensors) if may_reuse else None
             if norm is None:
-                with torch.inference_mode(False), torch.no_grad():
-                    norm = compute(*tensors)
-                kept_in.counters.count(computed=1)
-                if reuse == "step" or (reuse == "auto" and not recording):
-                    kept_in.keep(signature, tensors, norm)
-                elif recording:
+                missing.append((i, tensors, signature))
+            else:
+                values[i] = norm
+        if missing:
+            keeping = reuse == "step" or (reuse == "auto" and not recording)
+            # Before the norms are computed: a write that comes meanwhile must show afterwards.
+            observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
+            squares = kept_in if reuse != "never" else None
+            computed = _compute([(recipes[i], tensors) for i, tensors, _ in missing], squares)
+            for (i, tensors, signature), state, norm in zip(missing, observed, computed):
+                values[i] = norm
+                kept_in.keep(state, norm)
+                if recording and not keeping:
                     # Whoever trains writes the parameters next, and not every optimizer can be seen doing it.
                     kept_in.drop(signature, tensors, "a forward recorded gradients")
-            values.append(norm)
+        kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
         return compiled(*args, *values)
 
     return run
 
 
-_CALLABLES: dict[str, Callable[..., torch.Tensor]] = {}
+@dataclass(frozen=True)
+class _Recipe:
+    """How a norm is computed: its operands from the graph's inputs, and the rest of the operator's arguments.
+
+    Attributes:
+        operands: makes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` of the inputs.
+        scale, algorithm: see :func:`dorafx.ops.norm.row_norm`.
+        frozen: the position of the weight among the inputs, and whether it is transposed; None where it is computed.
+    """
+
+    operands: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    scale: float
+    algorithm: str
+    frozen: tuple[int, bool] | None
 
 
-def _callable(norm: HoistedNorm) -> Callable[..., torch.Tensor]:
+_RECIPES: dict[str, _Recipe] = {}
+
+
+def _recipe(norm: HoistedNorm) -> _Recipe:
     """Equal layers share one: generating code for each of a few hundred takes its time."""
-    if norm.signature not in _CALLABLES:
-        _CALLABLES[norm.signature] = fx.GraphModule(torch.nn.Module(), norm.graph).forward
-    return _CALLABLES[norm.signature]
+    if norm.signature not in _RECIPES:
+        graph = fx.Graph()
+        made: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(norm.graph, made)
+        assert isinstance(output, fx.Node)  # the norm's graph ends with the operator
+        weight, left, right, scale, *algorithm = output.args
+        graph.output((weight, left, right))
+        graph.erase_node(output)
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        frozen = None
+        if weight in inputs:
+            frozen = inputs.index(weight), False
+        elif isinstance(weight, fx.Node) and weight.target == "t" and weight.args[0] in inputs:
+            frozen = inputs.index(weight.args[0]), True
+        operands = fx.GraphModule(torch.nn.Module(), graph).forward
+        _RECIPES[norm.signature] = _Recipe(operands, float(scale), str((*algorithm, "auto")[0]), frozen)  # type: ignore[arg-type]
+    return _RECIPES[norm.signature]
+
+
+def _compute(norms: Sequence[tuple[_Recipe, list[torch.Tensor]]], squares: NormStore | None) -> list[torch.Tensor]:
+    """The norms of these inputs, in one call for each algorithm; the operator launches what has one shape together.
+
+    Args:
+        squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
+    """
+    found: list[Any] = [None] * len(norms)
+    with torch.inference_mode(False), torch.no_grad():
+        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _ in norms):
+            group = [i for i, (recipe, _) in enumerate(norms) if recipe.algorithm == algorithm]
+            operands = [norms[i][0].operands(*norms[i][1]) for i in group]
+            scales = [norms[i][0].scale for i in group]
+            kept = [_squares(*norms[i], squares) if algorithm == "factored" else None for i in group]
+            results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
+            for i, result in zip(group, results):
+                found[i] = result
+    return found
+
+
+def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:
+    if recipe.frozen is None or store is None:
+        return None
+    position, transposed = recipe.frozen
+    return store.squares(inputs[position], transposed, lambda weight: row_squares(weight.t() if transposed else weight))

@@ -7,80 +7,42 @@ A norm is reused only where all of this still holds of every tensor that it was 
 - no ``torch.optim`` optimizer stepped since (``fused=True`` writes without moving the counter);
 - sampled elements are what they were, bit for bit (``p.data.copy_(…)`` writes without moving the counter). Samples
   are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait.
+
+The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers: only a step of one
+that has the weight counts. They serve forwards that compute their norms, so they are kept where samples are read.
 """
 
 from __future__ import annotations
 
-import ctypes
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dorafx import _compat
 from dorafx.log import NormCounters, rewrite_log
 
-__all__ = ["NormStore", "norm_store"]
+from .watch import SAMPLES, TensorState, watchable
 
-_SAMPLES = 8
+__all__ = ["NormStore", "Observed", "norm_store"]
 
-
-class _TensorState:
-    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory.
-
-    Checked before every decoding step and for every layer, when the step has just washed the caches: each access counts.
-    """
-
-    __slots__ = ("cells", "pointer", "reference", "sample", "size", "storage", "storage_id", "version")
-
-    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None]) -> None:
-        self.reference = weakref.ref(tensor, on_death)
-        self.version = tensor._version
-        self.pointer = tensor.data_ptr()
-        self.storage = _compat.weak_storage(tensor)
-        self.storage_id = _compat.weak_storage_id(self.storage)
-        self.size = tensor.untyped_storage().nbytes()
-        self.cells = _cells(tensor)
-        self.sample = [cell.value for cell in self.cells]
-
-    def change(self, tensor: torch.Tensor) -> str:
-        """What differs now; empty if nothing does."""
-        if self.reference() is not tensor:
-            return "another parameter"
-        if tensor._version != self.version:
-            return "a parameter was written"
-        if tensor.data_ptr() != self.pointer or _compat.storage_id_and_size(tensor) != (self.storage_id, self.size):
-            return "a parameter's data was replaced"
-        # From here on the memory is known to be the tensor's still.
-        if [cell.value for cell in self.cells] != self.sample:
-            return "a parameter's data was overwritten"
-        return ""
+# Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
+_SQUARE_SAMPLES = 4096
 
 
-def _cells(tensor: torch.Tensor) -> list[Any]:
-    """Elements spread over a CPU tensor, as integers in its memory (NaN equals itself then)."""
-    if tensor.device.type != "cpu" or not tensor.numel():
-        return []
-    count = min(_SAMPLES, tensor.numel())
-    size = tensor.element_size()
-    cell = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}[size]
-    start = tensor.data_ptr()
-    found = []
-    for k in range(count):
-        position, offset = k * tensor.numel() // count, 0
-        for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
-            position, index = divmod(position, length)
-            offset += index * stride
-        found.append(cell.from_address(start + offset * size))
-    return found
+@dataclass(frozen=True)
+class Observed:
+    """What the tensors of a norm were before it was computed; a write that comes later makes it stale."""
+
+    key: tuple[Any, ...]
+    states: tuple[TensorState, ...]
+    optimizer_steps: int
 
 
 @dataclass(frozen=True)
 class _Entry:
     norm: torch.Tensor
-    states: tuple[_TensorState, ...]
+    states: tuple[TensorState, ...]
     optimizer_steps: int
 
 
@@ -97,41 +59,58 @@ class NormStore:
     def __init__(self, counters: NormCounters) -> None:
         self.counters = counters
         self._entries: dict[Any, _Entry] = {}
+        self._squares: dict[Any, _Entry] = {}
         self._steps = 0
         self._watching = False
 
     def kept(self, signature: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The norm of these tensors, if there is one that cannot be stale."""
+        """The norm of these tensors, if there is one that cannot be stale. The caller counts what it reuses."""
         key = (signature, *map(id, tensors))
         entry = self._entries.get(key)
         if entry is None:
             return None
-        reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else ""
-        for state, tensor in zip(entry.states, tensors):
-            if reason:
-                break
-            reason = state.change(tensor)
+        reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else _change(entry, tensors)
         if not reason:
-            self.counters.count(reused=1)
             return entry.norm
         self.counters.count_invalidated(reason)
         self._entries.pop(key, None)
         return None
 
-    def keep(self, signature: str, tensors: Sequence[torch.Tensor], norm: torch.Tensor) -> None:
-        """Keep a norm that was just computed, unless one of the tensors cannot be watched: made under inference mode, or
-        of a subclass, whose memory may be anywhere."""
+    def observe(self, signature: str, tensors: Sequence[torch.Tensor]) -> Observed | None:
+        """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched."""
         self._watch_optimizers()
-        if any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors):
-            return
+        if not watchable(tensors):
+            return None
         key = (signature, *map(id, tensors))
-        entries = self._entries
+        return Observed(key, _states(self._entries, key, tensors), self._steps)
 
-        def forget(_: Any) -> None:
-            entries.pop(key, None)
+    def keep(self, observed: Observed | None, norm: torch.Tensor) -> None:
+        """Keep a norm that was computed since; nothing happens if the tensors cannot be watched."""
+        if observed is not None:
+            self._entries[observed.key] = _Entry(norm, observed.states, observed.optimizer_steps)
 
-        states = tuple(_TensorState(t, forget) for t in tensors)
-        entries[key] = _Entry(norm, states, self._steps)
+    def squares(
+        self, weight: torch.Tensor, transposed: bool, compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The squared row norms of a weight, kept; None where it is trained or cannot be watched to the last write.
+
+        Args:
+            weight: the parameter ``[d_out, d_in]``, or its transpose.
+            transposed: whether its columns are the rows of the norm.
+            compute: makes the ``[d_out]`` squares.
+        """
+        key = (transposed, id(weight))
+        if weight.requires_grad or weight.device.type != "cpu" or not watchable([weight]):
+            self._squares.pop(key, None)
+            return None
+        entry = self._squares.get(key)
+        if entry is not None and not _change(entry, [weight]):
+            return entry.norm
+        self._watch_optimizers()
+        states = _states(self._squares, key, [weight], _SQUARE_SAMPLES)
+        entry = _Entry(compute(weight), states, 0)
+        self._squares[key] = entry
+        return entry.norm
 
     def drop(self, signature: str, tensors: Sequence[torch.Tensor], reason: str) -> None:
         """Forget the norm of these tensors, if it is kept."""
@@ -144,6 +123,8 @@ class NormStore:
         stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
         for key in stale:
             self._entries.pop(key, None)
+        for square in [key for key in list(self._squares) if key[1] in wanted]:
+            self._squares.pop(square, None)
         if stale:
             self.counters.count_invalidated("the user invalidated it", len(stale))
         return len(stale)
@@ -151,6 +132,7 @@ class NormStore:
     def clear(self) -> None:
         """Forget all norms."""
         self._entries.clear()
+        self._squares.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -161,10 +143,34 @@ class NormStore:
         self._watching = True
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        def stepped(*_: Any) -> None:
+        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
             self._steps += 1
+            if self._squares:
+                written = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                for key in [key for key in list(self._squares) if key[1] in written]:
+                    self._squares.pop(key, None)
 
         register_optimizer_step_post_hook(stepped)
+
+
+def _states(
+    entries: dict[Any, _Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
+) -> tuple[TensorState, ...]:
+    """The state of each tensor; its entry goes when the tensor does."""
+
+    def forget(_: Any) -> None:
+        entries.pop(key, None)
+
+    return tuple(TensorState(t, forget, samples) for t in tensors)
+
+
+def _change(entry: _Entry, tensors: Sequence[torch.Tensor]) -> str:
+    """Why an entry is stale; empty if it is not."""
+    for state, tensor in zip(entry.states, tensors):
+        reason = state.change(tensor)
+        if reason:
+            return reason
+    return ""
 
 
 _PROCESS_STORE = NormStore(rewrite_log().norms)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dorafx.ops import reference
 from dorafx.ops.triton import configs
-from dorafx.ops.triton.row_norm import launch
+from dorafx.ops.triton.row_norm import launch, launch_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -93,6 +93,34 @@ def test_zero_rows_nan_and_infinity() -> None:
     assert math.isnan(got[1])
     assert got[2] == math.inf
     assert torch.isfinite(got[3:]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("rank", [5, 65])
+def test_one_launch_for_a_group_is_bit_for_bit_that_of_each(rank: int, parts: int, dtype: torch.dtype) -> None:
+    group = [tuple(t.to(dtype) for t in operands(70, 300, rank, seed)) for seed in range(3)]
+    # Several norms may share a weight.
+    group.append((group[0][0], *group[1][1:]))
+    found = launch_group(group, 0.5, parts)  # type: ignore[arg-type]
+    assert len(found) == 4
+    for norm, tensors in zip(found, group):
+        assert torch.equal(norm, launch(*tensors, 0.5, parts))
+        exact = reference.row_norm(*(t.double() for t in tensors), 0.5)
+        torch.testing.assert_close(norm.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+def test_a_group_of_operands_that_are_not_aligned() -> None:
+    group = []
+    for seed in range(2):
+        weight, left, right = operands(33, 70, 4, seed)
+        storage = torch.empty(weight.numel() + 1)
+        shifted = storage[1:].view_as(weight).copy_(weight)
+        assert shifted.data_ptr() % 16
+        group.append((shifted, left, right))
+    for norm, (weight, left, right) in zip(launch_group(group, 1.0), group):
+        exact = reference.row_norm(weight.double(), left.double(), right.double(), 1.0)
+        torch.testing.assert_close(norm.double(), exact, rtol=2e-5, atol=1e-6)
 
 
 def test_configurations_are_those_that_were_run() -> None:

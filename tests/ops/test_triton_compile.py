@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dorafx.ops.triton import configs  # noqa: E402
-from dorafx.ops.triton.row_norm import finish_kernel, row_norm_kernel  # noqa: E402
+from dorafx.ops.triton.row_norm import finish_kernel, grouped_row_norm_kernel, row_norm_kernel  # noqa: E402
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(600)]
 
@@ -49,9 +49,20 @@ def compiled(architecture: int, source: ASTSource, warps: int, stages: int) -> t
     return registers, spills, int(kernel.metadata.shared)
 
 
-def row_norm_source(config: configs.RowNormConfig, split: bool) -> ASTSource:
+TYPES = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}
+
+
+def row_norm_source(config: configs.RowNormConfig, split: bool, grouped: bool = False) -> ASTSource:
+    kernel = grouped_row_norm_kernel if grouped else row_norm_kernel
     weight, factor = OPERANDS[config.factor_bytes]
-    pointers = {"weight": f"*{weight}", "left": f"*{factor}", "right": f"*{factor}", "out": "*fp32", "scale": "fp32"}
+    pointers = {
+        "pointers": "*i64",
+        "weight": f"*{weight}",
+        "left": f"*{factor}",
+        "right": f"*{factor}",
+        "out": "*fp32",
+        "scale": "fp32",
+    }
     integers = ("d_out", "d_in", "rank", "part", "stride_wo", "stride_lo", "stride_rr")
     constants = {
         "stride_wi": 1,  # the launcher specialises strides of one, as contiguous operands have them
@@ -65,24 +76,42 @@ def row_norm_source(config: configs.RowNormConfig, split: bool) -> ASTSource:
         "OPERAND": triton.language.bfloat16 if config.factor_bytes == 2 else triton.language.float32,
         "PRECISION": "tf32" if config.factor_bytes == 2 else "tf32x3",
         "STAGES": config.num_stages,
+        "WEIGHT": TYPES[weight],
+        "LEFT": TYPES[factor],
+        "RIGHT": TYPES[factor],
+        "ALIGNED": True,
     }
     signature = {**pointers, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
-    names = row_norm_kernel.arg_names
+    names = kernel.arg_names
     signature = {name: signature[name] for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in (*pointers, *integers)}
     aligned.pop((names.index("scale"),))
-    return ASTSource(row_norm_kernel, signature, {(names.index(k),): v for k, v in constants.items()}, aligned)
+    return ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items() if k in names}, aligned)
 
 
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("config", configs.ROW_NORM, ids=lambda c: f"{8 * c.factor_bytes}bit-rank{c.max_rank}")
-def test_row_norm(config: configs.RowNormConfig, architecture: int) -> None:
-    registers, spills, shared = compiled(
-        architecture, row_norm_source(config, False), config.num_warps, config.num_stages
-    )
+@pytest.mark.parametrize("grouped", [False, True], ids=["one", "group"])
+def test_row_norm(config: configs.RowNormConfig, architecture: int, grouped: bool) -> None:
+    source = row_norm_source(config, False, grouped)
+    registers, spills, shared = compiled(architecture, source, config.num_warps, config.num_stages)
     assert spills == 0
     assert registers <= 255
     assert shared <= SHARED[architecture]
+
+
+def test_a_group_loads_as_wide_vectors_as_one_norm() -> None:
+    """Addresses that a kernel reads from memory have no alignment of their own."""
+    config = configs.ROW_NORM[0]
+    wide = []
+    for grouped in (False, True):
+        kernel = triton.compile(
+            row_norm_source(config, False, grouped),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": config.num_warps, "num_stages": config.num_stages},
+        )
+        wide.append(len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", kernel.asm["ptx"])))
+    assert wide[0] == wide[1] > 0
 
 
 @pytest.mark.parametrize("architecture", SHARED)

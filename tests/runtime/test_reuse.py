@@ -54,13 +54,26 @@ class _Marked(torch.nn.Parameter):
     """A subclass, as quantised and sharded parameters are."""
 
 
+def keep(tensors: list[torch.Tensor], norm: torch.Tensor) -> None:
+    norm_store().keep(norm_store().observe("n", tensors), norm)
+
+
 def test_subclasses_are_not_kept() -> None:
-    store = norm_store()
     plain = [torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)]
-    store.keep("n", plain, torch.randn(4))
-    assert len(store) == 1
-    store.keep("n", [_Marked(plain[0]), *plain[1:]], torch.randn(4))
-    assert len(store) == 1
+    keep(plain, torch.randn(4))
+    assert len(norm_store()) == 1
+    keep([_Marked(plain[0]), *plain[1:]], torch.randn(4))
+    assert len(norm_store()) == 1
+
+
+def test_a_write_while_a_norm_is_computed_shows() -> None:
+    """Whatever another thread writes between the start of a computation and its end."""
+    tensors = [torch.randn(4, 3)]
+    for write in (lambda t: t.mul_(2), lambda t: t.data.mul_(2)):
+        observed = norm_store().observe("n", tensors)
+        write(tensors[0])
+        norm_store().keep(observed, torch.randn(4))
+        assert norm_store().kept("n", tensors) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -68,19 +81,31 @@ def test_any_layout_is_sampled(dtype: torch.dtype) -> None:
     """Whatever strides a tensor has, a change of all of it shows, and none does not; one element will do."""
     for tensor in (
         torch.randn(7, 5).to(dtype),
+        torch.randn(64, 65).to(dtype),
         torch.randn(7, 5).to(dtype).t(),
         torch.randn(7, 10).to(dtype)[:, ::2],
+        torch.randn(6, 4).to(dtype)[2:],
         torch.randn(3, 1, 4).to(dtype).expand(3, 6, 4)[1:],
         torch.ones(1).to(dtype),
+        torch.full((3, 4), float("nan")).to(dtype),
         torch.empty(0, 3).to(dtype),
     ):
-        store = norm_store()
-        store.clear()
+        norm_store().clear()
         norm = torch.randn(4)
-        store.keep("n", [tensor], norm)
-        assert store.kept("n", [tensor]) is norm
-        tensor.data.add_(3) if tensor.dim() < 3 else tensor.data[:, 0].add_(3)
-        assert (store.kept("n", [tensor]) is None) == bool(tensor.numel())
+        keep([tensor], norm)
+        assert norm_store().kept("n", [tensor]) is norm
+        tensor.data.copy_(torch.full_like(tensor, 3)) if tensor.dim() < 3 else tensor.data[:, 0].add_(3)
+        assert (norm_store().kept("n", [tensor]) is None) == bool(tensor.numel())
+
+
+def test_samples_come_from_many_columns() -> None:
+    """Also where the sizes are powers of two: the write of any half of the columns shows."""
+    for start in (0, 64):
+        norm_store().clear()
+        tensor = torch.randn(256, 128)
+        keep([tensor], torch.randn(256))
+        tensor.data[:, start : start + 64] *= 2
+        assert norm_store().kept("n", [tensor]) is None
 
 
 def test_inference_mode_then_gradients() -> None:

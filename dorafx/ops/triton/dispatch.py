@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from dorafx.ops import norm
 
-__all__ = ["available", "row_norm", "takes"]
+__all__ = ["available", "row_norm", "row_norms", "takes"]
 
 
 @functools.cache
@@ -33,3 +35,39 @@ def row_norm(
     from .row_norm import launch
 
     return launch(weight, left, right, scale)
+
+
+def row_norms(
+    weights: Sequence[torch.Tensor],
+    lefts: Sequence[torch.Tensor],
+    rights: Sequence[torch.Tensor],
+    scales: Sequence[float],
+    algorithm: str,
+    squares: Sequence[torch.Tensor | None],
+) -> list[torch.Tensor]:
+    """See :func:`dorafx.ops.norm.row_norms`; what has one shape, dtypes and strides takes one launch."""
+    norm.check_lists(weights, lefts, rights, scales, squares)
+    operands = list(zip(weights, lefts, rights))
+    for group in operands:
+        norm.check_operands(*group)
+    if algorithm not in ("auto", "tiled") or not available():
+        return norm.row_norms(weights, lefts, rights, scales, algorithm, squares)
+    from .row_norm import launch_group
+
+    groups: dict[Any, list[int]] = {}
+    for i, tensors in enumerate(operands):
+        groups.setdefault(group_key(tensors, scales[i]), []).append(i)
+    norms: list[Any] = [None] * len(operands)
+    for members in groups.values():
+        if takes(*operands[members[0]]):
+            found = launch_group([operands[i] for i in members], scales[members[0]])
+        else:
+            found = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
+        for i, value in zip(members, found):
+            norms[i] = value
+    return norms
+
+
+def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
+    """Equal for norms that one launch serves."""
+    return scale, tensors[0].device, *((t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors)

@@ -7,21 +7,22 @@ is divided too; the partial sums are then added in a fixed order, so results do 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from . import configs
 
-__all__ = ["finish_kernel", "launch", "row_norm_kernel"]
+__all__ = ["finish_kernel", "grouped_row_norm_kernel", "launch", "launch_group", "row_norm_kernel"]
 
 
 @triton.jit
-def row_norm_kernel(
+def _squares_of_rows(
     weight,
     left,
     right,
-    out,
     scale,
     d_out,
     d_in,
@@ -37,7 +38,6 @@ def row_norm_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SINGLE: tl.constexpr,
-    SPLIT: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -77,20 +77,103 @@ def row_norm_kernel(
         total += tl.sum(value * value, axis=1)
         weight += COLUMNS * stride_wi
         right += COLUMNS * stride_ri
-    rows = row + tile_rows
+    return total
+
+
+@triton.jit
+def row_norm_kernel(
+    weight,
+    left,
+    right,
+    out,
+    scale,
+    d_out,
+    d_in,
+    rank,
+    part,
+    stride_wo,
+    stride_wi,
+    stride_lo,
+    stride_lr,
+    stride_rr,
+    stride_ri,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SINGLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    total = _squares_of_rows(
+        weight, left, right, scale, d_out, d_in, rank, part,
+        stride_wo, stride_wi, stride_lo, stride_lr, stride_rr, stride_ri,
+        ROWS, COLUMNS, DEPTH, SINGLE, OPERAND, PRECISION, STAGES,
+    )  # fmt: skip
     if not SPLIT:
         total = tl.sqrt_rn(total)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     tl.store(out + tl.program_id(1) * d_out + rows, total, mask=rows < d_out)
 
 
 @triton.jit
+def grouped_row_norm_kernel(
+    pointers,
+    out,
+    scale,
+    d_out,
+    d_in,
+    rank,
+    part,
+    stride_wo,
+    stride_wi,
+    stride_lo,
+    stride_lr,
+    stride_rr,
+    stride_ri,
+    WEIGHT: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SINGLE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    index = tl.program_id(2)
+    weight = tl.load(pointers + 3 * index).to(tl.pointer_type(WEIGHT))
+    left = tl.load(pointers + 3 * index + 1).to(tl.pointer_type(LEFT))
+    right = tl.load(pointers + 3 * index + 2).to(tl.pointer_type(RIGHT))
+    if ALIGNED:
+        # What the launcher tells of arguments, it cannot tell of addresses in memory: without it loads are not vectors.
+        weight, left, right = tl.multiple_of(weight, 16), tl.multiple_of(left, 16), tl.multiple_of(right, 16)
+    total = _squares_of_rows(
+        weight, left, right, scale, d_out, d_in, rank, part,
+        stride_wo, stride_wi, stride_lo, stride_lr, stride_rr, stride_ri,
+        ROWS, COLUMNS, DEPTH, SINGLE, OPERAND, PRECISION, STAGES,
+    )  # fmt: skip
+    if not SPLIT:
+        total = tl.sqrt_rn(total)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    out += (index * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * d_out
+    tl.store(out + rows, total, mask=rows < d_out)
+
+
+@triton.jit
 def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
+    index = tl.program_id(1).to(tl.int64)
+    partial += index * parts * d_out
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < d_out
     total = tl.zeros([ROWS], dtype=tl.float32)
-    for index in range(parts):
-        total += tl.load(partial + index * d_out + rows, mask=mask, other=0.0)
-    tl.store(out + rows, tl.sqrt_rn(total), mask=mask)
+    for part in range(parts):
+        total += tl.load(partial + part * d_out + rows, mask=mask, other=0.0)
+    tl.store(out + index * d_out + rows, tl.sqrt_rn(total), mask=mask)
 
 
 def operand_type(left: torch.dtype, right: torch.dtype, interpreted: bool = False) -> tl.dtype:
@@ -102,48 +185,73 @@ def operand_type(left: torch.dtype, right: torch.dtype, interpreted: bool = Fals
 
 
 def launch(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, parts: int | None = None
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    parts: int | None = None,
+    config: configs.RowNormConfig | None = None,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.norm.row_norm`; operands on one CUDA device, checked, not fp64, not empty.
 
     Args:
         parts: into how many parts d_in is divided; by default as many as fill the device.
+        config: block sizes; by default those of the table.
     """
-    d_out, d_in = weight.shape
-    rank = right.shape[0]
+    return launch_group([(weight, left, right)], scale, parts, config)[0]
+
+
+def launch_group(
+    norms: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    scale: float,
+    parts: int | None = None,
+    config: configs.RowNormConfig | None = None,
+) -> list[torch.Tensor]:
+    """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment, in one launch (two where d_in
+    is divided). Otherwise as :func:`launch`."""
+    weight, left, right = norms[0]
+    (d_out, d_in), rank = weight.shape, right.shape[0]
     operand = operand_type(left.dtype, right.dtype, weight.device.type == "cpu")
-    config = configs.row_norm_config(4 if operand == tl.float32 else 2, rank)
+    if config is None:
+        config = configs.row_norm_config(4 if operand == tl.float32 else 2, rank)
     row_blocks, column_blocks = triton.cdiv(d_out, config.rows), triton.cdiv(d_in, config.columns)
     if parts is None:
-        parts = configs.splits(row_blocks, column_blocks, configs.multiprocessors(weight.device))
+        processors = configs.multiprocessors(weight.device)
+        parts = configs.splits(row_blocks * len(norms), column_blocks, processors)
     part = triton.cdiv(column_blocks, parts) * config.columns
     parts = triton.cdiv(d_in, part)
-    out = torch.empty(d_out, dtype=torch.float32, device=weight.device)
-    sums = torch.empty(parts, d_out, dtype=torch.float32, device=weight.device) if parts > 1 else out
+    out = torch.empty(len(norms), d_out, dtype=torch.float32, device=weight.device)
+    sums = torch.empty(len(norms), parts, d_out, dtype=torch.float32, device=weight.device) if parts > 1 else out
+    sizes = (scale, d_out, d_in, rank, part, *weight.stride(), *left.stride(), *right.stride())
+    constants = {
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "DEPTH": config.depth,
+        "SINGLE": config.single,
+        "SPLIT": parts > 1,
+        "OPERAND": operand,
+        "PRECISION": "tf32x3" if operand == tl.float32 else "tf32",
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+    }
     with torch.accelerator.device_index(weight.device.index if weight.device.type == "cuda" else None):
-        row_norm_kernel[(row_blocks, parts)](
-            weight,
-            left,
-            right,
-            sums,
-            scale,
-            d_out,
-            d_in,
-            rank,
-            part,
-            *weight.stride(),
-            *left.stride(),
-            *right.stride(),
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            DEPTH=config.depth,
-            SINGLE=config.single,
-            SPLIT=parts > 1,
-            OPERAND=operand,
-            PRECISION="tf32x3" if operand == tl.float32 else "tf32",
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-        )
+        if len(norms) == 1:
+            row_norm_kernel[(row_blocks, parts)](weight, left, right, sums, *sizes, **constants)
+        else:
+            addresses = [t.data_ptr() for operands in norms for t in operands]
+            grouped_row_norm_kernel[(row_blocks, parts, len(norms))](
+                torch.tensor(addresses, dtype=torch.int64).to(weight.device, non_blocking=True),
+                sums,
+                *sizes,
+                WEIGHT=_TYPES[weight.dtype],
+                LEFT=_TYPES[left.dtype],
+                RIGHT=_TYPES[right.dtype],
+                ALIGNED=not any(address % 16 for address in addresses),
+                **constants,
+            )
         if parts > 1:
-            finish_kernel[(triton.cdiv(d_out, 256),)](sums, out, d_out, parts, ROWS=256, num_warps=4)
-    return out
+            finish_kernel[(triton.cdiv(d_out, 256), len(norms))](sums, out, d_out, parts, ROWS=256, num_warps=4)
+    return list(out.unbind())
+
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

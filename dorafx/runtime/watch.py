@@ -1,0 +1,114 @@
+"""Watching tensors: what one was when something was computed from it, and whether it still is."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from dorafx import _compat
+
+__all__ = ["SAMPLES", "TensorState", "watchable"]
+
+SAMPLES = 8
+
+
+class TensorState:
+    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory.
+
+    Checked before every decoding step and for every layer, when the step has just washed the caches: few objects are
+    touched, and samples are compared where they lie.
+    """
+
+    __slots__ = ("pointer", "reference", "samples", "storage", "storage_id", "storage_size", "version")
+
+    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None], samples: int = SAMPLES) -> None:
+        self.reference = weakref.ref(tensor, on_death)
+        self.version = tensor._version
+        self.pointer = tensor.data_ptr()
+        self.storage = _compat.weak_storage(tensor)
+        self.storage_id = _compat.weak_storage_id(self.storage)
+        self.storage_size = tensor.untyped_storage().nbytes()
+        self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, samples)]
+
+    def change(self, tensor: torch.Tensor) -> str:
+        """What differs now; empty if nothing does."""
+        if self.reference() is not tensor:
+            return "another parameter"
+        if tensor._version != self.version:
+            return "a parameter was written"
+        storage = tensor.untyped_storage()
+        if (
+            tensor.data_ptr() != self.pointer
+            or _compat.storage_address(storage) != self.storage_id
+            or storage.nbytes() != self.storage_size
+        ):
+            return "a parameter's data was replaced"
+        # From here on the memory is known to be the tensor's still.
+        for view, sample in self.samples:
+            if view != sample:
+                return "a parameter's data was overwritten"
+        return ""
+
+
+_INTEGERS: dict[int, Literal["b", "h", "i", "q"]] = {1: "b", 2: "h", 4: "i", 8: "q"}
+
+
+def _views(tensor: torch.Tensor, samples: int) -> list[memoryview[int]]:
+    """Elements spread over a CPU tensor, as integers in its memory (NaN equals itself then). The views do not own it."""
+    if tensor.device.type != "cpu" or not tensor.numel() or tensor.element_size() not in _INTEGERS:
+        return []
+    numel, size, start = tensor.numel(), tensor.element_size(), tensor.data_ptr()
+    if _is_dense(tensor):
+        distance = _distance(numel, _inner_length(tensor), samples)
+        return [_memory(start, numel, size)[::distance]]
+    found = []
+    for k in range(min(samples, numel)):
+        position, offset = k * numel // min(samples, numel), 0
+        for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+            position, index = divmod(position, length)
+            offset += index * stride
+        found.append(_memory(start + offset * size, 1, size))
+    return found
+
+
+def _distance(numel: int, inner: int, samples: int) -> int:
+    """Between two of at least ``samples`` elements, if there are as many. Not a multiple of the rows' length: all samples
+    would come from one column, and with a power of two from one set of the cache."""
+    distance = max(1, numel // samples)
+    whole = distance // inner
+    if whole:  # five eighths of a row further each time: every eighth of the columns is met
+        return (whole - 1) * inner + (5 * inner // 8 | 1)
+    return distance
+
+
+def _inner_length(tensor: torch.Tensor) -> int:
+    """Elements along the dimension that is contiguous in memory."""
+    return max((n for n, stride in zip(tensor.shape, tensor.stride()) if stride == 1), default=1)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements lie side by side in memory, each once, in whatever order of dimensions."""
+    expected = 1
+    for stride, length in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
+        if stride != expected:
+            return False
+        expected *= length
+    return True
+
+
+def _memory(address: int, count: int, size: int) -> memoryview[int]:
+    return _of((ctypes.c_byte * (count * size)).from_address(address), size)
+
+
+def _of(buffer: Any, size: int) -> memoryview[int]:
+    return memoryview(buffer).cast("B").cast(_INTEGERS[size])
+
+
+def watchable(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether changes of these show: tensors made under inference mode count no versions, and the memory of a subclass may
+    be anywhere."""
+    return not any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
