@@ -386,7 +386,7 @@ class Emitter:
 
     def _flat(self, node: fx.Node) -> fx.Node:
         value = self.tensor(node)
-        return node if value.dim() == 2 else self.method("reshape", node, -1, value.shape[-1])
+        return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 
     def _out_dtype(self) -> torch.dtype:
         assert self.site is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..algebra import Diag, Expr
@@ -18,6 +19,8 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, 
     x = tensor_of(lhs)
     if weight is None or x is None or weight.dim() != 2 or x.dim() < 2:
         return None
+    if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
+        return None  # an error when it runs, which tracing does not see; autocast, which mixes others, casts no fp64
     left, right = lift.operand(lhs), lift.operand(rhs, weight=True)
     if left is None or right is None:
         return None
