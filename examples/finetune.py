@@ -6,13 +6,24 @@ import tempfile
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 import dorafx
 
-# A text that ships with Python, one token a byte.
-TEXT = torch.tensor(list((__import__("this").s * 8).encode()))
+TEXT = __import__("this").s  # ships with Python, in its own cipher
 LENGTH = 64
+
+
+def trained_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte pairs learned from the text, so that nothing is downloaded."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def base_model() -> LlamaForCausalLM:
@@ -23,7 +34,7 @@ def base_model() -> LlamaForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        vocab_size=128,
+        vocab_size=320,
         max_position_embeddings=LENGTH,
     )
     return LlamaForCausalLM(config)
@@ -34,7 +45,8 @@ def main() -> None:
         base_model(), LoraConfig(r=8, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM")
     )
     dorafx.optimize(model)
-    rows = [TEXT[i : i + LENGTH] for i in range(0, len(TEXT) - LENGTH, LENGTH)]
+    tokens = torch.tensor(trained_tokenizer()(TEXT * 8)["input_ids"])
+    rows = list(tokens.split(LENGTH))[:-1]
     data = [{"input_ids": row, "labels": row} for row in rows]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

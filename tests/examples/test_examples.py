@@ -16,15 +16,21 @@ PROMISES = {
     "custom_pattern.py": ["base_only", "1 modules rewritten, 0 missed"],
     "inspect_log.py": ["rewritten: linear [96, 64] rank 4", "operator tanh at", "report.html True"],
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
+    "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
+    "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
+NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers"}
+SLOW = ("diffusion.py",)
 
 
 def test_every_example_is_here() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(PROMISES)
 
 
-@pytest.mark.parametrize("name", PROMISES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PROMISES])
 def test_example(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(EXAMPLES / name)],
         cwd=tmp_path,
