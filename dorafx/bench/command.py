@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from .plan import ANCHORS, DTYPES, SUITES, Settings
 from .plot import FORMATS, plot
 from .results import Results
 from .run import run_bench
-from .shapes import PRESETS
+from .shapes import PRESETS, parse_shape
 from .table import markdown, summary, tables
+from .tune import run_tune
 
 __all__ = ["add_arguments", "run_command"]
 
@@ -51,6 +53,9 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--mode", default="default", help="Inductor's mode for all that is compiled")
     bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
+    bench.add_argument(
+        "--tune", action="store_true", help="search launch configurations on this GPU and print a table to paste"
+    )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing; draw the results of this file")
     bench.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print the results of this file")
     bench.add_argument("--markdown", action="store_true", help="with --table: as Markdown")
@@ -67,6 +72,8 @@ def run_command(options: argparse.Namespace) -> int:
     """
     if options.plot is not None or options.table is not None:
         return _show(options)
+    if options.tune:
+        return _tune(options)
     if options.markdown:
         raise ValueError("--markdown goes with --table FILE")
     settings = _settings(options)
@@ -97,6 +104,16 @@ def _show(options: argparse.Namespace) -> int:
         print(markdown(results))
     else:
         _print(results, Console())
+    return 0
+
+
+def _tune(options: argparse.Namespace) -> int:
+    if options.suites or options.output is not None:
+        raise ValueError("--tune prints a table, and measures no suite: leave suites and -o out")
+    shapes = [parse_shape(text) for text in options.shapes if text.lower() not in PRESETS]
+    shapes += [s for text in options.shapes if text.lower() in PRESETS for s in PRESETS[text.lower()].shapes()]
+    device = options.device or "cuda"
+    print(run_tune(device, shapes, options.seconds, lambda line: print(line, file=sys.stderr)))
     return 0
 
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dorafx.bench import tune
+from dorafx.bench.clock import Clock
 from dorafx.ops import reference
 from dorafx.ops.triton import configs
 from dorafx.ops.triton.row_norm import launch, launch_group
@@ -128,3 +130,14 @@ def test_configurations_are_those_that_were_run() -> None:
     assert {configs.row_norm_config(4, r).max_rank for r in (1, 16, 33, 64, 65, 150)} | {32} == {
         c.max_rank for c in configs.ROW_NORM if c.factor_bytes == 4
     }
+
+
+def test_tuning_times_what_is_right_and_refuses_what_is_not() -> None:
+    """The timer of ``dorafx bench --tune``, on interpreted kernels."""
+    problem = tune.Problem(70, 150, 16, 4)
+    clock = Clock("cpu", seconds=0.0, least=1, most=1)
+    other = configs.RowNormConfig(4, 16, 32, 64, 16, 4, 2)
+    assert tune.time_on(clock, other, problem) > 0
+    too_shallow = configs.RowNormConfig(4, 8, 32, 64, 8, 4, 2)
+    with pytest.raises(ArithmeticError, match="relative error"):
+        tune.time_on(clock, too_shallow, problem)

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ROW_NORM", "RowNormConfig", "multiprocessors", "row_norm_config", "splits"]
+__all__ = [
+    "ROW_NORM",
+    "TABLES",
+    "RowNormConfig",
+    "architecture",
+    "multiprocessors",
+    "row_norm_config",
+    "splits",
+    "table_of",
+]
 
 
 @dataclass(frozen=True)
@@ -47,9 +56,20 @@ ROW_NORM = (
 )
 
 
-def row_norm_config(factor_bytes: int, rank: int) -> RowNormConfig:
-    """The first configuration that serves operands of this width and rank."""
-    return next(c for c in ROW_NORM if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
+TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: ROW_NORM, 90: ROW_NORM, 100: ROW_NORM}
+"""A table for each architecture, by ten times its compute capability; ``dorafx bench --tune`` prints one measured on the
+device at hand. None has been measured: all are the one made by calculation."""
+
+
+def table_of(found: int) -> tuple[RowNormConfig, ...]:
+    """The table of an architecture: its own, that of the newest older one, or else the oldest."""
+    return TABLES[max((known for known in TABLES if known <= found), default=min(TABLES))]
+
+
+def row_norm_config(factor_bytes: int, rank: int, found: int = 90) -> RowNormConfig:
+    """The first configuration of an architecture's table that serves operands of this width and rank."""
+    table = table_of(found)
+    return next(c for c in table if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
 
 
 @functools.cache
@@ -72,3 +92,12 @@ def splits(row_blocks: int, column_blocks: int, processors: int) -> int:
 def multiprocessors(device: torch.device) -> int:
     """The device's streaming multiprocessors; 1 where kernels are interpreted on CPU tensors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Ten times the device's compute capability; 90 where kernels are interpreted on CPU tensors."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

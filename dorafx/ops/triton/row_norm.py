@@ -213,7 +213,8 @@ def launch_group(
     (d_out, d_in), rank = weight.shape, right.shape[0]
     operand = operand_type(left.dtype, right.dtype, weight.device.type == "cpu")
     if config is None:
-        config = configs.row_norm_config(4 if operand == tl.float32 else 2, rank)
+        width = 4 if operand == tl.float32 else 2
+        config = configs.row_norm_config(width, rank, configs.architecture(weight.device))
     row_blocks, column_blocks = triton.cdiv(d_out, config.rows), triton.cdiv(d_in, config.columns)
     if parts is None:
         processors = configs.multiprocessors(weight.device)

@@ -1,0 +1,212 @@
+"""``dorafx bench --tune``: search launch configurations of the row norm on the device at hand, and print its table.
+
+The table is pasted into :mod:`dorafx.ops.triton.configs`, so that nobody waits for a search at a first call; the tests then
+compile every configuration of it for every architecture and look for spilled registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+
+from dorafx.errors import DorafxError
+from dorafx.ops.norm import tiled
+from dorafx.ops.triton import dispatch
+from dorafx.ops.triton.configs import TABLES, RowNormConfig, architecture, table_of
+
+from .clock import Clock
+from .shapes import Shape
+
+__all__ = ["Choice", "Problem", "Timer", "candidates", "check_device", "paste", "run_tune", "search", "time_on", "tune"]
+
+SHAPES = (Shape(4096, 4096), Shape(8192, 8192), Shape(28672, 8192), Shape(1024, 8192))
+"""What is searched over by default: square and both kinds of oblong weights."""
+
+_RANKS_OF_ANY = (256, 384)
+"""The ranks that stand for those without a configuration of their own."""
+_ACCUMULATORS = 128
+"""Registers of a thread that the product's tile may fill: half of them; the weight's tile and the addresses need the rest."""
+_SHARED_BYTES = 160 << 10
+"""Shared memory of a block, on the architecture that has the least."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One norm to time: ``[d_out, d_in]`` at a rank, factors of 2 (bf16) or 4 (fp32) bytes; the weight is bf16."""
+
+    d_out: int
+    d_in: int
+    rank: int
+    factor_bytes: int
+
+
+Timer = Callable[[RowNormConfig, Problem], float]
+"""Seconds of a call; raises where the configuration does not compile, launch, or give the norm."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The configuration found for one row of the table.
+
+    Attributes:
+        config: the fastest.
+        gain: the geometric mean over the problems of the present configuration's time over its time; at least 1.
+        tried: configurations that ran.
+        failed: configurations that did not.
+    """
+
+    config: RowNormConfig
+    gain: float
+    tried: int
+    failed: int
+
+
+def candidates(factor_bytes: int, max_rank: int | None) -> list[RowNormConfig]:
+    """Configurations that may serve ranks up to ``max_rank``, without those that cannot fit a processor."""
+    found = []
+    depths = (32, 64) if max_rank is None else (max_rank,)
+    for rows, columns, depth, warps, stages in itertools.product(
+        (32, 64, 128), (64, 128, 256), depths, (4, 8), (2, 3, 4)
+    ):
+        accumulators = rows * columns // (32 * warps)
+        if max_rank is None:
+            staged = stages * factor_bytes * depth * (rows + columns)
+        else:  # left stays, tiles of the weight and right are prefetched
+            staged = factor_bytes * depth * rows + stages * (2 * rows + factor_bytes * depth) * columns
+        if 16 <= accumulators <= _ACCUMULATORS and staged <= _SHARED_BYTES:
+            found.append(RowNormConfig(factor_bytes, max_rank, rows, columns, depth, warps, stages))
+    return found
+
+
+def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer) -> Choice:
+    """The configuration with the least geometric mean of times over the problems.
+
+    Raises:
+        DorafxError: the present configuration does not run.
+    """
+    try:
+        before = [timer(present, problem) for problem in problems]
+    except Exception as error:
+        raise DorafxError(f"--tune: the configuration in use, {present}, failed: {_first_line(error)}") from error
+    best, gain, ran, failed = present, 1.0, 1, 0
+    for config in tried:
+        if config == present:
+            continue
+        try:
+            after = [timer(config, problem) for problem in problems]
+        except Exception:  # too large for the device, or the compiler gives up: one candidate less
+            failed += 1
+            continue
+        ran += 1
+        ratio = math.exp(statistics.fmean(math.log(b / a) for b, a in zip(before, after)))
+        if ratio > gain:
+            best, gain = config, ratio
+    return Choice(best, gain, ran, failed)
+
+
+def tune(
+    table: Sequence[RowNormConfig],
+    shapes: Sequence[Shape],
+    timer: Timer,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[Choice]:
+    """Search for every row of a table.
+
+    Args:
+        table: the configurations in use.
+        shapes: weights to time; ranks of their own are not heeded, since a row of the table serves ranks.
+        timer: times one configuration.
+        report: told of each row that is done.
+    """
+    choices = []
+    for present in table:
+        ranks = _RANKS_OF_ANY if present.max_rank is None else (present.max_rank,)
+        sizes = dict.fromkeys((s.d_out, s.d_in) for s in shapes or SHAPES)
+        problems = [Problem(*size, rank, present.factor_bytes) for size in sizes for rank in ranks]
+        choice = search(present, candidates(present.factor_bytes, present.max_rank), problems, timer)
+        choices.append(choice)
+        upto = "any rank" if present.max_rank is None else f"rank to {present.max_rank}"
+        report(
+            f"{8 * present.factor_bytes}-bit factors, {upto}: {choice.gain:.2f}x the speed of the present one; "
+            f"{choice.tried} ran, {choice.failed} did not"
+        )
+    return choices
+
+
+def paste(name: str, choices: Sequence[Choice]) -> str:
+    """The table as Python."""
+    rows = "".join(f"    RowNormConfig({', '.join(map(repr, astuple(c.config)))}),\n" for c in choices)
+    return f"{name} = (\n{rows})"
+
+
+def time_on(clock: Clock, config: RowNormConfig, problem: Problem) -> float:
+    """Seconds of the kernel in this configuration: the median of cold calls.
+
+    Raises:
+        ArithmeticError: what it computes is not the norm; and whatever Triton raises.
+    """
+    from dorafx.ops.triton.row_norm import launch
+
+    operands = _operands(problem, clock.device)
+
+    def step() -> torch.Tensor:
+        return launch(*operands, 0.5, config=config)
+
+    error = ((step() - _exact(problem, clock.device)).abs() / _exact(problem, clock.device)).max().item()
+    if not error <= 1e-3:
+        raise ArithmeticError(f"{config}: relative error {error}")
+    return statistics.median(clock.samples(step, cold=True))
+
+
+@functools.lru_cache(maxsize=1)
+def _operands(problem: Problem, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    factor = torch.bfloat16 if problem.factor_bytes == 2 else torch.float32
+    shapes = (problem.d_out, problem.d_in), (problem.d_out, problem.rank), (problem.rank, problem.d_in)
+    dtypes = (torch.bfloat16, factor, factor)
+    weight, left, right = (
+        torch.randn(shape, generator=generator, device=device).to(dtype) for shape, dtype in zip(shapes, dtypes)
+    )
+    return weight, left, right
+
+
+@functools.lru_cache(maxsize=64)
+def _exact(problem: Problem, device: str) -> torch.Tensor:
+    return tiled(*_operands(problem, device), 0.5)
+
+
+def check_device(device: str) -> int:
+    """The architecture to tune for, 90 for compute capability 9.0.
+
+    Raises:
+        ValueError: there is no CUDA device, or no Triton.
+    """
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        raise ValueError("--tune times launch configurations on a CUDA device, and there is none here")
+    if not dispatch.available():
+        raise ValueError("--tune times Triton kernels, and Triton is not installed")
+    return architecture(torch.device(device))
+
+
+def run_tune(device: str, shapes: Sequence[Shape], seconds: float, report: Callable[[str], None]) -> str:
+    """Tune for the device; returns the table to paste.
+
+    Raises:
+        ValueError: see :func:`check_device`.
+        DorafxError: see :func:`search`.
+    """
+    found = check_device(device)
+    clock = Clock(device, min(seconds, 0.05))
+    choices = tune(table_of(found), shapes, functools.partial(time_on, clock), report)
+    key = max((known for known in TABLES if known <= found), default=min(TABLES))
+    return f"# dorafx/ops/triton/configs.py: TABLES[{key}]\n" + paste(f"ROW_NORM_{key}", choices)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
