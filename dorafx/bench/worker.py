@@ -46,6 +46,7 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
         DorafxError: dorafx left a DoRA layer as it was, or mended an anchor's, so that the figures would be another
             implementation's.
     """
+    mended = "dorafx.backend" in sys.modules  # before anything of a suite is imported
     from .suites import MEASURES
 
     if request["threads"]:
@@ -61,7 +62,6 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
     settings = {key: request[key] for key in ("mode", "codegen", "checkpointing", "micro_batches")}
     task = Task(request["name"], request["parameters"], clock, dtype, **settings)
     rewrite_log().clear()
-    mended = "dorafx.backend" in sys.modules
     before = _compat.graph_statistics()
     figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
     graphs, breaks = (now - then for now, then in zip(_compat.graph_statistics(), before))

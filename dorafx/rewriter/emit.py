@@ -258,12 +258,18 @@ class Emitter:
             scale = Poly(((scalars, c),))
             if scale.constant != 1.0:
                 term = self.scaled(term, scale)
-            total = term if total is None else self.call(torch.add, total, term)
+            total = term if total is None else self._added(total, term)
         if total is None:
             raise CannotEmit("a sum of nothing but biases")
         if bias.items:
             total = self.call(torch.add, total, self.cast(self.vector(bias), self.tensor(total).dtype))
         return total
+
+    def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
+        """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
+        if _sizes(self.tensor(total).shape) != _sizes(self.tensor(term).shape):
+            total, term = self._flat(total), self._flat(term)
+        return self.call(torch.add, total, term)
 
     def scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
         constant = scale.constant
@@ -316,7 +322,7 @@ class Emitter:
         alpha = part.scale.constant
         if alpha is None or not isinstance(last, Mat) or len(part.core) < 2 or last.atom == ONES:
             node = self.product(part.core)
-            return self.call(torch.add, base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
+            return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
         left = self.product(part.core[:-1])
         dtype = self.tensor(base).dtype
         right = self.cast(self.atom(last.atom), dtype)
@@ -337,7 +343,7 @@ class Emitter:
             node = self.product(part.core)
             if part.scale.constant != 1.0:
                 node = self.scaled(node, part.scale)
-            total = node if total is None else self.call(torch.add, total, node)
+            total = node if total is None else self._added(total, node)
         assert total is not None
         return total, 1.0
 
