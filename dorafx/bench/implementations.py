@@ -54,6 +54,19 @@ class Task:
 
         return stepped
 
+    def compile_in_place(self, model: torch.nn.Module) -> None:
+        """Compile a model's adapter layers one by one, if this implementation is compiled."""
+        if self.name == "dorafx":
+            import dorafx
+
+            dorafx.optimize(model, codegen=self.codegen)
+        elif self.name in COMPILED:
+            from peft.tuners.lora import LoraLayer
+
+            for layer in model.modules():
+                if isinstance(layer, LoraLayer):
+                    layer.compile(backend=COMPILED[self.name])  # type: ignore[operator]
+
     def random(self, *shape: int) -> torch.Tensor:
         """Standard normal values in the task's dtype; the worker seeds the generator, so every process draws the same."""
         return torch.randn(*shape, dtype=self.dtype, device=self.clock.device)

@@ -61,6 +61,12 @@ SUITES = {
     "layer": Suite("one DoRA linear, forward and training", _EVERY, ("peft", "peft-inductor", "lora", "merged"), ""),
     "model": Suite("a Llama-shaped PEFT model, prefill and training step", _EVERY, ("peft", "lora"), ""),
     "decode": Suite("one token with a filled key-value cache", _EVERY, ("peft", "lora", "merged"), ""),
+    "generate": Suite(
+        "HF generate(), one token after another, compiled an adapter layer at a time",
+        ("peft", "dense", "chunked", "lora"),
+        ("peft", "lora"),
+        "its layers are not compiled one by one",
+    ),
     "memory": Suite(
         "bytes that autograd saves, and peak memory of a training step",
         ("peft", "peft-inductor", "dense", "chunked", "lora"),

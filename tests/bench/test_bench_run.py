@@ -26,6 +26,7 @@ FIGURES = {
     "layer": {"forward", "training step"},
     "model": {"prefill", "training step"},
     "decode": {"one token"},
+    "generate": {"a token, dynamic cache", "a token, static cache"},
     "memory": {"saved", "temporaries", "peak"},
     "compile": {"compilation", "graphs", "graph breaks"},
     "pass": {"pass", "nodes", "pass a node"},

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..implementations import Task
-from . import compiling, compose, decode, layer, memory, model, norm, rewriting
+from . import compiling, compose, decode, generate, layer, memory, model, norm, rewriting
 
 __all__ = ["MEASURES", "Figures"]
 
@@ -18,6 +18,7 @@ MEASURES: dict[str, Callable[[Task], Figures]] = {
     "layer": layer.measure,
     "model": model.measure,
     "decode": decode.measure,
+    "generate": generate.measure,
     "memory": memory.measure,
     "compile": compiling.measure,
     "pass": rewriting.measure,

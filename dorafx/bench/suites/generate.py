@@ -1,0 +1,67 @@
+"""HF ``generate()``: seconds a new token, with its dynamic and with its static cache."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from ..implementations import Task, build_model
+from ..models import Size
+from .model import token_ids
+
+__all__ = ["measure"]
+
+NEW_TOKENS = 24
+_WARM_UP = 8
+"""Tokens whose shapes are compiled: a dynamic cache grows, and the second length makes the compiler generalise."""
+
+
+def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+    """Seconds from one new token to the next after a prompt of ``size.tokens``. What is compiled is compiled in place, an
+    adapter layer at a time, as ``dorafx.optimize`` does it: ``generate`` of a PEFT model does not pass through a call of the
+    whole model that ``torch.compile`` returns."""
+    size = Size(**task.parameters["size"])
+    model = build_model(task, size).eval()
+    task.compile_in_place(model)
+    ids = token_ids(task, size.tokens)
+    return {f"a token, {kind} cache": ("s", _between_tokens(task, model, ids, kind)) for kind in ("dynamic", "static")}
+
+
+class _Times:
+    """A stopping criterion that stops nothing: ``generate`` calls it after each new token."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.at: list[float] = []
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
+        self.task.clock.synchronise()
+        self.at.append(time.perf_counter())
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+
+def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> list[float]:
+    from transformers import GenerationConfig, StoppingCriteriaList
+
+    # No end token, so that every call makes as many; the model's forward as a whole is compiled by nobody.
+    config = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, use_cache=True, disable_compile=True,
+        cache_implementation=kind,
+    )  # fmt: skip
+    found: list[float] = []
+    for warming in (True, False):
+        start = time.perf_counter()
+        while not found or time.perf_counter() - start < task.clock.seconds:
+            times = _Times(task)
+            model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([times]),
+            )
+            if warming:
+                break
+            found += [after - before for before, after in zip(times.at[_WARM_UP:], times.at[_WARM_UP + 1 :])]
+    return found

@@ -1,0 +1,204 @@
+"""Does training with dorafx go where training with stock PEFT goes? Losses of every step, for several seeds.
+
+    python examples/benchmarks/parity.py --out examples/benchmarks/results/cpu-parity.json
+
+For each seed a Llama-shaped model is trained on the first half of a text, and then fine-tuned with DoRA on the second half,
+twice from the same state: by stock PEFT, eagerly, and by dorafx. Each run is a process of its own. The text is the language
+reference that ships with Python (``pydoc_data.topics``), by bytes. Writes the losses as JSON, and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dorafx.bench.environment import describe_environment
+from dorafx.bench.processes import PEFT, run_job
+
+LIMIT = 7.1e-4
+"""Mean difference of the losses of a step that arXiv:2603.22276 reports between its factored norm and PEFT's."""
+
+BATCH, LENGTH = 4, 64
+
+
+def corpus() -> torch.Tensor:
+    """The text as bytes, ``[bytes]``."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    return torch.tensor(list(text.encode()))
+
+
+def batches(text: torch.Tensor, steps: int, seed: int) -> list[torch.Tensor]:
+    """``[BATCH, LENGTH]`` pieces of the text from random places, the same for every run of a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(text) - LENGTH, (steps, BATCH), generator=generator)
+    return [torch.stack([text[start : start + LENGTH] for start in row.tolist()]) for row in starts]
+
+
+def base_model(hidden: int, layers: int, seed: int) -> Any:
+    """A Llama-shaped model with random weights, fp32: the base model is trained so, whatever it is fine-tuned in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=256,
+        max_position_embeddings=LENGTH,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(model: Any, data: list[torch.Tensor], rate: float, report: Callable[[str], None]) -> list[float]:
+    """Train with AdamW; the loss of every step."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    losses = []
+    model.train()
+    for step, ids in enumerate(data):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        if step % 100 == 99:
+            report(f"step {step + 1}: loss {losses[-1]:.3f}")
+    return losses
+
+
+def job(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+    """One run: ``base`` trains the base model and saves it; ``stock`` and ``dorafx`` fine-tune what it saved."""
+    torch.set_num_threads(request["threads"])
+    seed, text = request["seed"], corpus()
+    model = base_model(request["hidden"], request["layers"], seed)
+    half = len(text) // 2
+    if request["run"] == "base":
+        losses = train(model, batches(text[:half], request["base_steps"], seed), 1e-3, report)
+        torch.save(model.state_dict(), request["state"])
+        return {"losses": losses, "parameters": sum(p.numel() for p in model.parameters())}
+    from peft import LoraConfig, get_peft_model
+
+    model.load_state_dict(torch.load(request["state"], weights_only=True))
+    torch.manual_seed(seed)
+    adapter = LoraConfig(
+        r=request["rank"],
+        lora_alpha=2 * request["rank"],
+        use_dora=True,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model.to(getattr(torch, request["dtype"])), adapter)
+    rewritten = 0
+    if request["run"] == "dorafx":
+        import dorafx
+
+        dorafx.optimize(model, strict=True)
+    losses = train(model, batches(text[half:], request["steps"], seed + 1000), 1e-3, report)
+    if request["run"] == "dorafx":
+        rewritten = len({record.site for record in dorafx.rewrite_log().rewrites})
+        if rewritten != 7 * request["layers"]:
+            raise RuntimeError(f"{rewritten} of {7 * request['layers']} layers were rewritten")
+    return {"losses": losses, "rewritten": rewritten}
+
+
+def difference(stock: list[float], ours: list[float]) -> dict[str, float]:
+    """Mean and largest absolute difference of the losses of a step, and of the last hundred steps' mean losses."""
+    apart = [abs(a - b) for a, b in zip(stock, ours)]
+    tail = -min(100, len(stock))
+    return {
+        "mean": statistics.fmean(apart),
+        "largest": max(apart),
+        "of the end": abs(statistics.fmean(stock[tail:]) - statistics.fmean(ours[tail:])),
+    }
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """All runs of all seeds; returns what is written as JSON."""
+    seeds = []
+    for seed in options.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            request = {**vars(options), "out": "", "seed": seed, "state": str(Path(folder) / "base.pt")}
+            results = {}
+            for name in ("base", "stock", "dorafx"):
+
+                def said(what: str, name: str = name, seed: int = seed) -> None:
+                    print(f"seed {seed}, {name}: {what}", flush=True)
+
+                results[name] = run_job(job, {**request, "run": name}, said, preload=PEFT)
+        stock, ours = results["stock"]["losses"], results["dorafx"]["losses"]
+        seeds.append(
+            {
+                "seed": seed,
+                "parameters": results["base"]["parameters"],
+                "rewritten": results["dorafx"]["rewritten"],
+                "difference": difference(stock, ours),
+                "stock": stock,
+                "dorafx": ours,
+            }
+        )
+        print(f"seed {seed}: differences {seeds[-1]['difference']}", flush=True)
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    mean = statistics.fmean(seed["difference"]["mean"] for seed in seeds)
+    return {"environment": describe_environment("cpu", options.threads), "settings": settings, "mean": mean, "limit": LIMIT, "seeds": seeds}
+
+
+def plot(document: dict[str, Any], path: Path) -> None:
+    """Losses above, their differences below, a colour a seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    losses, apart = figure.subplots(2, 1, sharex=True)
+    for seed, colour in zip(document["seeds"], ("#0b6e4f", "#b0413e", "#4a7fb5", "#8367c7", "#e08e45")):
+        steps = range(1, len(seed["stock"]) + 1)
+        losses.plot(steps, seed["stock"], color=colour, linewidth=2.2, alpha=0.35, label=f"stock PEFT, seed {seed['seed']}")
+        losses.plot(steps, seed["dorafx"], color=colour, linewidth=0.7, label=f"dorafx, seed {seed['seed']}")
+        differences = [max(abs(a - b), 1e-9) for a, b in zip(seed["stock"], seed["dorafx"])]
+        apart.plot(steps, differences, color=colour, linewidth=0.6)
+    losses.set_ylabel("loss (nats a byte)")
+    losses.legend(fontsize=7, ncols=2)
+    apart.axhline(LIMIT, color="black", linestyle="--", linewidth=0.8, label=f"{LIMIT:g}")
+    apart.set_yscale("log")
+    apart.set_ylabel("difference of a step's losses")
+    apart.set_xlabel("step")
+    apart.legend(fontsize=7)
+    figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=2000, help="DoRA steps (default 2000)")
+    parser.add_argument("--base-steps", type=int, default=300, help="steps of the base model before (default 300)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the frozen weights; PEFT keeps the adapters in fp32 (default float32)",
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it")
+    options = parser.parse_args()
+    document = run(options)
+    options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    plot(document, options.out.with_suffix(".png"))
+    print(f"mean difference {document['mean']:.2e} (limit {LIMIT:g}); {options.out} and its plot are written")
+    return 0 if document["mean"] < LIMIT else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

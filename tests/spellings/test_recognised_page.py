@@ -1,0 +1,56 @@
+"""The page of what is recognised is made of the programs that the tests run, so it shows nothing else."""
+
+from __future__ import annotations
+
+import html
+import inspect
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from test_linear_spellings import FORMS, SPELLINGS
+from test_negatives import NEGATIVES
+
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "recognised.md"
+HEAD = """# What is recognised, and what is not
+
+Each program below is one that a test runs: its values and gradients are compared in fp64 with those of what dorafx made of it
+(`tests/spellings`, `tests/soundness/test_negatives.py`). `p` holds a layer's parameters, `lora(p, x)` is `x·Aᵀ·Bᵀ`, `S` a number.
+Any combination of their parts is fair too: `tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and
+convolutional layers are in `tests/integration`, whole models in [the zoo](zoo.md). Written by
+`DORAFX_WRITE_PAGES=1 pytest tests/spellings -k page`; the same test without it fails where this page is not current.
+
+"""
+
+
+def code(fn: Callable[..., torch.Tensor]) -> str:
+    """A function's body as one cell of a table."""
+    source = inspect.getsource(fn)
+    body = source[source.index(":\n", source.index("-> torch.Tensor")) + 2 :]
+    body = re.sub(r'^\s*""".*?"""\n', "", body, flags=re.DOTALL)
+    lines = inspect.cleandoc(re.sub(r"\s+#.*$", "", body, flags=re.MULTILINE)).splitlines()
+    return "<br>".join(f"<code>{html.escape(line).replace('|', '&#124;').replace('  ', '&nbsp; ')}</code>" for line in lines)
+
+
+def named(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def test_page() -> None:
+    rows = [
+        f"| {named(name)} | {code(fn)} | {', '.join(FORMS.get(name, ['linear']))} |" for name, fn in SPELLINGS.items()
+    ]
+    text = HEAD + f"## Rewritten whole: {len(rows)} spellings\n\n| spelling | program | form |\n|---|---|---|\n"
+    text += "\n".join(rows)
+    lines = []
+    for name, (fn, expected, reason) in NEGATIVES.items():
+        what = ", ".join("left alone" if found == "missed" else found for found in expected) or "no candidate"
+        lines.append(f"| {named(name)} | {code(fn)} | {what} | {html.escape(reason)} |")
+    text += f"\n\n## Left alone, or rewritten in its sound part: {len(lines)} programs that look like DoRA\n\n"
+    text += "| program | code | what happens | part of the logged reason |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    if os.environ.get("DORAFX_WRITE_PAGES"):
+        PAGE.write_text(text, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == text
+    assert len(rows) >= 50 and len(lines) >= 40
