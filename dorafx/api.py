@@ -16,7 +16,8 @@ from torch import fx
 
 from dorafx import _compat, capture
 from dorafx.errors import DorafxError
-from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.explanation import Explanation, graph_breaks_of
+from dorafx.log import RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
 from dorafx.validation import Check
@@ -183,29 +184,6 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     return report
 
 
-@dataclass
-class Explanation:
-    """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table."""
-
-    graph_count: int
-    graph_break_count: int
-    break_reasons: list[str] = field(default_factory=list)
-    log: RewriteLog = field(default_factory=RewriteLog)
-
-    @property
-    def rewrites(self) -> list[Record]:
-        return self.log.rewrites
-
-    @property
-    def misses(self) -> list[Record]:
-        return self.log.misses
-
-    def __str__(self) -> str:
-        lines = [f"{self.graph_count} graphs, {self.graph_break_count} graph breaks", str(self.log)]
-        lines += [f"graph break: {reason}" for reason in self.break_reasons]
-        return "\n".join(lines)
-
-
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """A dry run: trace one call of ``model``, rewrite every graph, compile nothing, and say what happened.
 
@@ -230,7 +208,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
         _compat.fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, max(0, graphs - 1), list(dict.fromkeys(breaks)), log)
+    return Explanation(graphs, graph_breaks_of(breaks), log)
 
 
 def rewrite(program: Any, *example_inputs: Any) -> Any:
