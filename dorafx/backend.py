@@ -69,6 +69,7 @@ def dorafx(
         raise _compat.through_dynamo(error) from None
     capture.install()
     program = rewrite_or_fall_back(gm, ours, members)
+    _trace(gm, program)
     compiled = codegen.compile_graph(program.graph, [*example_inputs, *program.norm_values], ours, inductor, mode)
     return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens)
 
@@ -82,12 +83,14 @@ class Program:
         norms: how the prologue computes each of them.
         checks: what the validation of each rewrite found.
         few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
+        log: the records of this graph alone.
     """
 
     graph: fx.GraphModule
     norms: tuple[HoistedNorm, ...] = ()
     few_tokens: bool = False
     checks: list[Check] = field(default_factory=list)
+    log: RewriteLog = field(default_factory=RewriteLog)
 
     @property
     def norm_values(self) -> list[Any]:
@@ -107,7 +110,8 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
             raise
         last = traceback.format_exception_only(type(error), error)[-1].strip()
         where = traceback.extract_tb(error.__traceback__)[-1]
-        rewrite_log().add(
+        program = Program(gm)
+        program.log.add(
             Record(
                 status="missed",
                 site=members[0],
@@ -118,10 +122,23 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
                 graph=graph_id,
             )
         )
+        rewrite_log().extend(program.log.records)
         if last not in _warned:
             _warned.add(last)
             warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=2)
-        return Program(gm)
+        return program
+
+
+def _trace(gm: fx.GraphModule, program: Program) -> None:
+    """Show what became of a graph to those who watch: ``TORCH_LOGS="+dorafx"``, and tlparse by way of ``TORCH_TRACE``."""
+    if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
+        _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
+        _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))
+    _compat.trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
+    if program.graph is not gm:
+        _compat.trace_artifact(
+            "dorafx_rewritten_graph", "string", lambda: program.graph.print_readable(print_output=False)
+        )
 
 
 def rewrite_graph_module(
@@ -168,13 +185,15 @@ def _rewrite_program(
         replace(r, norm_placement="graph" if r.site in inside else "prologue") if r.rewritten else r
         for r in found.records
     ]
-    log.extend((under(record, member) for member in members for record in records), found.drawings)
+    own = RewriteLog()
+    own.extend((under(record, member) for member in members for record in records), found.drawings)
+    log.extend(own.records, found.drawings)
     missed = [r for r in records if r.status == "missed"]
     if missed and options.strict:
         raise RewriteMissError(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
-    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks)
+    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks, own)
 
 
 @dataclass

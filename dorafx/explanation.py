@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dorafx.log import Record, RewriteLog
-from dorafx.log.table import as_text, console, finding
+from dorafx.log.table import as_text, finding, show
 
 __all__ = ["Explanation", "GraphBreak", "graph_breaks_of"]
 
@@ -117,7 +117,7 @@ class Explanation:
 
     def print(self, file: TextIO | None = None) -> None:
         """Print the table, in colour where ``file`` (standard output by default) is a terminal."""
-        console(file).print(self)
+        show(self, file)
 
     def to_dict(self) -> dict[str, Any]:
         """``{"graphs": int, "graph_breaks": int, "breaks": [break]}``; the log has its own JSON."""

@@ -88,7 +88,7 @@ def script(tmp_path: Path) -> Path:
 
 def test_explain(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{script}:build"]) == 0
-    assert "1 graphs, 0 graph breaks" in capsys.readouterr().out
+    assert "1 graph, 0 graph breaks" in capsys.readouterr().out
     assert main(["explain", f"{script}:build", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["graphs"] == 1
@@ -128,7 +128,7 @@ def test_explain_keeps_what_the_model_prints_out_of_the_json(script: Path, capsy
 
 def test_explain_a_model_without_arguments(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{script}:bare"]) == 0
-    assert "1 graphs, 0 graph breaks" in capsys.readouterr().out
+    assert "1 graph, 0 graph breaks" in capsys.readouterr().out
 
 
 def test_debug_shows_the_traceback(script: Path) -> None:

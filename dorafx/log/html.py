@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import re
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING
 
 import jinja2
-from markupsafe import Markup, escape
 
 from .drawing import Drawing, DrawnNode
 from .folding import Fold, fold, totals
@@ -35,7 +33,7 @@ def render(log: RewriteLog) -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(bytes=human_bytes, flops=human_flops, breakable=_breakable)
+    environment.filters.update(bytes=human_bytes, flops=human_flops)
     misses, rewrites = fold(log.misses), fold(log.rewrites)
     folds = misses + sorted(rewrites, key=lambda f: not f.first.reason)  # what is rewritten only in part comes next
     drawings = log.drawings
@@ -133,12 +131,3 @@ def _head(node: DrawnNode) -> str:
 
 def _start(text: str) -> str:
     return text if len(text) <= _CHARACTERS else f"{text[: _CHARACTERS - 1]}…"
-
-
-def _breakable(text: str) -> Markup:
-    """A name that may be broken behind its dots and slashes."""
-    return Markup("").join(
-        escape(part) if part not in "./" else escape(part) + Markup("<wbr>")
-        for part in re.split(r"([./])", text)
-        if part
-    )

@@ -4,6 +4,11 @@ const rows = [...body.rows];
 const headers = [...document.querySelectorAll("#log th")];
 const names = headers.map((th) => th.textContent.trim());
 for (const row of rows) [...row.cells].forEach((cell, i) => { cell.dataset.name = names[i]; });
+// Names may be broken behind their dots and slashes.
+for (const code of document.querySelectorAll("code")) {
+  const parts = code.textContent.split(/(?<=[./])/);
+  code.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
+}
 
 const value = (row, i) => {
   const cell = row.cells[i];

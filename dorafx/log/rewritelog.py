@@ -185,9 +185,9 @@ class RewriteLog:
 
     def print(self, file: TextIO | None = None) -> None:
         """Print the table, in colour where ``file`` (standard output by default) is a terminal."""
-        from .table import console
+        from .table import show
 
-        console(file).print(self)
+        show(self, file)
 
     def __rich__(self) -> RenderableType:
         from .table import renderable

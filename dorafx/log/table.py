@@ -16,7 +16,7 @@ from .folding import Fold, Totals, fold, totals
 if TYPE_CHECKING:
     from .rewritelog import RewriteLog
 
-__all__ = ["as_text", "console", "finding", "human_bytes", "human_flops", "printable", "renderable"]
+__all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "renderable", "show"]
 
 _COLUMNS = (
     "module", "x", "pattern", "shape", "rank", "dtype", "dense avoided", "norm FLOPs", "after", "norm", "codegen",
@@ -47,15 +47,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def console(file: TextIO | None = None) -> Console:
-    """A console on ``file`` (standard output by default): colours and the width of the terminal if it is one, else plain
-    text as wide as it needs to be."""
-    made = Console(file=file, highlight=False)
-    return made if made.is_terminal else Console(file=file, width=_plain_width(), color_system=None, highlight=False)
+def show(content: Any, file: TextIO | None = None) -> None:
+    """Print to ``file`` (standard output by default): in colour and to the terminal's width if it is one, else plain text."""
+    console = Console(file=file, highlight=False)
+    if console.is_terminal:
+        console.print(content)
+    else:
+        print(as_text(content), file=file)
 
 
 def as_text(content: Any) -> str:
-    """What :func:`console` prints, as plain text: it can go into a file or a bug report."""
+    """Plain text, as wide as it needs to be: it can go into a file or a bug report."""
     out = io.StringIO()
     Console(file=out, width=_plain_width(), color_system=None, highlight=False).print(content)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
