@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from rich.text import Text
+
 import dorafx
 from dorafx import _compat
 from dorafx.bench.command import add_arguments, run_command
@@ -167,12 +169,28 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from dorafx.doctor import examine
+    from rich.console import Console
+
+    from dorafx.doctor import bug_report, examine
 
     checks = examine()
+    failed = [check for check in checks if not check.passed]
     if options.json:
-        print(json.dumps([check.to_dict() for check in checks], indent=1))
-    else:
-        for check in checks:
-            print(f"{check.mark:4}  {check.name}: {check.detail}")
-    return 0 if all(check.passed for check in checks) else 1
+        answer = {"passed": not failed, "checks": [c.to_dict() for c in checks], "bug_report": bug_report(checks)}
+        print(json.dumps(answer, indent=1))
+        return 1 if failed else 0
+    console = Console(highlight=False, soft_wrap=True)
+    group = ""
+    for check in checks:
+        if check.group != group:
+            group = check.group
+            console.print(Text(group, style="bold"))
+        console.print(
+            Text.assemble(
+                (f"  {check.mark:4}", "green" if check.passed else "bold red"), f"  {check.name}: {check.detail}"
+            )
+        )
+    verdict = f"{len(failed)} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
+    console.print(Text(verdict, style="bold red" if failed else "bold green"))
+    print(f"\nPaste this into a bug report:\n\n{bug_report(checks)}")
+    return 1 if failed else 0

@@ -156,7 +156,7 @@ def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    wanted = f", which names {named!r}," if named else ""
+    wanted = f", {named!r}," if named else ""
     raise ValueError(
-        f"no config.json of the base model in or beside {folder}{wanted}: give its folder with --base (nothing is downloaded)"
+        f"the base model{wanted} has no config.json in or beside {folder}: give its folder with --base (nothing is downloaded)"
     )

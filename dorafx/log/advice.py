@@ -55,7 +55,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "Compile with `dynamic=False`, or mark the parameters' sizes static: the factors' shapes must be numbers.",
     ),
     (
-        r"dense matrices beside|no dense weight",
+        r"the norm is of a sum with",
         "Merge the frozen parts into one weight before the norm, or keep the low-rank parts separate from them.",
     ),
     (
