@@ -94,6 +94,14 @@ class Explanation:
         graph_count: graphs that Dynamo made of the call.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
+
+    >>> def noisy(x):
+    ...     print("once a forward")
+    ...     return layer(x)
+    >>> found = dorafx.explain(noisy, x)
+    once a forward
+    >>> found.graph_break_count, found.breaks[0].code, found.breaks[0].hints[0][:28]
+    (1, 'print("once a forward")', 'Avoid calling builtin `print')
     """
 
     graph_count: int

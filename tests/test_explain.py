@@ -53,8 +53,21 @@ def test_the_whole_answer() -> None:
     assert "2 graphs, 1 graph break\n" in text
     header, row, total = text.splitlines()[1:4]
     assert header.split() == (
-        ["module", "x", "pattern", "shape", "rank", "dtype", "dense", "avoided"]
-        + ["norm", "FLOPs", "after", "norm", "codegen"]
+        [
+            "module",
+            "x",
+            "pattern",
+            "shape",
+            "rank",
+            "dtype",
+            "dense",
+            "avoided",
+            "norm",
+            "FLOPs",
+            "after",
+            "norm",
+            "codegen",
+        ]
     )
     # 32 layers: one dense sum and one dense product of 256 bytes each; 2·8·8·2 FLOPs a norm, before and after.
     assert row.split("  ")[0] == "layers.*"

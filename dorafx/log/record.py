@@ -34,6 +34,13 @@ class Record:
         codegen: what compiled the rewritten graph.
         graph: number of the compiled graph within the process.
         drawing: key of a picture of the region in the log's ``drawings``; empty where there is none.
+
+    >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
+    ...     "low-rank product and the norm", source="model.py:14")
+    >>> print(record)
+    missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
+    >>> record.advice[:60]
+    'The delta inside the norm is no low-rank product then. Move '
     """
 
     status: str

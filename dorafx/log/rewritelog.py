@@ -45,6 +45,13 @@ class RewriteLog:
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
+
+    >>> log = dorafx.RewriteLog()
+    >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
+    >>> log
+    RewriteLog(1 rewrites, 0 misses)
+    >>> dorafx.RewriteLog.from_json(log.to_json()).records == log.records
+    True
     """
 
     def __init__(self, max_records: int = 100_000, max_drawings: int = 128) -> None:
@@ -266,7 +273,6 @@ _PROCESS_LOG = RewriteLog()
 def rewrite_log() -> RewriteLog:
     """The log of this process: a record of everything that was compiled with dorafx in it.
 
-    >>> import dorafx
     >>> log = dorafx.rewrite_log()
     >>> log.clear()
     >>> print(log)
