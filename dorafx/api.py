@@ -198,12 +198,16 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
         model: a module or function.
         args, kwargs: what to call it with.
 
+    Raises:
+        TypeError: ``model`` cannot be called.
+
     >>> report = dorafx.verify(layer, x)
     >>> report.passed, report.checks[0].error < 1e-12
     (True, True)
     """
     from dorafx.backend import rewrite_graph_module
 
+    _check_callable("verify", model)
     capture.install()
     report = VerifyReport([])
 
@@ -229,6 +233,9 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     Returns:
         What was found; ``print()`` it, or its ``print()`` method for colours in a terminal.
 
+    Raises:
+        TypeError: ``model`` cannot be called.
+
     >>> found = dorafx.explain(layer, x)
     >>> found.graph_count, found.graph_break_count, [r.pattern for r in found.rewrites], found.misses
     (1, 0, ['linear'], [])
@@ -241,6 +248,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     """
     from dorafx.backend import rewrite_graph_module
 
+    _check_callable("explain", model)
     capture.install()
     log = RewriteLog()
     graphs = 0
@@ -254,6 +262,11 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
         _compat.fresh_compile(model, collect)(*args, **kwargs)
     return Explanation(graphs, graph_breaks_of(breaks), log)
+
+
+def _check_callable(name: str, model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"{name} takes an nn.Module or a function, not {type(model).__name__}")
 
 
 def rewrite(program: Any, *example_inputs: Any) -> Any:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -31,10 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
         return code
     except KeyboardInterrupt:
         print("dorafx: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         # A traceback would end in exit code 1, which here means that the command ran.
         if options.debug:
@@ -133,6 +139,7 @@ def _explain(options: argparse.Namespace) -> int:
 
     if not options.debug:
         _compat.quiet_tracing_errors()
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and not the user's
     # What the model's code prints must not end up in the middle of the JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         if Path(options.target).is_dir():

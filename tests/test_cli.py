@@ -136,6 +136,20 @@ def test_explain_a_model_without_arguments(script: Path, capsys: pytest.CaptureF
     assert "1 graph, 0 graph breaks" in capsys.readouterr().out
 
 
+def test_a_reader_may_leave_early(tmp_path: Path) -> None:
+    log, page = tmp_path / "log.jsonl", tmp_path / "page.html"
+    log.write_text('{"status": "missed", "site": "a.b", "reason": "why"}\n', encoding="utf-8")
+    code = "import sys; from dorafx.cli import main; print('ready', flush=True); sys.stdin.read(); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "report", str(log), "-o", str(page)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_debug_shows_the_traceback(script: Path) -> None:
     with pytest.raises(KeyError):
         main(["explain", f"{script}:failing", "--debug"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -121,3 +123,22 @@ def test_what_dynamo_repeats_is_said_once() -> None:
 
 def test_nothing_found_is_said() -> None:
     assert "no DoRA computation was found" in str(dorafx.explain(nn.Linear(3, 3), torch.randn(2, 3)))
+
+
+@pytest.mark.parametrize("function", [dorafx.explain, dorafx.verify])
+def test_what_cannot_be_called_is_said(function: Any) -> None:
+    with pytest.raises(TypeError, match=r"takes an nn.Module or a function, not int"):
+        function(3)
+
+
+def test_narrow_terminals_get_lines_instead_of_columns() -> None:
+    log = RewriteLog()
+    site = "base_model.model.model.layers.{}.self_attn.q_proj"
+    log.extend(Record("rewritten", site.format(i), "linear", d_out=64, d_in=32, rank=4) for i in range(3))
+    for width, wide in ((90, False), (160, True)):
+        terminal = io.StringIO()
+        Console(file=terminal, width=width, color_system=None).print(log)
+        text = terminal.getvalue()
+        assert max(map(len, text.splitlines())) <= width
+        assert ("module  " in text) == wide
+        assert ("base_model.model.model.layers.*.self_attn.q_proj x 3\n  linear 64 x 32 rank 4" in text) == (not wide)

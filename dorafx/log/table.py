@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +21,7 @@ __all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "ren
 _COLUMNS = (
     "module", "x", "pattern", "shape", "rank", "dtype", "dense avoided", "norm FLOPs", "after", "norm", "codegen",
 )  # fmt: skip
+_WIDE = 10_000  # columns: as wide as a table may want to be
 _RIGHT = ("x", "rank", "dense avoided", "norm FLOPs", "after")
 
 
@@ -84,7 +85,7 @@ def renderable(log: RewriteLog) -> RenderableType:
     """The table, what was left alone in part or as a whole, and the totals."""
     rewrites, misses = fold(log.rewrites), fold(log.misses)
     sums = totals(log.records)
-    parts: list[RenderableType] = [_table(rewrites, sums)] if rewrites else []
+    parts: list[RenderableType] = [_Table(rewrites, sums)] if rewrites else []
     parts += _findings("partly", "bold yellow", (f for f in rewrites if f.first.reason))
     parts += _findings("missed", "bold red", misses)
     summary = Text(f"{sums.rewritten} modules rewritten, {sums.missed} missed", style="bold")
@@ -104,23 +105,49 @@ def _findings(head: str, style: str, folds: Iterable[Fold]) -> Iterable[Text]:
         yield finding(head, style, f"{where}: {f.first.reason}", f.first.source, f.first.advice)
 
 
-def _table(folds: list[Fold], sums: Totals) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
-        right = name in _RIGHT
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name != "module")
-    for f in folds:
-        r = f.first
-        cells = (
-            f.site or "(function)", str(f.count), r.pattern, f"{r.d_out} x {r.d_in}", str(r.rank), r.dtype,
-            human_bytes(r.dense_bytes_avoided * f.count), human_flops(r.flops_before * f.count),
-            human_flops(r.flops_after * f.count), r.norm_algorithm, r.codegen,
-        )  # fmt: skip
-        # Text: names are not markup, "block[0]" is a module's name.
-        table.add_row(*(Text(printable(cell), style="yellow" if r.reason else "") for cell in cells))
-    total = (
-        "total", str(sums.rewritten), "", "", "", "", human_bytes(sums.dense_bytes_avoided),
-        human_flops(sums.flops_before), human_flops(sums.flops_after), "", "",
-    )  # fmt: skip
-    table.add_row(*(Text(cell, style="bold") for cell in total))
-    return table
+class _Table:
+    """One row a fold, or where the terminal is too narrow for that, three lines a fold."""
+
+    def __init__(self, folds: list[Fold], sums: Totals) -> None:
+        self.folds = folds
+        self.sums = sums
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        table = self._wide()
+        if table.__rich_measure__(console, options.update(width=_WIDE)).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._narrow()
+
+    def _cells(self) -> Iterable[tuple[str, tuple[str, ...]]]:
+        """(style, cells) of each row, the last the total."""
+        for f in self.folds:
+            r = f.first
+            yield (
+                "yellow" if r.reason else "",
+                (
+                    f.site or "(function)", str(f.count), r.pattern, f"{r.d_out} x {r.d_in}", str(r.rank), r.dtype,
+                    human_bytes(r.dense_bytes_avoided * f.count), human_flops(r.flops_before * f.count),
+                    human_flops(r.flops_after * f.count), r.norm_algorithm, r.codegen,
+                ),
+            )  # fmt: skip
+        sums = self.sums
+        flops = human_flops(sums.flops_before), human_flops(sums.flops_after)
+        bytes_avoided = human_bytes(sums.dense_bytes_avoided)
+        yield "bold", ("total", str(sums.rewritten), "", "", "", "", bytes_avoided, *flops, "", "")
+
+    def _wide(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in _COLUMNS:
+            table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=True)
+        for style, cells in self._cells():
+            table.add_row(*(Text(printable(cell), style=style) for cell in cells))  # Text: "block[0]" is no markup
+        return table
+
+    def _narrow(self) -> Iterable[Text]:
+        for style, cells in self._cells():
+            module, count, pattern, shape, rank, dtype, avoided, before, after, norm, codegen = map(printable, cells)
+            yield Text(f"{module} x {count}", style=style or "cyan")
+            if pattern:
+                yield Text(f"  {pattern} {shape} rank {rank} {dtype}, {norm} norm, {codegen}")
+            yield Text(f"  {avoided} of dense intermediates avoided, norm FLOPs {before} -> {after}")
