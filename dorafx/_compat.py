@@ -56,6 +56,13 @@ def carry_node_attributes(old: Any, new: Any) -> None:
         new._dynamo_source = old._dynamo_source
 
 
+def input_source(node: Any) -> str:
+    """How Dynamo reached what a placeholder stands for, ``L['self']._parameters['weight']``; empty where it does not say."""
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "") if source is not None else ""
+    return str(name() if callable(name) else name)  # a method in older releases
+
+
 def mark_new_input(node: Any) -> None:
     """A placeholder that Dynamo did not make has no source; AOTAutograd accepts None, but not that nothing is said."""
     node._dynamo_source = None
@@ -202,17 +209,25 @@ def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]
 
 
 @contextlib.contextmanager
-def graph_breaks() -> Iterator[list[str]]:
-    """The graph breaks that happen inside: their reasons with the user's source line, one entry a break."""
-    from torch._dynamo.utils import counters
+def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
+    """The graph breaks that happen inside: of each Dynamo's reason and the user's stack (``FrameSummary``, innermost
+    last). Dynamo traces again what it has broken, so one break may come several times."""
+    from torch._dynamo.utils import graph_break_reasons
 
-    before = dict(counters["graph_break"])
-    found: list[str] = []
+    before = len(graph_break_reasons)
+    found: list[tuple[str, Any]] = []
     try:
         yield found
     finally:
-        for reason, count in counters["graph_break"].items():
-            found.extend([reason] * (count - before.get(reason, 0)))
+        found.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """A file of the graph being compiled in what ``TORCH_TRACE`` collects and tlparse shows; ``payload`` is not called
+    where nobody collects."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
 
 
 def exported_program_with_graph(program: Any, gm: Any) -> Any:

@@ -16,7 +16,8 @@ from torch import fx
 
 from dorafx import _compat, capture
 from dorafx.errors import DorafxError
-from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.explanation import Explanation, graph_breaks_of
+from dorafx.log import RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
 from dorafx.validation import Check
@@ -75,6 +76,11 @@ def optimize(
         ValueError: an unknown scope or option value.
         TypeError: ``model`` is no ``nn.Module``.
         DorafxError: the model is optimized already.
+
+    >>> dorafx.optimize(layer, codegen="eager") is layer
+    True
+    >>> layer(x).shape
+    torch.Size([8, 96])
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
@@ -105,8 +111,14 @@ def optimize(
 def restore(model: M) -> M:
     """Undo :func:`optimize`: every module is called as it was before. A model that is not optimized is left alone.
 
+    Args:
+        model: what was given to ``optimize``.
+
     Returns:
         The same ``model``.
+
+    >>> dorafx.restore(dorafx.optimize(layer)) is layer
+    True
     """
     for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
         _compat.restore_compiled_call(module, previous)
@@ -119,8 +131,17 @@ def invalidate(model: torch.nn.Module) -> int:
     Never needed after anything that goes through PyTorch: see :mod:`dorafx.runtime.store` for what is watched. For writes
     that it cannot see (a kernel of your own that writes through a raw pointer).
 
+    Args:
+        model: any ``nn.Module``.
+
     Returns:
         How many norms were forgotten.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+
+    >>> dorafx.invalidate(layer)  # nothing was kept
+    0
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"invalidate takes an nn.Module, not {type(model).__name__}")
@@ -131,17 +152,25 @@ def invalidate(model: torch.nn.Module) -> int:
 
 @dataclass
 class VerifyReport:
-    """What the validation of every rewrite of a model found. ``str()`` is a table; true if all of them passed."""
+    """What the validation of every rewrite of a model found. ``str()`` is a table; true if all of them passed.
+
+    Attributes:
+        checks: one for each rewritten region: ``site``, ``pattern``, ``error`` (largest difference of outputs and gradients
+            in fp64, relative to the largest value) and ``reason`` (empty where it passed).
+        log: the records.
+    """
 
     checks: list[Check]
     log: RewriteLog = field(default_factory=RewriteLog)
 
     @property
     def failures(self) -> list[Check]:
+        """The checks that did not pass."""
         return [check for check in self.checks if not check.passed]
 
     @property
     def passed(self) -> bool:
+        """Whether every check passed."""
         return not self.failures
 
     def __bool__(self) -> bool:
@@ -168,9 +197,17 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     Args:
         model: a module or function.
         args, kwargs: what to call it with.
+
+    Raises:
+        TypeError: ``model`` cannot be called.
+
+    >>> report = dorafx.verify(layer, x)
+    >>> report.passed, report.checks[0].error < 1e-12
+    (True, True)
     """
     from dorafx.backend import rewrite_graph_module
 
+    _check_callable("verify", model)
     capture.install()
     report = VerifyReport([])
 
@@ -183,29 +220,6 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     return report
 
 
-@dataclass
-class Explanation:
-    """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table."""
-
-    graph_count: int
-    graph_break_count: int
-    break_reasons: list[str] = field(default_factory=list)
-    log: RewriteLog = field(default_factory=RewriteLog)
-
-    @property
-    def rewrites(self) -> list[Record]:
-        return self.log.rewrites
-
-    @property
-    def misses(self) -> list[Record]:
-        return self.log.misses
-
-    def __str__(self) -> str:
-        lines = [f"{self.graph_count} graphs, {self.graph_break_count} graph breaks", str(self.log)]
-        lines += [f"graph break: {reason}" for reason in self.break_reasons]
-        return "\n".join(lines)
-
-
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """A dry run: trace one call of ``model``, rewrite every graph, compile nothing, and say what happened.
 
@@ -215,9 +229,26 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     Args:
         model: a module or function.
         args, kwargs: what to call it with.
+
+    Returns:
+        What was found; ``print()`` it, or its ``print()`` method for colours in a terminal.
+
+    Raises:
+        TypeError: ``model`` cannot be called.
+
+    >>> found = dorafx.explain(layer, x)
+    >>> found.graph_count, found.graph_break_count, [r.pattern for r in found.rewrites], found.misses
+    (1, 0, ['linear'], [])
+    >>> print(found)
+    1 graph, 0 graph breaks
+    module      x  pattern  shape    rank  dtype    dense avoided  norm FLOPs   after  norm   codegen
+    (function)  1  linear   96 x 64     4  float32         48 KiB      49.2 k  49.2 k  tiled  inductor
+    total       1                                          48 KiB      49.2 k  49.2 k
+    1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
     from dorafx.backend import rewrite_graph_module
 
+    _check_callable("explain", model)
     capture.install()
     log = RewriteLog()
     graphs = 0
@@ -230,7 +261,12 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
         _compat.fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, max(0, graphs - 1), list(dict.fromkeys(breaks)), log)
+    return Explanation(graphs, graph_breaks_of(breaks), log)
+
+
+def _check_callable(name: str, model: Any) -> None:
+    if not callable(model):
+        raise TypeError(f"{name} takes an nn.Module or a function, not {type(model).__name__}")
 
 
 def rewrite(program: Any, *example_inputs: Any) -> Any:
@@ -247,6 +283,10 @@ def rewrite(program: Any, *example_inputs: Any) -> Any:
     Raises:
         TypeError: anything else.
         ValueError: the graph carries no shapes, and there are no example inputs to find them with.
+
+    >>> program = torch.export.export(layer, (x,))
+    >>> type(dorafx.rewrite(program)).__name__
+    'ExportedProgram'
     """
     from dorafx.backend import rewrite_graph_module
     from dorafx.rewriter.lowering import lower_to_aten

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,17 +18,18 @@ from torch import fx
 from dorafx import _compat, capture, codegen
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import private_writes, without_private_writes
-from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
 from dorafx.plan import RewritePlan, make_plan
 from dorafx.provenance import site_of
-from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, hoist_norms, norms_inside
+from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, draw, hoist_norms, norms_inside
 from dorafx.runtime import with_prologue
 from dorafx.validation import Check, Region, leaves_of
 
 __all__ = ["dorafx", "rewrite_graph_module"]
 
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
 _warned: set[str] = set()
 
@@ -67,6 +69,7 @@ def dorafx(
         raise _compat.through_dynamo(error) from None
     capture.install()
     program = rewrite_or_fall_back(gm, ours, members)
+    _trace(gm, program)
     compiled = codegen.compile_graph(program.graph, [*example_inputs, *program.norm_values], ours, inductor, mode)
     return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens)
 
@@ -80,12 +83,14 @@ class Program:
         norms: how the prologue computes each of them.
         checks: what the validation of each rewrite found.
         few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
+        log: the records of this graph alone.
     """
 
     graph: fx.GraphModule
     norms: tuple[HoistedNorm, ...] = ()
     few_tokens: bool = False
     checks: list[Check] = field(default_factory=list)
+    log: RewriteLog = field(default_factory=RewriteLog)
 
     @property
     def norm_values(self) -> list[Any]:
@@ -105,7 +110,8 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
             raise
         last = traceback.format_exception_only(type(error), error)[-1].strip()
         where = traceback.extract_tb(error.__traceback__)[-1]
-        rewrite_log().add(
+        program = Program(gm)
+        program.log.add(
             Record(
                 status="missed",
                 site=members[0],
@@ -116,10 +122,23 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
                 graph=graph_id,
             )
         )
+        rewrite_log().extend(program.log.records)
         if last not in _warned:
             _warned.add(last)
             warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=2)
-        return Program(gm)
+        return program
+
+
+def _trace(gm: fx.GraphModule, program: Program) -> None:
+    """Show what became of a graph to those who watch: ``TORCH_LOGS="+dorafx"``, and tlparse by way of ``TORCH_TRACE``."""
+    if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
+        _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
+        _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))
+    _compat.trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
+    if program.graph is not gm:
+        _compat.trace_artifact(
+            "dorafx_rewritten_graph", "string", lambda: program.graph.print_readable(print_output=False)
+        )
 
 
 def rewrite_graph_module(
@@ -166,13 +185,15 @@ def _rewrite_program(
         replace(r, norm_placement="graph" if r.site in inside else "prologue") if r.rewritten else r
         for r in found.records
     ]
-    log.extend(under(record, member) for member in members for record in records)
+    own = RewriteLog()
+    own.extend((under(record, member) for member in members for record in records), found.drawings)
+    log.extend(own.records, found.drawings)
     missed = [r for r in records if r.status == "missed"]
     if missed and options.strict:
         raise RewriteMissError(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
-    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks)
+    return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks, own)
 
 
 @dataclass
@@ -182,6 +203,7 @@ class _Found:
     records: list[Record] = field(default_factory=list)
     few_tokens: list[bool] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    drawings: dict[str, Drawing] = field(default_factory=dict)
 
 
 def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found) -> fx.GraphModule:
@@ -197,6 +219,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
     pure = functional_copy(gm)
     matches = match_graph(pure.graph)
     new, plan = gm, make_plan(matches, options, graph_id)
+    copied: dict[fx.Node, fx.Node] = {}
     while not plan.empty:
         try:
             new, copied = apply_plan(pure, matches, plan)
@@ -207,13 +230,32 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
             refused = _failed_checks(matches, plan, copied, found.checks) if options.verify else []
         if not refused:
             break
-        new = gm
+        new, copied = gm, {}
         for site, reason in refused:
             matches.refuse(site, Reason(reason, site))
         plan = make_plan(matches, options, graph_id)
-    found.records.extend(plan.records)
+    _logger.debug("graph %d: %s", graph_id, plan)
+    found.records.extend(_drawn(matches, plan, copied, found.drawings))
     found.few_tokens.extend(c.few_tokens for c in plan.compositions)
     return _with_bodies(new, gm, replaced) if replaced else new
+
+
+def _drawn(
+    matches: Matches, plan: RewritePlan, copied: dict[fx.Node, fx.Node], drawings: dict[str, Drawing]
+) -> list[Record]:
+    """The plan's records, each with the key of its drawing: one for all layers that differ in their number only."""
+    replaced = {c.match.node for c in plan.compositions}
+    replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
+    keys: dict[tuple[object, ...], str] = {}
+    records = []
+    for record, subject in zip(plan.records, plan.subjects):
+        layer = fold_key(record)
+        if layer not in keys:
+            drawing = draw(subject, matches.lift, copied, replaced)
+            keys[layer] = drawing.key
+            drawings[drawing.key] = drawing
+        records.append(replace(record, drawing=keys[layer]))
+    return records
 
 
 def _failed_checks(

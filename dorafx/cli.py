@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
+import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
+
+from rich.text import Text
 
 import dorafx
 from dorafx import _compat
@@ -30,10 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
         return code
     except KeyboardInterrupt:
         print("dorafx: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         # A traceback would end in exit code 1, which here means that the command ran.
         if options.debug:
@@ -46,6 +53,8 @@ def _one_line(error: Exception) -> str:
     cause: BaseException = error
     while cause.__cause__ is not None and type(error).__module__.startswith("torch."):
         cause = cause.__cause__  # Dynamo wraps what the model raised
+    if isinstance(getattr(cause, "inner_exception", None), Exception):
+        return _one_line(cause.inner_exception)  # type: ignore[attr-defined]
     # Dynamo's own first line says only that a shape computation failed; what failed is quoted further down.
     quoted = re.search(r": got (\w+\(.*\))$", str(cause), re.MULTILINE)
     if quoted:
@@ -56,11 +65,18 @@ def _one_line(error: Exception) -> str:
     return f"{type(cause).__name__}: {first} (--debug shows where)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line; ``--help`` has the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--json", action="store_true", help="print JSON instead of text")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser = argparse.ArgumentParser(prog="dorafx", description="DoRA at the price of LoRA.")
+    parser = _Parser(prog="dorafx", description="DoRA at the price of LoRA.")
     parser.add_argument("--version", action="version", version=f"dorafx {dorafx.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
@@ -77,8 +93,18 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", parents=[common], help="say what dorafx would do with a model of yours")
     explain.add_argument(
-        "target", help="FILE.py:CALLABLE; it returns a model, or (model, args) or (model, args, kwargs) to call it with"
+        "target",
+        help="FILE.py:CALLABLE, which returns a model, or (model, args) or (model, args, kwargs) to call it with; or the "
+        "folder of a PEFT adapter",
     )
+    adapter = explain.add_argument_group("for the folder of an adapter (no weights are read or downloaded)")
+    adapter.add_argument(
+        "--base", type=Path, help="folder with the base model's config.json (default: in or beside it)"
+    )
+    adapter.add_argument("--tokens", type=int, default=256, help="length of the sequence (default 256)")
+    adapter.add_argument("--train", action="store_true", help="as in training: dropout and gradients")
+    adapter.add_argument("--random-weights", action="store_true", help="make weights, if a model cannot do without")
+    explain.add_argument("--html", type=Path, help="also write the report, with a picture of each distinct layer")
     explain.set_defaults(run=_explain)
 
     bench = commands.add_parser(
@@ -107,61 +133,30 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _load(target: str) -> Any:
-    path, separator, name = target.rpartition(":")
-    if not separator or not path.endswith(".py"):
-        raise ValueError(f"{target!r} is not of the form FILE.py:CALLABLE")
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path!r}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    # Dataclasses and Dynamo look a function's module up in sys.modules; a name that is taken must stay as it is.
-    if spec.name in sys.modules:
-        spec.name = f"{spec.name}_explained"
-        spec.loader.name = spec.name  # type: ignore[attr-defined]
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(Path(path).resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        sys.modules.pop(spec.name, None)
-        raise
-    if not callable(getattr(module, name, None)):
-        own = (n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__)
-        known = [n for n in own if not n.startswith("_")]
-        raise ValueError(f"{path} has no callable {name!r}; it has {', '.join(known) or 'none'}")
-    return getattr(module, name)
-
-
-def _call(target: str, made: Any) -> tuple[Any, Sequence[Any], Mapping[str, Any]]:
-    """What to call and with what, from what the user's callable returned."""
-    parts = made if isinstance(made, tuple) else (made,)
-    if not 1 <= len(parts) <= 3 or not callable(parts[0]):
-        raise TypeError(f"{target} must return a model, (model, args) or (model, args, kwargs), not {made!r:.60}")
-    model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) < 3 else parts
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(f"{target}: args must be a tuple, not {type(args).__name__}")
-    if not isinstance(kwargs, Mapping):
-        raise TypeError(f"{target}: kwargs must be a dict, not {type(kwargs).__name__}")
-    return model, args, kwargs
-
-
 def _explain(options: argparse.Namespace) -> int:
     from dorafx import explain
+    from dorafx.explain_targets import adapter_target, script_target
 
     if not options.debug:
         _compat.quiet_tracing_errors()
+        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and not the user's
     # What the model's code prints must not end up in the middle of the JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-        model, args, kwargs = _call(options.target, _load(options.target)())
-        explanation = explain(model, *args, **kwargs)
+        if Path(options.target).is_dir():
+            target = adapter_target(
+                Path(options.target), options.base, options.tokens, options.train, options.random_weights
+            )
+        else:
+            target = script_target(options.target)
+        explanation = explain(target.model, *target.args, **target.kwargs)
+    if options.html is not None:
+        explanation.log.to_html(options.html)
     if options.json:
-        fields = {"graphs": explanation.graph_count, "breaks": explanation.break_reasons}
-        print(json.dumps({**fields, **json.loads(explanation.log.to_json())}, indent=1))
+        print(json.dumps({**explanation.to_dict(), **json.loads(explanation.log.to_json())}, indent=1))
     else:
-        print(explanation)
+        explanation.print()
+    if target.note:
+        print(f"note: {target.note}", file=sys.stderr)
     return 1 if explanation.misses else 0
 
 
@@ -181,12 +176,28 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from dorafx.doctor import examine
+    from rich.console import Console
+
+    from dorafx.doctor import bug_report, examine
 
     checks = examine()
+    failed = [check for check in checks if not check.passed]
     if options.json:
-        print(json.dumps([check.to_dict() for check in checks], indent=1))
-    else:
-        for check in checks:
-            print(f"{check.mark:4}  {check.name}: {check.detail}")
-    return 0 if all(check.passed for check in checks) else 1
+        answer = {"passed": not failed, "checks": [c.to_dict() for c in checks], "bug_report": bug_report(checks)}
+        print(json.dumps(answer, indent=1))
+        return 1 if failed else 0
+    console = Console(highlight=False, soft_wrap=True)
+    group = ""
+    for check in checks:
+        if check.group != group:
+            group = check.group
+            console.print(Text(group, style="bold"))
+        console.print(
+            Text.assemble(
+                (f"  {check.mark:4}", "green" if check.passed else "bold red"), f"  {check.name}: {check.detail}"
+            )
+        )
+    verdict = f"{len(failed)} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
+    console.print(Text(verdict, style="bold red" if failed else "bold green"))
+    print(f"\nPaste this into a bug report:\n\n{bug_report(checks)}")
+    return 1 if failed else 0

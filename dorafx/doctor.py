@@ -3,58 +3,86 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from dorafx import _compat, capture
-from dorafx.ops import reference
+from dorafx.bench.environment import describe_environment
+from dorafx.self_tests import SELF_TESTS, run_self_test
 
-__all__ = ["Check", "examine"]
+__all__ = ["Check", "bug_report", "examine"]
 
 # First version supported, and the first that is not known to work ("" for open).
 SUPPORTED = {"torch": ("2.11", "2.14"), "peft": ("0.15", "0.22"), "transformers": ("4.57", ""), "triton": ("3.6", "")}
 _OPTIONAL = ("peft", "transformers", "triton")
+_VARIABLES = re.compile(
+    r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
+)
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's answer."""
+    """One line of the doctor's answer.
 
+    Attributes:
+        group: ``"environment"``, ``"versions"``, ``"polyfills"`` or ``"operators"``.
+        name: what was looked at.
+        passed: whether it is as it should be.
+        detail: what was found.
+    """
+
+    group: str
     name: str
     passed: bool
     detail: str
-    optional: bool = False
 
     @property
     def mark(self) -> str:
         return "ok" if self.passed else "FAIL"
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields."""
         return asdict(self)
 
 
 def examine() -> list[Check]:
     """All checks, in the order to read them."""
-    checks = [Check("python", True, f"{platform.python_version()} on {platform.platform()}")]
-    checks += [_version(name) for name in SUPPORTED]
-    compiler = _compat.has_cpp_compiler()
-    checks.append(Check("C++ compiler", True, "found" if compiler else "none: graphs on a CPU run eagerly"))
-    status = capture.status()
-    for name in status.installed:
-        checks.append(Check("polyfill", True, name))
-    for name, reason in status.skipped:
-        checks.append(Check("polyfill", False, f"{name}: {reason}"))
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for operator in (_row_norm, _compose, _compose_delta):
-                checks.append(_guarded(operator, device, dtype))
-    return checks
+    return [*_environment(), *map(_version, SUPPORTED), *_polyfills(), *_operators()]
+
+
+def bug_report(checks: Iterable[Check]) -> str:
+    """What to paste into a bug report: a block of Markdown that names no file and no person."""
+    checks = list(checks)
+    lines = [f"{c.name}: {c.detail}" for c in checks if c.group in ("environment", "versions")]
+    for group in ("polyfills", "operators"):
+        failed = [c for c in checks if c.group == group and not c.passed]
+        total = sum(c.group == group for c in checks)
+        lines.append(f"{group}: {total - len(failed)} of {total} hold")
+        lines += [f"  FAIL {c.name}: {c.detail}" for c in failed]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _environment() -> list[Check]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = describe_environment(device, 0)
+    facts = {
+        "dorafx": " ".join(p for p in (found["dorafx"], found["commit"]) if p),
+        "python": f"{found['python']} on {found['system']}",
+        "processor": f"{found['processor']}, {found['cores']} cores, {found['threads']} threads",
+    }
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        facts["GPU"] = f"{found['device']}, compute capability {major}.{minor}, CUDA {found['cuda']}"
+    else:
+        facts["GPU"] = "none that torch can use"
+    facts["C++ compiler"] = "found" if _compat.has_cpp_compiler() else "none: graphs on a CPU run eagerly"
+    facts["variables"] = ", ".join(sorted(name for name in os.environ if _VARIABLES.fullmatch(name))) or "none set"
+    return [Check("environment", name, True, detail) for name, detail in facts.items()]
 
 
 def _parts(version: str) -> tuple[int, ...]:
@@ -69,55 +97,35 @@ def _version(name: str) -> Check:
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Check(name, name in _OPTIONAL, "not installed (optional)" if name in _OPTIONAL else "not installed")
+        optional = name in _OPTIONAL
+        return Check("versions", name, optional, "not installed (optional)" if optional else "not installed")
     supported = _parts(found) >= _parts(first) and (not beyond or _parts(found) < _parts(beyond))
-    return Check(name, supported, found if supported else f"{found}; supported: {wanted}")
+    detail = f"{found}, supported ({wanted})" if supported else f"{found} is not supported ({wanted} is)"
+    return Check("versions", name, supported, detail)
 
 
-def _guarded(check: Callable[[str, torch.dtype], Check], device: str, dtype: torch.dtype) -> Check:
-    """The check's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+def _polyfills() -> list[Check]:
+    status = capture.status()
+    checks = [Check("polyfills", name, True, f"holds for PEFT {status.peft_version}") for name in status.installed]
+    return checks + [Check("polyfills", name, False, reason) for name, reason in status.skipped]
+
+
+def _operators() -> list[Check]:
+    """Every operator on every device in every dtype, and one graph through the backend."""
+    checks = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        checks.append(_guarded("backend", device, torch.float32))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            checks += [_guarded(name, device, dtype) for name in SELF_TESTS if name != "backend"]
+    return checks
+
+
+def _guarded(name: str, device: str, dtype: torch.dtype) -> Check:
+    """The self-test's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+    label = f"{name} {device} {str(dtype).removeprefix('torch.')}"
     try:
-        return check(device, dtype)
+        passed, detail = run_self_test(name, device, dtype)
     except Exception as error:
-        name = check.__name__.lstrip("_")
         message = next(iter(str(error).splitlines()), "")
-        return Check(f"{name} {device} {_short(dtype)}", False, f"{type(error).__name__}: {message}")
-
-
-def _tolerance(dtype: torch.dtype) -> float:
-    return 4 * torch.finfo(dtype).eps
-
-
-def _row_norm(device: str, dtype: torch.dtype) -> Check:
-    generator = torch.Generator().manual_seed(0)
-    weight, left, right = (torch.randn(*s, generator=generator).to(dtype) for s in ((96, 160), (96, 8), (8, 160)))
-    exact = reference.row_norm(weight.double(), left.double(), right.double(), 1.5)
-    got = torch.ops.dorafx.row_norm(weight.to(device), left.to(device), right.to(device), 1.5)
-    error = float(((got.cpu().double() - exact) / exact).abs().max())
-    # Inputs are exact, the accumulation is fp32 whatever the dtype.
-    return Check(f"row_norm {device} {_short(dtype)}", error < 1e-5, f"relative error {error:.1e}")
-
-
-def _compose(device: str, dtype: torch.dtype) -> Check:
-    generator = torch.Generator().manual_seed(0)
-    base, lora = (torch.randn(33, 96, generator=generator).to(dtype) for _ in range(2))
-    g = torch.rand(96, generator=generator) + 0.5
-    exact = reference.compose(base.double(), lora.double(), g.double(), None, 1.5)
-    got = torch.ops.dorafx.compose(base.to(device), lora.to(device), g.to(device), None, 1.5, dtype)
-    error = float((got.cpu().double() - exact).abs().max() / exact.abs().max())
-    return Check(f"compose {device} {_short(dtype)}", error < _tolerance(dtype), f"relative error {error:.1e}")
-
-
-def _compose_delta(device: str, dtype: torch.dtype) -> Check:
-    generator = torch.Generator().manual_seed(0)
-    result, base, lora = (torch.randn(33, 96, generator=generator).to(dtype) for _ in range(3))
-    g = torch.rand(96, generator=generator) + 0.5
-    exact = reference.compose_delta(result.double(), base.double(), lora.double(), g.double(), 1.5)
-    tensors = (t.to(device) for t in (result, base, lora, g))
-    got = torch.ops.dorafx.compose_delta(*tensors, 1.5, dtype)
-    error = float((got.cpu().double() - exact).abs().max() / exact.abs().max())
-    return Check(f"compose_delta {device} {_short(dtype)}", error < _tolerance(dtype), f"relative error {error:.1e}")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return Check("operators", label, False, f"{type(error).__name__}: {message}")
+    return Check("operators", label, passed, detail)

@@ -18,7 +18,7 @@ from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
 from dorafx.provenance import site_of
 
-__all__ = ["CompositionPlan", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]
+__all__ = ["CompositionPlan", "NormPlan", "RewritePlan", "Subject", "make_plan", "serves_few_tokens"]
 
 _FEW_TOKENS = 8
 
@@ -47,14 +47,29 @@ class CompositionPlan:
     few_tokens: bool
 
 
+@dataclass(frozen=True)
+class Subject:
+    """The nodes of the original graph that a record speaks of.
+
+    ``ends``: where its region ends. ``terms``: what the region computes; empty if it is to be followed down to the graph's
+    inputs. ``norm_sites``: the nodes that compute its norm. ``cause``: the node that the record's reason is about.
+    """
+
+    ends: tuple[fx.Node, ...]
+    terms: tuple[Expr, ...] = ()
+    norm_sites: tuple[fx.Node, ...] = ()
+    cause: fx.Node | None = None
+
+
 @dataclass
 class RewritePlan:
-    """Everything that will happen to one graph; ``records`` is what the log will say of it, ``sites`` where in the model
-    each norm belongs."""
+    """Everything that will happen to one graph; ``records`` is what the log will say of it, ``subjects`` which nodes each
+    record speaks of, ``sites`` where in the model each norm belongs."""
 
     norms: dict[int, NormPlan] = field(default_factory=dict)
     compositions: list[CompositionPlan] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    subjects: list[Subject] = field(default_factory=list)
     sites: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -106,15 +121,30 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
         del plan.norms[atom_id]
         lost = misses.get(atom_id) or Reason("no node computes this norm by itself")
         plan.records.append(replace(_missed([], lost, options, graph_id), decision=decisions.get(atom_id, "")))
+        plan.subjects.append(_missed_subject([], lost))
     for atom_id, norm in plan.norms.items():
         record = _rewritten(lift, norm, composed.get(atom_id), misses.get(atom_id), flops, options, graph_id)
         plan.records.append(replace(record, decision=decisions.get(atom_id, "")))
         plan.sites[atom_id] = plan.records[-1].site
-    for atom_id, reason in matches.misses.items():
-        plan.records.append(_missed(lift.atoms[atom_id].sites, reason, options, graph_id))
-    for node, reason in matches.unknown:
-        plan.records.append(_missed([node], reason, options, graph_id))
+        plan.subjects.append(_subject(norm.factors, composed.get(atom_id), misses.get(atom_id)))
+    missed = [(lift.atoms[atom_id].sites, reason) for atom_id, reason in matches.misses.items()]
+    missed += [([node], reason) for node, reason in matches.unknown]
+    for sites, reason in missed:
+        plan.records.append(_missed(sites, reason, options, graph_id))
+        plan.subjects.append(_missed_subject(sites, reason))
     return plan
+
+
+def _subject(norm: NormFactors, match: Match | None, lost: Reason | None) -> Subject:
+    sites = tuple(norm.info.sites)
+    if match is not None:
+        return Subject((match.node,), (match.expr,), sites)
+    return Subject(sites, (), sites, lost.node if lost is not None else None)
+
+
+def _missed_subject(sites: list[fx.Node], reason: Reason) -> Subject:
+    ends = tuple(sites) or ((reason.node,) if reason.node is not None else ())
+    return Subject(ends, (), tuple(sites), reason.node)
 
 
 def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:

@@ -88,11 +88,15 @@ def script(tmp_path: Path) -> Path:
 
 def test_explain(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{script}:build"]) == 0
-    assert "1 graphs, 0 graph breaks" in capsys.readouterr().out
+    assert "1 graph, 0 graph breaks" in capsys.readouterr().out
     assert main(["explain", f"{script}:build", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["graphs"] == 1
+    assert (answer["graphs"], answer["graph_breaks"], answer["breaks"]) == (1, 0, [])
     assert answer["records"][0]["pattern"] == "linear"
+    page = script.with_name("page.html")
+    assert main(["explain", f"{script}:build", "--html", str(page)]) == 0
+    assert "<svg" in page.read_text(encoding="utf-8")
+    capsys.readouterr()
 
 
 def test_explain_exits_with_1_on_a_miss(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +107,8 @@ def test_explain_exits_with_1_on_a_miss(script: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("nothing", "not of the form FILE.py:CALLABLE"),
+        ("nothing", "not of the form FILE.py:CALLABLE, nor a folder"),
+        ("{folder}", "there is no adapter_config.json in"),
         ("no/such.py:build", "there is no file"),
         ("{script}:biuld", "no callable 'biuld'; it has"),
         ("{script}:wrong", "must return"),
@@ -113,7 +118,7 @@ def test_explain_exits_with_1_on_a_miss(script: Path, capsys: pytest.CaptureFixt
     ],
 )
 def test_wrong_targets(script: Path, target: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["explain", target.replace("{script}", str(script))]) == 2
+    assert main(["explain", target.format(script=script, folder=script.parent)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
@@ -128,7 +133,21 @@ def test_explain_keeps_what_the_model_prints_out_of_the_json(script: Path, capsy
 
 def test_explain_a_model_without_arguments(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", f"{script}:bare"]) == 0
-    assert "1 graphs, 0 graph breaks" in capsys.readouterr().out
+    assert "1 graph, 0 graph breaks" in capsys.readouterr().out
+
+
+def test_a_reader_may_leave_early(tmp_path: Path) -> None:
+    log, page = tmp_path / "log.jsonl", tmp_path / "page.html"
+    log.write_text('{"status": "missed", "site": "a.b", "reason": "why"}\n', encoding="utf-8")
+    code = "import sys; from dorafx.cli import main; print('ready', flush=True); sys.stdin.read(); sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "report", str(log), "-o", str(page)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_debug_shows_the_traceback(script: Path) -> None:
@@ -146,6 +165,81 @@ def test_a_script_does_not_replace_a_loaded_module(tmp_path: Path, capsys: pytes
     assert sys.modules["json"] is before
 
 
+def adapter(folder: Path, **changes: Any) -> Path:
+    """The folder of a PEFT adapter as ``save_pretrained`` writes it, without weights."""
+    from peft import LoraConfig
+
+    settings = {"r": 4, "lora_alpha": 8, "use_dora": True, "target_modules": ["q_proj", "down_proj"], **changes}
+    LoraConfig(**{"task_type": "CAUSAL_LM", "lora_dropout": 0.1, **settings}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("base")
+    # A 65B shape in two layers: nobody has the memory that its weights would need twice.
+    sizes = {"hidden_size": 8192, "intermediate_size": 22016, "num_attention_heads": 64, "num_key_value_heads": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=32000, architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    return folder
+
+
+def test_explain_an_adapter_without_its_weights(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(tmp_path / "adapter")
+    command = ["explain", str(folder), "--base", str(base), "--tokens", "16", "--json"]
+    assert main(command) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["graphs"] == 1
+    found = {(r["site"].rpartition(".")[2], r["d_out"], r["d_in"], r["rank"], r["pattern"]) for r in answer["records"]}
+    assert found == {("q_proj", 8192, 8192, 4, "linear"), ("down_proj", 8192, 22016, 4, "linear")}
+    assert len(answer["records"]) == 4
+
+    # In training, found by its name, its architecture taken from the base model's configuration.
+    folder = adapter(tmp_path / "other", task_type=None, base_model_name_or_path=str(base))
+    assert main(["explain", str(folder), "--tokens", "16", "--train", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {r["pattern"] for r in answer["records"]} == {"linear_dropout"}
+
+
+def test_explain_says_what_an_adapter_lacks(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = adapter(tmp_path / "a" / "adapter", base_model_name_or_path="meta-llama/none-here")
+    for options, message in (
+        ([], "the base model, 'meta-llama/none-here', has no config.json in or beside"),
+        (["--base", str(tmp_path)], "there is no config.json in"),
+        (["--base", str(base), "--tokens", "0"], "--tokens must be at least 1"),
+    ):
+        assert main(["explain", str(folder), *options]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1 and message in error[0]
+    (folder / "adapter_config.json").write_text("{", encoding="utf-8")
+    assert main(["explain", str(folder), "--base", str(base)]) == 2
+    assert "adapter_config.json: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_explain_a_plain_lora_adapter_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import LlamaConfig
+
+    folder = adapter(tmp_path, use_dora=False)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 32}
+    LlamaConfig(**sizes, num_hidden_layers=1).save_pretrained(folder)
+    assert main(["explain", str(folder), "--random-weights", "--tokens", "8"]) == 0
+    output = capsys.readouterr()
+    assert "no DoRA computation was found" in output.out
+    assert "note: the adapter is no DoRA adapter" in output.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["explian"], ["explain"], ["report", "x", "--colour"]])
+def test_wrong_usage_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dorafx") and line.endswith("--help)")
+
+
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "log.jsonl"
     log.write_text('{"status": "missed", "site": "a.b", "reason": "why"}\n', encoding="utf-8")
@@ -159,17 +253,32 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "absent.json")]) == 2
 
 
+OPERATORS = (
+    "row_norm tiled", "row_norm factored", "row_norms", "row_norm backward",
+    "compose", "compose backward", "compose_delta", "compose_delta backward",
+)  # fmt: skip
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    checks = {c["name"]: c for c in answer}
-    assert checks["torch"]["passed"]
-    for operator in ("row_norm", "compose", "compose_delta"):
-        assert checks[f"{operator} cpu float32"]["passed"]
-    assert "peft.utils.integrations.dequantize_module_weight" in [c["detail"] for c in answer]
+    assert answer["passed"] is True
+    checks = {c["name"]: c for c in answer["checks"]}
+    for package in ("torch", "triton", "peft", "transformers"):
+        assert "supported (" in checks[package]["detail"] or "not installed" in checks[package]["detail"]
+    for operator in OPERATORS:
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert checks[f"{operator} cpu {dtype}"]["passed"]
+    assert checks["backend cpu float32"]["passed"]
+    polyfills = [c["name"] for c in answer["checks"] if c["group"] == "polyfills"]
+    assert "peft.utils.integrations.dequantize_module_weight" in polyfills
+    block = answer["bug_report"].splitlines()
+    assert block[0] == "```text" and block[-1] == "```"
+    assert "operators: 25 of 25 hold" in block or "cuda" in answer["bug_report"]
+    assert not any(str(Path.home()) in line for line in block)
 
 
-def test_doctor_reports_an_operator_that_cannot_run(
+def test_doctor_reports_an_operator_that_cannot_run_or_is_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dorafx.ops import reference
@@ -177,9 +286,16 @@ def test_doctor_reports_an_operator_that_cannot_run(
     def broken(*args: object) -> None:
         raise RuntimeError("no kernel image\nand more")
 
+    right = reference.compose
     monkeypatch.setattr(reference, "row_norm", broken)
+    monkeypatch.setattr(reference, "compose", lambda *args: right(*args) * 1.5)
     assert main(["doctor"]) == 1
-    assert "FAIL  row_norm cpu float32: RuntimeError: no kernel image\n" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "  FAIL  row_norm tiled cpu float32: RuntimeError: no kernel image\n" in output
+    assert "  FAIL  compose cpu float32: relative error 3.3e-01, at most 1e-06 allowed\n" in output
+    assert "  ok    compose_delta cpu float32: " in output
+    report = output.partition("```text")[2]
+    assert "  FAIL row_norm tiled cpu float32: RuntimeError: no kernel image\n" in report
 
 
 @pytest.mark.parametrize(

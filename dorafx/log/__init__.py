@@ -1,7 +1,19 @@
 """The rewrite log: one record a candidate, whatever became of it."""
 
 from .counters import NormCounters
+from .drawing import MAX_NODES, Drawing, DrawnNode
+from .folding import fold_key
 from .record import Record
 from .rewritelog import SCHEMA_VERSION, RewriteLog, rewrite_log
 
-__all__ = ["SCHEMA_VERSION", "NormCounters", "Record", "RewriteLog", "rewrite_log"]
+__all__ = [
+    "MAX_NODES",
+    "SCHEMA_VERSION",
+    "Drawing",
+    "DrawnNode",
+    "NormCounters",
+    "Record",
+    "RewriteLog",
+    "fold_key",
+    "rewrite_log",
+]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from .advice import advice_for
+
 __all__ = ["Record"]
 
 _BEYOND = 2**63  # what a table column of any program that reads the log can hold
@@ -31,6 +33,14 @@ class Record:
             norms, and graphs that others compile).
         codegen: what compiled the rewritten graph.
         graph: number of the compiled graph within the process.
+        drawing: key of a picture of the region in the log's ``drawings``; empty where there is none.
+
+    >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
+    ...     "low-rank product and the norm", source="model.py:14")
+    >>> print(record)
+    missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
+    >>> record.advice[:60]
+    'The delta inside the norm is no low-rank product then. Move '
     """
 
     status: str
@@ -50,6 +60,7 @@ class Record:
     norm_placement: str = ""
     codegen: str = ""
     graph: int = 0
+    drawing: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in ("rewritten", "missed"):
@@ -57,9 +68,25 @@ class Record:
 
     @property
     def rewritten(self) -> bool:
+        """Whether the candidate was rewritten, if only in part."""
         return self.status == "rewritten"
 
+    @property
+    def advice(self) -> str:
+        """What to do about the reason; empty where there is none."""
+        return advice_for(self.reason)
+
+    def __str__(self) -> str:
+        site = self.site or "(function)"
+        where = f" [{self.source}]" if self.source else ""
+        if not self.rewritten:
+            return f"missed {site}: {self.reason}{where}"
+        norm = f"{self.norm_algorithm} norm in the {self.norm_placement or 'graph'}"
+        text = f"rewritten {site}: {self.pattern} [{self.d_out}, {self.d_in}] rank {self.rank} {self.dtype}, {norm}"
+        return f"{text}; {self.reason}{where}" if self.reason else text + where
+
     def to_dict(self) -> dict[str, Any]:
+        """The fields, all of them numbers and texts."""
         return asdict(self)
 
     @staticmethod

@@ -2,83 +2,127 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from dorafx.errors import DorafxWarning
 
 from .counters import NormCounters
+from .drawing import Drawing
 from .record import Record
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 __all__ = ["SCHEMA_VERSION", "RewriteLog", "rewrite_log"]
 
-SCHEMA_VERSION = 1
-"""Of the JSON form: ``{"dorafx_log": 1, "notes": [str], "norms": counts, "records": [{field: value}]}`` with
-:class:`Record` 's fields and :class:`NormCounters` 's counts, which may be absent."""
+SCHEMA_VERSION = 2
+"""Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "drawings": {key:
+drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
+Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
+
+_READABLE = (1, SCHEMA_VERSION)
+
+# ``TORCH_LOGS="dorafx"`` gives the loggers below "dorafx" a handler and the level INFO, ``"+dorafx"`` DEBUG: torch takes
+# the name of any module that can be imported.
+_logger = logging.getLogger(__name__)
 
 
 class RewriteLog:
     """Records of what dorafx did, and notes on the process (polyfills installed, and the like).
 
-    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them.
+    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them. Holds the
+    drawings of at most ``max_drawings`` distinct layers; further records have none.
 
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
+        dropped: how many records were dropped.
+
+    >>> log = dorafx.RewriteLog()
+    >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
+    >>> log
+    RewriteLog(1 rewrites, 0 misses)
+    >>> dorafx.RewriteLog.from_json(log.to_json()).records == log.records
+    True
     """
 
-    def __init__(self, max_records: int = 100_000) -> None:
+    def __init__(self, max_records: int = 100_000, max_drawings: int = 128) -> None:
         self._records: deque[Record] = deque(maxlen=max_records)
         self._notes: deque[str] = deque(maxlen=1000)
+        self._drawings: dict[str, Drawing] = {}
+        self._max_drawings = max_drawings
         self._lock = threading.Lock()
         self._stream_failed = False
         self.dropped = 0
         self.norms = NormCounters()
 
     def add(self, record: Record) -> None:
+        """Append a record."""
         self.extend((record,))
 
-    def extend(self, records: Iterable[Record]) -> None:
+    def extend(self, records: Iterable[Record], drawings: Mapping[str, Drawing] | None = None) -> None:
+        """Append records, and the drawings that they refer to by key."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
             self.dropped += max(0, len(records) - room)
             self._records.extend(records)
-        self._stream(records)
+            added = {key: d for key, d in (drawings or {}).items() if key not in self._drawings}
+            added = dict(itertools.islice(added.items(), self._max_drawings - len(self._drawings)))
+            self._drawings.update(added)
+        if self is _PROCESS_LOG:
+            for record in records:
+                _logger.info("%s", record)
+            self._stream(records, added)
 
     def add_note(self, text: str) -> None:
+        """Append a note on the process."""
         with self._lock:
             self._notes.append(text)
 
     def clear(self) -> None:
-        """Forget records, notes and counts."""
+        """Forget records, notes, drawings and counts."""
         self.norms.clear()
         with self._lock:
             self._records.clear()
             self._notes.clear()
+            self._drawings.clear()
             self.dropped = 0
 
     @property
     def records(self) -> list[Record]:
+        """All records, oldest first."""
         with self._lock:
             return list(self._records)
 
     @property
     def notes(self) -> list[str]:
+        """Notes on the process."""
         with self._lock:
             return list(self._notes)
 
     @property
+    def drawings(self) -> dict[str, Drawing]:
+        """Pictures of distinct layers, by the key that records refer to."""
+        with self._lock:
+            return dict(self._drawings)
+
+    @property
     def rewrites(self) -> list[Record]:
+        """The records of what was rewritten, in whole or in part."""
         return [r for r in self.records if r.rewritten]
 
     @property
     def misses(self) -> list[Record]:
+        """The records of what was left alone."""
         return [r for r in self.records if not r.rewritten]
 
     def to_records(self) -> list[dict[str, Any]]:
@@ -92,6 +136,7 @@ class RewriteLog:
             "notes": self.notes,
             "norms": self.norms.to_dict(),
             "records": self.to_records(),
+            "drawings": {key: drawing.to_dict() for key, drawing in self.drawings.items()},
         }
         return json.dumps(content, indent=1)
 
@@ -109,16 +154,15 @@ class RewriteLog:
         except RecursionError:
             raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
-            log.extend(_from_lines(text, error))
+            log.extend(*_from_lines(text, error))
             return log
         if isinstance(data, dict) and "dorafx_log" not in data and "status" in data:
             data = {"dorafx_log": SCHEMA_VERSION, "records": [data]}
         if not isinstance(data, dict) or "dorafx_log" not in data:
             raise ValueError("not a dorafx log: the field 'dorafx_log' is absent")
-        if data["dorafx_log"] != SCHEMA_VERSION:
-            raise ValueError(
-                f"dorafx log of version {data['dorafx_log']!r}; this dorafx reads version {SCHEMA_VERSION}"
-            )
+        if data["dorafx_log"] not in _READABLE:
+            readable = " and ".join(map(str, _READABLE))
+            raise ValueError(f"dorafx log of version {data['dorafx_log']!r}; this dorafx reads versions {readable}")
         records, notes = data.get("records", []), data.get("notes", [])
         if not isinstance(records, list) or not isinstance(notes, list):
             raise ValueError("dorafx log: 'records' and 'notes' must be lists")
@@ -129,6 +173,7 @@ class RewriteLog:
                 raise ValueError(f"dorafx log, record {i}: {error}") from None
         for note in notes:
             log.add_note(str(note))
+        log.extend((), drawings_from(data.get("drawings", {})))
         if "norms" in data:
             log.norms = NormCounters.from_dict(data["norms"])
         return log
@@ -145,50 +190,92 @@ class RewriteLog:
         target.write_text(render(self), encoding="utf-8")
         return target
 
-    def __str__(self) -> str:
-        from .table import render
+    def print(self, file: TextIO | None = None) -> None:
+        """Print the table, in colour where ``file`` (standard output by default) is a terminal."""
+        from .table import show
 
-        return render(self)
+        show(self, file)
+
+    def __rich__(self) -> RenderableType:
+        from .table import renderable
+
+        return renderable(self)
+
+    def __str__(self) -> str:
+        from .table import as_text
+
+        return as_text(self)
 
     def __repr__(self) -> str:
         return f"RewriteLog({len(self.rewrites)} rewrites, {len(self.misses)} misses)"
 
-    def _stream(self, records: list[Record]) -> None:
+    def _stream(self, records: list[Record], drawings: Mapping[str, Drawing]) -> None:
         """Append JSON lines to the file that the user asked for. A log must never stop a training run."""
         path = os.environ.get("DORAFX_LOG")
-        if not path or self._stream_failed or self is not _PROCESS_LOG:
+        if not path or self._stream_failed:
             return
+        lines = [{"drawing": key, **drawing.to_dict()} for key, drawing in drawings.items()]
+        lines += [r.to_dict() for r in records]
         try:
             with self._lock, open(path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(r.to_dict()) + "\n" for r in records)
+                # One write: the processes of a distributed run may share the file.
+                file.write("".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             self._stream_failed = True
-            warnings.warn(f"DORAFX_LOG: cannot write {path}: {error.strerror or error}", DorafxWarning, stacklevel=3)
+            warnings.warn(f"DORAFX_LOG: cannot write {path}: {error.strerror or error}", DorafxWarning, stacklevel=4)
 
 
-def _from_lines(text: str, whole: json.JSONDecodeError) -> list[Record]:
-    records = []
+def drawings_from(values: Any) -> dict[str, Drawing]:
+    """The drawings of a log's JSON, by key.
+
+    Raises:
+        ValueError: anything else; the message names the drawing.
+    """
+    if not isinstance(values, dict):
+        raise ValueError("dorafx log: 'drawings' must be an object")
+    found = {}
+    for key, value in values.items():
+        try:
+            found[str(key)] = Drawing.from_dict(value)
+        except ValueError as error:
+            raise ValueError(f"dorafx log, drawing {key!r:.40}: {error}") from None
+    return found
+
+
+def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing]]:
+    records: list[Record] = []
+    drawings: dict[str, Drawing] = {}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            records.append(Record.from_dict(json.loads(line)))
+            data = json.loads(line)
+            if isinstance(data, dict) and "before" in data:
+                drawings[str(data.get("drawing", ""))] = Drawing.from_dict(data)
+            else:
+                records.append(Record.from_dict(data))
         except RecursionError:
             raise ValueError(f"dorafx log, line {number}: nested too deeply") from None
         except json.JSONDecodeError:
-            if not records:
+            if not records and not drawings:
                 raise ValueError(f"not a dorafx log: not JSON (line {whole.lineno}: {whole.msg})") from None
             raise ValueError(f"dorafx log, line {number}: not JSON") from None
         except ValueError as error:
             raise ValueError(f"dorafx log, line {number}: {error}") from None
-    if not records:
+    if not records and not drawings:
         raise ValueError("not a dorafx log: empty")
-    return records
+    return records, drawings
 
 
 _PROCESS_LOG = RewriteLog()
 
 
 def rewrite_log() -> RewriteLog:
-    """The log of this process."""
+    """The log of this process: a record of everything that was compiled with dorafx in it.
+
+    >>> log = dorafx.rewrite_log()
+    >>> log.clear()
+    >>> print(log)
+    0 modules rewritten, 0 missed
+    """
     return _PROCESS_LOG

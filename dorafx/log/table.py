@@ -1,48 +1,28 @@
-"""The log as a table for a terminal: repeated layers folded, misses last with their reasons."""
+"""The log as a table for a terminal: repeated layers folded, misses last with their reasons and what to do about them."""
 
 from __future__ import annotations
 
 import io
-import re
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .record import Record
+from .folding import Fold, Totals, fold, totals
 
 if TYPE_CHECKING:
     from .rewritelog import RewriteLog
 
-__all__ = ["Fold", "fold", "human_bytes", "human_flops", "printable", "render"]
+__all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "renderable", "show"]
 
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-class Fold:
-    """Records that differ only in the number of the layer."""
-
-    def __init__(self, site: str, first: Record) -> None:
-        self.site = site
-        self.first = first
-        self.sites: set[str] = set()
-
-    @property
-    def count(self) -> int:
-        return len(self.sites)
-
-
-def fold(records: list[Record]) -> list[Fold]:
-    """Fold repeated layers: ``layers.0.q_proj`` … ``layers.31.q_proj`` become ``layers.*.q_proj`` with a count. A site
-    that was compiled into several graphs counts once."""
-    folds: dict[tuple[object, ...], Fold] = {}
-    for r in records:
-        site = _NUMBER.sub("*", r.site)
-        key = (site, r.status, r.pattern, r.reason, r.d_out, r.d_in, r.rank, r.dtype, r.norm_algorithm, r.codegen)
-        folds.setdefault(key, Fold(site, r)).sites.add(r.site)
-    return list(folds.values())
+_COLUMNS = (
+    "module", "x", "pattern", "shape", "rank", "dtype", "dense avoided", "norm FLOPs", "after", "norm", "codegen",
+)  # fmt: skip
+_WIDE = 10_000  # columns: as wide as a table may want to be
+_RIGHT = ("x", "rank", "dense avoided", "norm FLOPs", "after")
 
 
 def human_bytes(value: float) -> str:
@@ -68,53 +48,106 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def render(log: RewriteLog) -> str:
-    """The table as plain text (no colours, so that it can go into a file or a bug report)."""
-    rewrites, misses = log.rewrites, log.misses
-    width = max(shutil.get_terminal_size((120, 24)).columns, 100)
-    console = Console(file=io.StringIO(), width=width, color_system=None)
-    if rewrites:
-        table = Table(title=None, show_lines=False, box=None, pad_edge=False)
-        columns = ("module", "x", "pattern", "d_out", "d_in", "rank", "dtype", "dense avoided", "norm FLOPs", "norm")
-        for name in columns:
-            right = name in ("x", "d_out", "d_in", "rank", "dense avoided", "norm FLOPs")
-            table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name != "module")
-        for f in fold(rewrites):
-            r = f.first
-            flops = f"{human_flops(r.flops_before)} -> {human_flops(r.flops_after)}"
-            avoided = human_bytes(r.dense_bytes_avoided * f.count)
-            table.add_row(
-                *(
-                    Text(printable(cell))  # names are not markup: "block[0]" is a module's name
-                    for cell in (
-                        f.site or "(function)", str(f.count), r.pattern, str(r.d_out), str(r.d_in), str(r.rank), r.dtype,
-                        avoided, flops, r.norm_algorithm,
-                    )
-                )
-            )  # fmt: skip
-        console.print(table)
-    partial = [f for f in fold(rewrites) if f.first.reason]
-    for f in partial:
-        console.print(
-            printable(f"partly  {f.site or '(function)'} x {f.count}: {f.first.reason} [{f.first.source}]"),
-            markup=False,
-            soft_wrap=True,
-        )
-    for f in fold(misses):
-        where = f" [{f.first.source}]" if f.first.source else ""
-        console.print(
-            printable(f"missed  {f.site or '(graph)'} x {f.count}: {f.first.reason}{where}"),
-            markup=False,
-            soft_wrap=True,
-        )
-    sites = len({r.site for r in rewrites})
-    saved = sum(f.first.dense_bytes_avoided * f.count for f in fold(rewrites))
-    summary = f"{sites} modules rewritten, {len({r.site for r in misses})} missed, {human_bytes(saved)} of dense intermediates avoided a forward"
+def show(content: Any, file: TextIO | None = None) -> None:
+    """Print to ``file`` (standard output by default): in colour and to the terminal's width if it is one, else plain text."""
+    console = Console(file=file, highlight=False)
+    if console.is_terminal:
+        console.print(content)
+    else:
+        print(as_text(content), file=file)
+
+
+def as_text(content: Any) -> str:
+    """Plain text, as wide as it needs to be: it can go into a file or a bug report."""
+    out = io.StringIO()
+    Console(file=out, width=_plain_width(), color_system=None, highlight=False).print(content)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def _plain_width() -> int:
+    # The size of the terminal, or COLUMNS; of a file there is none.
+    return max(shutil.get_terminal_size((200, 24)).columns, 100)
+
+
+def finding(head: str, style: str, what: str, where: str, advice: str) -> Text:
+    """One thing to read: what was found, where, and on a line of its own what to do about it."""
+    text = Text(overflow="fold")
+    text.append(head, style=style)
+    text.append(f"  {printable(what)}")
+    if where:
+        text.append(f" [{printable(where)}]", style="cyan")
+    if advice:
+        text.append(f"\n{'':{len(head)}}  what to do: {printable(advice)}", style="dim")
+    return text
+
+
+def renderable(log: RewriteLog) -> RenderableType:
+    """The table, what was left alone in part or as a whole, and the totals."""
+    rewrites, misses = fold(log.rewrites), fold(log.misses)
+    sums = totals(log.records)
+    parts: list[RenderableType] = [_Table(rewrites, sums)] if rewrites else []
+    parts += _findings("partly", "bold yellow", (f for f in rewrites if f.first.reason))
+    parts += _findings("missed", "bold red", misses)
+    summary = Text(f"{sums.rewritten} modules rewritten, {sums.missed} missed", style="bold")
+    if sums.dense_bytes_avoided:
+        summary.append(f", {human_bytes(sums.dense_bytes_avoided)} of dense intermediates avoided a forward")
     if log.dropped:
-        summary += f"; {log.dropped} oldest records dropped"
-    console.print(summary, markup=False, soft_wrap=True)
+        summary.append(f"; {log.dropped} oldest records dropped")
+    parts.append(summary)
     if log.norms.computed or log.norms.reused:
-        console.print(printable(str(log.norms)), markup=False, soft_wrap=True)
-    output = console.file
-    assert isinstance(output, io.StringIO)
-    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+        parts.append(Text(printable(str(log.norms))))
+    return Group(*parts)
+
+
+def _findings(head: str, style: str, folds: Iterable[Fold]) -> Iterable[Text]:
+    for f in folds:
+        where = f"{f.site or '(function)'} x {f.count}" if f.count > 1 else f.site or "(function)"
+        yield finding(head, style, f"{where}: {f.first.reason}", f.first.source, f.first.advice)
+
+
+class _Table:
+    """One row a fold, or where the terminal is too narrow for that, three lines a fold."""
+
+    def __init__(self, folds: list[Fold], sums: Totals) -> None:
+        self.folds = folds
+        self.sums = sums
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
+        table = self._wide()
+        if table.__rich_measure__(console, options.update(width=_WIDE)).maximum <= options.max_width:
+            yield table
+        else:
+            yield from self._narrow()
+
+    def _cells(self) -> Iterable[tuple[str, tuple[str, ...]]]:
+        """(style, cells) of each row, the last the total."""
+        for f in self.folds:
+            r = f.first
+            yield (
+                "yellow" if r.reason else "",
+                (
+                    f.site or "(function)", str(f.count), r.pattern, f"{r.d_out} x {r.d_in}", str(r.rank), r.dtype,
+                    human_bytes(r.dense_bytes_avoided * f.count), human_flops(r.flops_before * f.count),
+                    human_flops(r.flops_after * f.count), r.norm_algorithm, r.codegen,
+                ),
+            )  # fmt: skip
+        sums = self.sums
+        flops = human_flops(sums.flops_before), human_flops(sums.flops_after)
+        bytes_avoided = human_bytes(sums.dense_bytes_avoided)
+        yield "bold", ("total", str(sums.rewritten), "", "", "", "", bytes_avoided, *flops, "", "")
+
+    def _wide(self) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in _COLUMNS:
+            table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=True)
+        for style, cells in self._cells():
+            table.add_row(*(Text(printable(cell), style=style) for cell in cells))  # Text: "block[0]" is no markup
+        return table
+
+    def _narrow(self) -> Iterable[Text]:
+        for style, cells in self._cells():
+            module, count, pattern, shape, rank, dtype, avoided, before, after, norm, codegen = map(printable, cells)
+            yield Text(f"{module} x {count}", style=style or "cyan")
+            if pattern:
+                yield Text(f"  {pattern} {shape} rank {rank} {dtype}, {norm} norm, {codegen}")
+            yield Text(f"  {avoided} of dense intermediates avoided, norm FLOPs {before} -> {after}")

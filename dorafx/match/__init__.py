@@ -2,7 +2,7 @@
 
 from .composition import Candidate, Composition, Match, Part, base_core, part_scale
 from .matcher import Matches, Verdict, match_graph
-from .near_misses import Reason, source_of
+from .near_misses import Reason, operator_name, source_of
 from .norms import LowRank, NormFactors
 from .registry import Form, forms, pattern
 
@@ -20,6 +20,7 @@ __all__ = [
     "base_core",
     "forms",
     "match_graph",
+    "operator_name",
     "part_scale",
     "pattern",
     "source_of",

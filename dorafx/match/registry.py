@@ -35,8 +35,20 @@ T = TypeVar("T")
 def pattern(*, name: str) -> Callable[[type[T]], type[T]]:
     """Register a class as a canonical form under ``name``.
 
+    Args:
+        name: what the log calls it.
+
+    Returns:
+        A decorator that returns the class as it is; :class:`Form` says what the class must have.
+
     Raises:
         DorafxError: the class has no ``check`` or ``rewrite``, or another class has the name already.
+
+    >>> @dorafx.pattern(name="half_done")
+    ... class HalfDone:
+    ...     def check(self, candidate): ...
+    Traceback (most recent call last):
+    dorafx.errors.DorafxError: pattern 'half_done' (HalfDone) lacks rewrite
     """
 
     def register(cls: type[T]) -> type[T]:

@@ -42,7 +42,8 @@ def _kept_sum(base: torch.Tensor, lora: torch.Tensor, scale: float, out_dtype: t
     """What the backward keeps for the gradient of g: the sum in the widest dtype of those it is made for. Where the
     magnitude is trained in fp32 around half-precision products (fp32 adapters, or autocast, which hides them), a sum
     rounded to half precision made that gradient's error 1.07 times the original's."""
-    if torch.is_autocast_enabled(base.device.type):
+    device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return _sum(base, lora, scale, _wide(out_dtype, base, lora))
     widest = torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
     return _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(widest)

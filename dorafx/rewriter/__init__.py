@@ -4,5 +4,15 @@ from .apply import apply_plan
 from .copying import copy_graph_module
 from .emit import CannotEmit, Emitter
 from .prologue import HoistedNorm, hoist_norms, norms_inside
+from .region import draw
 
-__all__ = ["CannotEmit", "Emitter", "HoistedNorm", "apply_plan", "copy_graph_module", "hoist_norms", "norms_inside"]
+__all__ = [
+    "CannotEmit",
+    "Emitter",
+    "HoistedNorm",
+    "apply_plan",
+    "copy_graph_module",
+    "draw",
+    "hoist_norms",
+    "norms_inside",
+]

@@ -43,6 +43,17 @@ def test_views() -> None:
     assert log.notes == []
 
 
+def test_records_make_a_data_frame() -> None:
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(full_log().to_records())
+    assert frame.groupby(["status", "pattern"]).dense_bytes_avoided.sum().to_dict() == {
+        ("missed", "linear"): 4096,
+        ("rewritten", "linear"): 32 * 4096,
+    }
+    assert {str(t) for t in frame.dtypes} <= {"int64", "object", "str"}
+    assert not frame.isna().any().any()
+
+
 def test_json_round_trip() -> None:
     log = full_log()
     again = RewriteLog.from_json(log.to_json())
@@ -66,7 +77,7 @@ def test_text_folds_layers_and_gives_reasons() -> None:
         ("hello", "not JSON"),
         ("[1, 2]", "'dorafx_log' is absent"),
         ('{"a": 1}', "'dorafx_log' is absent"),
-        ('{"dorafx_log": 99, "records": []}', "version 99"),
+        ('{"dorafx_log": 99, "records": []}', "version 99; this dorafx reads versions 1 and 2"),
         ('{"dorafx_log": 1, "records": [{"status": "eaten"}]}', "record 0.*'eaten'"),
         ('{"dorafx_log": 1, "records": [{"site": "x"}]}', "'status' is absent"),
         ('{"dorafx_log": 1, "records": [{"status": "missed", "rank": "four"}]}', "'rank' is 'four', not int"),

@@ -1,0 +1,153 @@
+"""What :func:`dorafx.explain` finds."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from dorafx.log import Record, RewriteLog
+from dorafx.log.table import as_text, finding, show
+
+__all__ = ["Explanation", "GraphBreak", "graph_breaks_of"]
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write Dynamo tracing rules")
+
+
+@dataclass(frozen=True)
+class GraphBreak:
+    """Where Dynamo could not go on, and why.
+
+    Attributes:
+        reason: what it met.
+        explanation: the same at more length, in Dynamo's words.
+        hints: what Dynamo proposes.
+        source: ``file:line`` of the innermost frame outside of torch.
+        function: the function there.
+        code: the line there.
+        called_from: ``file:line`` of the frames that lead there, outermost first.
+    """
+
+    reason: str
+    explanation: str = ""
+    hints: tuple[str, ...] = ()
+    source: str = ""
+    function: str = ""
+    code: str = ""
+    called_from: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+    def __rich__(self) -> Text:
+        what = f"in {self.function}: {self.reason}" if self.function else self.reason
+        if self.code:
+            what += f", at `{self.code}`"
+        return finding("graph break", "bold magenta", what, self.source, "; or ".join(self.hints) or self.explanation)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def graph_breaks_of(causes: Iterable[tuple[str, list[Any]]]) -> list[GraphBreak]:
+    """The distinct breaks among Dynamo's causes: (reason, user's stack of ``FrameSummary``, innermost last)."""
+    found: dict[tuple[str, str], GraphBreak] = {}
+    for reason, stack in causes:
+        made = _graph_break(reason, stack)
+        found.setdefault((made.reason, made.source), made)
+    return list(found.values())
+
+
+def _graph_break(reason: str, stack: list[Any]) -> GraphBreak:
+    # Dynamo's text: a headline, "  Explanation: …", "  Hint: …", then notes for its developers.
+    own = reason.split("*** While handling", 1)[0]
+    headline = next((line.strip() for line in own.splitlines() if line.strip()), "unknown")
+    explained = re.search(r"^\s*Explanation: (.+)$", own, re.MULTILINE)
+    hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", own, re.MULTILINE)]
+    outside = [frame for frame in stack if not frame.filename.startswith(_TORCH)]
+    at = outside[-1] if outside else None
+    return GraphBreak(
+        headline,
+        explained[1].strip() if explained else "",
+        tuple(hint for hint in hints if not hint.startswith(_NO_HINTS)),
+        f"{at.filename}:{at.lineno}" if at else "",
+        at.name if at else "",
+        (at.line or "").strip() if at else "",
+        tuple(f"{frame.filename}:{frame.lineno}" for frame in outside[:-1]),
+    )
+
+
+@dataclass
+class Explanation:
+    """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table.
+
+    Attributes:
+        graph_count: graphs that Dynamo made of the call.
+        breaks: the distinct places where it broke the graph, with the cause of each.
+        log: the records.
+
+    >>> def noisy(x):
+    ...     print("once a forward")
+    ...     return layer(x)
+    >>> found = dorafx.explain(noisy, x)
+    once a forward
+    >>> found.graph_break_count, found.breaks[0].code, found.breaks[0].hints[0][:28]
+    (1, 'print("once a forward")', 'Avoid calling builtin `print')
+    """
+
+    graph_count: int
+    breaks: list[GraphBreak] = field(default_factory=list)
+    log: RewriteLog = field(default_factory=RewriteLog)
+
+    @property
+    def graph_break_count(self) -> int:
+        """How often the program leaves compiled code for Python between graphs, or around the only one."""
+        return max(self.graph_count - 1, 1 if self.breaks else 0)
+
+    @property
+    def rewrites(self) -> list[Record]:
+        """The records of what would be rewritten, in whole or in part."""
+        return self.log.rewrites
+
+    @property
+    def misses(self) -> list[Record]:
+        """The records of what would be left alone."""
+        return self.log.misses
+
+    def print(self, file: TextIO | None = None) -> None:
+        """Print the table, in colour where ``file`` (standard output by default) is a terminal."""
+        show(self, file)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"graphs": int, "graph_breaks": int, "breaks": [break]}``; the log has its own JSON."""
+        return {
+            "graphs": self.graph_count,
+            "graph_breaks": self.graph_break_count,
+            "breaks": [b.to_dict() for b in self.breaks],
+        }
+
+    def __rich__(self) -> RenderableType:
+        parts: list[RenderableType] = [
+            Text(f"{_counted(self.graph_count, 'graph')}, {_counted(self.graph_break_count, 'graph break')}", "bold"),
+            self.log.__rich__(),
+            *(b.__rich__() for b in self.breaks),
+        ]
+        if not self.log.records:
+            parts.append(Text("no DoRA computation was found in this call"))
+        return Group(*parts)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

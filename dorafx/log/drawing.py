@@ -1,0 +1,105 @@
+"""A rewritten region as data: the nodes before and after, small enough to be kept in a log and drawn later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["MAX_NODES", "Drawing", "DrawnNode"]
+
+MAX_NODES = 96
+"""Of one side of a drawing. A layer has 10 to 40; what is farther from the region's end than this many is left out."""
+
+_FATES = ("kept", "removed", "new", "cause")
+_LONGEST = 400  # characters of a text; a repr can be of any length
+
+
+@dataclass(frozen=True)
+class DrawnNode:
+    """One node of a graph.
+
+    Attributes:
+        name: the node's name in its graph.
+        operator: what it calls; ``"input"`` for a placeholder or an attribute.
+        label: for an input, the parameter's name.
+        shape: of its tensor, ``"[96, 64]"``; symbolic sizes by name; empty for what is no tensor.
+        dtype: of its tensor.
+        source: ``file:line`` of the user's code.
+        fate: ``"kept"``; ``"removed"`` (before only); ``"new"`` (after only); ``"cause"``: the node that a miss is about.
+        inputs: indices of the nodes that it reads, within the same side.
+        replaces: names of the original nodes that a new one stands for.
+    """
+
+    name: str
+    operator: str
+    label: str = ""
+    shape: str = ""
+    dtype: str = ""
+    source: str = ""
+    fate: str = "kept"
+    inputs: tuple[int, ...] = ()
+    replaces: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that are not empty."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values if v}
+
+    @staticmethod
+    def from_dict(values: Any, number: int) -> DrawnNode:
+        """Node ``number`` of a side: it may read only nodes before it.
+
+        Raises:
+            ValueError: an unknown, absent or wrong field; the message names it.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"drawing: a node is a {type(values).__name__}, not an object")
+        known = [f.name for f in fields(DrawnNode)]
+        unknown = sorted(map(str, set(values) - set(known)))
+        if unknown:
+            raise ValueError(f"drawing: unknown field {unknown[0]!r}; fields are {', '.join(known)}")
+        made = {"name": "", "operator": "", **values}
+        inputs, replaces = made.pop("inputs", []), made.pop("replaces", [])
+        wrong = sorted(name for name, value in made.items() if not isinstance(value, str) or len(value) > _LONGEST)
+        if wrong:
+            raise ValueError(f"drawing: field {wrong[0]!r} must be a text of at most {_LONGEST} characters")
+        if made.get("fate", "kept") not in _FATES:
+            raise ValueError(f"drawing: fate {made['fate']!r:.40} is not one of {', '.join(_FATES)}")
+        if not isinstance(inputs, list) or any(type(i) is not int or not 0 <= i < number for i in inputs):
+            raise ValueError("drawing: 'inputs' must be a list of indices of earlier nodes")
+        if not isinstance(replaces, list) or any(not isinstance(n, str) or len(n) > _LONGEST for n in replaces):
+            raise ValueError("drawing: 'replaces' must be a list of names")
+        return DrawnNode(**made, inputs=tuple(inputs), replaces=tuple(replaces))
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A region of a graph before and after its rewrite; of what was left alone there is no ``after``."""
+
+    before: tuple[DrawnNode, ...]
+    after: tuple[DrawnNode, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A digest of the content: what records refer to."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"before": [node], "after": [node]}``."""
+        return {"before": [n.to_dict() for n in self.before], "after": [n.to_dict() for n in self.after]}
+
+    @staticmethod
+    def from_dict(values: Any) -> Drawing:
+        """The drawing of a dictionary as :meth:`to_dict` makes it.
+
+        Raises:
+            ValueError: anything else.
+        """
+        sides = [values.get("before"), values.get("after", [])] if isinstance(values, Mapping) else [None]
+        if any(not isinstance(side, list) or len(side) > MAX_NODES for side in sides):
+            raise ValueError(f"drawing: 'before' and 'after' must be lists of at most {MAX_NODES} nodes")
+        return Drawing(*(tuple(DrawnNode.from_dict(node, i) for i, node in enumerate(side or [])) for side in sides))

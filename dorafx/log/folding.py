@@ -1,0 +1,83 @@
+"""Repeated layers folded into one, and totals over modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .record import Record
+
+__all__ = ["Fold", "Totals", "fold", "fold_key", "totals"]
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
+
+
+def folded_site(site: str) -> str:
+    """``layers.31.q_proj`` -> ``layers.*.q_proj``."""
+    return _NUMBER.sub("*", site)
+
+
+def fold_key(r: Record) -> tuple[object, ...]:
+    """What records have in common that differ only in the number of the layer."""
+    site = folded_site(r.site)
+    return site, r.status, r.pattern, r.reason, r.d_out, r.d_in, r.rank, r.dtype, r.norm_algorithm, r.codegen
+
+
+class Fold:
+    """Records that differ only in the number of the layer."""
+
+    def __init__(self, first: Record) -> None:
+        self.first = first
+        self.site = folded_site(first.site)
+        self.sites: set[str] = set()
+        self.drawings: dict[str, None] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self.sites)
+
+
+def fold(records: Iterable[Record]) -> list[Fold]:
+    """Fold repeated layers: ``layers.0.q_proj`` … ``layers.31.q_proj`` become ``layers.*.q_proj`` with a count. A site
+    that was compiled into several graphs counts once."""
+    folds: dict[tuple[object, ...], Fold] = {}
+    for r in records:
+        one = folds.setdefault(fold_key(r), Fold(r))
+        one.sites.add(r.site)
+        if r.drawing:
+            one.drawings[r.drawing] = None
+    return list(folds.values())
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of one forward of every module in a log.
+
+    Attributes:
+        rewritten, missed: modules.
+        dense_bytes_avoided, flops_before, flops_after: sums of the records' fields.
+    """
+
+    rewritten: int
+    missed: int
+    dense_bytes_avoided: int
+    flops_before: int
+    flops_after: int
+
+
+def totals(records: Iterable[Record]) -> Totals:
+    """Sums over modules. Of a module that was compiled into several graphs (training, inference) the dearest counts."""
+    missed: set[object] = set()
+    by_site: dict[object, dict[int, tuple[int, int, int]]] = {}
+    for r in records:
+        site = r.site or r.graph  # plain functions have no name
+        if not r.rewritten:
+            missed.add(site)
+            continue
+        graphs = by_site.setdefault(site, {})
+        dense, before, after = graphs.get(r.graph, (0, 0, 0))
+        graphs[r.graph] = (dense + r.dense_bytes_avoided, before + r.flops_before, after + r.flops_after)
+    dearest = [max(graphs.values()) for graphs in by_site.values()]
+    dense, before, after = (sum(column) for column in zip(*dearest)) if dearest else (0, 0, 0)
+    return Totals(len(by_site), len(missed), dense, before, after)

@@ -1,0 +1,180 @@
+"""Drawings: what became of each node of a region, as data and laid out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from integration_support import peft_perceptron
+
+from dorafx import RewriteLog, explain, rewrite_log
+from dorafx.log import MAX_NODES, Drawing, DrawnNode
+from dorafx.log.layout import HEIGHT, WIDTH, lay_out
+
+
+def layer(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    norm = (w + b @ a).norm(dim=1).detach()
+    return m / norm * (F.linear(x, w) + F.linear(F.linear(x, a), b))
+
+
+def squashed(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    norm = (w + torch.tanh(b @ a)).norm(dim=1).detach()
+    return m / norm * (F.linear(x, w) + F.linear(F.linear(x, a), b))
+
+
+def lost(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    norm = (w + b @ a).norm(dim=1).detach()
+    return torch.erf(m / norm) * (F.linear(x, w) + F.linear(F.linear(x, a), b))
+
+
+def drawing_of(program: Any) -> Drawing:
+    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    log = explain(program, *operands).log
+    (record,) = log.records
+    return log.drawings[record.drawing]
+
+
+def operators(nodes: tuple[DrawnNode, ...], fate: str) -> list[str]:
+    return sorted(n.operator for n in nodes if n.fate == fate)
+
+
+def test_a_layer_before_and_after() -> None:
+    drawing = drawing_of(layer)
+    assert operators(drawing.before, "kept") == ["input"] * 5 + ["linear"] * 2
+    assert operators(drawing.before, "removed") == [
+        "add",
+        "add",
+        "detach",
+        "linear",
+        "matmul",
+        "mul",
+        "norm",
+        "truediv",
+    ]
+    new = {n.operator: n for n in drawing.after if n.fate == "new"}
+    assert {"row_norm.default", "addmm", "compose.default"} <= set(new)
+    assert operators(drawing.after, "kept") == ["input"] * 5 + ["linear"] * 2
+    removed = {n.name: n for n in drawing.before if n.fate == "removed"}
+    assert sorted(removed[n].operator for n in new["row_norm.default"].replaces) == ["add", "matmul", "norm"]
+    assert {removed[n].operator for n in new["compose.default"].replaces} == {
+        "add",
+        "detach",
+        "linear",
+        "mul",
+        "truediv",
+    }
+    assert all(n.source.rpartition(":")[0] == __file__ for n in drawing.before if n.operator != "input")
+    matmul = next(n for n in drawing.before if n.operator == "matmul")
+    assert (matmul.shape, matmul.dtype) == ("[8, 6]", "float32")
+    assert sorted(drawing.before[i].label for i in matmul.inputs) == ["a", "b"]
+
+
+def test_a_miss_shows_its_cause_and_nothing_new() -> None:
+    drawing = drawing_of(squashed)
+    assert drawing.after == ()
+    assert operators(drawing.before, "cause") == ["tanh"]
+    assert operators(drawing.before, "removed") == []
+    assert sorted(n.label for n in drawing.before if n.operator == "input") == ["a", "b", "w"]
+
+
+def test_a_norm_alone_shows_where_it_is_lost() -> None:
+    drawing = drawing_of(lost)
+    assert operators(drawing.before, "cause") == ["erf"]
+    assert operators(drawing.before, "removed") == ["add", "matmul", "norm"]
+    assert "row_norm.default" in operators(drawing.after, "new")
+
+
+def test_layers_of_one_kind_share_a_drawing() -> None:
+    """And a drawing is of one layer: what comes before it is another's."""
+    model = torch.nn.ModuleList([peft_perceptron().eval() for _ in range(3)])
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return sum(part(x) for part in model)  # type: ignore[return-value]
+
+    features = next(m.in_features for m in model.modules() if isinstance(m, torch.nn.Linear))
+    log = explain(run, torch.randn(2, features)).log
+    assert len(log.rewrites) == 3 * len({r.drawing for r in log.rewrites})
+    for drawing in log.drawings.values():
+        parameters = {n.label for n in drawing.before if n.label not in ("", "x")}
+        assert {label.split(".")[4] for label in parameters} in ({"first"}, {"second"})
+        assert len(parameters) == 5
+
+
+def test_json_and_bounds() -> None:
+    log = RewriteLog(max_drawings=2)
+    drawings = [Drawing((DrawnNode(f"n{i}", "input"), DrawnNode("y", "mul", inputs=(0,)))) for i in range(3)]
+    log.extend([], {d.key: d for d in drawings})
+    assert list(log.drawings.values()) == drawings[:2]
+    assert RewriteLog.from_json(log.to_json()).drawings == log.drawings
+    log.clear()
+    assert log.drawings == {}
+
+
+def test_a_large_region_is_cut() -> None:
+    def long(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        made = w
+        for _ in range(2 * MAX_NODES):
+            made = made.sin()
+        return torch.erf(m / (made + b @ a).norm(dim=1).detach()) * F.linear(x, w)
+
+    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    log = explain(long, *operands).log
+    (drawing,) = log.drawings.values()
+    assert len(drawing.before) == MAX_NODES
+    assert Drawing.from_dict(json.loads(json.dumps(drawing.to_dict()))) == drawing
+
+
+def test_a_stream_holds_each_drawing_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    monkeypatch.setenv("DORAFX_LOG", str(path))
+    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})(*operands)
+    kinds = ["before" in json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert kinds == [True, False, False]
+    again = RewriteLog.from_json(path.read_text(encoding="utf-8"))
+    assert again.drawings == rewrite_log().drawings
+    assert again.records == rewrite_log().records
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"before": 3}, "must be lists"),
+        ({"before": [{}] * (MAX_NODES + 1)}, "at most"),
+        ({"before": ["x"]}, "a node is a str"),
+        ({"before": [{"colour": "red"}]}, "unknown field 'colour'"),
+        ({"before": [{"name": 3}]}, "field 'name'"),
+        ({"before": [{"name": "x" * 1000}]}, "at most 400"),
+        ({"before": [{"fate": "eaten"}]}, "fate 'eaten'"),
+        ({"before": [{"inputs": [0]}]}, "indices of earlier nodes"),
+        ({"before": [{"replaces": [3]}]}, "list of names"),
+    ],
+)
+def test_what_is_no_drawing_is_said(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Drawing.from_dict(change)
+    with pytest.raises(ValueError, match=f"drawing 'k'.*{message}"):
+        RewriteLog.from_json(json.dumps({"dorafx_log": 2, "drawings": {"k": change}}))
+
+
+def test_no_boxes_overlap_and_edges_go_down() -> None:
+    drawings = [drawing_of(layer), drawing_of(lost)]
+    sides = [side for d in drawings for side in (d.before, d.after)]
+    sides.append(tuple(DrawnNode(f"n{i}", "op", inputs=tuple(range(max(0, i - 5), i))) for i in range(40)))
+    for nodes in sides:
+        picture = lay_out(nodes)
+        assert picture == lay_out(nodes)
+        assert len(picture.corners) == len(nodes)
+        assert len(picture.edges) == sum(len(n.inputs) for n in nodes)
+        for i, (x, y) in enumerate(picture.corners):
+            assert 0 <= x <= picture.width - WIDTH
+            assert 0 <= y <= picture.height - HEIGHT
+            assert not any(y == v and abs(x - u) < WIDTH for u, v in picture.corners[:i])
+        for edge in picture.edges:
+            assert picture.corners[edge.source][1] < picture.corners[edge.target][1]
+    assert lay_out(()).corners == ()
