@@ -340,6 +340,13 @@ def fake_mode() -> Any:
     return FakeTensorMode()
 
 
+def fake_mode_of(value: Any) -> Any:
+    """The mode of a fake tensor, or of the fake tensors inside a tensor subclass; None for anything else."""
+    from torch._subclasses.fake_tensor import maybe_get_fake_mode
+
+    return maybe_get_fake_mode(value)
+
+
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
 
 

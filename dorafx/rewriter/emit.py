@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx import _compat
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
 from dorafx.match import Part
@@ -79,7 +80,7 @@ class Emitter:
                 node.meta[key] = self.site.meta[key]
         slot = "example_value" if "example_value" in self.site.meta else "val"
         args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-        mode = getattr(self.site.meta.get(slot), "fake_mode", None)
+        mode = _compat.fake_mode_of(self.site.meta.get(slot))
         if mode is not None:
             with mode:
                 args = fx.node.map_aggregate(args, lambda value: _of_mode(value, mode))
