@@ -14,7 +14,9 @@ import torch
 
 from dorafx import _compat_distributed as _distributed
 
-__all__ = ["register_sharding_rules"]
+from .composition import compose_math, delta_math
+
+__all__ = ["compose", "compose_delta", "register_sharding_rules"]
 
 
 @functools.cache
@@ -48,3 +50,18 @@ def register_sharding_rules() -> None:
             (outputs(rows, rows, added), [rows, rows, rows, whole, rows, *rest]),
             (outputs(columns, added, columns), [whole, columns, whole, columns, whole, *rest]),
         ]
+
+
+def compose(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """``torch.ops.dorafx.compose`` of DTensors. Its autograd kernel runs operators that DTensor knows; under inference mode
+    there is none, and DTensor would meet the operator itself."""
+    if torch.is_inference_mode_enabled():
+        return compose_math(base, lora, g, bias, scale, out_dtype)
+    return torch.ops.dorafx.compose.default(base, lora, g, bias, scale, out_dtype)  # type: ignore[no-any-return]
+
+
+def compose_delta(result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """``torch.ops.dorafx.compose_delta`` of DTensors, as :func:`compose`."""
+    if torch.is_inference_mode_enabled():
+        return delta_math(result, base, lora, g, scale, out_dtype)
+    return torch.ops.dorafx.compose_delta.default(result, base, lora, g, scale, out_dtype)  # type: ignore[no-any-return]

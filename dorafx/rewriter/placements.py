@@ -23,7 +23,7 @@ def reduced(emit: Emitter, norm: fx.Node) -> fx.Node:
     if not any(map(_distributed.is_partial, placements or ())):
         return norm
     wanted = tuple(_distributed.replicated() if _distributed.is_partial(p) else p for p in placements or ())
-    return emit.call(_redistribution(wanted), norm)
+    return emit.call(_redistribution(wanted, _Reduction.apply), norm)
 
 
 def placed_like(emit: Emitter, original: fx.Node, made: fx.Node) -> fx.Node:
@@ -45,12 +45,33 @@ def is_redistribution(node: fx.Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "dorafx_placements", None) is not None
 
 
+class _Reduction(torch.autograd.Function):
+    """Partial norms to whole ones. The backward of the row norm takes the gradient of the whole norm, whole, where DTensor's
+    own would split it into parts, and cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any, placements: tuple[Any, ...]) -> Any:
+        ctx.placements = placements
+        return tensor.redistribute(placements=placements)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:
+        return gradient.redistribute(placements=ctx.placements), None
+
+
+def _redistribute(tensor: Any, placements: tuple[Any, ...]) -> Any:
+    return tensor.redistribute(placements=placements)
+
+
 @functools.cache
-def _redistribution(placements: tuple[Any, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _redistribution(
+    placements: tuple[Any, ...], apply: Callable[..., torch.Tensor] = _redistribute
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Placements are no arguments that a graph can hold; a function is, and Dynamo makes such functions too."""
 
-    def redistribute(tensor: Any) -> Any:
-        return tensor.redistribute(placements=placements)
+    def redistribute(tensor: torch.Tensor) -> torch.Tensor:
+        # The validation of a rewrite runs it on plain tensors.
+        return tensor if _distributed.placements(tensor) is None else apply(tensor, placements)
 
     redistribute.dorafx_placements = placements  # type: ignore[attr-defined]
     return redistribute

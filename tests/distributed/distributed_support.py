@@ -139,7 +139,7 @@ def named(adapted: Any) -> list[tuple[str, torch.nn.Parameter]]:
     """Trained parameters under the names that they have without wrappers."""
     found = []
     for name, parameter in adapted.named_parameters():
-        for part in ("module.", "_orig_mod.", "_fsdp_wrapped_module."):
+        for part in ("_fsdp_wrapped_module.", "_orig_mod.", "module."):
             name = name.replace(part, "")
         if parameter.requires_grad:
             found.append((name, parameter))
