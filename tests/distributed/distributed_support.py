@@ -63,7 +63,8 @@ def check(results: dict[str, Any], name: str) -> dict[str, Any]:
 
 def run_checks(checks: dict[str, Callable[[], dict[str, Any]]]) -> None:
     """Run every check on all processes. A check fails if it fails on one of them; of numbers the largest is kept."""
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     torch.set_num_threads(1)
     results = {}
     for name, function in checks.items():

