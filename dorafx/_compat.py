@@ -201,6 +201,13 @@ def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]
     return torch.compile(model, backend=backend)
 
 
+def whole_graphs() -> Any:
+    """A context in which Dynamo does not split graphs at the buckets of DistributedDataParallel."""
+    import torch._dynamo.config as config
+
+    return config.patch(optimize_ddp=False)
+
+
 @contextlib.contextmanager
 def graph_breaks() -> Iterator[list[str]]:
     """The graph breaks that happen inside: their reasons with the user's source line, one entry a break."""

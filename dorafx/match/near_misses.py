@@ -139,11 +139,13 @@ def _lost_squares(lift: Lifter, node: fx.Node) -> Reason | None:
     does."""
     for argument in node.all_input_nodes:
         made, value = lift.values.get(argument), lift.values.get(node)
-        if not isinstance(made, VectorValue) or isinstance(value, VectorValue) and _of_norms(lift, value.poly):
+        if not isinstance(made, VectorValue) or (isinstance(value, VectorValue) and _of_norms(lift, value.poly)):
             continue
         for atom in made.poly.atoms():
             info = lift.atom_of(atom)
-            if info.kind == "sumsq" and info.expr is not None and _is_adapted(lift, info.expr):
+            if info.kind != "sumsq" or info.expr is None or not _is_adapted(lift, info.expr):
+                continue
+            if not any(a.kind == "norm" and (a.expr, a.side) == (info.expr, info.side) for a in lift.atoms):
                 what = f"operator {operator_name(node)} at {_at(node)}"
                 return Reason(f"{what} reads the sum of squares of the adapted weight before its root is taken", node)
     return None

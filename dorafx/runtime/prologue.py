@@ -126,9 +126,14 @@ def _compute(
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
+    plain = [wanted is None for _, _, wanted in norms]
+    if len(set(plain)) == 2:
+        of_kind = {
+            kind: iter(_compute([n for n, p in zip(norms, plain) if p is kind], squares)) for kind in (True, False)
+        }
+        return [next(of_kind[kind]) for kind in plain]
     # What is kept must not be an inference tensor; DTensors are not kept, and must be of the mode that reads them.
-    keeps = all(wanted is None for _, _, wanted in norms)
-    with torch.inference_mode(torch.is_inference_mode_enabled() and not keeps), torch.no_grad():
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain[0]), torch.no_grad():
         parts = [local_operands(*recipe.operands(*inputs)) for recipe, inputs, _ in norms]
         for algorithm in dict.fromkeys(recipe.algorithm for recipe, _, _ in norms):
             group = [i for i, (recipe, _, _) in enumerate(norms) if recipe.algorithm == algorithm]

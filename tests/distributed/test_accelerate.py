@@ -1,4 +1,7 @@
-"""A training loop of HF accelerate on two processes, by its own launcher and by torchrun."""
+"""A training loop of HF accelerate on two processes, by its own launcher and by torchrun.
+
+``accelerate launch --cpu`` starts several processes by MPI only; for GPUs it uses torchrun, and the worker takes the CPU.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ def test_trains_alike(launcher: str, tmp_path: Path) -> None:
     if launcher == "torchrun":
         results = launch(worker, tmp_path)
     else:
-        options = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
         file = tmp_path / "results.json"
         command = ["-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
         results = run([*command, "--main_process_port", "0", str(HERE / worker), str(file)], file, 280)

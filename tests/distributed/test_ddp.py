@@ -48,6 +48,13 @@ def test_ddp_in_every_way(more: dict[str, Any], how: str) -> None:
 
 
 @pytest.mark.slow
+def test_dry_runs(more: dict[str, Any]) -> None:
+    found = check(more, "explained")
+    assert found["patterns"] == ["linear"] and found["sites"] == SITES and found["misses"] == 0
+    assert found["checked"] == SITES and found["passed"]
+
+
+@pytest.mark.slow
 def test_zero3_is_left_alone(more: dict[str, Any]) -> None:
     found = check(more, "zero3")
     assert found["output"] < 1e-6 and found["rewrites"] == 0

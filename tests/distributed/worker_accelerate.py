@@ -1,4 +1,4 @@
-"""HF accelerate: prepared models, started by ``accelerate launch --cpu`` or by torchrun."""
+"""HF accelerate: prepared models, started by ``accelerate launch`` or by torchrun."""
 
 from __future__ import annotations
 

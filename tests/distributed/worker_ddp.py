@@ -76,6 +76,19 @@ def decode() -> dict[str, Any]:
     return {"before": max(before), "reused_before": reused, "after": max(step(), step()), **seen()}
 
 
+def explained() -> dict[str, Any]:
+    """The dry runs see whole graphs, as the backend does."""
+    call = wrapped(model())
+    explanation, report = dorafx.explain(call, batch(0)), dorafx.verify(call, batch(0))
+    return {
+        "patterns": sorted({r.pattern for r in explanation.rewrites}),
+        "sites": len({r.site for r in explanation.rewrites}),
+        "misses": len(explanation.misses),
+        "checked": len(report.checks),
+        "passed": report.passed,
+    }
+
+
 def zero3() -> dict[str, Any]:
     """Parameters that DeepSpeed marks as partitioned are left to it."""
     adapted = model().eval()
@@ -93,6 +106,7 @@ MORE = {
     "inductor": lambda: train("outer", "inductor"),
     "outer checkpointed": lambda: train("outer", "aot_eager", checkpointed=True),
     "modules checkpointed": lambda: train("modules", checkpointed=True),
+    "explained": explained,
     "zero3": zero3,
 }
 
