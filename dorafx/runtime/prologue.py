@@ -126,14 +126,7 @@ def _compute(
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
-    plain = [wanted is None for _, _, wanted in norms]
-    if len(set(plain)) == 2:
-        of_kind = {
-            kind: iter(_compute([n for n, p in zip(norms, plain) if p is kind], squares)) for kind in (True, False)
-        }
-        return [next(of_kind[kind]) for kind in plain]
-    # What is kept must not be an inference tensor; DTensors are not kept, and must be of the mode that reads them.
-    with torch.inference_mode(torch.is_inference_mode_enabled() and not plain[0]), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         parts = [local_operands(*recipe.operands(*inputs)) for recipe, inputs, _ in norms]
         for algorithm in dict.fromkeys(recipe.algorithm for recipe, _, _ in norms):
             group = [i for i, (recipe, _, _) in enumerate(norms) if recipe.algorithm == algorithm]
@@ -143,9 +136,11 @@ def _compute(
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result
-        if any(how is not None for _, how in parts):
-            found = placed_norms(found, [how for _, how in parts], [wanted for _, _, wanted in norms])
-    return found
+    if all(how is None for _, how in parts):
+        return found
+    # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
+    with torch.no_grad():
+        return placed_norms(found, [how for _, how in parts], [wanted for _, _, wanted in norms])
 
 
 def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:

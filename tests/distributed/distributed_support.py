@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from integration_support import Perceptron, lora_config, randomise
@@ -37,6 +39,27 @@ def launch(worker: str, folder: Path, *arguments: str, processes: int = 2, timeo
     results = folder / f"{worker}.json"
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     return run([*command, str(HERE / worker), str(results), *arguments], results, timeout)
+
+
+def launch_once(worker: str, factory: pytest.TempPathFactory, *arguments: str) -> dict[str, Any]:
+    """:func:`launch` for tests that share the results, also where pytest runs them in several processes."""
+    base = factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "-".join([worker, *arguments])
+    done = folder / "done"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        while not done.exists():  # pytest's own timeout ends it
+            time.sleep(0.2)
+        results = folder / f"{worker}.json"
+        assert results.exists(), "the workers failed, as the test that launched them says"
+        found: dict[str, Any] = json.loads(results.read_text())
+        return found
+    try:
+        return launch(worker, folder, *arguments, timeout=560)
+    finally:
+        done.touch()
 
 
 def run(command: list[str], results: Path, timeout: int) -> dict[str, Any]:

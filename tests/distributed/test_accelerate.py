@@ -14,6 +14,7 @@ pytest.importorskip("accelerate")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("launcher", ["accelerate launch", "torchrun"])
 def test_trains_alike(launcher: str, tmp_path: Path) -> None:
     worker = "worker_accelerate.py"

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from distributed_support import SITES, STEPS, check, launch
+from distributed_support import SITES, STEPS, check, launch_once
+
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("worker_ddp.py", tmp_path_factory.mktemp("ddp"), "quick")
+    return launch_once("worker_ddp.py", tmp_path_factory, "quick")
 
 
 @pytest.fixture(scope="module")
 def more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("worker_ddp.py", tmp_path_factory.mktemp("ddp"), "more")
+    return launch_once("worker_ddp.py", tmp_path_factory, "more")
 
 
 def _assert_trained_alike(found: dict[str, Any], forwards: int = 1) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from distributed_support import SITES, STEPS, check, launch
+from distributed_support import SITES, STEPS, check, launch_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("worker_fsdp.py", tmp_path_factory.mktemp("fsdp"))
+    return launch_once("worker_fsdp.py", tmp_path_factory)
 
 
 def _assert_rewritten(found: dict[str, Any], forwards: int = 1) -> None:

@@ -54,6 +54,7 @@ def test_parameters_are_counted_as_peft_makes_them() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_functions_for_data_and_full_sharding(tmp_path: Path) -> None:
     results = launch("worker_page.py", tmp_path)
     ddp, fsdp = check(results, "data parallel"), check(results, "fully sharded")
@@ -66,6 +67,7 @@ def test_the_functions_for_data_and_full_sharding(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_function_for_tensor_parallelism(tmp_path: Path) -> None:
     found = check(launch("worker_page.py", tmp_path, processes=4), "tensor parallel")
     assert found["output"] < 1e-5 and found["gradients"] < 1e-5

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from distributed_support import SITES, check, launch
+from distributed_support import SITES, check, launch_once
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch("worker_tp.py", tmp_path_factory.mktemp("tp"))
+    return launch_once("worker_tp.py", tmp_path_factory)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,14 @@ def test_trains_alike(results: dict[str, Any], how: str, sites: int, reductions:
     assert found["placements"] == ["prologue"]
     assert found["reductions"] == reductions
     assert found["reused"] == 0
+
+
+def test_plain_weights_beside_sharded_ones(results: dict[str, Any]) -> None:
+    found = check(results, "partly")
+    assert found["output"] < 1e-5 and found["gradients"] < 1e-5 and found["parameters"] < 1e-4
+    assert found["same placements"] and found["modes"] < 1e-5
+    assert found["sites"] == SITES and found["patterns"] == ["linear"] and not found["misses"]
+    assert found["reductions"] == [48] * 2
 
 
 def test_differentiable_norm(results: dict[str, Any]) -> None:

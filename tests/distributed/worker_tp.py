@@ -39,10 +39,10 @@ def distribute(module: nn.Module, name: str, placement: Any, devices: Any) -> No
 # -- stock PEFT -------------------------------------------------------------------------------------------------------
 
 
-def shard_peft(adapted: Any, devices: Any) -> Any:
+def shard_peft(adapted: Any, devices: Any, names: tuple[str, ...] = ("first", "second")) -> Any:
     """``first`` column-wise, ``second`` row-wise: what is between them stays on its device."""
     for block in adapted.base_model.model.blocks:
-        for layer, plan in ((block.first, COLUMN), (block.second, ROW)):
+        for layer, plan in ((getattr(block, name), COLUMN if name == "first" else ROW) for name in names):
             distribute(layer.base_layer, "weight", plan["weight"], devices)
             distribute(layer.base_layer, "bias", plan["bias"], devices)
             distribute(layer.lora_A.default, "weight", plan["A"], devices)
@@ -159,6 +159,23 @@ def peft(compiler: Callable[[Any], Any], **lora: Any) -> dict[str, Any]:
         return compare(lambda: model(**lora), shard_peft, compiler)
 
 
+def partly() -> dict[str, Any]:
+    """Plain weights beside sharded ones, in one graph."""
+    with implicit_replication():
+        found = compare(model, lambda adapted, devices: shard_peft(adapted, devices, ("second",)), eagerly)
+        devices = mesh()
+        stock, sharded = (shard_peft(model().eval(), devices, ("second",)) for _ in range(2))
+        # A graph of its own: Dynamo cannot trace plain tensors among DTensors of a dynamic length.
+        torch._dynamo.reset()
+        compiled = eagerly(sharded)
+        x = distribute_tensor(batch(9)[:, :1], devices, [Replicate()])
+        worst = 0.0
+        for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
+            with mode():
+                worst = max(worst, relative(whole(compiled(x)), whole(stock(x))))
+    return {**found, "modes": worst, **seen()}
+
+
 def own(compiler: Callable[[Any], Any], **options: Any) -> dict[str, Any]:
     return compare(lambda: Own(**options), shard_own, compiler)
 
@@ -248,6 +265,17 @@ def norm_alone(plan: dict[str, Any]) -> dict[str, Any]:
     return {"output": relative(whole(found), wanted), **seen()}
 
 
+def lengths() -> dict[str, Any]:
+    """Sequences of several lengths: Dynamo's second graph has a symbolic one."""
+    devices = mesh()
+    stock, sharded = (shard_own(Own(), devices) for _ in range(2))
+    compiled, worst = eagerly(sharded), 0.0
+    for length in (5, 4, 3):
+        x = distribute_tensor(batch(0)[:, :length], devices, [Replicate()])
+        worst = max(worst, relative(whole(compiled(x)), whole(stock(x))))
+    return {"output": worst, **seen()}
+
+
 def without_gradients() -> dict[str, Any]:
     """Under ``no_grad`` and under inference mode, where an operator has no autograd kernel."""
     devices = mesh()
@@ -285,6 +313,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "peft": lambda: peft(eagerly),
     "peft optimized": lambda: peft(lambda m: dorafx.optimize(m, codegen="eager")),
     "peft checkpointed": lambda: peft(lambda m: dorafx.optimize(m, codegen="eager"), checkpointed=True),
+    "partly": partly,
     "own": lambda: own(eagerly),
     "own checkpointed": lambda: own(eagerly, checkpointed=True),
     "own inductor": lambda: own(lambda m: torch.compile(m, backend="dorafx")),
@@ -293,6 +322,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "by hand": by_hand,
     "norm alone by rows": lambda: norm_alone(COLUMN),
     "norm alone by columns": lambda: norm_alone(ROW),
+    "lengths": lengths,
     "without gradients": without_gradients,
     "mixed": mixed,
     "verified": verified,
