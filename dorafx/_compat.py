@@ -208,6 +208,13 @@ def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]
     return torch.compile(model, backend=backend)
 
 
+def whole_graphs() -> Any:
+    """A context in which Dynamo does not split graphs at the buckets of DistributedDataParallel."""
+    import torch._dynamo.config as config
+
+    return config.patch(optimize_ddp=False)
+
+
 @contextlib.contextmanager
 def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
     """The graph breaks that happen inside: of each Dynamo's reason and the user's stack (``FrameSummary``, innermost
@@ -353,6 +360,13 @@ def fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The mode of a fake tensor, or of the fake tensors inside a tensor subclass; None for anything else."""
+    from torch._subclasses.fake_tensor import maybe_get_fake_mode
+
+    return maybe_get_fake_mode(value)
 
 
 # -- identity of tensors (used by runtime) ----------------------------------------------------------------------------

@@ -215,7 +215,7 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
         rewrite_graph_module(gm, Options(verify=True), log=report.log, checks=report.checks)
         return gm.forward
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _compat.whole_graphs():
         _compat.fresh_compile(model, collect)(*args, **kwargs)
     return report
 
@@ -259,7 +259,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         rewrite_graph_module(gm, Options(), graphs, log=log)
         return gm.forward
 
-    with torch.random.fork_rng(), _compat.graph_breaks() as breaks:
+    with torch.random.fork_rng(), _compat.whole_graphs(), _compat.graph_breaks() as breaks:
         _compat.fresh_compile(model, collect)(*args, **kwargs)
     return Explanation(graphs, graph_breaks_of(breaks), log)
 

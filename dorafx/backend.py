@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat, capture, codegen
+from dorafx._compat_distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import private_writes, without_private_writes
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
@@ -68,9 +69,15 @@ def dorafx(
     except ValueError as error:
         raise _compat.through_dynamo(error) from None
     capture.install()
-    program = rewrite_or_fall_back(gm, ours, members)
+    program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
     _trace(gm, program)
-    compiled = codegen.compile_graph(program.graph, [*example_inputs, *program.norm_values], ours, inductor, mode)
+    inputs = [*example_inputs, *program.norm_values]
+
+    def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return codegen.compile_graph(graph, inputs, ours, inductor, mode)
+
+    split = bucket_splitter()
+    compiled = compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
     return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens)
 
 
@@ -96,6 +103,26 @@ class Program:
     def norm_values(self) -> list[Any]:
         """Fake values of the norms, for a compiler."""
         return [norm.value for norm in self.norms]
+
+
+def _refused(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, members: tuple[str, ...]
+) -> Program | None:
+    """The program as it is, with a logged miss, where what it is given rules a rewrite out; None where nothing does."""
+    if not any(map(zero3_parameter, example_inputs)):
+        return None
+    reason = (
+        "DeepSpeed ZeRO-3 partitions these parameters, and gathers them by hooks that a norm taken before the graph would "
+        "not pass; use FSDP2, or ZeRO-2"
+    )
+    if options.strict:
+        raise RewriteMissError(f"dorafx.strict: {reason}")
+    program = Program(gm)
+    program.log.add(
+        Record(status="missed", site=members[0], reason=reason, codegen=options.codegen, graph=next(_graph_ids))
+    )
+    rewrite_log().extend(program.log.records)
+    return program
 
 
 def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[str, ...] = ("",)) -> Program:
@@ -328,3 +355,6 @@ def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
 def under(record: Record, member: str) -> Record:
     """The record with its site below a member module."""
     return replace(record, site=".".join(p for p in (member, record.site) if p)) if member else record
+
+
+rewrite_before_buckets(dorafx)

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat
+from dorafx._compat_distributed import placements
 from dorafx.cost import MergedCost, merged_cost
 from dorafx.lift import Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES
@@ -201,6 +202,8 @@ def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
     if options.compose != "auto":
         return options.compose == "accumulated"
     tensor = tensor_of(match.node)
+    if placements(tensor) is not None:
+        return False  # of partial sums DTensor would make whole ones before it accumulates into them
     # Under autocast the result may be fp32 while the products are bf16; the narrowest dtype on the way decides.
     narrow = {torch.float16, torch.bfloat16}
     if tensor is None or tensor.dtype in narrow:

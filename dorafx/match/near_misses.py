@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, tensor_of
-from dorafx.lift.algebra import Chain, Expr
+from dorafx.lift.algebra import Chain, Expr, Poly
 from dorafx.lift.targets import arguments, canonical_name
 from dorafx.lift.values import VectorValue
 
@@ -110,6 +110,9 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
     for node in lift.graph.nodes:
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes or node in lift.written:
             continue
+        if (lost := _lost_squares(lift, node)) is not None:
+            yield node, lost
+            continue
         source = node.all_input_nodes[0]
         value, out, before = lift.matrix(source), tensor_of(node), tensor_of(source)
         if value is None or out is None or before is None or before.dim() != 2 or not _is_adapted(lift, value.expr):
@@ -129,6 +132,35 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
                     node,
                 ),
             )
+
+
+def _lost_squares(lift: Lifter, node: fx.Node) -> Reason | None:
+    """Whether an operator reads a sum of squares of the adapted weight before its root is taken, as a reduction over devices
+    does."""
+    for argument in node.all_input_nodes:
+        made, value = lift.values.get(argument), lift.values.get(node)
+        if not isinstance(made, VectorValue) or (isinstance(value, VectorValue) and _of_norms(lift, value.poly)):
+            continue
+        for atom in made.poly.atoms():
+            info = lift.atom_of(atom)
+            if info.kind != "sumsq" or info.expr is None or not _is_adapted(lift, info.expr):
+                continue
+            if not any(a.kind == "norm" and (a.expr, a.side) == (info.expr, info.side) for a in lift.atoms):
+                what = f"operator {operator_name(node)} at {_at(node)}"
+                return Reason(f"{what} reads the sum of squares of the adapted weight before its root is taken", node)
+    return None
+
+
+def _of_norms(lift: Lifter, term: Poly) -> bool:
+    """Whether a term still holds a norm or a sum of squares, or something made of one."""
+    stack = list(term.atoms())
+    while stack:
+        info = lift.atom_of(stack.pop())
+        if info.kind in ("norm", "sumsq"):
+            return True
+        if info.poly is not None:
+            stack.extend(info.poly.atoms())
+    return False
 
 
 def _what_norm(node: fx.Node) -> str:

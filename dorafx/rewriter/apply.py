@@ -6,15 +6,18 @@ import torch
 from torch import fx
 
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
+from dorafx._compat_distributed import placements
 from dorafx.lift import Atom, tensor_of
 from dorafx.lift.targets import canonical_name
 from dorafx.lift.transfer.layout import drops_nothing
 from dorafx.match import Matches, forms
+from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
 from .norm_operands import norm_operands
+from .placements import placed_like, reduced
 from .prologue import SITE
 
 __all__ = ["apply_plan"]
@@ -35,8 +38,11 @@ class _Norms:
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
     weight, left, right, scale = norm_operands(emit, norm.factors)
+    if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
+        register_sharding_rules()
     n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
     n.meta[SITE] = site
+    n = reduced(emit, n)
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     if norm.factors.info.eps:
@@ -72,6 +78,7 @@ def apply_plan(
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
                 made = rules[plan.compositions[index].match.pattern].rewrite(plan.compositions[index].match, emit)
+                made = placed_like(emit, node, made)
         except CannotEmit as reason:
             reason.site = node
             raise
@@ -86,7 +93,11 @@ def apply_plan(
         old = copied[node]
         with graph.inserting_before(old):
             emit.begin(node, False)
-            copied[node] = _norm_in_place_of(node, sites[node], norms, emit)
+            try:
+                copied[node] = placed_like(emit, node, _norm_in_place_of(node, sites[node], norms, emit))
+            except CannotEmit as reason:
+                reason.site = node
+                raise
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
     _erase_dead(graph, list(norms.made.values()))

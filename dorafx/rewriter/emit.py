@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx import _compat
+from dorafx._compat_distributed import placements
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
 from dorafx.match import Part
+from dorafx.ops import sharding
 
 __all__ = ["CannotEmit", "Emitter"]
 
@@ -79,7 +82,7 @@ class Emitter:
                 node.meta[key] = self.site.meta[key]
         slot = "example_value" if "example_value" in self.site.meta else "val"
         args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-        mode = getattr(self.site.meta.get(slot), "fake_mode", None)
+        mode = _compat.fake_mode_of(self.site.meta.get(slot))
         if mode is not None:
             with mode:
                 args = fx.node.map_aggregate(args, lambda value: _of_mode(value, mode))
@@ -352,19 +355,17 @@ class Emitter:
         return self._shaped(lambda out: self.cast(out, self._out_dtype()), node)
 
     def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
+        plain = placements(self.tensor(base)) is None
+        target = torch.ops.dorafx.compose.default if plain else sharding.compose
         return self._shaped(
-            lambda base, lora: self.call(
-                torch.ops.dorafx.compose.default, base, lora, g, bias, scale, self._out_dtype()
-            ),
-            base,
-            lora,
+            lambda base, lora: self.call(target, base, lora, g, bias, scale, self._out_dtype()), base, lora
         )
 
     def compose_delta(self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float) -> fx.Node:
+        plain = placements(self.tensor(base)) is None
+        target = torch.ops.dorafx.compose_delta.default if plain else sharding.compose_delta
         return self._shaped(
-            lambda result, base, lora: self.call(
-                torch.ops.dorafx.compose_delta.default, result, base, lora, g, scale, self._out_dtype()
-            ),
+            lambda result, base, lora: self.call(target, result, base, lora, g, scale, self._out_dtype()),
             result,
             base,
             lora,

@@ -17,6 +17,8 @@ from torch import fx
 from dorafx import _compat
 from dorafx.lift import tensor_of
 
+from .placements import is_redistribution
+
 __all__ = ["SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
 # On a norm's node: the name of the module in the log's record of it.
@@ -78,10 +80,11 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
             continue
         with gm.graph.inserting_after(last):
             last = _new_placeholder(gm.graph, "outer_norm")
-        _become_input(last, norm)
+        read = _reduced(norm)
+        _become_input(last, read)
         hoisted.append(_extracted(norm, closure, position, tensor_of(last)))
-        norm.replace_all_uses_with(last)
-        _erase_unused(gm.graph, norm)
+        read.replace_all_uses_with(last)
+        _erase_unused(gm.graph, read)
     if hoisted:
         gm.graph.lint()
         gm.recompile()
@@ -101,6 +104,12 @@ def norms_inside(gm: fx.GraphModule) -> set[str]:
 
 def _is_norm(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.dorafx.row_norm.default
+
+
+def _reduced(norm: fx.Node) -> fx.Node:
+    """The norm as the graph reads it: whole, where its operator gives one that is still to be reduced over devices."""
+    users = list(norm.users)
+    return users[0] if len(users) == 1 and is_redistribution(users[0]) else norm
 
 
 def _closure(node: fx.Node) -> list[fx.Node] | None:
@@ -132,6 +141,7 @@ def _needs_gradient(norm: fx.Node) -> bool:
     value = tensor_of(norm)
     if value is None or not value.requires_grad:
         return False
+    norm = _reduced(norm)
     return any(not (user.op == "call_method" and user.target == "detach") for user in norm.users)
 
 
@@ -223,19 +233,20 @@ def _out_of_body(
     if not all(isinstance(of_call.get(leaf), fx.Node) for of_call in outside for leaf in leaves):
         return False
     last = [node for node in body.graph.nodes if node.op == "placeholder"][-1]
+    read = _reduced(norm)
     with body.graph.inserting_after(last):
         new_input = _new_placeholder(body.graph, "outer_norm")
-    _become_input(new_input, norm)
+    _become_input(new_input, read)
     for call, of_call in zip(calls, outside):
         copies = {leaf: of_call[leaf] for leaf in leaves}
         with gm.graph.inserting_before(call):
-            for node in closure:
+            for node in closure if read is norm else (*closure, read):
                 if node not in copies:
                     copies[node] = gm.graph.node_copy(node, copies.__getitem__)
             # The body reads it without gradient; so does whoever hands it in.
-            operand = gm.graph.call_method("detach", (copies[norm],))
+            operand = gm.graph.call_method("detach", (copies[read],))
         operand.meta.update(new_input.meta)
         call.args = (*call.args, operand)
-    norm.replace_all_uses_with(new_input)
-    _erase_unused(body.graph, norm)
+    read.replace_all_uses_with(new_input)
+    _erase_unused(body.graph, read)
     return True

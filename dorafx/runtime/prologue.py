@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx._compat_distributed import placements
 from dorafx.ops.norm import row_squares
 from dorafx.rewriter import HoistedNorm
 
+from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
 
 __all__ = ["with_prologue"]
@@ -42,6 +44,7 @@ def with_prologue(
     kept_in = norm_store() if store is None else store
     prologue = [(i, norm.inputs, norm.signature) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
+    placed = [placements(norm.value) for norm in norms]
 
     def run(*args: Any) -> Any:
         recording = torch.is_grad_enabled()
@@ -60,7 +63,7 @@ def with_prologue(
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
             observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([(recipes[i], tensors) for i, tensors, _ in missing], squares)
+            computed = _compute([(recipes[i], tensors, placed[i]) for i, tensors, _ in missing], squares)
             for (i, tensors, signature), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 kept_in.keep(state, norm)
@@ -113,23 +116,31 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(norms: Sequence[tuple[_Recipe, list[torch.Tensor]]], squares: NormStore | None) -> list[torch.Tensor]:
+def _compute(
+    norms: Sequence[tuple[_Recipe, list[torch.Tensor], tuple[Any, ...] | None]], squares: NormStore | None
+) -> list[torch.Tensor]:
     """The norms of these inputs, in one call for each algorithm; the operator launches what has one shape together.
 
     Args:
+        norms: how to compute each, its inputs, and the placements that the graph reads it with (None: a plain tensor).
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
     with torch.inference_mode(False), torch.no_grad():
-        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _ in norms):
-            group = [i for i, (recipe, _) in enumerate(norms) if recipe.algorithm == algorithm]
-            operands = [norms[i][0].operands(*norms[i][1]) for i in group]
+        parts = [local_operands(*recipe.operands(*inputs)) for recipe, inputs, _ in norms]
+        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _, _ in norms):
+            group = [i for i, (recipe, _, _) in enumerate(norms) if recipe.algorithm == algorithm]
+            operands = [parts[i][0] for i in group]
             scales = [norms[i][0].scale for i in group]
-            kept = [_squares(*norms[i], squares) if algorithm == "factored" else None for i in group]
+            kept = [_squares(*norms[i][:2], squares) if algorithm == "factored" else None for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result
-    return found
+    if all(how is None for _, how in parts):
+        return found
+    # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
+    with torch.no_grad():
+        return placed_norms(found, [how for _, how in parts], [wanted for _, _, wanted in norms])
 
 
 def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from dorafx import _compat
+from dorafx._compat_distributed import fully_sharded_process
 
 __all__ = ["SAMPLES", "TensorState", "watchable"]
 
@@ -110,5 +111,9 @@ def _of(buffer: Any, size: int) -> memoryview[int]:
 
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether changes of these show: tensors made under inference mode count no versions, and the memory of a subclass may
-    be anywhere."""
+    be anywhere. Under FSDP2 nothing of a parameter shows what was gathered into it, and which tensors are its parameters
+    only its own lists tell; there none is watched. So processes agree, too, on whether a norm is computed: those of weights
+    that they share need all of them."""
+    if fully_sharded_process():
+        return False
     return not any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)

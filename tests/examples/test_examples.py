@@ -17,6 +17,7 @@ PROMISES = {
     "inspect_log.py": ["rewritten: linear [96, 64] rank 4", "operator tanh at", "report.html True"],
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
     "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
+    "distributed_costs.py": ["| 70B | 64, TP 8 × FSDP2 8 |"],
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
 NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers"}

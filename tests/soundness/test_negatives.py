@@ -46,6 +46,12 @@ def norm_of_the_whole_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (F.linear(x, p.W) + lora(p, x)) / (p.W + p.B @ p.A).norm()
 
 
+@negative(["missed"], "operator sin")
+def squares_changed_before_their_root(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    squares = (p.W + p.B @ p.A).square().sum(dim=1)
+    return (F.linear(x, p.W) + lora(p, x)) * p.m / squares.sin().add(2).sqrt()
+
+
 @negative(["norm_only"], "no product with the norm's weight")
 def output_uses_another_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (p.W + p.B @ p.A).norm(dim=1)

@@ -1,0 +1,152 @@
+"""Private API of torch.distributed, and nothing else: :mod:`dorafx._compat` for programs of several processes.
+
+Nothing here imports torch.distributed.tensor for a program that has not done so.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+__all__ = [
+    "bucket_splitter",
+    "from_parts",
+    "fully_sharded_process",
+    "is_partial",
+    "is_shard",
+    "local_part",
+    "partial_norm",
+    "placements",
+    "replicated",
+    "rewrite_before_buckets",
+    "zero3_parameter",
+]
+
+
+def placements(value: Any) -> tuple[Any, ...] | None:
+    """The placements of a DTensor; None for anything else."""
+    dtensor = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return tuple(value.placements) if dtensor is not None and isinstance(value, dtensor) else None
+
+
+def replicated() -> Any:
+    """The placement of a value that every device has whole."""
+    from torch.distributed.tensor import Replicate
+
+    return Replicate()
+
+
+def is_partial(placement: Any) -> bool:
+    """Whether a placement is of values that are still to be reduced over devices."""
+    return bool(placement.is_partial())
+
+
+def is_shard(placement: Any, dimension: int) -> bool:
+    """Whether a placement cuts a dimension into one contiguous piece a device."""
+    from torch.distributed.tensor import Shard
+
+    # The exact class: a strided shard, as combined parallelisms make them, interleaves the pieces.
+    return type(placement) is Shard and placement.dim == dimension
+
+
+def local_part(tensor: torch.Tensor, mesh: Any, wanted: tuple[Any, ...]) -> torch.Tensor:
+    """This device's part of a tensor that lies as ``wanted``; a plain tensor is one that every device has whole."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    if not isinstance(tensor, DTensor):
+        tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if tuple(tensor.placements) != wanted:
+        tensor = tensor.redistribute(mesh, wanted)
+    local: torch.Tensor = tensor.to_local()
+    return local
+
+
+def from_parts(
+    part: torch.Tensor, length: int, mesh: Any, lies: tuple[Any, ...], wanted: tuple[Any, ...] | None
+) -> torch.Tensor:
+    """The vector of ``length`` elements whose parts lie on the devices as ``lies``, brought to ``wanted``. Parts may differ
+    in length, so the whole's is not known from one of them."""
+    from torch.distributed.tensor import DTensor
+
+    made: torch.Tensor = DTensor.from_local(part, mesh, lies, run_check=False, shape=torch.Size((length,)), stride=(1,))
+    return made if wanted is None or lies == wanted else made.redistribute(mesh, wanted)  # type: ignore[attr-defined]
+
+
+def partial_norm() -> Any:
+    """DTensor's placement for 2-norms whose squares add up over devices: what its own ``vector_norm`` gives."""
+    from torch.distributed.tensor._ops._math_ops import _NormPartial
+
+    return _NormPartial(2)
+
+
+def fully_sharded_process() -> bool:
+    """Whether a module of this process is under ``fully_shard`` (FSDP2), which gathers parameters into memory and tensor
+    objects that it used before, and puts the version counters back to what they were."""
+    states = sys.modules.get("torch.distributed._composable_state")
+    fsdp = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_state")
+    if states is None or fsdp is None:
+        return False
+    return any(isinstance(reference(), fsdp.FSDPState) for reference in list(states._module_state_mapping.values()))
+
+
+def zero3_parameter(value: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 partitions a parameter: it marks each with a number."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "ds_id")
+
+
+# -- DistributedDataParallel ------------------------------------------------------------------------------------------
+
+Compile = Callable[[Any, Any], Callable[..., Any]]
+_splitter: ContextVar[Callable[[Any, Any, Compile], Callable[..., Any]] | None] = ContextVar("splitter", default=None)
+
+
+def bucket_splitter() -> Callable[[Any, Any, Compile], Callable[..., Any]] | None:
+    """Under DistributedDataParallel, what compiles a graph in pieces that end where a bucket of gradients is full:
+    ``splitter(graph, inputs, compile_piece)``. None elsewhere."""
+    return _splitter.get()
+
+
+def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
+    """Have Dynamo's DDPOptimizer hand this backend whole graphs, to be split by :func:`bucket_splitter`.
+
+    DDPOptimizer cuts a graph at the buckets and calls the backend for each piece. A cut may run through a layer, whose norm
+    is in one piece then and its composition in another. Other backends are called as ever.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    original = DDPOptimizer.compile_fn
+
+    @functools.wraps(original)
+    def compile_fn(self: Any, gm: Any, example_inputs: Any, **configs: Any) -> Any:
+        if _unwrapped(self.backend_compile_fn) is not backend:
+            return original(self, gm, example_inputs, **configs)
+
+        def split(graph: Any, inputs: Any, compile_piece: Compile) -> Any:
+            optimizer = DDPOptimizer(self.bucket_bytes_cap, compile_piece, self.first_bucket_cap)
+            return original(optimizer, graph, inputs)
+
+        token = _splitter.set(split)
+        try:
+            return self.backend_compile_fn(gm, example_inputs, **configs)
+        finally:
+            _splitter.reset(token)
+
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+
+
+def _unwrapped(backend: Any) -> Any:
+    """The function under what ``torch.compile`` and ``functools.partial`` wrap around a backend."""
+    while True:
+        inner = getattr(backend, "compiler_fn", None) or (
+            backend.func if isinstance(backend, functools.partial) else None
+        )
+        if inner is None:
+            return backend
+        backend = inner

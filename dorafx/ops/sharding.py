@@ -1,0 +1,67 @@
+"""How the norm's operators run on DTensors: which shards they take as they lie, and what comes of them.
+
+A weight sharded by rows gives its own rows' norms. Sharded by columns it gives partial norms, whose squares add up over the
+shards: DTensor's placement for a partial 2-norm says so, and whoever reads the norm gets it reduced. Every other sharding is
+brought to one of these first, so no shard's norm is ever taken for the whole row's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from dorafx import _compat_distributed as _distributed
+
+from .composition import compose_math, delta_math
+
+__all__ = ["compose", "compose_delta", "register_sharding_rules"]
+
+
+@functools.cache
+def register_sharding_rules() -> None:
+    """Tell DTensor about ``row_norm`` and its backward. Called when the first DTensor is met in a graph: importing DTensor
+    takes time that a program without it should not pay."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+    from torch.distributed.tensor.experimental import register_sharding
+
+    whole, rows, columns, added = Replicate(), Shard(0), Shard(1), Partial()
+    partial_norm = _distributed.partial_norm()
+
+    @register_sharding(torch.ops.dorafx.row_norm.default)  # type: ignore[untyped-decorator]
+    def _row_norm(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> Any:
+        rest = [None, None]
+        return [
+            ([whole], [whole, whole, whole, *rest]),
+            ([rows], [rows, rows, whole, *rest]),
+            ([partial_norm], [columns, whole, columns, *rest]),
+        ]
+
+    @register_sharding(torch.ops.dorafx.row_norm_backward.default)  # type: ignore[untyped-decorator]
+    def _row_norm_backward(grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool) -> Any:
+        def outputs(*placements: Any) -> list[Any]:
+            # An output that is not needed is empty, and has no dimension to be sharded along.
+            return [placement if need else whole for placement, need in zip(placements, needs)]
+
+        rest = [None] * (1 + len(needs))
+        return [
+            (outputs(whole, whole, whole), [whole, whole, whole, whole, whole, *rest]),
+            (outputs(rows, rows, added), [rows, rows, rows, whole, rows, *rest]),
+            (outputs(columns, added, columns), [whole, columns, whole, columns, whole, *rest]),
+        ]
+
+
+def compose(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """``torch.ops.dorafx.compose`` of DTensors. Its autograd kernel runs operators that DTensor knows; under inference mode
+    there is none, and DTensor would meet the operator itself."""
+    if torch.is_inference_mode_enabled():
+        return compose_math(base, lora, g, bias, scale, out_dtype)
+    return torch.ops.dorafx.compose.default(base, lora, g, bias, scale, out_dtype)  # type: ignore[no-any-return]
+
+
+def compose_delta(result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """``torch.ops.dorafx.compose_delta`` of DTensors, as :func:`compose`."""
+    if torch.is_inference_mode_enabled():
+        return delta_math(result, base, lora, g, scale, out_dtype)
+    return torch.ops.dorafx.compose_delta.default(result, base, lora, g, scale, out_dtype)  # type: ignore[no-any-return]

@@ -1,0 +1,113 @@
+"""Norms of DTensors: each device computes with its part, and the parts are reduced in one collective a process group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dorafx import _compat_distributed as _distributed
+
+__all__ = ["Placed", "local_operands", "placed_norms"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How the operands of one norm lie.
+
+    Attributes:
+        mesh: the devices.
+        weight: a placement for each dimension of the mesh: whole, sharded by rows (0), or by columns (1).
+        d_out: rows of the whole weight.
+    """
+
+    mesh: Any
+    weight: tuple[Any, ...]
+    d_out: int
+
+
+def local_operands(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Placed | None]:
+    """This device's part of the operands of a row norm, and how they lie; None for plain tensors.
+
+    The weight, which is large, stays where it is; the factors are brought to it. A plain tensor among DTensors is one that
+    every device has whole.
+    """
+    operands = weight, left, right
+    distributed = [t for t in operands if _distributed.placements(t) is not None]
+    if not distributed:
+        return operands, None
+    mesh: Any = distributed[0].device_mesh  # type: ignore[attr-defined]
+    of_weight = _distributed.placements(weight) or (_distributed.replicated(),) * mesh.ndim
+    of_weight = tuple(
+        p if _distributed.is_shard(p, 0) or _distributed.is_shard(p, 1) else _distributed.replicated()
+        for p in of_weight
+    )
+    of_left = tuple(p if _distributed.is_shard(p, 0) else _distributed.replicated() for p in of_weight)
+    of_right = tuple(p if _distributed.is_shard(p, 1) else _distributed.replicated() for p in of_weight)
+    parts = tuple(
+        _distributed.local_part(t, mesh, wanted) for t, wanted in zip(operands, (of_weight, of_left, of_right))
+    )
+    return parts, Placed(mesh, of_weight, int(weight.shape[0]))  # type: ignore[return-value]
+
+
+def placed_norms(
+    norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], wanted: Sequence[tuple[Any, ...] | None]
+) -> list[torch.Tensor]:
+    """The norms of whole rows, from the norms that this device computed of its part.
+
+    A collective where a weight is sharded by columns: every device of its group must call this, with the same weights in the
+    same order. One all-reduce serves all of them: ``4·Σ d_out`` bytes of squares in fp32.
+
+    Args:
+        norms: ``[d_out of this device's part]`` each.
+        placed: how the operands of each lie.
+        wanted: the placements that the graph reads each with; None for plain tensors.
+    """
+    found = list(norms)
+    # A norm that the graph wants partial it reduces itself.
+    shared = [
+        (i, dimension)
+        for i, (how, placements) in enumerate(zip(placed, wanted))
+        if how is not None
+        for dimension, p in enumerate(how.weight)
+        if _distributed.is_shard(p, 1) and not _is_partial(placements, dimension)
+    ]
+    _reduce(found, shared, placed)
+    results = []
+    for norm, how, placements in zip(found, placed, wanted):
+        if how is None:
+            results.append(norm)
+            continue
+        lies = tuple(
+            p
+            if _distributed.is_shard(p, 0)
+            else _distributed.partial_norm()
+            if _distributed.is_shard(p, 1) and _is_partial(placements, dimension)
+            else _distributed.replicated()
+            for dimension, p in enumerate(how.weight)
+        )
+        results.append(_distributed.from_parts(norm, how.d_out, how.mesh, lies, placements))
+    return results
+
+
+def _reduce(found: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
+    """Reduce norms in place in the list, all of one group and dtype together."""
+    groups: dict[Any, list[int]] = {}
+    for i, dimension in shared:
+        how = placed[i]
+        assert how is not None
+        groups.setdefault((how.mesh.get_group(dimension), found[i].dtype), []).append(i)
+    for (group, _), members in groups.items():
+        squares = torch.cat([found[i].square() for i in members])
+        torch.distributed.all_reduce(squares, group=group)
+        wholes = torch.split(squares.sqrt_(), [found[i].numel() for i in members])
+        for i, whole in zip(members, wholes):
+            found[i] = whole
+
+
+def _is_partial(placements: tuple[Any, ...] | None, dimension: int) -> bool:
+    return placements is not None and _distributed.is_partial(placements[dimension])
