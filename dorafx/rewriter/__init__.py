@@ -3,6 +3,16 @@
 from .apply import apply_plan
 from .copying import copy_graph_module
 from .emit import CannotEmit, Emitter
+from .in_place import reuse_buffers
 from .prologue import HoistedNorm, hoist_norms, norms_inside
 
-__all__ = ["CannotEmit", "Emitter", "HoistedNorm", "apply_plan", "copy_graph_module", "hoist_norms", "norms_inside"]
+__all__ = [
+    "CannotEmit",
+    "Emitter",
+    "HoistedNorm",
+    "apply_plan",
+    "copy_graph_module",
+    "hoist_norms",
+    "norms_inside",
+    "reuse_buffers",
+]

@@ -66,7 +66,9 @@ def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same values, laid out in other ways."""
     spread = torch.empty(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)[..., 1::2]
     backwards = torch.empty(t.shape[::-1], dtype=t.dtype).permute(*reversed(range(t.dim())))
-    channels = torch.empty(*t.shape[:1], t.shape[-1], *t.shape[1:-1], dtype=t.dtype).movedim(1, -1)
+    channels = torch.empty(*t.shape[:-1][:1], t.shape[-1], *t.shape[1:-1], dtype=t.dtype).movedim(
+        min(t.dim() - 1, 1), -1
+    )
     return {
         "plain": t,
         **{k: v.copy_(t) for k, v in zip(("spread", "backwards", "channels"), (spread, backwards, channels))},

@@ -104,6 +104,17 @@ def _served(activations: Sequence[torch.Tensor | None], vectors: Sequence[torch.
     )
 
 
+def _served_linear(matrices: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor | None], *out: Any) -> bool:
+    """Whether the kernel of the whole layer takes these operands, whose shapes fit together: matrices of one dtype."""
+    first = matrices[0]
+    tensors = [*matrices, *(v for v in vectors if v is not None)]
+    return (
+        all(t.dtype == first.dtype and t.numel() > 0 for t in matrices)
+        and all(t.device == first.device for t in tensors)
+        and runs_kernels(first.device, *(t.dtype for t in tensors), *(d for d in out if d is not None))
+    )
+
+
 def _as_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """The values in the layout that a compiler was told: that of ``empty_like``."""
     if tensor.stride() == like.stride() or tensor.stride() == torch.empty_like(like, device="meta").stride():
@@ -177,14 +188,7 @@ def dora_linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None."""
     composition.check_linear(x, weight, h, left, g, bias)
-    served = (
-        len({t.dtype for t in (x, weight, h, left)}) == 1
-        and all(t.numel() > 0 for t in (x, weight, h, left))
-        and all(t.device == x.device for t in (weight, h, left, g))
-        and runs_kernels(x.device, x.dtype, g.dtype, out_dtype, *(d for d in (kept,) if d is not None))
-        and (bias is None or runs_kernels(bias.device, bias.dtype))
-    )
-    if not served:
+    if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
         y, total = composition.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
         return y.contiguous(), x.new_empty(0) if total is None else total.contiguous()
     from .linear import launch
