@@ -31,6 +31,7 @@ __all__ = [
     "forward_math",
     "kept_dtype",
     "linear_math",
+    "refuse_forward_mode",
     "refuse_second_derivative",
 ]
 
@@ -50,6 +51,21 @@ def refuse_second_derivative(operator: str) -> None:
         raise RuntimeError(
             f"dorafx.{operator} has no second derivative (create_graph=True); call dorafx.restore(model), or compile "
             "with another backend, where one is needed"
+        )
+
+
+def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
+    """Called where tangents would be lost, or refused by torch with an error that names none of this.
+
+    Raises:
+        RuntimeError: a tensor carries a tangent.
+    """
+    if not _compat.forward_mode():
+        return
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"dorafx.{operator} has no forward-mode derivative (torch.autograd.forward_ad, jvp); call dorafx.restore(model) "
+            "where one is needed"
         )
 
 
@@ -226,7 +242,10 @@ def compose(
     """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``."""
     inputs = (base, lora, g, bias)
     fused = _fused(kernel, *inputs)
-    if _recorded(*inputs):
+    recorded = _recorded(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose", *inputs)
+    if recorded:
         return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
@@ -239,7 +258,10 @@ def compose_delta(
     """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``."""
     inputs = (result, base, lora, g)
     fused = _fused(kernel, *inputs)
-    if _recorded(*inputs):
+    recorded = _recorded(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose_delta", *inputs)
+    if recorded:
         return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
@@ -369,6 +391,7 @@ def dora_linear(
     """``torch.ops.dorafx.dora_linear``: ``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``."""
     check_linear(x, weight, h, left, g, bias)
     inputs = (x, weight, h, left, g, bias)
+    refuse_forward_mode("dora_linear", *inputs)
     if _recorded(*inputs):
         return DoraLinear.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
     return torch.ops.dorafx.dora_linear_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]

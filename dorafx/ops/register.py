@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dorafx import _compat
 
 from . import composition, norm
-from .composition import refuse_second_derivative
+from .composition import refuse_forward_mode, refuse_second_derivative
 from .triton import dispatch as cuda
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
@@ -74,6 +74,7 @@ class _RowNorm(torch.autograd.Function):
 
 
 def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
+    refuse_forward_mode("row_norm", weight, left, right)
     if torch.is_grad_enabled() and (weight.requires_grad or left.requires_grad or right.requires_grad):
         return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
     with _compat.below_autograd():
