@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Options"]
+__all__ = ["COMPOSE", "Options"]
 
 _PREFIX = "dorafx."
+COMPOSE = ("auto", "accumulated", "epilogue", "triton", "triton_linear")
 _CHOICES = {
     "norm": ("auto", "tiled", "factored"),
-    "compose": ("auto", "accumulated", "epilogue", "triton", "triton_linear"),
+    "compose": COMPOSE,
     "norm_reuse": ("auto", "never", "step"),
 }
 
