@@ -85,9 +85,10 @@ def linear_operands(lift: Lifter, match: Match, order: Mapping[fx.Node, int]) ->
     if any(not isinstance(n, fx.Node) or n in lift.written or order[n] >= order[match.node] for n in nodes):
         return "an operand is written in place"
     tensors = [tensor_of(n) for n in (*nodes, gemm.node)]
-    if any(t is None for t in tensors) or any(t.dim() != 2 for t in (tensors[1], tensors[3]) if t is not None):
+    known = [t for t in tensors if t is not None]
+    if len(known) < len(tensors) or known[1].dim() != 2 or known[3].dim() != 2 or min(t.dim() for t in known) < 2:
         return "an operand is no matrix"
-    if len({t.dtype for t in tensors if t is not None}) != 1:
+    if len({t.dtype for t in known}) != 1:
         return "the products' operands have different dtypes"
     return LinearOperands(nodes, (not gemm.rhs_transposed, not last.transposed), match.parts[0].scale.constant)
 

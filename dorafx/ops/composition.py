@@ -127,7 +127,8 @@ def forward_math(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`dorafx.ops.triton.dispatch.compose_forward`; the sum is None where it is not kept."""
     total = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(kept)
-    if into is not None and result is None and {base.dtype, g.dtype} <= {torch.float32, torch.float64}:
+    dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
+    if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
         # Nothing is rounded on the way, so no temporary is needed.
         into = base if lora is None else base.add_(lora, alpha=scale)
         into.mul_(g)

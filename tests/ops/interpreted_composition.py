@@ -219,7 +219,7 @@ FAR = 2**31 + 8
     ("shape", "strides"),
     [
         ((2, 40), (FAR, 1)),  # two tokens in one tile
-        ((20, 40), (FAR // 16, 1)),  # the second tile of tokens begins beyond 2**31
+        ((70, 40), (FAR // 64, 1)),  # the second tile of tokens begins beyond 2**31
         ((3, 2), (1, FAR)),
         ((2, 3, 4), (FAR, 4, 1)),
         ((1, 1040), (1, FAR // 1024)),  # the second tile of columns does

@@ -119,7 +119,7 @@ def check(architecture: int, made: ASTSource, warps: int, stages: int = 3) -> No
 # Each compilation takes a second or two, so the default run has the commonest of each architecture.
 @pytest.mark.parametrize("architecture", SHARED)
 def test_the_commonest(architecture: int) -> None:
-    chosen, of_many = configs.compose_config(4096, 4096, 1, architecture), configs.linear_config(2, 4096, architecture)
+    chosen, of_many = configs.compose_config(4096, found=architecture), configs.linear_config(2, 4096, architecture)
     check(architecture, forward(chosen.forward, "bf16"), chosen.forward.num_warps)
     check(architecture, backward(chosen.backward, "bf16"), chosen.backward.num_warps)
     check(architecture, linear(of_many, kept=True), of_many.num_warps, of_many.num_stages)
@@ -129,16 +129,16 @@ def test_the_commonest(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", SHARED)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_compose(dtype: str, architecture: int) -> None:
-    chosen = configs.compose_config(4096, 4096, 1, architecture)
+    chosen = configs.compose_config(4096, found=architecture)
     for form in ("direct", "delta", "alone"):
         check(architecture, forward(chosen.forward, dtype, form), chosen.forward.num_warps)
     for form in ("trained", "delta", "frozen"):
         check(architecture, backward(chosen.backward, dtype, form), chosen.backward.num_warps)
     # Narrow layers, and rows that lie side by side (a convolution's channels), have tiles of other shapes.
-    for layout in ((24, 24, 1), (64, 1, 4096)):
+    for layout in ((24, False), (64, True)):
         chosen = configs.compose_config(*layout, architecture)
-        check(architecture, forward(chosen.forward, dtype, wide=layout[1] == 1), chosen.forward.num_warps)
-        check(architecture, backward(chosen.backward, dtype, wide=layout[1] == 1), chosen.backward.num_warps)
+        check(architecture, forward(chosen.forward, dtype, wide=layout[1]), chosen.forward.num_warps)
+        check(architecture, backward(chosen.backward, dtype, wide=layout[1]), chosen.backward.num_warps)
     check(architecture, source(add_parts_kernel, {"sums": "fp32", "out": "fp32"}, {"COLUMNS": 128}), 4)
 
 

@@ -203,7 +203,7 @@ def launch_forward(
             total.copy_(summed)
         return
     outer, rows, columns, strides, operands = _planes(out, [result, base, lora])
-    config = configs.compose_config(columns, *strides[0][1:], configs.architecture(out.device)).forward
+    config = configs.compose_config(columns, _along_rows(strides[0]), configs.architecture(out.device)).forward
     row_blocks, column_blocks = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
     with torch.accelerator.device_index(out.device.index if out.device.type == "cuda" else None):
         compose_kernel[(outer * row_blocks * column_blocks,)](
@@ -259,7 +259,7 @@ def launch_backward(
             target.copy_(source)
         return
     outer, rows, columns, strides, operands = _planes(targets[0] if targets else None, [grad, total])
-    config = configs.compose_config(columns, *strides[1][1:], configs.architecture(grad.device)).backward
+    config = configs.compose_config(columns, _along_rows(strides[1]), configs.architecture(grad.device)).backward
     row_blocks, column_blocks = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
     blocks = outer * row_blocks
     if parts is None:
@@ -350,6 +350,10 @@ def _strides(tensor: torch.Tensor, split: int) -> Strides:
     outer, row = _merged_stride(shape[:split], strides[:split]), _merged_stride(shape[split:], strides[split:-1])
     assert outer is not None and row is not None
     return outer, row, strides[-1]
+
+
+def _along_rows(strides: Strides) -> bool:
+    return strides[1] == 1 != strides[2]
 
 
 def _wide(strides: Sequence[Strides], config: configs.ComposeConfig) -> bool:

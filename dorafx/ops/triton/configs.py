@@ -117,13 +117,15 @@ PROGRAMS_PER_PROCESSOR = 8
 
 
 @functools.cache
-def compose_config(columns: int, row_stride: int, column_stride: int, found: int = 90) -> ComposeConfigs:
-    """The configurations for a width and a layout: a tile keeps its size, takes no more columns than there are, and is
-    long where memory is: along rows if they are what lies side by side, as in a convolution's activations."""
+def compose_config(columns: int, along_rows: bool = False, found: int = 90) -> ComposeConfigs:
+    """The configurations for a width: a tile keeps its size, and takes no more columns than there are.
+
+    Args:
+        along_rows: whether tokens are what lies side by side, as in a convolution's activations: tiles are then long
+            along these.
+    """
     table = _newest(COMPOSE_TABLES, found)
-    return ComposeConfigs(
-        *(_fitted(c, columns, row_stride == 1 != column_stride) for c in (table.forward, table.backward))
-    )
+    return ComposeConfigs(*(_fitted(c, columns, along_rows) for c in (table.forward, table.backward)))
 
 
 def _fitted(config: ComposeConfig, columns: int, along_rows: bool) -> ComposeConfig:
