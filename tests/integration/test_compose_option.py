@@ -55,7 +55,7 @@ def test_on_a_cpu_the_kernels_are_left_out_and_the_log_says_so(compose: str, mon
         ("triton_linear", 0.3, "dorafx.compose_delta.default", "its form is linear_dropout"),
     ],
 )
-@pytest.mark.parametrize("name", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_the_plan(
     compose: str, dropout: float, operator: str, said: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,10 +85,10 @@ def test_the_linear_is_left_where_its_base_product_is_read() -> None:
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
-@pytest.mark.parametrize("compose", ["triton", "triton_linear"])
-@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("compose", ["triton", pytest.param("triton_linear", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_inductor_calls_the_kernels_operators(compose: str, inference: bool) -> None:
-    """The compiled code holds the opaque calls, forward and backward, with dynamic sizes too; values and gradients agree."""
+    """The compiled code holds the opaque calls, forward and backward; values and gradients agree."""
     from torch._inductor.utils import run_fw_bw_and_get_code
 
     model = peft_perceptron()

@@ -139,7 +139,7 @@ def test_clipping_and_zero_grad(set_to_none: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 def test_gradient_checkpointing(reentrant: bool, dropout: float) -> None:
     """Both kinds, with the random state of dropout: losses of three steps and the parameters after them."""
 

@@ -176,7 +176,7 @@ def each_kind(wide: bool = False, **options: Any) -> dict[str, tuple[ASTSource, 
     }
 
 
-@pytest.mark.parametrize("kind", ["forward", "backward", "linear"])
+@pytest.mark.parametrize("kind", ["forward", "backward", pytest.param("linear", marks=pytest.mark.slow)])
 def test_scalars_in_fp64_make_no_fp64_arithmetic(kind: str) -> None:
     """Inductor hands floats over in fp64, where a GPU is slow."""
     ptx = assembly(*each_kind(scale="fp64")[kind])["ptx"]
@@ -197,6 +197,7 @@ def test_offsets_have_64_bits_before_a_tile_and_within_one_on_request(kind: str)
         assert tiles == {"i64>"} if wide else "i32>" in tiles
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["forward", "backward"])
 def test_a_grid_of_one_program_compiles(kind: str) -> None:
     """The launcher makes integers of one constants, the counts of blocks among them."""
