@@ -279,6 +279,11 @@ def below_autocast() -> Any:
     return torch._C._DisableAutocast()
 
 
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on (``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``)."""
+    return int(torch.autograd.forward_ad._current_level) >= 0
+
+
 def graph_statistics() -> tuple[int, int]:
     """Graphs captured and graph breaks met in this process so far."""
     from torch._dynamo.utils import counters

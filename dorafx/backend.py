@@ -24,7 +24,16 @@ from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
 from dorafx.plan import RewritePlan, make_plan
 from dorafx.provenance import site_of
-from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, copy_graph_module, draw, hoist_norms, norms_inside
+from dorafx.rewriter import (
+    CannotEmit,
+    HoistedNorm,
+    apply_plan,
+    copy_graph_module,
+    draw,
+    hoist_norms,
+    norms_inside,
+    reuse_buffers,
+)
 from dorafx.runtime import with_prologue
 from dorafx.validation import Check, Region, leaves_of
 
@@ -70,6 +79,13 @@ def dorafx(
         raise _compat.through_dynamo(error) from None
     capture.install()
     program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
+    # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
+    if (
+        program.graph is not gm
+        and codegen.runs_as_it_stands(program.graph, ours.codegen)
+        and not torch.is_grad_enabled()
+    ):
+        reuse_buffers(program.graph)
     _trace(gm, program)
     inputs = [*example_inputs, *program.norm_values]
 

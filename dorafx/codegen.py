@@ -12,7 +12,7 @@ from dorafx import _compat
 from dorafx.errors import DorafxWarning
 from dorafx.options import Options
 
-__all__ = ["check_name", "compile_graph"]
+__all__ = ["check_name", "compile_graph", "runs_as_it_stands"]
 
 _warned_no_compiler = False
 
@@ -49,7 +49,7 @@ def compile_graph(
                 stacklevel=2,
             )
         name = "eager"
-    if name == "eager" and not _has_bodies(gm):
+    if runs_as_it_stands(gm, name):
         return gm.forward
     if name == "eager":
         # Run as it stands, a checkpointed body would draw another dropout mask when it is computed again: Dynamo leaves
@@ -60,6 +60,11 @@ def compile_graph(
     else:
         compiled = _compat.lookup_backend(name)(gm, list(example_inputs))
     return compiled
+
+
+def runs_as_it_stands(gm: fx.GraphModule, name: str) -> bool:
+    """Whether a codegen of this name compiles nothing: the graph's own operators are called one by one."""
+    return name == "eager" and not _has_bodies(gm)
 
 
 def _has_bodies(gm: fx.GraphModule) -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["Options"]
+__all__ = ["COMPOSE", "Options"]
 
 _PREFIX = "dorafx."
+COMPOSE = ("auto", "accumulated", "epilogue", "triton", "triton_linear")
 _CHOICES = {
     "norm": ("auto", "tiled", "factored"),
-    "compose": ("auto", "accumulated", "epilogue"),
+    "compose": COMPOSE,
     "norm_reuse": ("auto", "never", "step"),
 }
 
@@ -23,7 +24,10 @@ class Options:
     Attributes:
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32.
+        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32;
+            ``"triton"``: the epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA
+            device it always is); ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels
+            do not serve (a CPU, fp64) is computed as by ``"epilogue"``, and the log says why.
         norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
             also in training, until the optimizer steps (gradient accumulation).
         verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when

@@ -12,6 +12,7 @@ from torch import fx
 from dorafx import _compat
 from dorafx._compat_distributed import placements
 from dorafx.cost import MergedCost, merged_cost
+from dorafx.kernels import choose_kernel
 from dorafx.lift import Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES
 from dorafx.log import Record
@@ -40,12 +41,13 @@ class CompositionPlan:
     intermediate. In half precision that would round the sum once more than the original does, so there the two products
     stay apart and the epilogue adds them in fp32.
 
-    ``few_tokens``: see :func:`serves_few_tokens`.
+    ``few_tokens``: see :func:`serves_few_tokens`. ``kernel``: see :func:`dorafx.kernels.choose_kernel`.
     """
 
     match: Match
     accumulate: bool
     few_tokens: bool
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ class RewritePlan:
         for c in self.compositions:
             f = c.match.norm
             how = "accumulated in the GEMM" if c.accumulate else "added in the epilogue"
+            if c.kernel != "auto":
+                how += ", one kernel" + (" with both products" if c.kernel == "triton_linear" else "")
             lines.append(
                 f"  {c.match.pattern} at {c.match.node.name}: [{f.d_out}, {f.d_in}] rank {f.rank}, low-rank product {how}"
             )
@@ -103,6 +107,7 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
     composed: dict[int, Match] = {}
     decisions: dict[int, str] = {}
     misses = dict(matches.composition_misses)
+    order = {node: i for i, node in enumerate(lift.graph.nodes)}
     for match in matches.compositions:
         # One composition may be scaled by several norms, by row and by column: all of them are served by it.
         norms = {atom.id for atom in lift.norms_in(match.expr)} | {match.norm.atom.id}
@@ -112,8 +117,11 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
             if not cost.pays:
                 misses.update((atom_id, Reason("the merged weight is cheaper", match.node)) for atom_id in norms)
                 continue
+        kernel, said = choose_kernel(lift, match, options, order)
+        for atom_id in norms if said else ():
+            decisions[atom_id] = "; ".join(filter(None, (decisions.get(atom_id, ""), said)))
         plan.compositions.append(
-            CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)))
+            CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)), kernel)
         )
         composed.update((atom_id, match) for atom_id in norms)
     flops = _gemm_flops(lift)

@@ -82,6 +82,9 @@ class Linear:
 
     def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
         g = emit.vector(match.scaling)
+        whole = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias != Poly(()) else None)
+        if whole is not None:
+            return whole
         base, bias = emit.base(match.base, match.bias, match.scaling)
         bias_node = emit.vector(bias) if bias != Poly(()) else None
         if emit.accumulate:

@@ -36,7 +36,10 @@ def test_every_choice_computes_the_same() -> None:
 
     layer, x = Layer(), torch.randn(3, 12, dtype=torch.float64)
     expected = LINEAR["direct"](layer, x)
-    for name, values in (("norm", ("tiled", "factored")), ("compose", ("accumulated", "epilogue"))):
+    for name, values in (
+        ("norm", ("tiled", "factored")),
+        ("compose", ("accumulated", "epilogue", "triton", "triton_linear")),
+    ):
         for value in values:
             torch._dynamo.reset()
             options = {"dorafx.codegen": "eager", f"dorafx.{name}": value, "dorafx.strict": True}

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from dorafx.options import COMPOSE
+
 from .plan import ANCHORS, DTYPES, SUITES, Settings
 from .plot import FORMATS, plot
 from .results import Results
@@ -53,6 +55,9 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--mode", default="default", help="Inductor's mode for all that is compiled")
     bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
+    bench.add_argument(
+        "--compose", default="auto", help=f"dorafx's composition: {', '.join(COMPOSE)} (suite compose: auto, triton)"
+    )
     bench.add_argument(
         "--tune", action="store_true", help="search launch configurations on this GPU and print a table to paste"
     )
@@ -121,7 +126,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
     plain: tuple[str, ...] = ("tokens", "layers", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
-    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen")}
+    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose")}
     for name in ("suites", "against", "shapes", "hidden", "rank"):
         fields[name] = tuple(dict.fromkeys(getattr(options, name)))
     return Settings(**fields, device=device, dtype=dtype)

@@ -30,6 +30,7 @@ class Task:
     dtype: torch.dtype
     mode: str = "default"
     codegen: str = "inductor"
+    compose: str = "auto"
     checkpointing: bool = False
     micro_batches: int = 1
 
@@ -38,11 +39,12 @@ class Task:
         backend = COMPILED.get(self.name)
         if backend is None:
             return call
-        options: dict[str, Any] | None = None
-        if backend == "dorafx" and self.codegen != "inductor":
-            options = {"dorafx.codegen": self.codegen}
+        options: dict[str, Any] = {}
+        if backend == "dorafx":
+            given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
+            options = {key: value for key, (value, default) in given.items() if value != default}
         mode = None if self.mode == "default" else self.mode
-        fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options)
+        fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options or None)
         if mode is None:
             return fast
 

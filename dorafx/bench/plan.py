@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dorafx.codegen import check_name
+from dorafx.options import COMPOSE
 
 from . import work
 from .models import Size
@@ -40,6 +41,7 @@ class Suite:
     needs_peft: bool = True
 
 
+_COMPOSE_ALONE = ("auto", "triton")
 PASS_LAYERS = (8, 16, 32, 64)
 _EVERY = tuple(ANCHORS)
 _TRAINED = "nothing is trained in merged weights"
@@ -114,6 +116,7 @@ class Settings:
     micro_batches: int = 1
     mode: str = "default"
     codegen: str = "inductor"
+    compose: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.suites:
@@ -123,6 +126,12 @@ class Settings:
             anchors_of(suite, self.against)
         _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--mode", self.mode, MODES)
+        _one_of("--compose", self.compose, COMPOSE)
+        if "compose" in self.suites and self.compose not in _COMPOSE_ALONE:
+            raise ValueError(
+                f"--compose {self.compose} makes no sense in the suite compose, which has no products; allowed are "
+                f"{', '.join(_COMPOSE_ALONE)}"
+            )
         for name in ("tokens", "layers", "rounds", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
@@ -142,6 +151,10 @@ class Settings:
             )
         check_name(self.codegen)
         _check_device(self.device)
+        kernel = self.compose in ("triton", "triton_linear")
+        if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
+            # What would be measured instead is the composition without a kernel.
+            raise ValueError(f"--compose {self.compose} needs a CUDA device and a dtype other than float64")
 
 
 @dataclass(frozen=True)

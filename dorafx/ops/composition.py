@@ -1,8 +1,10 @@
-"""The composition ``y = g ⊙ (base + s·lora) + bias`` and its delta form, with gradients that save one activation.
+"""The composition ``y = g ⊙ (base + s·lora) + bias``, its delta form, and the linear that ends in it, with gradients that
+save one activation.
 
 The arithmetic is fp32 (fp64 for fp64) with one rounding at the end: near ``g = 1`` in half precision that is at least
 as accurate as adding ``(g - 1)·base`` separately, since nothing is rounded before the sum. Each forward and backward is
-a handful of pointwise ATen calls, so Inductor fuses it into what stands before and behind.
+a handful of pointwise ATen calls, so Inductor fuses it into what stands before and behind; or, where the program is run
+eagerly on a CUDA device or the plan says so, one operator call that is one Triton kernel.
 """
 
 from __future__ import annotations
@@ -11,7 +13,32 @@ from typing import Any
 
 import torch
 
-__all__ = ["Compose", "ComposeDelta", "compose_math", "delta_math", "refuse_second_derivative"]
+from dorafx import _compat
+
+__all__ = [
+    "KERNELS",
+    "Compose",
+    "DoraLinear",
+    "backward_math",
+    "check_linear",
+    "compose",
+    "compose_delta",
+    "compose_delta_into",
+    "compose_into",
+    "compose_math",
+    "delta_math",
+    "dora_linear",
+    "forward_math",
+    "kept_dtype",
+    "linear_math",
+    "refuse_forward_mode",
+    "refuse_second_derivative",
+]
+
+KERNELS = ("auto", "triton")
+"""How a composition is computed: ``"auto"`` is ATen calls wherever a compiler looks on, and the fused kernel where a CUDA
+tensor is at hand; ``"triton"`` is the fused kernel in compiled programs too. What the kernel does not serve (a CPU, fp64,
+shapes that broadcast) is ATen calls."""
 
 
 def refuse_second_derivative(operator: str) -> None:
@@ -27,6 +54,21 @@ def refuse_second_derivative(operator: str) -> None:
         )
 
 
+def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
+    """Called where tangents would be lost, or refused by torch with an error that names none of this.
+
+    Raises:
+        RuntimeError: a tensor carries a tangent.
+    """
+    if not _compat.forward_mode():
+        return
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"dorafx.{operator} has no forward-mode derivative (torch.autograd.forward_ad, jvp); call dorafx.restore(model) "
+            "where one is needed"
+        )
+
+
 def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -38,15 +80,14 @@ def _sum(base: torch.Tensor, lora: torch.Tensor | None, scale: float, wide: torc
     return total if lora is None else total + lora.to(wide) * scale
 
 
-def _kept_sum(base: torch.Tensor, lora: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+def kept_dtype(base: torch.Tensor, lora: torch.Tensor, out_dtype: torch.dtype) -> torch.dtype:
     """What the backward keeps for the gradient of g: the sum in the widest dtype of those it is made for. Where the
     magnitude is trained in fp32 around half-precision products (fp32 adapters, or autocast, which hides them), a sum
     rounded to half precision made that gradient's error 1.07 times the original's."""
     device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return _sum(base, lora, scale, _wide(out_dtype, base, lora))
-    widest = torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
-    return _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(widest)
+        return _wide(out_dtype, base, lora)
+    return torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
 
 
 def compose_math(
@@ -74,66 +115,285 @@ def delta_math(
     return (result.to(wide) + ((g - 1) * base.to(wide) + (g * scale) * lora.to(wide))).to(out_dtype)
 
 
+def forward_math(
+    result: torch.Tensor | None,
+    base: torch.Tensor,
+    lora: torch.Tensor | None,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype,
+    kept: torch.dtype | None,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See :func:`dorafx.ops.triton.dispatch.compose_forward`; the sum is None where it is not kept."""
+    total = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(kept)
+    dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
+    if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
+        # Nothing is rounded on the way, so no temporary is needed.
+        into = base if lora is None else base.add_(lora, alpha=scale)
+        into.mul_(g)
+        return into if bias is None else into.add_(bias), total
+    if result is None:
+        y = compose_math(base, lora, g, bias, scale, out_dtype)
+    else:
+        assert lora is not None
+        y = delta_math(result, base, lora, g, scale, out_dtype)
+    return y if into is None else into.copy_(y), total
+
+
 def _token_sum(values: torch.Tensor) -> torch.Tensor:
     return values.flatten(0, -2).sum(0) if values.dim() > 1 else values
 
 
+def backward_math(
+    grad: torch.Tensor,
+    g: torch.Tensor,
+    total: torch.Tensor | None,
+    scale: float,
+    delta: bool,
+    base_dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    needs_g: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of base, lora, g and bias; None where there is no dtype for them."""
+    wide = _wide(grad.dtype, g)
+    dy, wide_g = grad.to(wide), g.to(wide)
+    d_base = d_lora = d_g = d_bias = None
+    if delta:
+        d_base = None if base_dtype is None else (dy * (wide_g - 1)).to(base_dtype)
+        d_lora = None if lora_dtype is None else (dy * (wide_g * scale)).to(lora_dtype)
+    elif base_dtype is not None or lora_dtype is not None:
+        scaled = dy * wide_g
+        d_base = None if base_dtype is None else scaled.to(base_dtype)
+        d_lora = None if lora_dtype is None else (scaled * scale).to(lora_dtype)
+    if needs_g:
+        assert total is not None
+        d_g = _token_sum(dy * total.to(wide)).to(g.dtype)
+    if bias_dtype is not None:
+        d_bias = _token_sum(dy).to(bias_dtype)
+    return d_base, d_lora, d_g, d_bias
+
+
+def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether to call the operator that is one kernel.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    from .triton.dispatch import runs_kernels
+
+    if kernel not in KERNELS:
+        raise ValueError(f"compose: unknown kernel {kernel!r}; allowed are {', '.join(map(repr, KERNELS))}")
+    if kernel == "triton":
+        return True
+    # A compiler traces with fake and functional tensors, which are subclasses: it is to see ATen calls.
+    present = [t for t in tensors if t is not None]
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in present)
+    return plain and runs_kernels(present[0].device, *(t.dtype for t in present))
+
+
 class Compose(torch.autograd.Function):
-    """``g ⊙ (base + s·lora) + bias``. Saves one ``[tokens, d_out]`` tensor where g is trained, none where it is not."""
+    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor where
+    g is trained, none where it is not."""
 
     @staticmethod
     def forward(
-        ctx: Any, base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
+        ctx: Any,
+        result: Any,
+        base: Any,
+        lora: Any,
+        g: Any,
+        bias: Any,
+        scale: float,
+        out_dtype: torch.dtype,
+        fused: bool,
     ) -> torch.Tensor:
-        total = None
-        if ctx.needs_input_grad[2]:
-            total = base if lora is None else _kept_sum(base, lora, scale, out_dtype)
+        kept = kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
+        forward = torch.ops.dorafx.compose_forward.default if fused else forward_math
+        y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
+        if kept is None:
+            total = base if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(g, total)
-        ctx.scale = scale
-        ctx.dtypes = (base.dtype, None if lora is None else lora.dtype, None if bias is None else bias.dtype)
-        return compose_math(base, lora, g, bias, scale, out_dtype)
+        ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("compose")
+        refuse_second_derivative("compose_delta" if ctx.delta else "compose")
         g, total = ctx.saved_tensors
-        base_dtype, lora_dtype, bias_dtype = ctx.dtypes
-        wide = _wide(grad.dtype, g)
-        dy = grad.to(wide)
-        scaled = dy * g.to(wide)
-        needs = ctx.needs_input_grad
-        d_base = scaled.to(base_dtype) if needs[0] else None
-        d_lora = (scaled * ctx.scale).to(lora_dtype) if lora_dtype is not None and needs[1] else None
-        d_g = _token_sum(dy * total.to(wide)).to(g.dtype) if needs[2] else None
-        d_bias = _token_sum(dy).to(bias_dtype) if bias_dtype is not None and needs[3] else None
-        return d_base, d_lora, d_g, d_bias, None, None
+        needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
+        d_result = grad.to(ctx.dtypes[0]) if needs_result else None
+        needs = (needs_base, needs_lora, needs_bias)
+        of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
+        backward = torch.ops.dorafx.compose_backward.default if ctx.fused else backward_math
+        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias)
+        wanted = (needs_base, needs_lora, needs_g, needs_bias)
+        return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
 
 
-class ComposeDelta(torch.autograd.Function):
-    """``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves as :class:`Compose` does."""
+def _recorded(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def compose(
+    base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
+) -> torch.Tensor:
+    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``."""
+    inputs = (base, lora, g, bias)
+    fused = _fused(kernel, *inputs)
+    recorded = _recorded(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose", *inputs)
+    if recorded:
+        return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
+    if fused:
+        return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    return compose_math(*inputs, scale, out_dtype)
+
+
+def compose_delta(
+    result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
+) -> torch.Tensor:
+    """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``."""
+    inputs = (result, base, lora, g)
+    fused = _fused(kernel, *inputs)
+    recorded = _recorded(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose_delta", *inputs)
+    if recorded:
+        return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
+    if fused:
+        return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    return delta_math(*inputs, scale, out_dtype)
+
+
+def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
+    """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
+
+    Raises:
+        RuntimeError: gradients are recorded, for which ``base`` would be needed.
+    """
+    _refuse_recording("compose_", base, lora, g, bias)
+    from .triton.dispatch import compose_forward
+
+    compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base)
+
+
+def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) -> None:
+    """``torch.ops.dorafx.compose_delta_``: the delta form, written over ``result``.
+
+    Raises:
+        RuntimeError: gradients are recorded.
+    """
+    _refuse_recording("compose_delta_", result, base, lora, g)
+    from .triton.dispatch import compose_forward
+
+    compose_forward(result, base, lora, g, None, scale, result.dtype, None, result)
+
+
+def _refuse_recording(operator: str, *tensors: torch.Tensor | None) -> None:
+    if _recorded(*tensors):
+        raise RuntimeError(f"dorafx.{operator} overwrites what its gradient needs; call it under torch.no_grad()")
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------
+
+
+_LINEAR_OPERANDS = ("x", "weight", "h", "left", "g")
+
+
+def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> None:
+    """Raise what is wrong with the operands of a DoRA linear.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    vectors = [v for v in (g, bias) if v is not None]
+    fits = (
+        x.dim() >= 1
+        and weight.dim() == left.dim() == 2
+        and x.shape[:-1] == h.shape[:-1]
+        and (x.shape[-1], h.shape[-1], weight.shape[0]) == (weight.shape[1], left.shape[1], left.shape[0])
+        and all(v.shape == weight.shape[:1] for v in vectors)
+    )
+    if not fits:
+        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(_LINEAR_OPERANDS, (x, weight, h, left, g)))
+        raise ValueError(
+            "dora_linear takes x [.., d_in], weight [d_out, d_in], h [.., r], left [d_out, r], g and bias [d_out], "
+            f"whose shapes must agree; got {shapes}, bias {None if bias is None else tuple(bias.shape)}"
+        )
+
+
+def linear_math(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    left: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype,
+    kept: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """See :func:`dorafx.ops.triton.dispatch.dora_linear_forward`; the sum is None where it is not kept."""
+    with _compat.below_autocast():
+        base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
+    return forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
+
+
+class DoraLinear(torch.autograd.Function):
+    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves ``x·Wᵀ + s·h·Bᵀ`` where g is trained, and what plain LoRA saves."""
 
     @staticmethod
     def forward(
-        ctx: Any, result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype
+        ctx: Any, x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        total = None
-        if ctx.needs_input_grad[3]:
-            total = _kept_sum(base, lora, scale, out_dtype)
-        ctx.save_for_backward(g, total)
-        ctx.scale = scale
-        ctx.dtypes = (result.dtype, base.dtype, lora.dtype)
-        return delta_math(result, base, lora, g, scale, out_dtype)
+        of_x, of_weight, of_h, of_left, of_g, of_bias = ctx.needs_input_grad[:6]
+        kept = kept_dtype(x, h, out_dtype) if of_g else None
+        y, total = torch.ops.dorafx.dora_linear_forward.default(x, weight, h, left, g, bias, scale, out_dtype, kept)
+        ctx.save_for_backward(
+            g,
+            total if of_g else None,
+            x if of_weight else None,
+            weight if of_x else None,
+            h if of_left else None,
+            left if of_h else None,
+        )
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype if of_bias else None
+        ctx.base_dtype = x.dtype if of_x or of_weight else None
+        ctx.lora_dtype = h.dtype if of_h or of_left else None
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("compose_delta")
-        g, total = ctx.saved_tensors
-        result_dtype, base_dtype, lora_dtype = ctx.dtypes
-        wide = _wide(grad.dtype, g)
-        dy, wide_g = grad.to(wide), g.to(wide)
-        needs = ctx.needs_input_grad
-        d_result = grad.to(result_dtype) if needs[0] else None
-        d_base = (dy * (wide_g - 1)).to(base_dtype) if needs[1] else None
-        d_lora = (dy * (wide_g * ctx.scale)).to(lora_dtype) if needs[2] else None
-        d_g = _token_sum(dy * total.to(wide)).to(g.dtype) if needs[3] else None
-        return d_result, d_base, d_lora, d_g, None, None
+        refuse_second_derivative("dora_linear")
+        g, total, x, weight, h, left = ctx.saved_tensors
+        dtypes = (ctx.base_dtype, ctx.lora_dtype, total is not None, ctx.bias_dtype)
+        d_base, d_lora, d_g, d_bias = torch.ops.dorafx.compose_backward.default(
+            grad, g, total, ctx.scale, False, *dtypes
+        )
+        return (
+            None if weight is None else d_base @ weight,
+            None if x is None else d_base.flatten(0, -2).mT @ x.flatten(0, -2),
+            None if left is None else d_lora @ left,
+            None if h is None else d_lora.flatten(0, -2).mT @ h.flatten(0, -2),
+            d_g if total is not None else None,
+            d_bias if ctx.bias_dtype is not None else None,
+            None,
+            None,
+        )
+
+
+def dora_linear(
+    x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``torch.ops.dorafx.dora_linear``: ``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``."""
+    check_linear(x, weight, h, left, g, bias)
+    inputs = (x, weight, h, left, g, bias)
+    refuse_forward_mode("dora_linear", *inputs)
+    if _recorded(*inputs):
+        return DoraLinear.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
+    return torch.ops.dorafx.dora_linear_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]

@@ -2,12 +2,14 @@
 
 ``row_norm`` is opaque to compilers: its point is the order in which memory is touched. ``compose`` and
 ``compose_delta`` are not: their autograd kernels run ATen calls, which a tracer sees in their place and Inductor fuses
-with their neighbours, and decide what is saved and how gradients are computed. :data:`DECOMPOSITIONS` serve tracing
-under inference mode, which has no autograd kernels.
+with their neighbours, and decide what is saved and how gradients are computed; for a kernel of their own they call
+``compose_forward`` and ``compose_backward``, which are opaque, as ``dora_linear`` does. :data:`DECOMPOSITIONS` serve
+tracing under inference mode, which has no autograd kernels.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dorafx import _compat
 
-from . import norm
-from .composition import Compose, ComposeDelta, compose_math, delta_math, refuse_second_derivative
+from . import composition, norm
+from .composition import refuse_forward_mode, refuse_second_derivative
 from .triton import dispatch as cuda
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
@@ -34,14 +36,23 @@ _LIBRARY.define(
     "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_LIBRARY.define(
-    "compose(Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-_LIBRARY.define(
-    "compose_delta(Tensor result, Tensor base, Tensor lora, Tensor g, float scale, ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+for _schema in (
+    "compose(Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, ScalarType out_dtype, "
+    'str kernel="auto") -> Tensor',
+    "compose_delta(Tensor result, Tensor base, Tensor lora, Tensor g, float scale, ScalarType out_dtype, "
+    'str kernel="auto") -> Tensor',
+    "compose_(Tensor(a!) base, Tensor? lora, Tensor g, Tensor? bias, float scale) -> ()",
+    "compose_delta_(Tensor(a!) result, Tensor base, Tensor lora, Tensor g, float scale) -> ()",
+    "compose_forward(Tensor? result, Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, "
+    "ScalarType out_dtype, ScalarType? kept) -> (Tensor, Tensor)",
+    "compose_backward(Tensor grad, Tensor g, Tensor? total, float scale, bool delta, ScalarType? base_dtype, "
+    "ScalarType? lora_dtype, bool needs_g, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dora_linear(Tensor x, Tensor weight, Tensor h, Tensor left, Tensor g, Tensor? bias, float scale, "
+    "ScalarType out_dtype) -> Tensor",
+    "dora_linear_forward(Tensor x, Tensor weight, Tensor h, Tensor left, Tensor g, Tensor? bias, float scale, "
+    "ScalarType out_dtype, ScalarType? kept) -> (Tensor, Tensor)",
+):
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
 class _RowNorm(torch.autograd.Function):
@@ -63,24 +74,11 @@ class _RowNorm(torch.autograd.Function):
 
 
 def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
+    refuse_forward_mode("row_norm", weight, left, right)
     if torch.is_grad_enabled() and (weight.requires_grad or left.requires_grad or right.requires_grad):
         return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
     with _compat.below_autograd():
         return torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
-
-
-def _compose_autograd(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    inputs = (base, lora, g, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        return Compose.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
-    return compose_math(*inputs, scale, out_dtype)
-
-
-def _delta_autograd(result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    inputs = (result, base, lora, g)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        return ComposeDelta.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
-    return delta_math(*inputs, scale, out_dtype)
 
 
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
@@ -89,15 +87,25 @@ _LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose", compose_math, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose", _compose_autograd, "Autograd")
-_LIBRARY.impl("compose_delta", delta_math, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose_delta", _delta_autograd, "Autograd")
+for _name, _function in (
+    ("compose", composition.compose),
+    ("compose_delta", composition.compose_delta),
+    ("compose_", composition.compose_into),
+    ("compose_delta_", composition.compose_delta_into),
+    ("dora_linear", composition.dora_linear),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _function, "Autograd")
+# Each of these is one kernel where it runs on a CUDA device, and opaque to compilers.
+_LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dora_linear_forward", cuda.dora_linear_forward, "CompositeExplicitAutograd")
 
 
-DECOMPOSITIONS = {
-    torch.ops.dorafx.compose.default: compose_math,
-    torch.ops.dorafx.compose_delta.default: delta_math,
+DECOMPOSITIONS: dict[Any, Any] = {
+    torch.ops.dorafx.compose.default: composition.compose,
+    torch.ops.dorafx.compose_delta.default: composition.compose_delta,
+    torch.ops.dorafx.dora_linear.default: composition.dora_linear,
 }
 
 
@@ -134,6 +142,32 @@ def _row_norm_backward_fake(
     )
 
 
+@torch.library.register_fake("dorafx::compose_forward", lib=_LIBRARY)
+def _compose_forward_fake(
+    result: Any, base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: Any, kept: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    y = torch.empty_like(base, dtype=out_dtype)
+    return y, base.new_empty(0) if kept is None else torch.empty_like(base, dtype=kept)
+
+
+@torch.library.register_fake("dorafx::compose_backward", lib=_LIBRARY)
+def _compose_backward_fake(
+    grad: Any, g: Any, total: Any, scale: float, delta: bool, of_base: Any, of_lora: Any, needs_g: bool, of_bias: Any
+) -> tuple[torch.Tensor, ...]:
+    d_base, d_lora = (grad.new_empty(0) if d is None else torch.empty_like(grad, dtype=d) for d in (of_base, of_lora))
+    d_g = g.new_empty(g.shape) if needs_g else grad.new_empty(0)
+    return d_base, d_lora, d_g, grad.new_empty(0) if of_bias is None else g.new_empty(g.shape, dtype=of_bias)
+
+
+@torch.library.register_fake("dorafx::dora_linear_forward", lib=_LIBRARY)
+def _dora_linear_forward_fake(
+    x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: Any, kept: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    composition.check_linear(x, weight, h, left, g, bias)
+    shape = (*x.shape[:-1], left.shape[0])
+    return x.new_empty(shape, dtype=out_dtype), x.new_empty(0 if kept is None else shape, dtype=kept or x.dtype)
+
+
 @register_flop_formula(torch.ops.dorafx.row_norm)
 def _row_norm_flops(weight: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * int(weight[0]) * int(weight[1]) * int(right[0])
@@ -153,3 +187,8 @@ def _row_norm_backward_flops(
     products = int(needs_weight) + int(needs_left) + int(needs_right)
     grams = int(needs_left) * r * r * (d_in + d_out) + int(needs_right) * r * r * (d_in + d_out)
     return int(2 * (products * int(d_out) * int(d_in) * r + grams))
+
+
+@register_flop_formula(torch.ops.dorafx.dora_linear_forward)
+def _dora_linear_flops(x: Any, weight: Any, h: Any, left: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(x[:-1])) * int(weight[0]) * (int(weight[1]) + int(left[1]))

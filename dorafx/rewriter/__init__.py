@@ -3,6 +3,7 @@
 from .apply import apply_plan
 from .copying import copy_graph_module
 from .emit import CannotEmit, Emitter
+from .in_place import reuse_buffers
 from .prologue import HoistedNorm, hoist_norms, norms_inside
 from .region import draw
 
@@ -15,4 +16,5 @@ __all__ = [
     "draw",
     "hoist_norms",
     "norms_inside",
+    "reuse_buffers",
 ]

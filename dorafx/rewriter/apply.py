@@ -73,11 +73,13 @@ def apply_plan(
         old = copied[node]
         try:
             with graph.inserting_before(old):
-                emit.begin(node, index >= 0 and plan.compositions[index].accumulate)
                 if index < 0:
+                    emit.begin(node, False)
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
-                made = rules[plan.compositions[index].match.pattern].rewrite(plan.compositions[index].match, emit)
+                composition = plan.compositions[index]
+                emit.begin(node, composition.accumulate, composition.kernel)
+                made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = placed_like(emit, node, made)
         except CannotEmit as reason:
             reason.site = node

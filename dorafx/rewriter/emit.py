@@ -10,10 +10,14 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx._compat_distributed import placements
+from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
-from dorafx.match import Part
+from dorafx.match import Match, Part
 from dorafx.ops import sharding
+
+from .linear_kernel import linear_kernel
+from .shapes import of_mode, sizes_of
 
 __all__ = ["CannotEmit", "Emitter"]
 
@@ -50,16 +54,19 @@ class Emitter:
         self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
         self.site: fx.Node | None = None
         self.accumulate = False
+        self.kernel = "auto"
+        """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
         self.channels = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
-    def begin(self, site: fx.Node, accumulate: bool) -> None:
+    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto") -> None:
         """Start the replacement of an original node: everything is emitted just before it."""
         self.site = site
         self.accumulate = accumulate
+        self.kernel = kernel
         self.channels = False
         self._vectors.clear()
         self._products.clear()
@@ -85,7 +92,7 @@ class Emitter:
         mode = _compat.fake_mode_of(self.site.meta.get(slot))
         if mode is not None:
             with mode:
-                args = fx.node.map_aggregate(args, lambda value: _of_mode(value, mode))
+                args = fx.node.map_aggregate(args, lambda value: of_mode(value, mode))
                 node.meta[slot] = target(*args[0], **args[1])
         return node
 
@@ -270,8 +277,8 @@ class Emitter:
 
     def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
         """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
-        if _sizes(self.tensor(total).shape) != _sizes(self.tensor(term).shape):
-            total, term = self._flat(total), self._flat(term)
+        if sizes_of(self.tensor(total).shape) != sizes_of(self.tensor(term).shape):
+            total, term = self.flat(total), self.flat(term)
         return self.call(torch.add, total, term)
 
     def scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
@@ -291,6 +298,7 @@ class Emitter:
         A base product that the graph only has with its bias is made again without it where the biased one then dies;
         where somebody else reads the biased one, it is reused and ``g ⊙ b`` is taken off the bias.
         """
+        assert self.site is not None
         existing = self._existing(Expr.chain(core))
         gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]
         for gemm in gemms:
@@ -298,7 +306,7 @@ class Emitter:
                 return self.copied[gemm.node], bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
-            if vector is not None and not self._dies(gemm.node):
+            if vector is not None and not dies(gemm.node, self.site, self.order):
                 return self.copied[gemm.node], bias + (vector.poly * scaling).scaled(-1.0)
             if vector is not None and bias == vector.poly * scaling:
                 return self.copied[gemm.node], Poly(())
@@ -307,17 +315,6 @@ class Emitter:
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
-
-    def _dies(self, node: fx.Node, depth: int = 12) -> bool:
-        """Whether every use of an original node lies on the way to the site."""
-        assert self.site is not None
-        if depth == 0:
-            return False
-        return all(
-            user is self.site
-            or (self.order[user] < self.order[self.site] and bool(user.users) and self._dies(user, depth - 1))
-            for user in node.users
-        )
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
@@ -330,7 +327,7 @@ class Emitter:
         dtype = self.tensor(base).dtype
         right = self.cast(self.atom(last.atom), dtype)
         right = self.method("t", right) if last.transposed else right
-        flat_base, flat_left = self._flat(base), self.cast(self._flat(left), dtype)
+        flat_base, flat_left = self.flat(base), self.cast(self.flat(left), dtype)
         out = self.call(torch.addmm, flat_base, flat_left, right, alpha=alpha)
         return out if flat_base is base else self.method("reshape_as", out, base)
 
@@ -352,24 +349,37 @@ class Emitter:
 
     def shaped_like_site(self, node: fx.Node) -> fx.Node:
         """A value with the shape and dtype of what it replaces."""
-        return self._shaped(lambda out: self.cast(out, self._out_dtype()), node)
+        return self._shaped(lambda out: self.cast(out, self.out_dtype()), node)
 
     def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
         plain = placements(self.tensor(base)) is None
         target = torch.ops.dorafx.compose.default if plain else sharding.compose
         return self._shaped(
-            lambda base, lora: self.call(target, base, lora, g, bias, scale, self._out_dtype()), base, lora
+            lambda base, lora: self.call(
+                target, base, lora, g, bias, scale, self.out_dtype(), *(self._kernel_argument() if plain else ())
+            ),
+            base,
+            lora,
         )
 
     def compose_delta(self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float) -> fx.Node:
         plain = placements(self.tensor(base)) is None
         target = torch.ops.dorafx.compose_delta.default if plain else sharding.compose_delta
         return self._shaped(
-            lambda result, base, lora: self.call(target, result, base, lora, g, scale, self._out_dtype()),
+            lambda result, base, lora: self.call(
+                target, result, base, lora, g, scale, self.out_dtype(), *(self._kernel_argument() if plain else ())
+            ),
             result,
             base,
             lora,
         )
+
+    def linear_kernel(self, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
+        """The whole layer as one kernel; None where the plan does not say so, or an operand does not fit."""
+        return linear_kernel(self, match, g, bias) if self.kernel == "triton_linear" else None
+
+    def _kernel_argument(self) -> tuple[str, ...]:
+        return () if self.kernel == "auto" else ("triton",)
 
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
@@ -379,34 +389,22 @@ class Emitter:
             return self.method("movedim", made, -1, 1)
         wanted = self.tensor(self.site).shape
         present = [o for o in operands if o is not None]
-        if all(_sizes(self.tensor(o).shape) == _sizes(wanted) for o in present):
+        if all(sizes_of(self.tensor(o).shape) == sizes_of(wanted) for o in present):
             return make(*operands)
-        out = make(*(None if o is None else self._flat(o) for o in operands))
-        if _sizes(self.tensor(out).shape) == _sizes(wanted):
+        out = make(*(None if o is None else self.flat(o) for o in operands))
+        if sizes_of(self.tensor(out).shape) == sizes_of(wanted):
             return out
         for o in present:
-            if _sizes(self.tensor(o).shape) == _sizes(wanted):
+            if sizes_of(self.tensor(o).shape) == sizes_of(wanted):
                 return self.method("reshape_as", out, o)
         if all(isinstance(s, int) for s in wanted):
             return self.method("reshape", out, tuple(wanted))
         raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
 
-    def _flat(self, node: fx.Node) -> fx.Node:
+    def flat(self, node: fx.Node) -> fx.Node:
         value = self.tensor(node)
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 
-    def _out_dtype(self) -> torch.dtype:
+    def out_dtype(self) -> torch.dtype:
         assert self.site is not None
         return self.tensor(self.site).dtype
-
-
-def _of_mode(value: Any, mode: Any) -> Any:
-    """A fake value as one of another mode: ``make_fx`` of real tensors makes a mode for each value."""
-    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
-        return value
-    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return twin.requires_grad_(value.requires_grad)
-
-
-def _sizes(shape: Iterable[Any]) -> tuple[str, ...]:
-    return tuple(map(str, shape))

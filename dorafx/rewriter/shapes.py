@@ -1,8 +1,8 @@
-"""Shapes for graphs that carry none."""
+"""Shapes: for graphs that carry none, and of new nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from dorafx.lift import tensor_of
 
 from .copying import copy_graph_module
 
-__all__ = ["carries_shapes", "with_shapes"]
+__all__ = ["carries_shapes", "of_mode", "sizes_of", "with_shapes"]
 
 
 def carries_shapes(gm: fx.GraphModule) -> bool:
@@ -79,3 +79,16 @@ def _open_linears(gm: fx.GraphModule) -> None:
         node.replace_all_uses_with(made)
         gm.graph.erase_node(node)
     gm.recompile()
+
+
+def of_mode(value: Any, mode: Any) -> Any:
+    """A fake value as one of another mode: ``make_fx`` of real tensors makes a mode for each value."""
+    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
+        return value
+    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return twin.requires_grad_(value.requires_grad)
+
+
+def sizes_of(shape: Iterable[Any]) -> tuple[str, ...]:
+    """Sizes that can be compared without a guard on symbolic ones."""
+    return tuple(map(str, shape))

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dorafx._compat_distributed import placements
+from dorafx.ops.composition import refuse_forward_mode
 from dorafx.ops.norm import row_squares
 from dorafx.rewriter import HoistedNorm
 
@@ -48,6 +49,8 @@ def with_prologue(
 
     def run(*args: Any) -> Any:
         recording = torch.is_grad_enabled()
+        # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
+        refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
         may_reuse = reuse == "step" or (reuse == "auto" and few_tokens and not recording)
         values: list[Any] = [None] * len(prologue)
         missing = []

@@ -98,3 +98,15 @@ def test_every_adapter_has_the_models_dtype() -> None:
     assert torch.get_default_dtype() == torch.float32
     layer = build_layer(task("peft", torch.bfloat16, d_out=12, d_in=10, rank=3))
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("compose", ["auto", "epilogue"])
+def test_the_way_of_composing_reaches_the_compiler(compose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: given.append(options))
+    for name in ("dorafx", "lora"):
+        Task(name, {}, Clock("cpu", 0, least=1), torch.float32, codegen="eager", compose=compose).compiled(lambda: None)
+    assert given[0]["options"] == {"dorafx.codegen": "eager"} | (
+        {"dorafx.compose": compose} if compose != "auto" else {}
+    )
+    assert given[1]["options"] is None

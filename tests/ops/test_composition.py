@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from near_unity import check_near_unity
 
 import dorafx.ops  # noqa: F401
 from dorafx.ops import reference
@@ -55,6 +56,12 @@ def test_near_unity(dtype: torch.dtype, distance: float) -> None:
     got = compose(base, lora, g, None, 0.1, dtype)
     error, original_error = (got.double() - exact).norm(), (original.double() - exact).norm()
     assert error <= 1.0 * original_error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("form", ["direct", "delta"])
+def test_no_worse_than_the_stable_form_near_unity(form: str, dtype: torch.dtype) -> None:
+    check_near_unity(form, dtype)
 
 
 def saved_bytes(run) -> list[int]:  # type: ignore[no-untyped-def]
@@ -113,3 +120,66 @@ def test_inductor_sees_through_the_composition() -> None:
         torch.testing.assert_close(torch.compile(program, backend="dorafx")(*leaves), program(*leaves))
     for got, wanted in zip(torch.autograd.grad(compiled(*leaves).sum(), leaves), expected):
         torch.testing.assert_close(got, wanted)
+
+
+def test_what_the_operators_take() -> None:
+    base, lora, _, g, _ = tensors(3)
+    with pytest.raises(ValueError, match="unknown kernel 'cuda'; allowed are 'auto', 'triton'"):
+        compose(base, lora, g, None, 1.0, torch.float64, "cuda")
+    x, weight, h, left = (torch.randn(s) for s in ((3, 5), (7, 5), (3, 2), (7, 2)))
+    with pytest.raises(
+        ValueError, match=r"shapes must agree; got x \(3, 5\), weight \(7, 5\), h \(3, 2\), left \(7, 1\)"
+    ):
+        torch.ops.dorafx.dora_linear(x, weight, h, left[:, :1], g.float(), None, 1.0, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+def test_the_operators_of_the_kernels_without_a_gpu(kernel: str, dtype: torch.dtype) -> None:
+    """Where no kernel serves, the opaque operators compute the same, and agree with what they tell a compiler."""
+    base, lora, result, g, bias = tensors(4, 3, dtype=dtype)
+    base = base.transpose(0, 1)  # any strides
+    lora, result = (t.transpose(0, 1).contiguous() for t in (lora, result))
+    leaves = [t.detach().requires_grad_() for t in (base, lora, g, bias)]
+    y = compose(*leaves, 1.3, dtype, kernel)
+    expected = compose(*leaves, 1.3, dtype)
+    assert torch.equal(y, expected)
+    for got, wanted in zip(
+        torch.autograd.grad(y.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves)
+    ):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    assert torch.equal(
+        compose_delta(result, base, lora, g, 1.3, dtype, kernel), compose_delta(result, base, lora, g, 1.3, dtype)
+    )
+    if kernel == "triton":
+        arguments = (None, base, lora, g, bias, 1.3, dtype, torch.promote_types(dtype, torch.float32))
+        torch.library.opcheck(
+            torch.ops.dorafx.compose_forward, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+        grad = torch.randn_like(base)
+        arguments = (grad, g, base, 1.3, True, dtype, None, True, dtype)
+        torch.library.opcheck(
+            torch.ops.dorafx.compose_backward, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+        x, weight, h, left = (torch.randn(s).to(dtype) for s in ((2, 3, 5), (7, 5), (2, 3, 2), (7, 2)))
+        arguments = (x, weight, h, left, g, bias, 1.3, dtype, None)
+        torch.library.opcheck(
+            torch.ops.dorafx.dora_linear_forward, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_flops_of_the_linear_are_those_of_its_products() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, weight, h, left, g = (torch.randn(s) for s in ((3, 4, 5), (7, 5), (3, 4, 2), (7, 2), (7,)))
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.dorafx.dora_linear(x, weight, h, left, g, None, 1.0, torch.float32)
+    assert counter.get_total_flops() == 2 * 12 * 7 * (5 + 2)
+
+
+def test_gradients_of_the_linear_in_fp64() -> None:
+    leaves = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True)
+        for s in ((2, 3, 5), (7, 5), (2, 3, 2), (7, 2), (7,), (7,))
+    ]
+    assert torch.autograd.gradcheck(lambda *t: torch.ops.dorafx.dora_linear(*t, 1.3, torch.float64), leaves)

@@ -41,3 +41,98 @@ def test_gradients() -> None:
     for leaf, wanted in zip(leaves, exact):
         assert leaf.grad is not None and wanted.grad is not None
         torch.testing.assert_close(leaf.grad.double(), wanted.grad, rtol=1e-3, atol=1e-4)
+
+
+LEADS = [(1,), (7,), (2, 123), (3, 5, 17), (4096,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("d", [1, 33, 123, 1024, 5000])
+@pytest.mark.parametrize("lead", LEADS)
+def test_composition(lead: tuple[int, ...], d: int, dtype: torch.dtype) -> None:
+    """Values and gradients of both forms in any layout; sums over tokens that do not change between runs."""
+    generator = torch.Generator().manual_seed(0)
+    base, lora, result, upstream = (torch.randn(*lead, d, generator=generator).to(dtype).cuda() for _ in range(4))
+    g, bias = (torch.rand(d, generator=generator) + 0.5).cuda(), torch.randn(d, generator=generator).to(dtype).cuda()
+    g = g.double() if dtype == torch.float64 else g
+    if len(lead) > 1:
+        base = base.transpose(0, 1).contiguous().transpose(0, 1)
+    one_rounding = 0.51 * torch.finfo(dtype).eps
+    for form in ("direct", "delta"):
+        operands = (result, base, lora, g) if form == "delta" else (base, lora, g, bias)
+        leaves = [t.detach().requires_grad_() for t in operands]
+        wide = [t.detach().double().requires_grad_() for t in operands]
+        if form == "delta":
+            y, exact = torch.ops.dorafx.compose_delta(*leaves, 1.3, dtype), reference.compose_delta(*wide, 1.3)
+        else:
+            y, exact = torch.ops.dorafx.compose(*leaves, 1.3, dtype), reference.compose(*wide, 1.3)
+        assert ((y.double() - exact).abs() <= one_rounding * exact.abs() + 4e-6).all()
+        found = torch.autograd.grad(y, leaves, upstream, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(y, leaves, upstream)))
+        for got, wanted in zip(found, torch.autograd.grad(exact, wide, upstream.double())):
+            tolerance = (4 if got.dim() == 1 else 1) * torch.finfo(dtype).eps
+            assert ((got.double() - wanted).abs() <= tolerance * wanted.abs().max() + 1e-5).all()
+
+
+def test_composition_is_one_launch_each_way() -> None:
+    base, lora = (torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    g = torch.rand(1024, device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        y = torch.ops.dorafx.compose(base, lora, g, None, 1.3, torch.bfloat16)
+        y.backward(torch.ones_like(y))
+    names = [e.name for e in profile.events() if "compose" in e.name]
+    assert sorted(names) == ["compose_backward_kernel", "compose_kernel"]
+
+
+def test_composition_past_2_31_elements() -> None:
+    """4 GiB a tensor: more elements than 31 bits count."""
+    tokens, d = 2**31 // 4096 + 3, 4096
+    if torch.cuda.mem_get_info()[0] < 30 << 30:
+        pytest.skip("needs 30 GiB of device memory")
+    base = torch.ones(tokens, d, device="cuda", dtype=torch.bfloat16)
+    lora = torch.full_like(base, 2)
+    lora[-1] = 3
+    g = torch.full((d,), 0.5, device="cuda")
+    y = torch.ops.dorafx.compose(base, lora, g, None, 1.0, torch.bfloat16)
+    assert (y[:-1] == 1.5).all()
+    assert (y[-1] == 2).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 4096, 4096, 16), (7, 33, 65, 3), (300, 1000, 3000, 64), (4096, 4096, 4096, 384)])
+def test_linear(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    tokens, d_out, d_in, rank = shape
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((tokens, d_in), (d_out, d_in), (tokens, rank), (d_out, rank))
+    leaves = [(torch.randn(s, generator=generator) / 8).to(dtype).cuda().requires_grad_() for s in sizes]
+    leaves.append((torch.rand(d_out, generator=generator) + 0.5).cuda().requires_grad_())
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y = torch.ops.dorafx.dora_linear(*leaves, None, 0.7, dtype)
+    exact = wide[4] * (wide[0] @ wide[1].mT + 0.7 * wide[2] @ wide[3].mT)
+    assert (y.double() - exact).norm() <= torch.finfo(dtype).eps * 4 * exact.norm()
+    upstream = torch.randn(tokens, d_out, generator=generator).to(dtype).cuda()
+    for got, wanted in zip(
+        torch.autograd.grad(y, leaves, upstream), torch.autograd.grad(exact, wide, upstream.double())
+    ):
+        assert (got.double() - wanted).norm() <= max(torch.finfo(dtype).eps * 8, 1e-3) * wanted.norm()
+
+
+@pytest.mark.parametrize("compose", ["auto", "triton", "triton_linear"])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_a_peft_model(codegen: str, compose: str) -> None:
+    pytest.importorskip("peft")
+    from integration_support import assert_same_run, peft_perceptron, run
+
+    import dorafx
+
+    dorafx.rewrite_log().clear()
+    model = peft_perceptron().cuda().train()
+    x = torch.randn(3, 5, 24, generator=torch.Generator().manual_seed(6)).cuda()
+    expected = run(model, lambda: model(x))
+    options = {"dorafx.codegen": codegen, "dorafx.compose": compose, "dorafx.strict": True}
+    compiled = torch.compile(model, backend="dorafx", options=options)
+    assert_same_run(run(model, lambda: compiled(x)), expected, 1e-4)
+    said = {"triton": "composed by a Triton kernel", "triton_linear": "the whole layer is one Triton kernel"}.get(
+        compose, ""
+    )
+    assert {r.decision for r in dorafx.rewrite_log().rewrites} == {said}

@@ -1,4 +1,4 @@
-"""Runs interpreted.py in a process with Triton's interpreter."""
+"""Runs the interpreted tests in a process with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.triton
-def test_kernels_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("interpreted.py")
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_composition.py"])
+def test_kernels_in_the_interpreter(name: str) -> None:
+    file = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -33,6 +33,26 @@ def test_spelling_is_rewritten_and_exact(name: str) -> None:
     assert [(r.status, r.pattern, r.reason) for r in log.records] == expected
 
 
+@pytest.mark.slow
+def test_one_kernel_serves_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every spelling under ``dorafx.compose="triton_linear"``, planned as for a CUDA device: exact, whichever operator each
+    layer becomes, and a layer that does not become one kernel has a reason. The operators compute by ATen calls here."""
+    monkeypatch.setattr("dorafx.kernels.runs_kernels", lambda device, *dtypes: True)
+    whole = 0
+    for name in sorted(SPELLINGS):
+        rewrite_log().clear()
+        x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+        check_same(SPELLINGS[name], Layer(), x, tolerance=1e-11, **{"dorafx.compose": "triton_linear"})
+        decisions = [r.decision for r in rewrite_log().rewrites]
+        assert all("one Triton kernel" in d or "not in one with the products: " in d for d in decisions), (
+            name,
+            decisions,
+        )
+        whole += any("the whole layer is one Triton kernel" in d for d in decisions)
+    # The others have no base product of their own, several adapters, or another form.
+    assert whole >= 33
+
+
 @pytest.mark.parametrize("shape", [(4, 12), (1, 12), (3, 1, 12), (2, 2, 2, 12), (0, 12)])
 def test_shapes_of_the_input(shape: tuple[int, ...]) -> None:
     for name in ("direct", "merged_weight_differentiable", "identity_forward_delta_form"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -16,8 +17,8 @@ __all__ = ["FORMS", "measure"]
 _SCALE = 2.0
 
 
-def _ours(base: Tensor, lora: Tensor, m: Tensor, n: Tensor) -> Tensor:
-    return torch.ops.dorafx.compose(base, lora, m / n, None, _SCALE, base.dtype)  # type: ignore[no-any-return]
+def _ours(base: Tensor, lora: Tensor, m: Tensor, n: Tensor, kernel: str = "auto") -> Tensor:
+    return torch.ops.dorafx.compose(base, lora, m / n, None, _SCALE, base.dtype, kernel)  # type: ignore[no-any-return]
 
 
 def _stock(base: Tensor, lora: Tensor, m: Tensor, n: Tensor) -> Tensor:
@@ -39,7 +40,11 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     base, lora, upstream = (task.random(tokens, d_out) for _ in range(3))
     norm = task.random(1, d_out)[0].abs() + 1
     magnitude = norm * 1.01
-    form = task.compiled(FORMS[task.name])
+    form = task.compiled(
+        functools.partial(_ours, kernel="triton")
+        if task.name == "dorafx" and task.compose == "triton"
+        else FORMS[task.name]
+    )
 
     @torch.no_grad()
     def forward() -> Tensor:

@@ -1,4 +1,4 @@
-"""Block sizes, warps and stages of the row norm: decided here and nowhere else.
+"""Block sizes, warps and stages of every kernel: decided here and nowhere else.
 
 Every configuration compiles for sm_80, sm_90 and sm_100 without spilled registers, which the tests check ahead of time.
 """
@@ -6,20 +6,34 @@ Every configuration compiles for sm_80, sm_90 and sm_100 without spilled registe
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 __all__ = [
+    "COMPOSE",
+    "COMPOSE_TABLES",
+    "LINEAR",
+    "LINEAR_TABLES",
+    "PROGRAMS_PER_PROCESSOR",
     "ROW_NORM",
     "TABLES",
+    "ComposeConfig",
+    "ComposeConfigs",
+    "LinearConfig",
     "RowNormConfig",
     "architecture",
+    "compose_config",
+    "linear_config",
     "multiprocessors",
     "row_norm_config",
     "splits",
     "table_of",
 ]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -61,15 +75,99 @@ TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: ROW_NORM, 90: ROW_NORM, 100:
 device at hand. None has been measured: all are the one made by calculation."""
 
 
+def _newest(tables: Mapping[int, T], found: int) -> T:
+    return tables[max((known for known in tables if known <= found), default=min(tables))]
+
+
 def table_of(found: int) -> tuple[RowNormConfig, ...]:
     """The table of an architecture: its own, that of the newest older one, or else the oldest."""
-    return TABLES[max((known for known in TABLES if known <= found), default=min(TABLES))]
+    return _newest(TABLES, found)
 
 
 def row_norm_config(factor_bytes: int, rank: int, found: int = 90) -> RowNormConfig:
     """The first configuration of an architecture's table that serves operands of this width and rank."""
     table = table_of(found)
     return next(c for c in table if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
+
+
+@dataclass(frozen=True)
+class ComposeConfig:
+    """One way to walk ``[tokens, d_out]``: tiles of ``rows x columns``."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class ComposeConfigs:
+    """The composition's forward and its backward, for wide tensors."""
+
+    forward: ComposeConfig
+    backward: ComposeConfig
+
+
+# 16 bytes a thread and load in half precision. The backward keeps two sums a column in registers besides.
+COMPOSE = ComposeConfigs(ComposeConfig(4, 1024, 4), ComposeConfig(4, 512, 4))
+COMPOSE_TABLES: dict[int, ComposeConfigs] = {80: COMPOSE, 90: COMPOSE, 100: COMPOSE}
+"""As :data:`TABLES`; made by calculation, not by measurement."""
+
+PROGRAMS_PER_PROCESSOR = 8
+"""Programs a multiprocessor that the composition's backward is divided into; every one leaves a row of partial sums."""
+
+
+@functools.cache
+def compose_config(columns: int, along_rows: bool = False, found: int = 90) -> ComposeConfigs:
+    """The configurations for a width: a tile keeps its size, and takes no more columns than there are.
+
+    Args:
+        along_rows: whether tokens are what lies side by side, as in a convolution's activations: tiles are then long
+            along these.
+    """
+    table = _newest(COMPOSE_TABLES, found)
+    return ComposeConfigs(*(_fitted(c, columns, along_rows) for c in (table.forward, table.backward)))
+
+
+def _fitted(config: ComposeConfig, columns: int, along_rows: bool) -> ComposeConfig:
+    size = config.rows * config.columns
+    widest = min(32 if along_rows else config.columns, 1 << max(columns - 1, 0).bit_length())
+    # No fewer columns than a warp reads at once: narrower tiles would be long columns of little use for sums over rows.
+    width = max(widest, 16)
+    return ComposeConfig(size // width, width, config.num_warps)
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """One way to run the DoRA linear: ``rows x columns`` of the output (tokens, d_out), products of depth ``depth``."""
+
+    operand_bytes: int
+    """Width of the products' operands: 2 (fp16, bf16) or 4 (fp32)."""
+    max_tokens: int | None
+    """The most tokens it serves; None is any."""
+    rows: int
+    columns: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+LINEAR = (
+    LinearConfig(2, 16, 16, 64, 128, 4, 4),
+    LinearConfig(2, 64, 64, 64, 64, 4, 4),
+    LinearConfig(2, None, 128, 128, 64, 8, 3),
+    LinearConfig(4, 16, 16, 64, 64, 4, 3),
+    LinearConfig(4, None, 64, 64, 32, 4, 3),
+)
+LINEAR_TABLES: dict[int, tuple[LinearConfig, ...]] = {80: LINEAR, 90: LINEAR, 100: LINEAR}
+"""As :data:`TABLES`; made by calculation, not by measurement."""
+
+
+def linear_config(operand_bytes: int, tokens: int, found: int = 90) -> LinearConfig:
+    """The first configuration of an architecture's table that serves operands of this width and so many tokens."""
+    table = _newest(LINEAR_TABLES, found)
+    return next(
+        c for c in table if c.operand_bytes == operand_bytes and (c.max_tokens is None or tokens <= c.max_tokens)
+    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The row norm on CUDA tensors: the Triton kernel where there is one for the dtypes, ATen calls over blocks elsewhere."""
+"""Operators on CUDA tensors: a Triton kernel where there is one for the dtypes, ATen calls elsewhere."""
 
 from __future__ import annotations
 
@@ -9,9 +9,21 @@ from typing import Any
 
 import torch
 
-from dorafx.ops import norm
+from dorafx.ops import composition, norm
 
-__all__ = ["available", "row_norm", "row_norms", "takes"]
+__all__ = [
+    "available",
+    "compose_backward",
+    "compose_forward",
+    "dora_linear_forward",
+    "row_norm",
+    "row_norms",
+    "runs_kernels",
+    "takes",
+]
+
+_DEVICES = ("cuda",)
+_HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache
@@ -71,3 +83,118 @@ def row_norms(
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
     """Equal for norms that one launch serves."""
     return scale, tensors[0].device, *((t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors)
+
+
+def runs_kernels(device: torch.device, *dtypes: torch.dtype) -> bool:
+    """Whether the kernels of the composition serve a device and dtypes: a CUDA device, Triton, and no fp64."""
+    return device.type in _DEVICES and all(dtype in _HALF_TO_SINGLE for dtype in dtypes) and available()
+
+
+def _served(activations: Sequence[torch.Tensor | None], vectors: Sequence[torch.Tensor | None], *out: Any) -> bool:
+    """Whether the kernels take these operands: activations of one shape, vectors of its last size, on one device."""
+    tensors = [t for t in (*activations, *vectors) if t is not None]
+    first = tensors[0]
+    return (
+        first.dim() > 0
+        and first.numel() > 0
+        and runs_kernels(first.device, *(t.dtype for t in tensors), *(d for d in out if d is not None))
+        and all(t.device == first.device for t in tensors)
+        and all(t.shape == first.shape for t in activations if t is not None)
+        and all(v.shape == first.shape[-1:] for v in vectors if v is not None)
+    )
+
+
+def _served_linear(matrices: Sequence[torch.Tensor], vectors: Sequence[torch.Tensor | None], *out: Any) -> bool:
+    """Whether the kernel of the whole layer takes these operands, whose shapes fit together: matrices of one dtype."""
+    first = matrices[0]
+    tensors = [*matrices, *(v for v in vectors if v is not None)]
+    return (
+        all(t.dtype == first.dtype and t.numel() > 0 for t in matrices)
+        and all(t.device == first.device for t in tensors)
+        and runs_kernels(first.device, *(t.dtype for t in tensors), *(d for d in out if d is not None))
+    )
+
+
+def _as_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The values in the layout that a compiler was told: that of ``empty_like``."""
+    if tensor.stride() == like.stride() or tensor.stride() == torch.empty_like(like, device="meta").stride():
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
+
+
+def compose_forward(
+    result: torch.Tensor | None,
+    base: torch.Tensor,
+    lora: torch.Tensor | None,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype,
+    kept: torch.dtype | None,
+    into: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The composition, and ``base + s·lora`` in the dtype ``kept``, which is empty where that is None.
+
+    Args:
+        into: ``base`` or ``result`` itself, to be overwritten by the composition; its dtype is ``out_dtype`` then.
+    """
+    if not _served([base, result, lora], [g, bias], out_dtype, kept):
+        y, total = composition.forward_math(result, base, lora, g, bias, scale, out_dtype, kept, into)
+        return _as_layout_of(base, y), base.new_empty(0) if total is None else _as_layout_of(base, total)
+    from .compose import launch_forward
+
+    y = torch.empty_like(base, dtype=out_dtype) if into is None else into
+    total = None if kept is None else torch.empty_like(base, dtype=kept)
+    launch_forward(result, base, lora, g, bias, scale, y, total)
+    return y, base.new_empty(0) if total is None else total
+
+
+def compose_backward(
+    grad: torch.Tensor,
+    g: torch.Tensor,
+    total: torch.Tensor | None,
+    scale: float,
+    delta: bool,
+    base_dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    needs_g: bool,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of base, lora, g and bias; those that are not needed (no dtype) are empty."""
+    dtypes = (base_dtype, lora_dtype, bias_dtype)
+    if not _served([grad, total], [g], *dtypes):
+        found = composition.backward_math(grad, g, total, scale, delta, base_dtype, lora_dtype, needs_g, bias_dtype)
+        d_base, d_lora = (None if t is None else _as_layout_of(grad, t) for t in found[:2])
+        return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, *found[2:]))  # type: ignore[return-value]
+    from .compose import launch_backward
+
+    d_base, d_lora = (None if d is None else torch.empty_like(grad, dtype=d) for d in (base_dtype, lora_dtype))
+    d_g = g.new_empty(g.shape) if needs_g else None
+    d_bias = None if bias_dtype is None else g.new_empty(g.shape, dtype=bias_dtype)
+    launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
+    return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
+
+
+def dora_linear_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    left: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype,
+    kept: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None."""
+    composition.check_linear(x, weight, h, left, g, bias)
+    if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
+        y, total = composition.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
+        return y.contiguous(), x.new_empty(0) if total is None else total.contiguous()
+    from .linear import launch
+
+    shape = (*x.shape[:-1], left.shape[0])
+    y = x.new_empty(shape, dtype=out_dtype)
+    total = None if kept is None else x.new_empty(shape, dtype=kept)
+    launch(x, weight, h, left, g, bias, scale, y, total)
+    return y, x.new_empty(0) if total is None else total

@@ -1,0 +1,98 @@
+"""What autograd saves for a backward, in bytes: stock PEFT, dorafx, plain LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from integration_support import base_model, dora_sites, lora_config, peft_model, randomise, tokens
+from peft import get_peft_model, inject_adapter_in_model
+
+from dorafx.bench.allocations import saved_bytes
+
+TOKENS, D_IN, D_OUT = 96, 40, 56
+# Of each module: g, the norm, the magnitude as a row, and what g is made of, in fp32.
+VECTORS = 4 * 4
+
+
+def layer(use_dora: bool, dropout: float, dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    holder = torch.nn.Sequential(torch.nn.Linear(D_IN, D_OUT, dtype=dtype)).requires_grad_(False)
+    config = lora_config(use_dora=use_dora, target_modules=["0"], task_type=None, lora_dropout=dropout)
+    return randomise(inject_adapter_in_model(config, holder).to(dtype)).train()[0]
+
+
+def freeze(module: torch.nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if "magnitude" in name:
+            parameter.requires_grad_(False)
+
+
+def saved(module: torch.nn.Module, call: Callable[[], Any]) -> int:
+    call()  # compile
+    return saved_bytes(call, [*module.parameters(), *module.buffers()])
+
+
+def compiled(module: torch.nn.Module, backend: str | None, codegen: str) -> Any:
+    torch.compiler.reset()
+    options: dict[str, Any] | None = None
+    if backend == "dorafx":
+        options = {"dorafx.codegen": codegen, "dorafx.strict": True}
+    elif codegen == "eager":
+        return module
+    return module if backend is None else torch.compile(module, backend=backend, options=options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
+def test_layer(trained: bool, dropout: float, dtype: torch.dtype) -> None:
+    """One ``[tokens, d_out]`` more than LoRA where the magnitude is trained; no more than vectors where it is not."""
+    x = torch.randn(TOKENS, D_IN, dtype=dtype, requires_grad=True)
+    found = {}
+    for name, use_dora, backend in (("lora", False, "inductor"), ("stock", True, None), ("dorafx", True, "dorafx")):
+        module = layer(use_dora, dropout, dtype)
+        if not trained:
+            freeze(module)
+        call = compiled(module, backend, "eager")
+        found[name] = saved(module, lambda call=call: call(x))
+    extra = TOKENS * D_OUT * dtype.itemsize if trained else 0
+    assert found["dorafx"] <= found["lora"] + extra + VECTORS * D_OUT, found
+    assert found["dorafx"] < found["stock"], found
+
+
+def model_bytes(trained: bool, codegen: str) -> tuple[dict[str, int], int]:
+    """Of a 4-layer Llama, and how much one ``[tokens, d_out]`` a module and its vectors are."""
+    ids, found = tokens(2, 24), {}
+    plain = get_peft_model(base_model("llama", 4), lora_config(use_dora=False))
+    for name, model, backend in (
+        ("lora", plain, "inductor"),
+        ("stock", peft_model(layers=4), None),
+        ("dorafx", peft_model(layers=4), "dorafx"),
+    ):
+        model.train()
+        if not trained:
+            freeze(model)
+        call = compiled(model, backend, codegen)
+        found[name] = saved(model, lambda call=call: call(input_ids=ids, labels=ids).loss)
+    sites = dora_sites(model)
+    assert len(sites) == 4 * 7
+    width = sum(model.get_submodule(site).out_features for site in sites)
+    return found, width * (VECTORS + (4 * ids.numel() if trained else 0))
+
+
+@pytest.mark.parametrize(
+    ("codegen", "trained"),
+    [
+        ("eager", True),
+        pytest.param("eager", False, marks=pytest.mark.slow),
+        pytest.param("inductor", True, marks=pytest.mark.slow),
+        pytest.param("inductor", False, marks=pytest.mark.slow),
+    ],
+)
+def test_model(codegen: str, trained: bool) -> None:
+    found, allowed = model_bytes(trained, codegen)
+    assert found["dorafx"] <= found["lora"] + allowed, found
+    assert found["dorafx"] < found["stock"], found
