@@ -12,6 +12,8 @@ from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
 from dorafx.match import Part
 
+from .shapes import of_mode
+
 __all__ = ["CannotEmit", "Emitter"]
 
 _COLUMNS = ((Mat(ONES),), (Mat(ONES, True),))
@@ -82,7 +84,7 @@ class Emitter:
         mode = getattr(self.site.meta.get(slot), "fake_mode", None)
         if mode is not None:
             with mode:
-                args = fx.node.map_aggregate(args, lambda value: _of_mode(value, mode))
+                args = fx.node.map_aggregate(args, lambda value: of_mode(value, mode))
                 node.meta[slot] = target(*args[0], **args[1])
         return node
 
@@ -397,14 +399,6 @@ class Emitter:
     def _out_dtype(self) -> torch.dtype:
         assert self.site is not None
         return self.tensor(self.site).dtype
-
-
-def _of_mode(value: Any, mode: Any) -> Any:
-    """A fake value as one of another mode: ``make_fx`` of real tensors makes a mode for each value."""
-    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
-        return value
-    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return twin.requires_grad_(value.requires_grad)
 
 
 def _sizes(shape: Iterable[Any]) -> tuple[str, ...]:

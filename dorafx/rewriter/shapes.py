@@ -14,7 +14,7 @@ from dorafx.lift import tensor_of
 
 from .copying import copy_graph_module
 
-__all__ = ["carries_shapes", "with_shapes"]
+__all__ = ["carries_shapes", "of_mode", "with_shapes"]
 
 
 def carries_shapes(gm: fx.GraphModule) -> bool:
@@ -33,6 +33,14 @@ def with_shapes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMo
         inputs = [mode.from_tensor(value) if isinstance(value, torch.Tensor) else value for value in example_inputs]
         _Propagation(shaped, mode).run(*inputs)
     return shaped
+
+
+def of_mode(value: Any, mode: Any) -> Any:
+    """A fake value as one of another mode, which is entered: ``make_fx`` of real tensors makes a mode for each value."""
+    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
+        return value
+    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return twin.requires_grad_(value.requires_grad)
 
 
 class _Propagation(fx.Interpreter):

@@ -45,7 +45,10 @@ def with_prologue(
 
     def run(*args: Any) -> Any:
         recording = torch.is_grad_enabled()
-        may_reuse = reuse == "step" or (reuse == "auto" and few_tokens and not recording)
+        # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
+        # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
+        captured = torch.cuda.is_current_stream_capturing()
+        may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
         values: list[Any] = [None] * len(prologue)
         missing = []
         for i, inputs, signature in prologue:
@@ -56,7 +59,7 @@ def with_prologue(
             else:
                 values[i] = norm
         if missing:
-            keeping = reuse == "step" or (reuse == "auto" and not recording)
+            keeping = not captured and (reuse == "step" or (reuse == "auto" and not recording))
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
             observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
             squares = kept_in if reuse != "never" else None
