@@ -263,7 +263,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
             f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
         )
     exported = isinstance(program, torch.export.ExportedProgram)
-    graph_module = program.graph_module if exported else program
+    graph_module: Any = program.graph_module if exported else program
     if not exported and not carries_shapes(graph_module):
         if not example_inputs:
             raise ValueError(

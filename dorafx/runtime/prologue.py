@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dorafx.ops.norm import row_squares
+from dorafx.ops.triton.dispatch import being_captured
 from dorafx.rewriter import HoistedNorm
 
 from .store import NormStore, norm_store
@@ -47,7 +48,7 @@ def with_prologue(
         recording = torch.is_grad_enabled()
         # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
         # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
-        captured = torch.cuda.is_current_stream_capturing()
+        captured = being_captured()
         may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
         values: list[Any] = [None] * len(prologue)
         missing = []

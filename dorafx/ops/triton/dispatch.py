@@ -11,7 +11,12 @@ import torch
 
 from dorafx.ops import norm
 
-__all__ = ["available", "row_norm", "row_norms", "takes"]
+__all__ = ["available", "being_captured", "row_norm", "row_norms", "takes"]
+
+
+def being_captured() -> bool:
+    """Whether a CUDA graph is recording what this thread launches."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -71,7 +76,7 @@ def _launched(group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], 
     from .row_norm import launch_group
 
     def compute(shrink: int) -> list[torch.Tensor]:
-        if shrink == 1 and not torch.cuda.is_current_stream_capturing():
+        if shrink == 1 and not being_captured():
             return launch_group(group, scale)
         # Where d_in is not divided, there are no partial sums either.
         return [launch_group([operands], scale, None if shrink == 1 else 1)[0] for operands in group]
