@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import dorafx
+
 from .clock import Clock
 from .models import Size, build, move_off_initial_values
 from .norms import NORMS, Norm
@@ -30,11 +32,12 @@ class Task:
     dtype: torch.dtype
     mode: str = "default"
     codegen: str = "inductor"
+    scope: str = "model"
     checkpointing: bool = False
     micro_batches: int = 1
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, compiled if this implementation is."""
+        """``call``, compiled if this implementation is; by dorafx one adapter layer after the other, if ``scope`` says so."""
         backend = COMPILED.get(self.name)
         if backend is None:
             return call
@@ -42,7 +45,13 @@ class Task:
         if backend == "dorafx" and self.codegen != "inductor":
             options = {"dorafx.codegen": self.codegen}
         mode = None if self.mode == "default" else self.mode
-        fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options)
+        if backend == "dorafx" and self.scope != "model":
+            assert isinstance(call, torch.nn.Module)  # a suite that compiles models
+            fast: Callable[..., Any] = dorafx.optimize(
+                call, scope=self.scope, codegen=self.codegen, dynamic=False, mode=mode
+            )
+        else:
+            fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options)
         if mode is None:
             return fast
 
