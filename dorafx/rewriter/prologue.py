@@ -45,13 +45,16 @@ class HoistedNorm:
     """One norm of the prologue.
 
     Attributes:
-        inputs: positions among the main graph's inputs of what it is computed from.
-        graph: computes the ``[d_out]`` norm of these inputs.
+        inputs: positions among the main graph's inputs of the tensors that it is computed from.
+        scalars: the same of numbers: what Dynamo makes inputs of where shapes are dynamic, as a float or as a tensor of one
+            element that the graph reads.
+        graph: computes the ``[d_out]`` norm of the tensors and, after them, the numbers.
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
     """
 
     inputs: tuple[int, ...]
+    scalars: tuple[int, ...]
     graph: fx.Graph
     signature: str
     value: torch.Tensor | None
@@ -112,7 +115,7 @@ def _closure(node: fx.Node) -> list[fx.Node] | None:
         if current in found:
             continue
         if current.op == "placeholder":
-            if tensor_of(current) is None:
+            if tensor_of(current) is None and not _is_number(current):
                 return None
         elif not _may_leave(current):
             return None
@@ -124,7 +127,13 @@ def _closure(node: fx.Node) -> list[fx.Node] | None:
 def _may_leave(node: fx.Node) -> bool:
     if node.op == "call_function":
         return node.target in _FUNCTIONS
+    if node.op == "call_method" and node.target == "item":
+        return node.args[0].op == "placeholder"  # type: ignore[union-attr]
     return node.op == "call_method" and node.target in _METHODS
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.SymFloat, torch.SymInt))
 
 
 def _needs_gradient(norm: fx.Node) -> bool:
@@ -139,15 +148,21 @@ def _extracted(
     norm: fx.Node, closure: list[fx.Node], position: dict[fx.Node, int], value: torch.Tensor | None
 ) -> HoistedNorm:
     graph = fx.Graph()
-    inputs = [node for node in closure if node.op == "placeholder"]
-    copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+    read = {node: node.all_input_nodes[0] for node in closure if node.target == "item"}
+    numbers = {node: node for node in closure if node.op == "placeholder" and _is_number(node)} | read
+    used = {a for node in closure if node not in read for a in node.all_input_nodes}
+    inputs = [node for node in closure if node.op == "placeholder" and node not in numbers and node in used]
+    copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate([*inputs, *numbers])}
     for node in closure:
+        if node in read.values():
+            continue
         if node not in copies:
             # Made anew, not copied: names then come from the operators, and equal computations have equal text.
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
     graph.output(copies[norm])
-    return HoistedNorm(tuple(position[node] for node in inputs), graph, str(graph), value)
+    tensors, scalars = (tuple(position[node] for node in group) for group in (inputs, numbers.values()))
+    return HoistedNorm(tensors, scalars, graph, str(graph), value)
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:

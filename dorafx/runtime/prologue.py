@@ -41,7 +41,7 @@ def with_prologue(
     if not norms:
         return compiled
     kept_in = norm_store() if store is None else store
-    prologue = [(i, norm.inputs, norm.signature) for i, norm in enumerate(norms)]
+    prologue = [(i, norm.inputs, norm.scalars, norm.signature) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
 
     def run(*args: Any) -> Any:
@@ -52,20 +52,28 @@ def with_prologue(
         may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
         values: list[Any] = [None] * len(prologue)
         missing = []
-        for i, inputs, signature in prologue:
+        for i, inputs, scalars, signature in prologue:
             tensors = [args[k] for k in inputs]
+            numbers: list[float] = []
+            if scalars:
+                numbers = [
+                    value.item() if isinstance(value, torch.Tensor) else value for value in (args[k] for k in scalars)
+                ]
+                signature = f"{signature}{numbers}"
             norm = kept_in.kept(signature, tensors) if may_reuse else None
             if norm is None:
-                missing.append((i, tensors, signature))
+                missing.append((i, tensors, signature, numbers))
             else:
                 values[i] = norm
         if missing:
             keeping = not captured and (reuse == "step" or (reuse == "auto" and not recording))
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
-            observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
+            observed = [
+                kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature, _ in missing
+            ]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([(recipes[i], tensors) for i, tensors, _ in missing], squares)
-            for (i, tensors, signature), state, norm in zip(missing, observed, computed):
+            computed = _compute([(recipes[i], tensors, numbers) for i, tensors, _, numbers in missing], squares)
+            for (i, tensors, signature, _), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 kept_in.keep(state, norm)
                 if recording and not keeping:
@@ -117,19 +125,21 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(norms: Sequence[tuple[_Recipe, list[torch.Tensor]]], squares: NormStore | None) -> list[torch.Tensor]:
-    """The norms of these inputs, in one call for each algorithm; the operator launches what has one shape together.
+def _compute(
+    norms: Sequence[tuple[_Recipe, list[torch.Tensor], list[float]]], squares: NormStore | None
+) -> list[torch.Tensor]:
+    """The norms of these tensors and numbers, in one call for each algorithm; the operator launches what has one shape together.
 
     Args:
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
     with torch.inference_mode(False), torch.no_grad():
-        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _ in norms):
-            group = [i for i, (recipe, _) in enumerate(norms) if recipe.algorithm == algorithm]
-            operands = [norms[i][0].operands(*norms[i][1]) for i in group]
+        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _, _ in norms):
+            group = [i for i, (recipe, _, _) in enumerate(norms) if recipe.algorithm == algorithm]
+            operands = [norms[i][0].operands(*norms[i][1], *norms[i][2]) for i in group]
             scales = [norms[i][0].scale for i in group]
-            kept = [_squares(*norms[i], squares) if algorithm == "factored" else None for i in group]
+            kept = [_squares(*norms[i][:2], squares) if algorithm == "factored" else None for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result
