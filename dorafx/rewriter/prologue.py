@@ -16,6 +16,7 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx.lift import tensor_of
+from dorafx.lift.effects import written_nodes
 
 __all__ = ["SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
@@ -74,9 +75,10 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders)}
     last = placeholders[-1] if placeholders else None
+    written = _written_if_read(gm.graph)
     hoisted: list[HoistedNorm] = []
     for norm in norms:
-        closure = _closure(norm)
+        closure = _closure(norm, written)
         if closure is None or _needs_gradient(norm) or last is None:
             continue
         with gm.graph.inserting_after(last):
@@ -106,7 +108,12 @@ def _is_norm(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is torch.ops.dorafx.row_norm.default
 
 
-def _closure(node: fx.Node) -> list[fx.Node] | None:
+def _written_if_read(graph: fx.Graph) -> frozenset[fx.Node]:
+    """What a graph writes to, if it reads numbers from tensors: a number that is read behind a write is none of its inputs'."""
+    return written_nodes(graph) if any(node.target == "item" for node in graph.nodes) else frozenset()
+
+
+def _closure(node: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | None:
     """The nodes from the graph's inputs to ``node``, in their order; None if one of them cannot leave the graph."""
     found: dict[fx.Node, None] = {}
     stack = [node]
@@ -117,18 +124,19 @@ def _closure(node: fx.Node) -> list[fx.Node] | None:
         if current.op == "placeholder":
             if tensor_of(current) is None and not _is_number(current):
                 return None
-        elif not _may_leave(current):
+        elif not _may_leave(current, written):
             return None
         found[current] = None
         stack.extend(current.all_input_nodes)
     return sorted(found)
 
 
-def _may_leave(node: fx.Node) -> bool:
+def _may_leave(node: fx.Node, written: frozenset[fx.Node]) -> bool:
     if node.op == "call_function":
         return node.target in _FUNCTIONS
     if node.op == "call_method" and node.target == "item":
-        return node.args[0].op == "placeholder"  # type: ignore[union-attr]
+        source = node.args[0]
+        return isinstance(source, fx.Node) and source.op == "placeholder" and source not in written
     return node.op == "call_method" and node.target in _METHODS
 
 
@@ -222,16 +230,22 @@ def _out_of_bodies(gm: fx.GraphModule) -> None:
             continue
         outside = [dict(zip(inputs, o)) for o in operands]
         norms = [node for node in body.graph.nodes if _is_norm(node)]
-        moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside)]
+        written = _written_if_read(body.graph)
+        moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside, written)]
         if moved:
             body.graph.lint()
             body.recompile()
 
 
 def _out_of_body(
-    gm: fx.GraphModule, body: fx.GraphModule, norm: fx.Node, calls: list[fx.Node], outside: list[dict[fx.Node, Any]]
+    gm: fx.GraphModule,
+    body: fx.GraphModule,
+    norm: fx.Node,
+    calls: list[fx.Node],
+    outside: list[dict[fx.Node, Any]],
+    written: frozenset[fx.Node],
 ) -> bool:
-    closure = _closure(norm)
+    closure = _closure(norm, written)
     if closure is None or _needs_gradient(norm):
         return False
     leaves = [node for node in closure if node.op == "placeholder"]
