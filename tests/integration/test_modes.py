@@ -271,7 +271,7 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 from integration_support import call, peft_perceptron, run
-from dorafx import rewrite_log
+from dorafx import _compat, rewrite_log
 file, edited = Path(sys.argv[1]), sys.argv[2]
 if edited:
     _compat.source_hash = lambda: edited
