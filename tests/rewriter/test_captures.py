@@ -86,6 +86,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_exported_program_compiles_ahead_of_time_and_runs_in_a_fresh_process(tmp_path: Path) -> None:
     """The package needs ``import dorafx.ops``, and says which operator is missing; a portable one needs nothing."""
     layer, x = Layer().eval(), x_of(4, 24)
