@@ -246,7 +246,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     total       1                                          48 KiB      49.2 k  49.2 k
     1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
-    from dorafx.backend import rewrite_graph_module
+    from dorafx.backend import log_failure, rewrite_graph_module
 
     _check_callable("explain", model)
     capture.install()
@@ -256,7 +256,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        rewrite_graph_module(gm, Options(), graphs, log=log)
+        try:
+            rewrite_graph_module(gm, Options(), graphs, log=log)
+        except Exception as error:
+            log_failure(error, Options(), log, graph_id=graphs)
         return gm.forward
 
     with torch.random.fork_rng(), _compat.whole_graphs(), _compat.graph_breaks() as breaks:
@@ -269,16 +272,19 @@ def _check_callable(name: str, model: Any) -> None:
         raise TypeError(f"{name} takes an nn.Module or a function, not {type(model).__name__}")
 
 
-def rewrite(program: Any, *example_inputs: Any) -> Any:
+def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     """Rewrite a graph that was captured elsewhere.
 
     Args:
         program: an ``fx.GraphModule`` (from Dynamo, ``make_fx``, ``torch.export`` or ``fx.symbolic_trace``), or a
             ``torch.export.ExportedProgram``. It is not changed.
         example_inputs: inputs of the graph, for one whose nodes carry no shapes, as those of ``fx.symbolic_trace`` do.
+        portable: use no operator of dorafx's, so that the result runs where dorafx is not installed: norms are written out
+            over blocks of a tenth of the rows (a twentieth in half precision). Meant for inference: where gradients flow through
+            a norm, autograd then keeps every block.
 
     Returns:
-        A new program of the same type; ``program`` itself where it holds no DoRA. The log says what was done.
+        A new program of the same type; ``program`` itself where it holds no DoRA, or where dorafx fails. The log says which.
 
     Raises:
         TypeError: anything else.
@@ -288,27 +294,37 @@ def rewrite(program: Any, *example_inputs: Any) -> Any:
     >>> type(dorafx.rewrite(program)).__name__
     'ExportedProgram'
     """
-    from dorafx.backend import rewrite_graph_module
-    from dorafx.rewriter.lowering import lower_to_aten
+    from dorafx.backend import log_failure, rewrite_graph_module
+    from dorafx.rewriter.lowering import lower_to_aten, without_own_operators
     from dorafx.rewriter.shapes import carries_shapes, with_shapes
 
-    if isinstance(program, torch.export.ExportedProgram):
-        new = rewrite_graph_module(program.graph_module, Options(), log=rewrite_log())
-        if new is program.graph_module:
-            return program
-        lower_to_aten(new)
-        return _compat.exported_program_with_graph(program, new)
-    if isinstance(program, fx.GraphModule):
-        if carries_shapes(program):
-            return rewrite_graph_module(program, Options(), log=rewrite_log())
+    if not isinstance(program, (torch.export.ExportedProgram, fx.GraphModule)):
+        raise TypeError(
+            f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
+        )
+    exported = isinstance(program, torch.export.ExportedProgram)
+    graph_module: Any = program.graph_module if exported else program
+    if not exported and not carries_shapes(graph_module):
         if not example_inputs:
             raise ValueError(
                 "rewrite: the graph's nodes carry no shapes (fx.symbolic_trace leaves none): pass example inputs, as in "
                 "dorafx.rewrite(graph_module, x)"
             )
-        shaped = with_shapes(program, example_inputs)
-        new = rewrite_graph_module(shaped, Options(), log=rewrite_log())
-        return program if new is shaped else new
-    raise TypeError(
-        f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
-    )
+        graph_module = with_shapes(graph_module, example_inputs)
+    log = RewriteLog()
+    try:
+        new = rewrite_graph_module(graph_module, Options(), log=log)
+        if new is graph_module:
+            result = program
+        else:
+            if portable:
+                without_own_operators(new)
+            if exported:
+                lower_to_aten(new)
+            result = _compat.exported_program_with_graph(program, new) if exported else new
+    except Exception as error:
+        log_failure(error, Options(), rewrite_log())
+        return program
+    # Only now: a failure on the way may not leave a claim of rewrites behind.
+    rewrite_log().extend(log.records)
+    return result

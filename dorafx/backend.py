@@ -37,7 +37,7 @@ from dorafx.rewriter import (
 from dorafx.runtime import with_prologue
 from dorafx.validation import Check, Region, leaves_of
 
-__all__ = ["dorafx", "rewrite_graph_module"]
+__all__ = ["dorafx", "log_failure", "rewrite_graph_module"]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
@@ -151,24 +151,9 @@ def rewrite_or_fall_back(gm: fx.GraphModule, options: Options, members: tuple[st
     except Exception as error:
         if options.strict:
             raise
-        last = traceback.format_exception_only(type(error), error)[-1].strip()
-        where = traceback.extract_tb(error.__traceback__)[-1]
         program = Program(gm)
-        program.log.add(
-            Record(
-                status="missed",
-                site=members[0],
-                pattern="",
-                reason=f"internal failure, graph left as it was: {last} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})",
-                source="",
-                codegen=options.codegen,
-                graph=graph_id,
-            )
-        )
+        log_failure(error, options, program.log, members[0], graph_id)
         rewrite_log().extend(program.log.records)
-        if last not in _warned:
-            _warned.add(last)
-            warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=2)
         return program
 
 
@@ -182,6 +167,32 @@ def _trace(gm: fx.GraphModule, program: Program) -> None:
         _compat.trace_artifact(
             "dorafx_rewritten_graph", "string", lambda: program.graph.print_readable(print_output=False)
         )
+
+
+def log_failure(error: Exception, options: Options, log: RewriteLog, site: str = "", graph_id: int = 0) -> None:
+    """What every fallback says: a miss in the log with the last line of the traceback, and one warning for equal failures.
+
+    Args:
+        error: what was raised while a graph was rewritten.
+        options: those of the graph.
+        log: receives the miss.
+        site: the module that the graph serves.
+        graph_id: number of the graph in the log.
+    """
+    last = traceback.format_exception_only(type(error), error)[-1].strip()
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    log.add(
+        Record(
+            status="missed",
+            site=site,
+            reason=f"internal failure, graph left as it was: {last} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})",
+            codegen=options.codegen,
+            graph=graph_id,
+        )
+    )
+    if last not in _warned:
+        _warned.add(last)
+        warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=3)
 
 
 def rewrite_graph_module(

@@ -165,6 +165,8 @@ def _report(options: argparse.Namespace) -> int:
 
     try:
         log = RewriteLog.from_json(options.log.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{options.log}: not a dorafx log: not UTF-8 text ({error.reason})") from error
     except ValueError as error:
         raise ValueError(f"{options.log}: {error}") from error
     page = log.to_html(options.output)

@@ -42,7 +42,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--dtype", help=f"{', '.join(DTYPES)} (default float32, on CUDA bfloat16)")
     bench.add_argument("--device", help="cpu or cuda (default cuda if there is one)")
     bench.add_argument(
-        "--layers", type=int, default=4, help="decoder layers of a model, also of a preset's (default 4)"
+        "--layers", type=int, nargs="+", default=[4], help="decoder layers of a model, also of a preset's (default 4)"
     )
     bench.add_argument("--rounds", type=int, default=2, help="processes a configuration, interleaved (default 2)")
     bench.add_argument(
@@ -57,6 +57,11 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
     bench.add_argument(
         "--compose", default="auto", help=f"dorafx's composition: {', '.join(COMPOSE)} (suite compose: auto, triton)"
+    )
+    bench.add_argument(
+        "--scope",
+        default="model",
+        help="what dorafx compiles as one graph: model (default), or auto, its adapter layers",
     )
     bench.add_argument(
         "--tune", action="store_true", help="search launch configurations on this GPU and print a table to paste"
@@ -125,9 +130,9 @@ def _tune(options: argparse.Namespace) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    plain: tuple[str, ...] = ("tokens", "layers", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
-    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose")}
-    for name in ("suites", "against", "shapes", "hidden", "rank"):
+    plain: tuple[str, ...] = ("tokens", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
+    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose", "scope")}
+    for name in ("suites", "against", "shapes", "hidden", "rank", "layers"):
         fields[name] = tuple(dict.fromkeys(getattr(options, name)))
     return Settings(**fields, device=device, dtype=dtype)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import dorafx
+
 from .clock import Clock
 from .models import Size, build, move_off_initial_values
 from .norms import NORMS, Norm
@@ -31,11 +33,12 @@ class Task:
     mode: str = "default"
     codegen: str = "inductor"
     compose: str = "auto"
+    scope: str = "model"
     checkpointing: bool = False
     micro_batches: int = 1
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, compiled if this implementation is."""
+        """``call``, compiled if this implementation is; by dorafx one adapter layer after the other, if ``scope`` says so."""
         backend = COMPILED.get(self.name)
         if backend is None:
             return call
@@ -44,7 +47,13 @@ class Task:
             given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
             options = {key: value for key, (value, default) in given.items() if value != default}
         mode = None if self.mode == "default" else self.mode
-        fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options or None)
+        if backend == "dorafx" and self.scope != "model":
+            assert isinstance(call, torch.nn.Module)  # a suite that compiles models
+            fast: Callable[..., Any] = dorafx.optimize(
+                call, scope=self.scope, codegen=self.codegen, dynamic=False, mode=mode
+            )
+        else:
+            fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options or None)
         if mode is None:
             return fast
 

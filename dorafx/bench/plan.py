@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -88,6 +89,8 @@ SUITES = {
         "it has no pass",
     ),
 }
+# What compiles a whole model, which may as well be done layer by layer.
+_SCOPED = ("model", "decode", "compile")
 _DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
 _DEFAULT_RANK = {"norm": (8, 64, 384)}
 
@@ -108,7 +111,7 @@ class Settings:
     tokens: int = 1024
     dtype: str = "float32"
     device: str = "cpu"
-    layers: int = 4
+    layers: tuple[int, ...] = (4,)
     rounds: int = 2
     seconds: float = 0.5
     threads: int = 0
@@ -117,6 +120,7 @@ class Settings:
     mode: str = "default"
     codegen: str = "inductor"
     compose: str = "auto"
+    scope: str = "model"
 
     def __post_init__(self) -> None:
         if not self.suites:
@@ -132,10 +136,10 @@ class Settings:
                 f"--compose {self.compose} makes no sense in the suite compose, which has no products; allowed are "
                 f"{', '.join(_COMPOSE_ALONE)}"
             )
-        for name in ("tokens", "layers", "rounds", "micro_batches"):
+        for name in ("tokens", "rounds", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        for name in ("hidden", "rank"):
+        for name in ("hidden", "rank", "layers"):
             for value in getattr(self, name):
                 if value < 1:
                     raise ValueError(f"--{name} must be at least 1, not {value}")
@@ -150,6 +154,10 @@ class Settings:
                 f"--mode is Inductor's, and --codegen {self.codegen} leaves Inductor out; give one of them"
             )
         check_name(self.codegen)
+        _one_of("--scope", self.scope, ("model", "auto"))
+        wrong = [suite for suite in self.suites if suite not in _SCOPED] if self.scope != "model" else []
+        if wrong:
+            raise ValueError(f"--scope {self.scope} goes with the suites {', '.join(_SCOPED)}, not with {wrong[0]}")
         _check_device(self.device)
         kernel = self.compose in ("triton", "triton_linear")
         if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
@@ -243,8 +251,8 @@ def _weights(suite: str, settings: Settings) -> list[Shape]:
 
 def _models(suite: str, settings: Settings) -> list[tuple[str, Size]]:
     found = []
-    for rank in settings.rank or (128,):
-        common = {"layers": settings.layers, "rank": rank, "tokens": settings.tokens}
+    for layers, rank in itertools.product(settings.layers or (4,), settings.rank or (128,)):
+        common = {"layers": layers, "rank": rank, "tokens": settings.tokens}
         for text in settings.shapes:
             _one_of(f"--shapes in the suite {suite}", text.lower(), PRESETS)
             preset = asdict(PRESETS[text.lower()])

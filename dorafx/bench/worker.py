@@ -29,7 +29,7 @@ RECOMPILATIONS = 64
 
 def request_for(settings: Settings, name: str, case: Case | None) -> dict[str, Any]:
     """What :func:`configuration` needs to know."""
-    own = ("dtype", "device", "seconds", "threads", "mode", "codegen", "compose", "checkpointing", "micro_batches")
+    own = ("dtype", "device", "seconds", "threads", "mode", "codegen", "compose", "scope", "checkpointing", "micro_batches")
     request = {key: getattr(settings, key) for key in own}
     suite, parameters = (case.suite, case.parameters) if case is not None else (CEILINGS, {})
     return {**request, "name": name, "suite": suite, "parameters": parameters}
@@ -59,7 +59,7 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
     dtype = DTYPES[request["dtype"]]
     if request["suite"] == CEILINGS:
         return {"figures": {key: list(value) for key, value in measure_ceilings(clock, dtype).items()}, "facts": {}}
-    settings = {key: request[key] for key in ("mode", "codegen", "compose", "checkpointing", "micro_batches")}
+    settings = {key: request[key] for key in ("mode", "codegen", "compose", "scope", "checkpointing", "micro_batches")}
     task = Task(request["name"], request["parameters"], clock, dtype, **settings)
     rewrite_log().clear()
     before = _compat.graph_statistics()

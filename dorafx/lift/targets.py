@@ -64,7 +64,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "convolution": ("convolution",),
     "embedding": ("embedding",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
-    "t": ("t",),
+    "t": ("t", "numpy_T", "matrix_H", "mT", "mH", "adjoint"),
     "permute": ("permute",),
     "view": (
         "view",

@@ -6,11 +6,15 @@ ATen calls, so they run on any device; on a CPU a block stays in the cache betwe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
 from dorafx import _compat
+from dorafx.errors import DorafxWarning
 
 __all__ = [
     "check_operands",
@@ -18,10 +22,14 @@ __all__ = [
     "factored",
     "row_norm",
     "row_norm_backward",
+    "row_norm_unrolled",
     "row_norms",
     "row_squares",
     "tiled",
+    "with_less_memory",
 ]
+
+T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A block of this many bytes is read back from the cache after its GEMM, and is large enough for the GEMM to run at full
@@ -30,6 +38,8 @@ _CPU_BLOCK_BYTES = 4 << 20
 _DEVICE_BLOCK_BYTES = 16 << 20
 # No buffer may reach one eighth of the weight.
 _SHARE = 9
+# By how much blocks shrink where memory runs out.
+_SHRINK = (1, 4, 16, 64, 256)
 
 
 def compute_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -60,13 +70,44 @@ def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
         )
 
 
-def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0) -> tuple[int, int]:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed; torch's CPU allocator raises a bare ``RuntimeError``."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def with_less_memory(compute: Callable[[int], T]) -> T:
+    """``compute(1)``; where memory runs out, again with a larger ``shrink`` of its blocks, and one warning.
+
+    Raises:
+        RuntimeError: memory does not suffice for the smallest blocks either: the first error.
+    """
+    first: RuntimeError | None = None
+    for shrink in _SHRINK:
+        try:
+            result = compute(shrink)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            # The traceback's frames hold the buffers that are in the way of the next attempt.
+            first = first or error.with_traceback(None)
+            continue
+        if first is not None:
+            warnings.warn("out of memory during a norm: it was computed again with less", DorafxWarning, stacklevel=2)
+        return result
+    assert first is not None
+    raise first
+
+
+def _block(
+    weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0, shrink: int = 1
+) -> tuple[int, int]:
     """Rows and columns of a block: within the cache, and every buffer below one eighth of the weight, that of ``beside``
-    columns and as many rows included (the product with a factor, or rows of a factor that is cast)."""
+    columns and as many rows included (the product with a factor, or rows of a factor that is cast). ``shrink``: by how much
+    all of that is to be smaller."""
     d_out, d_in = weight.shape
     size = 8 if dtype == torch.float64 else 4
-    limit = d_out * d_in * weight.element_size() // (_SHARE * size)
-    target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // size
+    limit = d_out * d_in * weight.element_size() // (_SHARE * size * shrink)
+    target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // (size * shrink)
     columns = d_in
     if casts_right and rank:
         columns = max(1, min(d_in, limit // rank))
@@ -74,14 +115,14 @@ def _block(weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: boo
     return rows, columns
 
 
-def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
+def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int = 1) -> torch.Tensor:
     """``‖W + s·L·R‖`` by row: each block of rows is formed in a reused buffer, squared and summed. Reads W once, has no
-    cancellation, 2·d_out·d_in·r FLOPs."""
+    cancellation, 2·d_out·d_in·r FLOPs. ``shrink``: by how much smaller than usual its buffers are."""
     dtype = compute_dtype(weight)
     d_out, d_in = weight.shape
     rank = right.shape[0]
     casts = right.dtype != dtype
-    rows, columns = _block(weight, rank, dtype, casts, rank if left.dtype != dtype else 0)
+    rows, columns = _block(weight, rank, dtype, casts, rank if left.dtype != dtype else 0, shrink)
     norms = torch.empty(d_out, dtype=dtype, device=weight.device)
     if d_in == 0 or d_out == 0:
         return norms.zero_()
@@ -108,7 +149,12 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
 
 
 def factored(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, square: torch.Tensor | None = None
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    square: torch.Tensor | None = None,
+    shrink: int = 1,
 ) -> torch.Tensor:
     """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row.
 
@@ -117,13 +163,14 @@ def factored(
 
     Args:
         square: ``‖W‖²`` by row, ``[d_out]`` fp32 (fp64), as :func:`row_squares` makes it, where somebody has kept it.
+        shrink: by how much smaller than usual its buffers are.
     """
     dtype = compute_dtype(weight)
     d_out, d_in = weight.shape
     rank = right.shape[0]
     totals = torch.zeros(d_out, dtype=dtype, device=weight.device) if square is None else square.clone()
     gram = torch.zeros(rank, rank, dtype=dtype, device=weight.device)
-    rows, columns = _block(weight, rank, dtype, right.dtype != dtype, rank)
+    rows, columns = _block(weight, rank, dtype, right.dtype != dtype, rank, shrink)
     for start in range(0, d_in, columns):
         chunk = slice(start, start + columns)
         part = right[:, chunk].to(dtype)
@@ -159,20 +206,46 @@ def row_norm(
 
     Raises:
         ValueError, TypeError: see :func:`check_operands`; or an unknown algorithm.
+        RuntimeError: out of memory, with the smallest blocks too (see :func:`with_less_memory`).
     """
     check_operands(weight, left, right)
     if algorithm not in ("auto", "tiled", "factored"):
         raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
-        return (factored if algorithm == "factored" else tiled)(weight, left, right, scale)
+        if algorithm == "factored":
+            return with_less_memory(lambda shrink: factored(weight, left, right, scale, shrink=shrink))
+        return with_less_memory(lambda shrink: tiled(weight, left, right, scale, shrink))
+
+
+def row_norm_unrolled(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, algorithm: str = "auto"
+) -> torch.Tensor:
+    """:func:`row_norm` as a fixed sequence of aten calls, for graphs that may hold nothing else: at most ten blocks of rows,
+    twenty where the weight is cast, so that no intermediate reaches one eighth of the weight.
+
+    Raises:
+        ValueError: the number of rows is symbolic.
+    """
+    dtype = compute_dtype(weight)
+    d_out = weight.shape[0]
+    if not isinstance(d_out, int):
+        raise ValueError(f"row_norm: a weight of symbolic size {tuple(weight.shape)} has no fixed number of blocks")
+    rows = max(1, -(-d_out // (10 if weight.dtype == dtype else 20)))
+    wide_left, wide_right = left.to(dtype) * scale, right.to(dtype)
+    blocks = (slice(first, first + rows) for first in range(0, d_out, rows))
+    norms = [
+        torch.linalg.vector_norm(torch.addmm(weight[block].to(dtype), wide_left[block], wide_right), dim=1)
+        for block in blocks
+    ]
+    return torch.cat(norms) if norms else weight.new_zeros(0, dtype=dtype)
 
 
 def row_squares(weight: torch.Tensor) -> torch.Tensor:
     """``‖W‖²`` by row: ``[d_out]`` in fp32, in fp64 for an fp64 weight."""
     left, right = weight.new_empty(weight.shape[0], 0), weight.new_empty(0, weight.shape[1])
     with _compat.below_autocast():
-        return tiled(weight, left, right, 0.0).square_()
+        return with_less_memory(lambda shrink: tiled(weight, left, right, 0.0, shrink)).square_()
 
 
 def row_norms(
@@ -197,7 +270,7 @@ def row_norms(
         if algorithm == "factored" and squares and squares[i] is not None:
             check_operands(*operands[:3])
             with _compat.below_autocast():
-                norms.append(factored(*operands, squares[i]))
+                norms.append(with_less_memory(functools.partial(factored, *operands, squares[i])))
         else:
             norms.append(row_norm(*operands, algorithm))
     return norms
@@ -245,8 +318,9 @@ def row_norm_backward(
     Returns:
         Gradients in the dtypes of weight, left and right; an empty tensor for each that is not needed.
     """
+    needs = needs_weight, needs_left, needs_right
     with _compat.below_autocast():
-        return _gradients(grad, weight, left, right, norm, scale, needs_weight, needs_left, needs_right)
+        return with_less_memory(lambda shrink: _gradients(grad, weight, left, right, norm, scale, *needs, shrink))
 
 
 def _gradients(
@@ -259,6 +333,7 @@ def _gradients(
     needs_weight: bool,
     needs_left: bool,
     needs_right: bool,
+    shrink: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(weight)
     c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
@@ -268,7 +343,7 @@ def _gradients(
     d_left = torch.empty_like(wide_left) if needs_left else left.new_empty(0)
     d_right = torch.zeros_like(wide_right) if needs_right else right.new_empty(0)
     gram = wide_right @ wide_right.mT if needs_left else None
-    rows, _ = _block(weight, right.shape[0], dtype, False)
+    rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
     for first in range(0, weight.shape[0], rows):
         part = slice(first, first + rows)
         block = weight[part].to(dtype)

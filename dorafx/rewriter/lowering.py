@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +12,17 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from dorafx import _compat
 from dorafx.lift import tensor_of
+from dorafx.ops.norm import row_norm_unrolled
+from dorafx.ops.register import DECOMPOSITIONS
 
-__all__ = ["lower_to_aten"]
+from .shapes import of_mode
+
+__all__ = ["lower_to_aten", "without_own_operators"]
+
+_ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    **DECOMPOSITIONS,
+    torch.ops.dorafx.row_norm.default: row_norm_unrolled,
+}
 
 
 def lower_to_aten(gm: fx.GraphModule) -> None:
@@ -31,7 +42,23 @@ def _is_torch_function(target: Any) -> bool:
     return not _compat.is_overload(target) and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
 
 
-def _lower(graph: fx.Graph, node: fx.Node) -> None:
+def without_own_operators(gm: fx.GraphModule) -> None:
+    """Write dorafx's operators out in aten, also in the bodies of higher-order operators.
+
+    Args:
+        gm: changed in place. Its nodes carry fake values, as :func:`lower_to_aten` needs them.
+    """
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in list(module.graph.nodes):
+                if node.op == "call_function" and node.target in _ALL_DECOMPOSITIONS:
+                    _lower(module.graph, node, _ALL_DECOMPOSITIONS[node.target])
+            module.graph.lint()
+            module.recompile()
+
+
+def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None = None) -> None:
+    """Replace a node by what it calls, or by what ``function`` calls in its place."""
     inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
 
     def call(*values: torch.Tensor) -> Any:
@@ -39,10 +66,15 @@ def _lower(graph: fx.Graph, node: fx.Node) -> None:
         args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        assert callable(node.target)
-        return node.target(*args, **kwargs)
+        target = function or node.target
+        assert callable(target)
+        return target(*args, **kwargs)
 
-    values = [tensor_of(n) for n in inputs]
+    found = [tensor_of(n) for n in inputs]
+    mode = next((m for m in (getattr(value, "fake_mode", None) for value in found) if m is not None), None)
+    slots = [slot for slot in ("example_value", "val") if slot in node.meta] or ["val"]
+    with mode or contextlib.nullcontext():
+        values = [of_mode(value, mode) for value in found]
     traced = make_fx(call, pre_dispatch=True)(*values)
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
     with graph.inserting_before(node):
@@ -53,6 +85,6 @@ def _lower(graph: fx.Graph, node: fx.Node) -> None:
                 result = made[inner.args[0]]
                 break
             made[inner] = graph.node_copy(inner, made.__getitem__)
-            made[inner].meta = {**node.meta, "val": inner.meta.get("val")}
+            made[inner].meta = {**node.meta, **{slot: inner.meta.get("val") for slot in slots}}
     node.replace_all_uses_with(result)
     graph.erase_node(node)

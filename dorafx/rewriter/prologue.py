@@ -16,6 +16,7 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx.lift import tensor_of
+from dorafx.lift.effects import written_nodes
 
 from .placements import is_redistribution
 
@@ -47,13 +48,16 @@ class HoistedNorm:
     """One norm of the prologue.
 
     Attributes:
-        inputs: positions among the main graph's inputs of what it is computed from.
-        graph: computes the ``[d_out]`` norm of these inputs.
+        inputs: positions among the main graph's inputs of the tensors that it is computed from.
+        scalars: the same of numbers: what Dynamo makes inputs of where shapes are dynamic, as a float or as a tensor of one
+            element that the graph reads.
+        graph: computes the ``[d_out]`` norm of the tensors and, after them, the numbers.
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
     """
 
     inputs: tuple[int, ...]
+    scalars: tuple[int, ...]
     graph: fx.Graph
     signature: str
     value: torch.Tensor | None
@@ -73,9 +77,10 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders)}
     last = placeholders[-1] if placeholders else None
+    written = _written_if_read(gm.graph)
     hoisted: list[HoistedNorm] = []
     for norm in norms:
-        closure = _closure(norm)
+        closure = _closure(norm, written)
         if closure is None or _needs_gradient(norm) or last is None:
             continue
         with gm.graph.inserting_after(last):
@@ -112,7 +117,12 @@ def _reduced(norm: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and is_redistribution(users[0]) else norm
 
 
-def _closure(node: fx.Node) -> list[fx.Node] | None:
+def _written_if_read(graph: fx.Graph) -> frozenset[fx.Node]:
+    """What a graph writes to, if it reads numbers from tensors: a number that is read behind a write is none of its inputs'."""
+    return written_nodes(graph) if any(node.target == "item" for node in graph.nodes) else frozenset()
+
+
+def _closure(node: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | None:
     """The nodes from the graph's inputs to ``node``, in their order; None if one of them cannot leave the graph."""
     found: dict[fx.Node, None] = {}
     stack = [node]
@@ -121,19 +131,26 @@ def _closure(node: fx.Node) -> list[fx.Node] | None:
         if current in found:
             continue
         if current.op == "placeholder":
-            if tensor_of(current) is None:
+            if tensor_of(current) is None and not _is_number(current):
                 return None
-        elif not _may_leave(current):
+        elif not _may_leave(current, written):
             return None
         found[current] = None
         stack.extend(current.all_input_nodes)
     return sorted(found)
 
 
-def _may_leave(node: fx.Node) -> bool:
+def _may_leave(node: fx.Node, written: frozenset[fx.Node]) -> bool:
     if node.op == "call_function":
         return node.target in _FUNCTIONS
+    if node.op == "call_method" and node.target == "item":
+        source = node.args[0]
+        return isinstance(source, fx.Node) and source.op == "placeholder" and source not in written
     return node.op == "call_method" and node.target in _METHODS
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.SymFloat, torch.SymInt))
 
 
 def _needs_gradient(norm: fx.Node) -> bool:
@@ -149,15 +166,21 @@ def _extracted(
     norm: fx.Node, closure: list[fx.Node], position: dict[fx.Node, int], value: torch.Tensor | None
 ) -> HoistedNorm:
     graph = fx.Graph()
-    inputs = [node for node in closure if node.op == "placeholder"]
-    copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate(inputs)}
+    read = {node: node.all_input_nodes[0] for node in closure if node.target == "item"}
+    numbers = {node: node for node in closure if node.op == "placeholder" and _is_number(node)} | read
+    used = {a for node in closure if node not in read for a in node.all_input_nodes}
+    inputs = [node for node in closure if node.op == "placeholder" and node not in numbers and node in used]
+    copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate([*inputs, *numbers])}
     for node in closure:
+        if node in read.values():
+            continue
         if node not in copies:
             # Made anew, not copied: names then come from the operators, and equal computations have equal text.
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
     graph.output(copies[norm])
-    return HoistedNorm(tuple(position[node] for node in inputs), graph, str(graph), value)
+    tensors, scalars = (tuple(position[node] for node in group) for group in (inputs, numbers.values()))
+    return HoistedNorm(tensors, scalars, graph, str(graph), value)
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
@@ -217,16 +240,22 @@ def _out_of_bodies(gm: fx.GraphModule) -> None:
             continue
         outside = [dict(zip(inputs, o)) for o in operands]
         norms = [node for node in body.graph.nodes if _is_norm(node)]
-        moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside)]
+        written = _written_if_read(body.graph)
+        moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside, written)]
         if moved:
             body.graph.lint()
             body.recompile()
 
 
 def _out_of_body(
-    gm: fx.GraphModule, body: fx.GraphModule, norm: fx.Node, calls: list[fx.Node], outside: list[dict[fx.Node, Any]]
+    gm: fx.GraphModule,
+    body: fx.GraphModule,
+    norm: fx.Node,
+    calls: list[fx.Node],
+    outside: list[dict[fx.Node, Any]],
+    written: frozenset[fx.Node],
 ) -> bool:
-    closure = _closure(norm)
+    closure = _closure(norm, written)
     if closure is None or _needs_gradient(norm):
         return False
     leaves = [node for node in closure if node.op == "placeholder"]

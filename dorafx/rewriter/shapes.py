@@ -35,6 +35,14 @@ def with_shapes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMo
     return shaped
 
 
+def of_mode(value: Any, mode: Any) -> Any:
+    """A fake value as one of another mode, which is entered: ``make_fx`` of real tensors makes a mode for each value."""
+    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
+        return value
+    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return twin.requires_grad_(value.requires_grad)
+
+
 class _Propagation(fx.Interpreter):
     """Runs a graph on fake tensors, its parameters' twins included."""
 

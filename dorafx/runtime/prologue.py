@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -12,6 +12,7 @@ from torch import fx
 from dorafx._compat_distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
 from dorafx.ops.norm import row_squares
+from dorafx.ops.triton.dispatch import being_captured
 from dorafx.rewriter import HoistedNorm
 
 from .sharded import local_operands, placed_norms
@@ -43,7 +44,7 @@ def with_prologue(
     if not norms:
         return compiled
     kept_in = norm_store() if store is None else store
-    prologue = [(i, norm.inputs, norm.signature) for i, norm in enumerate(norms)]
+    prologue = [(i, norm.inputs, norm.scalars, norm.signature) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
 
@@ -51,23 +52,35 @@ def with_prologue(
         recording = torch.is_grad_enabled()
         # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
         refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
-        may_reuse = reuse == "step" or (reuse == "auto" and few_tokens and not recording)
+        # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
+        # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
+        captured = being_captured()
+        may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
         values: list[Any] = [None] * len(prologue)
         missing = []
-        for i, inputs, signature in prologue:
+        for i, inputs, scalars, signature in prologue:
             tensors = [args[k] for k in inputs]
+            numbers: list[float] = []
+            if scalars:
+                numbers = [
+                    value.item() if isinstance(value, torch.Tensor) else value for value in (args[k] for k in scalars)
+                ]
+                signature = f"{signature}{numbers}"
             norm = kept_in.kept(signature, tensors) if may_reuse else None
             if norm is None:
-                missing.append((i, tensors, signature))
+                missing.append((i, tensors, signature, numbers))
             else:
                 values[i] = norm
         if missing:
-            keeping = reuse == "step" or (reuse == "auto" and not recording)
+            keeping = not captured and (reuse == "step" or (reuse == "auto" and not recording))
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
-            observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
+            observed = [
+                kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature, _ in missing
+            ]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([(recipes[i], tensors, placed[i]) for i, tensors, _ in missing], squares)
-            for (i, tensors, signature), state, norm in zip(missing, observed, computed):
+            wanted = [_Wanted(recipes[i], tensors, numbers, placed[i]) for i, tensors, _, numbers in missing]
+            computed = _compute(wanted, squares)
+            for (i, tensors, signature, _), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 kept_in.keep(state, norm)
                 if recording and not keeping:
@@ -95,6 +108,21 @@ class _Recipe:
     frozen: tuple[int, bool] | None
 
 
+class _Wanted(NamedTuple):
+    """A norm to compute.
+
+    Attributes:
+        recipe: how.
+        tensors, numbers: its inputs.
+        placements: those that the graph reads it with; None: a plain tensor.
+    """
+
+    recipe: _Recipe
+    tensors: list[torch.Tensor]
+    numbers: list[float]
+    placements: tuple[Any, ...] | None
+
+
 _RECIPES: dict[str, _Recipe] = {}
 
 
@@ -119,23 +147,20 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(
-    norms: Sequence[tuple[_Recipe, list[torch.Tensor], tuple[Any, ...] | None]], squares: NormStore | None
-) -> list[torch.Tensor]:
-    """The norms of these inputs, in one call for each algorithm; the operator launches what has one shape together.
+def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.Tensor]:
+    """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together.
 
     Args:
-        norms: how to compute each, its inputs, and the placements that the graph reads it with (None: a plain tensor).
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
     with torch.inference_mode(False), torch.no_grad():
-        parts = [local_operands(*recipe.operands(*inputs)) for recipe, inputs, _ in norms]
-        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _, _ in norms):
-            group = [i for i, (recipe, _, _) in enumerate(norms) if recipe.algorithm == algorithm]
+        parts = [local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) for n in norms]
+        for algorithm in dict.fromkeys(n.recipe.algorithm for n in norms):
+            group = [i for i, n in enumerate(norms) if n.recipe.algorithm == algorithm]
             operands = [parts[i][0] for i in group]
-            scales = [norms[i][0].scale for i in group]
-            kept = [_squares(*norms[i][:2], squares) if algorithm == "factored" else None for i in group]
+            scales = [norms[i].recipe.scale for i in group]
+            kept = [_squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result
@@ -143,7 +168,7 @@ def _compute(
         return found
     # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
     with torch.no_grad():
-        return placed_norms(found, [how for _, how in parts], [wanted for _, _, wanted in norms])
+        return placed_norms(found, [how for _, how in parts], [n.placements for n in norms])
 
 
 def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:

@@ -38,7 +38,7 @@ def test_compose_has_one_case_for_each_width() -> None:
 
 
 def test_models_take_presets_cut_to_the_layers() -> None:
-    (case,) = cases_of("model", Settings(("model",), shapes=("gemma3-27b",), layers=2, rank=(16,)))
+    (case,) = cases_of("model", Settings(("model",), shapes=("gemma3-27b",), layers=(2,), rank=(16,)))
     size = case.parameters["size"]
     assert (size["hidden"], size["head_dim"], size["layers"], size["rank"]) == (5376, 128, 2, 16)
     per_token = 2 * 2 * sum(d_out * d_in for d_out, d_in in PRESETS["gemma3-27b"].linears().values())

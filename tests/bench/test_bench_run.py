@@ -34,7 +34,7 @@ FIGURES = {
 
 
 def tiny(suite: str, **changes: Any) -> Settings:
-    return Settings((suite,), hidden=(64,), rank=(4,), tokens=16, layers=1, seconds=0, rounds=1, **changes)
+    return Settings((suite,), hidden=(64,), rank=(4,), tokens=16, layers=(1,), seconds=0, rounds=1, **changes)
 
 
 def test_norm_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

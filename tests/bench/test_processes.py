@@ -84,7 +84,7 @@ _ANCHOR = """
 import sys
 from dorafx.bench.plan import Settings, cases_of
 from dorafx.bench.worker import configuration, request_for
-settings = Settings(("compile",), hidden=(64,), rank=(2,), tokens=8, layers=1, seconds=0, rounds=1)
+settings = Settings(("compile",), hidden=(64,), rank=(2,), tokens=8, layers=(1,), seconds=0, rounds=1)
 answer = configuration(request_for(settings, "peft-inductor", cases_of("compile", settings)[0]), print)
 assert "dorafx.backend" not in sys.modules
 print("graphs", answer["facts"]["graphs"], "breaks", answer["facts"]["graph breaks"])

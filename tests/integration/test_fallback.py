@@ -379,3 +379,38 @@ def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest
         visits, nodes = pass_over(layers)
         ratios.append(visits / nodes)
     assert ratios[1] <= ratios[0] * 1.1
+
+
+# -- graphs that others compile, and dry runs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("station", STATIONS)
+def test_failing_station_leaves_the_users_program_as_it_is(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    exported, traced = torch.export.export(model, (x,)), _captured(model, x)
+    _break(monkeypatch, station, f"no {station} for rewrite")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert dorafx.rewrite(exported) is exported
+        assert dorafx.rewrite(traced) is traced
+        explanation = dorafx.explain(model, x)
+    (message,) = _dorafx_warnings(caught)
+    assert f"InjectedError: no {station} for rewrite" in message
+    for records in (rewrite_log().records, explanation.log.records):
+        assert {r.status for r in records} == {"missed"}
+        assert all(f"InjectedError: no {station} for rewrite" in r.reason for r in records)
+    assert (len(rewrite_log().records), len(explanation.misses), explanation.graph_count) == (2, 1, 1)
+
+
+def test_failing_after_the_rewrite_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import dorafx.rewriter.lowering
+
+    def fail(*args: Any) -> Any:
+        raise InjectedError("no lowering")
+
+    monkeypatch.setattr(dorafx.rewriter.lowering, "lower_to_aten", fail)
+    model, x = peft_perceptron(), torch.randn(3, 24)
+    exported = torch.export.export(model, (x,))
+    with pytest.warns(DorafxWarning, match="no lowering"):
+        assert dorafx.rewrite(exported) is exported
+    assert [r.status for r in rewrite_log().records] == ["missed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,98 @@ def test_html_is_escaped_and_self_contained(tmp_path: Path) -> None:
     assert "http://" not in page
     assert "https://" not in page
     assert page.index('class="missed"') < page.index('class="rewritten"')
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: elements with their attributes, and what stands inside of scripts and styles."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, tuple[tuple[str, str | None], ...]]] = []
+        self.code: list[str] = []
+        self.text: list[str] = []
+        self._inside = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, tuple(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        (self.code if self._inside in ("script", "style") else self.text).append(data)
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        HOSTILE,
+        "</script><script>alert(1)</script>",
+        "</style><img src=x onerror=alert(1)>",
+        '" onmouseover="alert(1)" x="',
+        "' onfocus='alert(1)' autofocus='",
+        "--><svg onload=alert(1)>",
+        "]]><iframe srcdoc='<script>alert(1)</script>'>",
+        '<a href="javascript:alert(1)">x</a>',
+        "{% include '/etc/passwd' %}{{ self.__init__.__globals__ }}",
+        "\u2028</ScRiPt\t><SCRIPT>alert(1)</SCRIPT>",
+    ],
+)
+def test_no_text_of_a_log_becomes_part_of_the_page(hostile: str, tmp_path: Path) -> None:
+    """In every field that holds text, also by way of a file: the page has the elements of a page of plain words, and hands
+    no more to its scripts."""
+
+    def page(text: str) -> Page:
+        log = RewriteLog()
+        words = (
+            "site",
+            "pattern",
+            "reason",
+            "decision",
+            "source",
+            "dtype",
+            "norm_algorithm",
+            "norm_placement",
+            "codegen",
+        )
+        for status in ("rewritten", "missed"):
+            log.add(record(0, status, **dict.fromkeys(words, text)))
+        log.add_note(text)
+        log.norms.count_invalidated(text)
+        again = RewriteLog.from_json(log.to_json())
+        return Page(again.to_html(tmp_path / "report.html").read_text(encoding="utf-8"))
+
+    def known(found: Page) -> set[tuple[str, str]]:
+        return {(tag, name) for tag, attributes in found.elements for name, _ in attributes}
+
+    plain, found = page("plain"), page(hostile)
+    assert [tag for tag, _ in found.elements] == [tag for tag, _ in plain.elements]
+    assert known(found) == known(plain), "an attribute came from the log"
+    wanted = {
+        (n, v) for _, attributes in plain.elements for n, v in attributes if n.startswith("on") or n in ("href", "src")
+    }
+    assert {
+        (n, v) for _, attributes in found.elements for n, v in attributes if n.startswith("on") or n in ("href", "src")
+    } == wanted, "an event or an address came from the log"
+    if all("plain" not in code for code in plain.code):
+        assert found.code == plain.code
+    else:  # data for the page's own script: it must not end the element, which the elements above show
+        assert len(found.code) == len(plain.code)
+    assert hostile.replace("\t", " ").split("{{")[0] in "".join(found.text).replace("\t", " ")
+
+
+def test_notes_and_counts_are_bounded() -> None:
+    log = RewriteLog(max_records=5)
+    for i in range(3000):
+        log.add_note(str(i))
+    assert log.notes == [str(i) for i in range(2000, 3000)]
+    again = RewriteLog.from_json(log.to_json())
+    assert again.notes == log.notes
+    lines = "\n".join(json.dumps(record(i).to_dict()) for i in range(50))
+    assert len(RewriteLog.from_json(lines).records) == 50
 
 
 def test_a_byte_order_mark_is_no_obstacle() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,20 +14,23 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dorafx
 from dorafx import rewrite_log
+from dorafx.ops.norm import row_norm_unrolled
 
 
 class Layer(nn.Module):
     """DoRA from scratch around an ``nn.Linear``."""
 
-    def __init__(self, differentiable: bool = False) -> None:
+    def __init__(self, differentiable: bool = False, shape: tuple[int, int] = (20, 24)) -> None:
         super().__init__()
-        self.base = nn.Linear(24, 20)
+        d_out, d_in = shape
+        self.base = nn.Linear(d_in, d_out)
         self.base.requires_grad_(False)
-        self.a, self.b = nn.Parameter(torch.randn(3, 24) * 0.3), nn.Parameter(torch.randn(20, 3) * 0.3)
-        self.m = nn.Parameter(torch.rand(20) + 0.5)
+        self.a, self.b = nn.Parameter(torch.randn(3, d_in) * 0.3), nn.Parameter(torch.randn(d_out, 3) * 0.3)
+        self.m = nn.Parameter(torch.rand(d_out) + 0.5)
         self.differentiable = differentiable
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,24 +76,109 @@ def test_exported_program_with_dynamic_tokens() -> None:
 
 _LOAD = """
 import sys, torch
-import dorafx.ops
-x = torch.load(sys.argv[2])
-y = torch._inductor.aoti_load_package(sys.argv[1])(x)
-torch.testing.assert_close(y, torch.load(sys.argv[3]), rtol=1e-5, atol=1e-5)
+if sys.argv[1] == "with":
+    import dorafx.ops
+x = torch.load(sys.argv[3])
+y = torch._inductor.aoti_load_package(sys.argv[2])(x)
+torch.testing.assert_close(y, torch.load(sys.argv[4]), rtol=1e-5, atol=1e-5)
+assert sys.argv[1] == "with" or not any(name.split(".")[0] == "dorafx" for name in sys.modules)
 print("same")
 """
 
 
+@pytest.mark.slow
 def test_exported_program_compiles_ahead_of_time_and_runs_in_a_fresh_process(tmp_path: Path) -> None:
+    """The package needs ``import dorafx.ops``, and says which operator is missing; a portable one needs nothing."""
     layer, x = Layer().eval(), x_of(4, 24)
-    program = dorafx.rewrite(torch.export.export(layer, (x,)))
-    assert_rewritten("linear")
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "layer.pt2"))
+    exported = torch.export.export(layer, (x,))
     torch.save(x, tmp_path / "x.pt")
     torch.save(layer(x).detach(), tmp_path / "y.pt")
-    arguments = [str(package), str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
-    done = subprocess.run([sys.executable, "-c", _LOAD, *arguments], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+    def run(package: str, imported: str) -> subprocess.CompletedProcess[str]:
+        arguments = [imported, package, str(tmp_path / "x.pt"), str(tmp_path / "y.pt")]
+        return subprocess.run([sys.executable, "-c", _LOAD, *arguments], capture_output=True, text=True, check=False)
+
+    packages = {}
+    for portable in (False, True):
+        program = dorafx.rewrite(exported, portable=portable)
+        path = str(tmp_path / f"{portable}.pt2")
+        packages[portable] = str(torch._inductor.aoti_compile_and_package(program, package_path=path))
+    assert_rewritten("linear", "linear")
+    for package, imported in ((packages[False], "with"), (packages[True], "without")):
+        done = run(package, imported)
+        assert done.stdout.strip() == "same", done.stderr[-2000:]
+    failed = run(packages[False], "without")
+    assert failed.returncode != 0 and "dorafx::row_norm" in failed.stderr
+
+
+class Largest(TorchDispatchMode):
+    """The largest result of an operator that shares no memory with what it was given, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
+            self.found = max(self.found, result.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_portable_programs_hold_no_operator_of_ours(differentiable: bool, dtype: torch.dtype, tmp_path: Path) -> None:
+    layer = Layer(differentiable, (200, 240)).to(dtype)
+    x = torch.randn(4, 240, dtype=dtype)
+    tokens = {0: torch.export.Dim("tokens", min=2)}
+    program = dorafx.rewrite(torch.export.export(layer, (x,), dynamic_shapes=(tokens,)), portable=True)
+    others = [
+        dorafx.rewrite(make_fx(layer)(x), portable=True),
+        dorafx.rewrite(fx.symbolic_trace(layer), x, portable=True),
+    ]
+    assert_rewritten("linear", "linear", "linear")
+    exact, wide = copy.deepcopy(layer).double(), x.double()
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for call in (program.module(), loaded, *others):
+        assert not any("dorafx" in str(n.target) for n in call.graph.nodes)
+        torch.testing.assert_close(call(x).double(), exact(wide), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        loaded(x[:3].repeat(5, 1)).double(), exact(wide[:3].repeat(5, 1)), rtol=tolerance, atol=tolerance
+    )
+    with torch.no_grad(), Largest() as largest:
+        loaded(x)
+    assert largest.found < layer.base.weight.nbytes / 8
+    leaves = [layer.a, layer.b, layer.m]
+    gradients = torch.autograd.grad(others[1](x).sin().sum(), leaves)
+    for got, want in zip(gradients, torch.autograd.grad(layer(x).sin().sum(), leaves)):
+        torch.testing.assert_close(got, want, rtol=30 * tolerance, atol=30 * tolerance)
+
+
+def test_portable_leaves_a_weight_of_symbolic_size_alone() -> None:
+    """The number of blocks would be that of the example."""
+    values = torch.randn(20, 24), torch.randn(20, 3), torch.randn(3, 24)
+    with pytest.raises(ValueError, match="symbolic size"):
+        make_fx(lambda w, b, a: row_norm_unrolled(w, b, a, 1.0), tracing_mode="symbolic")(*values)
+
+
+def test_every_spelling_of_a_transpose_in_an_exported_program() -> None:
+    class Spelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(20, 24), requires_grad=False)
+            self.a, self.b = nn.Parameter(torch.randn(24, 3)), nn.Parameter(torch.randn(3, 20))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = (self.w + (self.b.T @ self.a.mT)).norm(dim=1).detach()
+            return (x @ self.w.mH + (x @ self.a.H.adjoint()) @ self.b) / n
+
+    layer, x = Spelled(), x_of(4, 24)
+    new = dorafx.rewrite(torch.export.export(layer, (x,)))
+    assert_rewritten("linear")
+    torch.testing.assert_close(new.module()(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_make_fx() -> None:

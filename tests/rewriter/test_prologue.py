@@ -216,3 +216,31 @@ def test_new_inputs_are_not_mixed_up_with_variables_of_their_names() -> None:
         check(kind(detached, 8, 8), x_of(4, 8))
         assert len({(r.norm_placement, r.norm_algorithm) for r in rewrite_log().rewrites}) == 1
         assert {r.norm_placement for r in rewrite_log().rewrites} == {"prologue"}
+
+
+def test_a_number_that_is_read_behind_a_write_stays() -> None:
+    """With dynamic shapes numbers are read from tensors; one that the graph changes first is not what its input held."""
+
+    class Read(Layer):
+        def __init__(self, writes: bool) -> None:
+            super().__init__(detached)
+            self.s = nn.Parameter(torch.tensor(0.5, dtype=torch.float64), requires_grad=False)
+            self.writes = writes
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.writes:
+                self.s.mul_(2)
+            s = self.s.item()
+            n = (self.weight + s * (self.b @ self.a)).norm(dim=1).detach()
+            return self.m / n * (F.linear(x, self.weight) + s * F.linear(F.linear(x, self.a), self.b))
+
+    for writes in (False, True):
+        rewrite_log().clear()
+        torch._dynamo.reset()
+        ours, stock = Read(writes), Read(writes)
+        stock.load_state_dict(ours.state_dict())
+        with torch._dynamo.config.patch(capture_scalar_outputs=True):
+            compiled = torch.compile(ours, backend="dorafx", fullgraph=True, options={"dorafx.codegen": "eager"})
+            for _ in range(3):
+                torch.testing.assert_close(compiled(x_of(1, 10)), stock(x_of(1, 10)), rtol=1e-12, atol=1e-12)
+        assert placements() == ["graph" if writes else "prologue"]

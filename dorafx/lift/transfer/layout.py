@@ -84,7 +84,8 @@ def _transposed(lift: Lifter, arg: Any) -> Value | None:
 
 @transfer("t")
 def t(lift: Lifter, node: fx.Node) -> Value | None:
-    return _transposed(lift, node.args[0])
+    tensor = tensor_of(node.args[0])
+    return _transposed(lift, node.args[0]) if tensor is not None and tensor.dim() <= 2 else None
 
 
 @transfer("transpose")

@@ -13,6 +13,7 @@ from dorafx.ops import composition, norm
 
 __all__ = [
     "available",
+    "being_captured",
     "compose_backward",
     "compose_forward",
     "dora_linear_forward",
@@ -24,6 +25,11 @@ __all__ = [
 
 _DEVICES = ("cuda",)
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def being_captured() -> bool:
+    """Whether a CUDA graph is recording what this thread launches."""
+    return bool(torch.cuda.is_initialized()) and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
 @functools.cache
@@ -44,9 +50,7 @@ def row_norm(
     norm.check_operands(weight, left, right)
     if algorithm not in ("auto", "tiled") or not takes(weight, left, right):
         return norm.row_norm(weight, left, right, scale, algorithm)
-    from .row_norm import launch
-
-    return launch(weight, left, right, scale)
+    return _launched([(weight, left, right)], scale)[0]
 
 
 def row_norms(
@@ -64,20 +68,33 @@ def row_norms(
         norm.check_operands(*group)
     if algorithm not in ("auto", "tiled") or not available():
         return norm.row_norms(weights, lefts, rights, scales, algorithm, squares)
-    from .row_norm import launch_group
-
     groups: dict[Any, list[int]] = {}
     for i, tensors in enumerate(operands):
         groups.setdefault(group_key(tensors, scales[i]), []).append(i)
     norms: list[Any] = [None] * len(operands)
     for members in groups.values():
         if takes(*operands[members[0]]):
-            found = launch_group([operands[i] for i in members], scales[members[0]])
+            found = _launched([operands[i] for i in members], scales[members[0]])
         else:
             found = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
         for i, value in zip(members, found):
             norms[i] = value
     return norms
+
+
+def _launched(group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], scale: float) -> list[torch.Tensor]:
+    """The norms of one :func:`group_key`, in one launch; one after the other where memory runs out, and while a CUDA graph
+    is captured: a launch for several reads their addresses from a table that the host copies, and a replay would copy it
+    from memory that is gone."""
+    from .row_norm import launch_group
+
+    def compute(shrink: int) -> list[torch.Tensor]:
+        if shrink == 1 and not being_captured():
+            return launch_group(group, scale)
+        # Where d_in is not divided, there are no partial sums either.
+        return [launch_group([operands], scale, None if shrink == 1 else 1)[0] for operands in group]
+
+    return norm.with_less_memory(compute)
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
