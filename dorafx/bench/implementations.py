@@ -47,11 +47,11 @@ class Task:
             given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
             options = {key: value for key, (value, default) in given.items() if value != default}
         mode = None if self.mode == "default" else self.mode
-        if backend == "dorafx" and self.scope != "model":
+        fast: Callable[..., Any]
+        if self.scope != "model" and self.name != "merged":  # merged weights have no adapter layers
             assert isinstance(call, torch.nn.Module)  # a suite that compiles models
-            fast: Callable[..., Any] = dorafx.optimize(
-                call, scope=self.scope, codegen=self.codegen, dynamic=False, mode=mode
-            )
+            self.compile_in_place(call, dynamic=False)
+            fast = call
         else:
             fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options or None)
         if mode is None:
@@ -65,18 +65,17 @@ class Task:
 
         return stepped
 
-    def compile_in_place(self, model: torch.nn.Module) -> None:
+    def compile_in_place(self, model: torch.nn.Module, dynamic: bool | None = None) -> None:
         """Compile a model's adapter layers one by one, if this implementation is compiled."""
+        mode = None if self.mode == "default" else self.mode
         if self.name == "dorafx":
-            import dorafx
-
-            dorafx.optimize(model, codegen=self.codegen)
+            dorafx.optimize(model, codegen=self.codegen, dynamic=dynamic, mode=mode)
         elif self.name in COMPILED:
             from peft.tuners.lora import LoraLayer
 
             for layer in model.modules():
                 if isinstance(layer, LoraLayer):
-                    layer.compile(backend=COMPILED[self.name])  # type: ignore[operator]
+                    layer.compile(backend=COMPILED[self.name], dynamic=dynamic, mode=mode)  # type: ignore[operator]
 
     def random(self, *shape: int) -> torch.Tensor:
         """Standard normal values in the task's dtype; the worker seeds the generator, so every process draws the same."""
