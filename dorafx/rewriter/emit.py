@@ -176,9 +176,16 @@ class Emitter:
         self._vectors[key] = node
         return node
 
+    def existing_vector(self, atom: Atom) -> fx.Node:
+        """A vector as the graph itself computes it, in the compute dtype."""
+        node = self._existing(Poly.var(atom))
+        if node is None:
+            raise CannotEmit("a norm that the output is scaled by is no value of the graph")
+        return self.cast(self.method("reshape", node, -1) if self.tensor(node).dim() > 1 else node, self.compute_dtype)
+
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def _existing(self, expr: Expr) -> fx.Node | None:
+    def _existing(self, expr: Expr | Poly) -> fx.Node | None:
         """The last node before the site that holds a term: the one whose dtype the products around it use."""
         assert self.site is not None
         for node in reversed(self.lift.nodes.get(expr, ())):
@@ -268,7 +275,7 @@ class Emitter:
     def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
         """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
         if _sizes(self.tensor(total).shape) != _sizes(self.tensor(term).shape):
-            total, term = self._flat(total), self._flat(term)
+            total, term = self.flat(total), self.flat(term)
         return self.call(torch.add, total, term)
 
     def scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
@@ -327,7 +334,7 @@ class Emitter:
         dtype = self.tensor(base).dtype
         right = self.cast(self.atom(last.atom), dtype)
         right = self.method("t", right) if last.transposed else right
-        flat_base, flat_left = self._flat(base), self.cast(self._flat(left), dtype)
+        flat_base, flat_left = self.flat(base), self.cast(self.flat(left), dtype)
         out = self.call(torch.addmm, flat_base, flat_left, right, alpha=alpha)
         return out if flat_base is base else self.method("reshape_as", out, base)
 
@@ -380,7 +387,7 @@ class Emitter:
         present = [o for o in operands if o is not None]
         if all(_sizes(self.tensor(o).shape) == _sizes(wanted) for o in present):
             return make(*operands)
-        out = make(*(None if o is None else self._flat(o) for o in operands))
+        out = make(*(None if o is None else self.flat(o) for o in operands))
         if _sizes(self.tensor(out).shape) == _sizes(wanted):
             return out
         for o in present:
@@ -390,7 +397,8 @@ class Emitter:
             return self.method("reshape", out, tuple(wanted))
         raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
 
-    def _flat(self, node: fx.Node) -> fx.Node:
+    def flat(self, node: fx.Node) -> fx.Node:
+        """A matrix with one axis of rows: a graph may hold a term in several shapes."""
         value = self.tensor(node)
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 

@@ -196,17 +196,7 @@ def specs(perturbed: bool) -> st.SearchStrategy[Spec]:
 def is_recognised(spec: Spec) -> bool:
     """Whether a program must be rewritten whole; of the others the norm alone is, or a reason is given. Not wholly recognised:
     a side of one or a single token, where a matrix is a vector by its shape; a sum formed by writes."""
-    return not (
-        spec.scaled_sum == WRITTEN
-        or 1 in (spec.d_out, spec.d_in)
-        or math.prod(spec.leading) == 1
-        or is_taken_apart(spec)
-    )
-
-
-def is_taken_apart(spec: Spec) -> bool:
-    """``make_fx`` sees ``einsum`` as permutations around a batched product, in which no norm and no delta is known."""
-    return spec.capture == "make_fx" and (spec.norm == "einsum" or spec.delta.startswith("einsum"))
+    return not (spec.scaled_sum == WRITTEN or 1 in (spec.d_out, spec.d_in) or math.prod(spec.leading) == 1)
 
 
 class Operands(torch.nn.Module):
