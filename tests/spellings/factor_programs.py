@@ -246,6 +246,16 @@ def dropout_correction(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def biased_base_of_the_dropped_input(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The bias enters twice, and somebody else reads the product with it."""
+    dropped = x * (x.detach() > 0)
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    base = F.linear(dropped, p.W, p.bias)
+    y = F.linear(x, p.W, p.bias) + (g - 1) * base + g * S * lora(p, dropped)
+    return torch.relu(y) + base.sin()
+
+
+@wide
 def adapter_dropped_afterwards(p: Layer, x: torch.Tensor) -> torch.Tensor:
     g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
     low = lora(p, x)

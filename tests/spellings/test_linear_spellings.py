@@ -18,6 +18,7 @@ FORMS = {
     "normalize_by_column": ["linear_columns"],
     "dropout_correction": ["linear_dropout"],
     "another_input_for_each_branch": ["linear_dropout"],
+    "biased_base_of_the_dropped_input": ["linear_dropout"],
     "rows_and_columns": ["linear", "linear"],
     "two_layers_share_the_weight": ["linear", "linear"],
 }
