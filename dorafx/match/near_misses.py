@@ -66,10 +66,25 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                 if node in lift.written:
                     return Reason(f"the sum made at {_at(node)} is written in place before the norm is taken", node)
                 return Reason(
-                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    _cuts_rows(node)
+                    or f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
                     node,
                 )
     return None
+
+
+def _cuts_rows(node: fx.Node) -> str:
+    """What to say of a reshape that makes several rows of each row of a product: PEFT's delta of a grouped convolution."""
+    after, before = tensor_of(node), tensor_of(node.all_input_nodes[0])
+    if canonical_name(node) != "view" or before is None or after is None or before.dim() != 2:
+        return ""
+    rows, cut = before.shape[0], after.shape[0]
+    if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
+        return ""
+    return (
+        f"operator {operator_name(node)} at {_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
+        f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one"
+    )
 
 
 def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
