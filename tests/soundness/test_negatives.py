@@ -213,6 +213,12 @@ def _merged(p: Layer, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
 
 
+@negative([], "")
+def norm_from_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Without the norm nothing dense is formed, and nothing is left to save."""
+    return p.m / p.b.abs() * (F.linear(x, p.W) + lora(p, x))
+
+
 @negative(["missed"], "operator kron at")
 def kronecker_delta_of_parameters(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return _merged(p, x, torch.kron(p.A[:2, :3], p.B[:5, :1].expand(5, 4)))
