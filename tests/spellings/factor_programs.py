@@ -291,6 +291,15 @@ def two_layers_share_the_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def two_layers_share_a_factor_and_their_input(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    other = p.W.flip(0)
+    low = F.linear(x, p.A)
+    first = (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * (F.linear(x, p.W) + S * F.linear(low, p.B))
+    up = p.B.roll(1, 0)
+    return first + (p.b / (other + up @ p.A).norm(dim=1)) * (F.linear(x, other) + F.linear(low, up))
+
+
+@wide
 def one_projection_in_two_chunks(p: Layer, x: torch.Tensor) -> torch.Tensor:
     upper, lower = p.W.chunk(2)
     first = (p.m[:5] / (upper + S * (p.B[:5] @ p.A)).norm(dim=1)) * (F.linear(x, upper) + S * lora(p, x)[..., :5])

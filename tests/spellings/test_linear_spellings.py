@@ -20,6 +20,7 @@ FORMS = {
     "another_input_for_each_branch": ["linear_dropout"],
     "biased_base_of_the_dropped_input": ["linear_dropout"],
     "rows_and_columns": ["linear", "linear"],
+    "two_layers_share_a_factor_and_their_input": ["linear", "linear"],
     "two_layers_share_the_weight": ["linear", "linear"],
 }
 
