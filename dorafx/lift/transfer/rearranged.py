@@ -8,7 +8,6 @@ those of an ``einsum`` of the sources, and are read as one.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from ..algebra import Mat
 from ..lifter import TRANSFER, Lifter, tensor_of
 from ..targets import arguments
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
+from .arithmetic import same_size
 from .einsum import by_letters
 from .indexing import takes_everything
 
@@ -68,10 +68,12 @@ def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
     axes: list[tuple[int, ...]] = []
     for size in after.shape:
         taken: list[int] = []
-        while str(math.prod(source.sizes[s] for s in taken)) != str(size):
+        product: Any = 1
+        while not same_size(product, size):
             if not rest:
                 return None
             taken.append(rest.pop(0))
+            product = product * source.sizes[taken[-1]]
         axes.append(tuple(taken))
     return None if rest else replace(source, axes=tuple(axes))
 
@@ -179,7 +181,9 @@ def _joined(
     for i, j in shared:
         mine, other = left.axes[i], right.axes[j]
         if mine and other:
-            if [str(left.sizes[s]) for s in mine] != [str(right.sizes[s]) for s in other]:
+            if len(mine) != len(other) or not all(
+                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(mine, other)
+            ):
                 return None
             names.update(zip(other, mine))
         elif i in summed and (mine or other):
@@ -248,13 +252,19 @@ def _reads(first: Callable[..., Any] | None, trace: Callable[..., Any]) -> Calla
     def read(lift: Lifter, node: fx.Node) -> Value | None:
         subscripts = trace(lift, node)
         if subscripts is not None:
-            subscripts = replace(subscripts, detached=subscripts.detached or not lift.records_gradients)
+            if not lift.records_gradients:
+                subscripts = replace(subscripts, detached=True)
             lift.subscripts[node] = subscripts
         # What was only moved is known by its layout; of a product the tables of layouts see the last step alone.
-        readers = [first, lambda lift, node: _value(lift, subscripts) if subscripts is not None else None]
-        if subscripts is not None and len(subscripts.sources) > 1 and trace is not _multiplied:
-            readers.reverse()
-        return next((v for reader in readers if reader is not None and (v := reader(lift, node)) is not None), None)
+        value: Value | None = None
+        mine_first = subscripts is not None and len(subscripts.sources) > 1 and trace is not _multiplied
+        if mine_first and subscripts is not None:
+            value = _value(lift, subscripts)
+        if value is None and first is not None:
+            value = first(lift, node)
+        if value is None and subscripts is not None and not mine_first:
+            value = _value(lift, subscripts)
+        return value
 
     return read
 
