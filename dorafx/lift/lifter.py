@@ -82,6 +82,7 @@ class Lifter:
         self._interned: dict[Any, Atom] = {}
         self._no_grad_ids: set[int] = {ONES.id}
         self._param_node: dict[fx.Node, bool] = {}
+        self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
         self.records_gradients = True
         self._before_inference: list[bool] = []
@@ -91,6 +92,7 @@ class Lifter:
     def run(self) -> Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
+            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _is_floating(node)
             self._has_no_product_behind(node)
             value = self._lift(node)
             if value is not None and not self.records_gradients:
@@ -335,7 +337,7 @@ class Lifter:
     def is_made_of_weights(self, expr: Expr) -> bool:
         """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
         no product behind it."""
-        if any(self._param_node.values()):
+        if self._names_parameters:
             return self.is_parameter_term(expr)
         return all(self._is_weight_like(a, self._has_no_product_behind) for a in expr.atoms())
 
@@ -364,6 +366,11 @@ def _attribute_id(node: fx.Node) -> int | None:
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
     return id(value) if isinstance(value, torch.Tensor) else None
+
+
+def _is_floating(node: fx.Node) -> bool:
+    """Not a constant of indices, which is an attribute too."""
+    return (tensor := tensor_of(node)) is None or tensor.dtype in FLOAT_DTYPES
 
 
 def _is_leaf(node: fx.Node) -> bool:

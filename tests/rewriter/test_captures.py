@@ -141,6 +141,21 @@ def test_make_fx_takes_einsum_apart(name: str, mode: str) -> None:
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
 
 
+def test_indices_are_no_parameters() -> None:
+    """A constant among the attributes of a graph that names no parameters does not turn its inputs into activations."""
+
+    def program(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        g = 1 / (w + b[:, [2, 1, 0]] @ a.flip(0)).norm(dim=1)
+        low = F.conv1d(F.conv1d(x, a[..., None]), b[..., None])
+        return g.view(1, -1, 1) * (F.conv1d(x, w[..., None]) + low)
+
+    operands = [torch.randn(*s) for s in ((20, 24), (3, 24), (20, 3), (2, 24, 5))]
+    gm = make_fx(program, tracing_mode="fake")(*operands)
+    new = dorafx.rewrite(gm)
+    assert_rewritten("convolution")
+    torch.testing.assert_close(new(*operands), program(*operands), rtol=1e-4, atol=1e-4)
+
+
 def test_letters_of_what_recorded_no_gradients() -> None:
     """Read where gradients are recorded again, a batched product of a region without them still has none."""
 
