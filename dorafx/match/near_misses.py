@@ -197,7 +197,8 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
     total, inputs = tensor_of(source), source.all_input_nodes
     if canonical_name(source) not in ("add", "sub") or total is None or total.dim() < 3 or len(inputs) != 2:
         return None
-    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and t.shape[-2:] == total.shape[-2:]]
+    wanted = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
+    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == wanted]
     weights = [n for n, t in sides if t.dim() == 2 and _is_leaf(n)]
     products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
     if not weights or not products:

@@ -18,7 +18,7 @@ from ..algebra import Mat
 from ..lifter import TRANSFER, Lifter, tensor_of
 from ..targets import arguments
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
-from .arithmetic import same_size
+from .arithmetic import same_shape, same_size
 from .einsum import by_letters
 from .indexing import takes_everything
 
@@ -113,7 +113,7 @@ def _moved(source: Subscripts | None, order: Any) -> Subscripts | None:
 
 def _kept(lift: Lifter, node: fx.Node) -> Subscripts | None:
     before, after = tensor_of(node.args[0]), tensor_of(node)
-    if before is None or after is None or before.shape != after.shape or before.device != after.device:
+    if before is None or after is None or not same_shape(before.shape, after.shape) or before.device != after.device:
         return None
     return _of(lift, node.args[0]) if before.dtype in FLOAT_DTYPES and after.dtype in FLOAT_DTYPES else None
 
