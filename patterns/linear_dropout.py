@@ -81,7 +81,8 @@ class LinearDropout:
     def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
         assert match.constant is not None
         g = emit.vector(match.scaling)
-        result = emit.expression(match.constant)
-        base, _ = emit.base(match.base, Poly(()), match.scaling)
+        # A base product that the graph only has with its bias brings (g - 1) times the bias along.
+        base, bias = emit.base(match.base, Poly(()), match.scaling + Poly.const(-1.0))
+        result = emit.expression(match.constant + Expr.broadcast(bias) if bias.items else match.constant)
         lora, scale = emit.low_rank_sum(match.parts)
         return emit.compose_delta(result, base, lora, g, scale)

@@ -23,7 +23,8 @@ Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 TRANSFER: dict[str, Transfer] = {}
 
-_PRODUCTS = frozenset({"matmul", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
+_CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
+_PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
 def transfer(*names: str) -> Callable[[Transfer], Transfer]:
@@ -74,13 +75,16 @@ class Lifter:
         """Nodes that are a vector repeated along other axes, and the vector."""
         self.site_scales: dict[fx.Node, float] = {}
         """Sites of norms that are a multiple of the norm."""
+        self.subscripts: dict[fx.Node, Any] = {}
+        """Nodes whose axes are known by letters (see ``transfer.rearranged``)."""
         self.written = written_nodes(graph)
         self._written_attributes: set[int | None] | None = None
         self._interned: dict[Any, Atom] = {}
         self._no_grad_ids: set[int] = {ONES.id}
         self._param_node: dict[fx.Node, bool] = {}
+        self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
-        self._grad_enabled = True
+        self.records_gradients = True
         self._before_inference: list[bool] = []
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -88,9 +92,10 @@ class Lifter:
     def run(self) -> Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
+            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _is_floating(node)
             self._has_no_product_behind(node)
             value = self._lift(node)
-            if value is not None and not self._grad_enabled:
+            if value is not None and not self.records_gradients:
                 value = self.detach(value)
             self.values[node] = value
             if value is None:
@@ -100,7 +105,7 @@ class Lifter:
                 if verdict == "relift":
                     # An operand was sealed, so this node is made of an atom now; the observer sees it afresh.
                     value = self._lift(node)
-                    if value is not None and not self._grad_enabled:
+                    if value is not None and not self.records_gradients:
                         value = self.detach(value)
                     self.values[node] = value
                     verdict = self.observer(self, node, value).value if value is not None else "keep"
@@ -135,12 +140,12 @@ class Lifter:
 
     def _changes_grad_mode(self, name: str | None, node: fx.Node) -> bool:
         if name == "set_grad_enabled":
-            self._grad_enabled = bool(node.args[0])
+            self.records_gradients = bool(node.args[0])
         elif name == "enter_inference_mode":
-            self._before_inference.append(self._grad_enabled)
-            self._grad_enabled = self._grad_enabled and not node.args[0]
+            self._before_inference.append(self.records_gradients)
+            self.records_gradients = self.records_gradients and not node.args[0]
         elif name == "exit_inference_mode":
-            self._grad_enabled = self._before_inference.pop() if self._before_inference else True
+            self.records_gradients = self._before_inference.pop() if self._before_inference else True
         else:
             return False
         return True
@@ -150,7 +155,7 @@ class Lifter:
             return self.is_parameter(node)
         inputs = node.all_input_nodes
         if not inputs:
-            return canonical_name(node) == "eye"
+            return canonical_name(node) in _CONSTANTS
         return all(self._param_node.get(n, False) for n in inputs)
 
     # -- atoms --------------------------------------------------------------------------------------------------------
@@ -332,7 +337,7 @@ class Lifter:
     def is_made_of_weights(self, expr: Expr) -> bool:
         """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
         no product behind it."""
-        if any(self._param_node.values()):
+        if self._names_parameters:
             return self.is_parameter_term(expr)
         return all(self._is_weight_like(a, self._has_no_product_behind) for a in expr.atoms())
 
@@ -361,6 +366,11 @@ def _attribute_id(node: fx.Node) -> int | None:
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
     return id(value) if isinstance(value, torch.Tensor) else None
+
+
+def _is_floating(node: fx.Node) -> bool:
+    """Not a constant of indices, which is an attribute too."""
+    return (tensor := tensor_of(node)) is None or tensor.dtype in FLOAT_DTYPES
 
 
 def _is_leaf(node: fx.Node) -> bool:

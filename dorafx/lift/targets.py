@@ -37,6 +37,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "addcmul": ("addcmul",),
     "addcdiv": ("addcdiv",),
     "lerp": ("lerp",),
+    "arange": ("arange",),
     "full": ("full",),
     "zeros": ("zeros",),
     "ones": ("ones",),
@@ -53,10 +54,12 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "linalg_norm": ("linalg_norm",),
     "vector_norm": ("linalg_vector_norm",),
     "matmul": ("matmul", "mm", "__matmul__"),
-    "linear": ("linear",),
+    "linear": ("linear", "inner"),
     "addmm": ("addmm",),
+    "bmm": ("bmm",),
     "outer": ("outer", "ger"),
     "einsum": ("einsum",),
+    "tensordot": ("tensordot",),
     "normalize": ("normalize",),
     "weight_norm": ("_weight_norm",),
     "weight_norm_interface": ("_weight_norm_interface",),
@@ -87,6 +90,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "getattr": ("getattr",),
     "getitem": ("getitem", "__getitem__"),
     "slice": ("slice",),
+    "select": ("select",),
 }
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",
@@ -106,6 +110,7 @@ def _function_table() -> dict[Any, str]:
     table[torch.linalg.norm] = "linalg_norm"
     table[torch.linalg.vector_norm] = "vector_norm"
     table[torch.linalg.multi_dot] = "multi_dot"
+    table[torch.chain_matmul] = "multi_dot"
     table[builtins.getattr] = "getattr"
     return table
 

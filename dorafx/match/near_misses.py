@@ -15,6 +15,8 @@ from dorafx.lift.values import VectorValue
 __all__ = ["Reason", "hidden_delta", "operator_name", "source_of", "unknown_consumer", "unknown_norms"]
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
+_PRODUCTS = ("matmul", "bmm", "einsum")
+_MOVES = ("view", "permute", "transpose", "t", "cast", "identity", "detach", "getattr", "getitem", "expand")
 _DEPTH = 6
 
 
@@ -64,10 +66,64 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                 if node in lift.written:
                     return Reason(f"the sum made at {_at(node)} is written in place before the norm is taken", node)
                 return Reason(
-                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    _cuts_rows(node)
+                    or f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
                     node,
                 )
     return None
+
+
+def _cuts_rows(node: fx.Node) -> str:
+    """What to say of a reshape that makes several rows of each row of a product: PEFT's delta of a grouped convolution."""
+    after, before = tensor_of(node), tensor_of(node.all_input_nodes[0])
+    if canonical_name(node) != "view" or before is None or after is None or before.dim() != 2:
+        return ""
+    rows, cut = before.shape[0], after.shape[0]
+    if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
+        return ""
+    return (
+        f"operator {operator_name(node)} at {_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
+        f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one"
+    )
+
+
+def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
+    """A norm of ``W + something`` where the something is spread out of smaller parameters by an operator that is no product: a
+    Kronecker product, a scatter, a transform."""
+    nodes = [lift.atom_of(chain[0].atom).node for chain in chains if len(chain) == 1 and isinstance(chain[0], Mat)]
+    for node in nodes if len(nodes) > 1 and len(nodes) == len(chains) else ():
+        tensor = tensor_of(node)
+        if node is None or tensor is None or node.op not in ("call_function", "call_method"):
+            continue
+        if node in lift.written:
+            return Reason(f"the delta at {_at(node)} is written in place, and no product of factors", node)
+        leaves = [t for leaf in _leaves(node) if (t := tensor_of(leaf)) is not None]
+        if leaves and all(str(t.numel()) != str(tensor.numel()) for t in leaves):
+            made = node
+            while canonical_name(made) in _MOVES and made.all_input_nodes:
+                made = made.all_input_nodes[0]
+            return Reason(
+                f"operator {operator_name(made)} at {_at(made)} makes the delta, and is not known as a product of low-rank "
+                "factors, which is all that a factored norm serves",
+                made,
+            )
+    return None
+
+
+def _leaves(node: fx.Node) -> set[fx.Node]:
+    """The graph's inputs and attributes that a node is made of."""
+    found: set[fx.Node] = set()
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        if _is_leaf(at):
+            found.add(at)
+        stack.extend(at.all_input_nodes)
+    return found
 
 
 def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
@@ -96,6 +152,8 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                 return Reason("the norm itself is an output of the program, and scales nothing in it", node)
             value = lift.values.get(user)
             term = value.expr if isinstance(value, MatrixValue) else value.poly if value is not None else None
+            if (canonical_name(user) or "").endswith("_like"):
+                continue  # takes the shape alone
             if term is not None and any(a.id == atom_id for a in lift.norms_in(term)):
                 stack.append(user)
             elif value is not None:
@@ -114,6 +172,9 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
             yield node, lost
             continue
         source = node.all_input_nodes[0]
+        if canonical_name(node) in _NORMS and (reason := _delta_of_each_token(lift, node, source)) is not None:
+            yield node, reason
+            continue
         value, out, before = lift.matrix(source), tensor_of(node), tensor_of(source)
         if value is None or out is None or before is None or before.dim() != 2 or not _is_adapted(lift, value.expr):
             continue
@@ -160,6 +221,40 @@ def _of_norms(lift: Lifter, term: Poly) -> bool:
             return True
         if info.poly is not None:
             stack.extend(info.poly.atoms())
+    return False
+
+
+def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason | None:
+    """A norm of ``W [d_out, d_in]`` plus products ``[.., d_out, d_in]``: as many weights as there are tokens."""
+    total, inputs = tensor_of(source), source.all_input_nodes
+    if canonical_name(source) not in ("add", "sub") or total is None or total.dim() < 3 or len(inputs) != 2:
+        return None
+    wanted = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
+    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == wanted]
+    weights = [n for n, t in sides if t.dim() == 2 and _is_leaf(n)]
+    products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
+    if not weights or not products:
+        return None
+    return Reason(
+        f"the delta added to the weight at {_at(source)} is another for each token (its shape is {list(total.shape)}): a factored "
+        "norm serves one delta a layer",
+        node,
+    )
+
+
+def _is_leaf(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node is a product of matrices, scaled or moved about."""
+    for _ in range(_DEPTH):
+        name = canonical_name(node)
+        if name in _PRODUCTS:
+            return True
+        if name not in (*_MOVES, "mul", "div") or not node.all_input_nodes:
+            return False
+        node = node.all_input_nodes[0]
     return False
 
 

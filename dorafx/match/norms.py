@@ -10,7 +10,7 @@ from torch import fx
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 
-from .near_misses import Reason, hidden_delta, source_of
+from .near_misses import Reason, hidden_delta, source_of, unknown_delta
 
 __all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
 
@@ -87,7 +87,9 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             return Reason("a factor of the delta has a symbolic or non-matrix shape", _site(info))
         delta.append(part)
     if not delta:
-        return hidden_delta(lift, info, [chain for chain, _ in dense])
+        chains = [chain for chain, _ in dense]
+        hidden = hidden_delta(lift, info, chains)
+        return hidden or (unknown_delta(lift, chains) if lift.is_made_of_weights(expr) else None)
     if len(dense) != 1:
         what = "no dense weight" if not dense else f"{len(dense)} dense matrices"
         return Reason(f"the norm is of a sum with {what} beside the low-rank product; one is supported", _site(info))

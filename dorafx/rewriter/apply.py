@@ -31,6 +31,8 @@ class _Norms:
         self.made: dict[int, fx.Node] = {}
 
     def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
+        if atom.id not in self.plan.norms:
+            return emit.existing_vector(atom)  # of another matrix, or one that was refused: the graph's own
         if atom.id not in self.made:
             self.made[atom.id] = _emit_norm(self.plan.norms[atom.id], self.plan.sites[atom.id], emit)
         return self.made[atom.id]

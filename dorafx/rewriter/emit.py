@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat
 from dorafx._compat_distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
@@ -17,24 +16,15 @@ from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
 from .linear_kernel import linear_kernel
-from .shapes import of_mode, sizes_of
+from .nodes import CannotEmit, NodeEmitter
+from .shapes import sizes_of
 
 __all__ = ["CannotEmit", "Emitter"]
 
 _COLUMNS = ((Mat(ONES),), (Mat(ONES, True),))
 
 
-class CannotEmit(Exception):
-    """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.
-
-    Attributes:
-        site: the original node whose replacement failed.
-    """
-
-    site: fx.Node | None = None
-
-
-class Emitter:
+class Emitter(NodeEmitter):
     """Emits into a copy of the lifted graph.
 
     Args:
@@ -47,12 +37,8 @@ class Emitter:
     def __init__(
         self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node], norms: Callable[[Atom, Emitter], fx.Node]
     ) -> None:
-        self.lift = lift
-        self.graph = graph
-        self.copied = copied
+        super().__init__(lift, graph, copied)
         self._norms = norms
-        self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
-        self.site: fx.Node | None = None
         self.accumulate = False
         self.kernel = "auto"
         """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
@@ -72,55 +58,6 @@ class Emitter:
         self._products.clear()
         tensor = tensor_of(site)
         self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
-
-    # -- nodes --------------------------------------------------------------------------------------------------------
-
-    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        return self._created(self.graph.call_function(target, args, kwargs), target)
-
-    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._created(self.graph.call_method(name, args, kwargs), getattr(torch.Tensor, name))
-
-    def _created(self, node: fx.Node, target: Callable[..., Any]) -> fx.Node:
-        """Give a new node the provenance of the site and a fake value, as a tracer would have."""
-        assert self.site is not None
-        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
-            if key in self.site.meta:
-                node.meta[key] = self.site.meta[key]
-        slot = "example_value" if "example_value" in self.site.meta else "val"
-        args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-        mode = _compat.fake_mode_of(self.site.meta.get(slot))
-        if mode is not None:
-            with mode:
-                args = fx.node.map_aggregate(args, lambda value: of_mode(value, mode))
-                node.meta[slot] = target(*args[0], **args[1])
-        return node
-
-    def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:
-        """The copy of an original node, for reading at the site."""
-        assert self.site is not None
-        if node in self.lift.written:
-            raise CannotEmit(f"{node.name} is written in place, so it cannot be read again")
-        if self.order[node] >= self.order[self.site]:
-            raise CannotEmit(f"{node.name} is computed after {self.site.name}")
-        copy = self.copied[node]
-        return self.method("detach", copy) if detached else copy
-
-    def atom(self, atom: Atom) -> fx.Node:
-        info = self.lift.atom_of(atom)
-        if info.node is None or info.kind == "channels":
-            raise CannotEmit("a factor of the product is no value of the graph")
-        made = self.operand(info.node, atom.detached)
-        return self.method("flatten", made, 1) if info.kind == "filter" else made
-
-    def tensor(self, node: fx.Node) -> torch.Tensor:
-        value = tensor_of(node)
-        if value is None:
-            raise CannotEmit(f"{node.name} carries no shape")
-        return value
-
-    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-        return node if self.tensor(node).dtype == dtype else self.method("to", node, dtype)
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -186,9 +123,16 @@ class Emitter:
         self._vectors[key] = node
         return node
 
+    def existing_vector(self, atom: Atom) -> fx.Node:
+        """A vector as the graph itself computes it, in the compute dtype."""
+        node = self._existing(Poly.var(atom))
+        if node is None:
+            raise CannotEmit("a norm that the output is scaled by is no value of the graph")
+        return self.cast(self.method("reshape", node, -1) if self.tensor(node).dim() > 1 else node, self.compute_dtype)
+
     # -- products -----------------------------------------------------------------------------------------------------
 
-    def _existing(self, expr: Expr) -> fx.Node | None:
+    def _existing(self, expr: Expr | Poly) -> fx.Node | None:
         """The last node before the site that holds a term: the one whose dtype the products around it use."""
         assert self.site is not None
         for node in reversed(self.lift.nodes.get(expr, ())):
@@ -210,6 +154,9 @@ class Emitter:
             assert self.site is not None
             if self.order[gemm.node] < self.order[self.site]:
                 return self._again(gemm)
+        head = chain[0] if chain else None
+        if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
+            raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
         if len(chain) == 1 and isinstance(chain[0], Mat):
             node = self.atom(chain[0].atom)
             return self.method("t", node) if chain[0].transposed else node
@@ -272,12 +219,14 @@ class Emitter:
         if total is None:
             raise CannotEmit("a sum of nothing but biases")
         if bias.items:
-            total = self.call(torch.add, total, self.cast(self.vector(bias), self.tensor(total).dtype))
+            total = self.call(torch.add, total, self._along_columns(self.vector(bias), total))
         return total
 
     def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
         """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
         if sizes_of(self.tensor(total).shape) != sizes_of(self.tensor(term).shape):
+            if self.channels:
+                raise CannotEmit("two convolutions that are added have different shapes")
             total, term = self.flat(total), self.flat(term)
         return self.call(torch.add, total, term)
 
@@ -286,9 +235,16 @@ class Emitter:
         if constant is not None:
             return self.call(torch.mul, node, constant)
         factor = self.vector(scale)
-        if tensor_of(factor) is not None:
-            factor = self.cast(factor, self.tensor(node).dtype)
-        return self.call(torch.mul, node, factor)
+        return self.call(
+            torch.mul, node, self._along_columns(factor, node) if tensor_of(factor) is not None else factor
+        )
+
+    def _along_columns(self, vector: fx.Node, node: fx.Node) -> fx.Node:
+        """A vector ``[d]`` (or scalar) in a value's dtype, shaped to lie along its columns."""
+        vector = self.cast(vector, self.tensor(node).dtype)
+        if not self.channels or self.tensor(vector).dim() == 0:
+            return vector
+        return self.method("reshape", vector, (-1,) + (1,) * (self.tensor(node).dim() - 2))
 
     # -- composition --------------------------------------------------------------------------------------------------
 
@@ -336,16 +292,26 @@ class Emitter:
         parts = tuple(parts)
         if any(p.scale.constant is not None and p.core[-1:] in _COLUMNS for p in parts):
             raise CannotEmit("a low-rank product has one column, and no vector makes it wide")
-        if len(parts) == 1 and parts[0].scale.constant is not None:
-            return self.product(parts[0].core), parts[0].scale.constant
+        if len(parts) == 1:
+            return self._scaled_product(parts[0])
         total: fx.Node | None = None
         for part in parts:
-            node = self.product(part.core)
-            if part.scale.constant != 1.0:
-                node = self.scaled(node, part.scale)
+            node, scale = self._scaled_product(part)
+            node = node if scale == 1.0 else self.scaled(node, Poly.const(scale))
             total = node if total is None else self._added(total, node)
         assert total is not None
         return total, 1.0
+
+    def _scaled_product(self, part: Part) -> tuple[fx.Node, float]:
+        """``scale · core`` and a constant that is left to do. The graph may have the product scaled by a vector already."""
+        if not part.scale.is_monomial:
+            return self.scaled(self.product(part.core), part.scale), 1.0
+        ((mono, c),) = part.scale.items
+        existing = self._existing(Expr.chain((*part.core, Diag(mono)))) if mono else None
+        if existing is not None:
+            return existing, c
+        node = self.product(part.core)
+        return (self.scaled(node, part.scale), 1.0) if mono else (node, c)
 
     def shaped_like_site(self, node: fx.Node) -> fx.Node:
         """A value with the shape and dtype of what it replaces."""
@@ -402,6 +368,7 @@ class Emitter:
         raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
 
     def flat(self, node: fx.Node) -> fx.Node:
+        """A matrix with one axis of rows: a graph may hold a term in several shapes."""
         value = self.tensor(node)
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 

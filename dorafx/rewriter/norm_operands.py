@@ -41,11 +41,11 @@ def _factor(emit: Emitter, chain: Chain) -> fx.Node:
     """A factor of a norm. Read from the atoms themselves, before any cast: the norm is computed in fp32 anyway."""
     head = chain[0]
     if isinstance(head, Mat) and head.atom == ONES:
-        return emit.method("t", emit.product(transpose_chain(chain)))
+        return emit.method("t", emit.flat(emit.product(transpose_chain(chain))))
     if len(chain) == 1 and isinstance(head, Mat):
         node = emit.atom(head.atom)
         return emit.method("t", node) if head.transposed else node
-    return emit.product(chain)
+    return emit.flat(emit.product(chain))
 
 
 def _one_dtype(emit: Emitter, nodes: list[fx.Node]) -> list[fx.Node]:

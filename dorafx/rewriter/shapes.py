@@ -89,14 +89,6 @@ def _open_linears(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
-def of_mode(value: Any, mode: Any) -> Any:
-    """A fake value as one of another mode: ``make_fx`` of real tensors makes a mode for each value."""
-    if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
-        return value
-    twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return twin.requires_grad_(value.requires_grad)
-
-
 def sizes_of(shape: Iterable[Any]) -> tuple[str, ...]:
     """Sizes that can be compared without a guard on symbolic ones."""
     return tuple(map(str, shape))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from integration_support import compile_eagerly, peft_perceptron
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from dorafx import rewrite_log
@@ -91,6 +92,17 @@ def test_a_zero_row_is_what_the_epsilon_makes_of_it(name: str) -> None:
     assert bool(stock[..., 2].isnan().all()) == is_nan
     same(ours, stock)
     assert rewrite_log().rewrites
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 1), (1, 20), (1, 1)])
+@pytest.mark.parametrize("tokens", [(3,), (1,), (1, 1)])
+def test_a_side_of_one(d_in: int, d_out: int, tokens: tuple[int, ...]) -> None:
+    """A matrix with a side of one is a vector by its shape; PEFT's spelling is rewritten whole all the same."""
+    config = LoraConfig(target_modules=["0"], use_dora=True, r=2, init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(d_in, d_out)), config)
+    x = torch.randn(*tokens, d_in)
+    same(compile_eagerly(model)(x), model(x))
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
 
 
 def test_rank_zero() -> None:

@@ -103,13 +103,19 @@ def test_options_of_the_convolution(dim: int, **options: Any) -> None:
 
 @pytest.mark.parametrize("dim", [1, 2])
 def test_groups_are_left_alone_with_a_reason(dim: int) -> None:
-    """PEFT cuts each row of the low-rank product into one row a group: the delta's rows are no rows of a product."""
+    """PEFT cuts each row of the low-rank product into one row a group. By row the delta is a product too, but of as many times the
+    rank: a factored norm of it takes more than the dense product, which PEFT forms of 1 / groups of the rows."""
     model = adapted(dim, groups=2, padding=1)
+    layer = model.base_model.model.first
+    up, down = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    rank = down.shape[0]
+    delta = (up.view(-1, rank) @ down.view(rank, -1)).reshape(layer.weight.shape).flatten(1)
+    assert torch.linalg.matrix_rank(delta) == min(2 * rank, *delta.shape) > rank
     assert_same(model, compiled(model), x_of(dim), 1e-12)
     assert {r.site for r in rewrite_log().rewrites} == {"base_model.model.second"}
     missed = rewrite_log().misses
     assert {r.site for r in missed} == {"base_model.model.first.lora_magnitude_vector.default"}
-    assert all("stands between the low-rank product and the norm" in r.reason for r in missed)
+    assert all("cuts each row of the low-rank product into 2 (a grouped convolution)" in r.reason for r in missed)
 
 
 def test_grouped_convolution_of_ones_own() -> None:
@@ -123,6 +129,24 @@ def test_grouped_convolution_of_ones_own() -> None:
 
     x = x_of(2, torch.float32)
     torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-5, atol=1e-5)
+    assert [r.pattern for r in rewrite_log().rewrites] == ["convolution"]
+
+
+@pytest.mark.parametrize("tokens", [2, 4, 5])
+def test_filters_that_are_scaled(tokens: int) -> None:
+    """The scalings of a chain stand between convolutions, along the channels, whatever else has their length."""
+    w, a, b, bias = torch.randn(4, 4), torch.randn(2, 4), torch.randn(4, 2), torch.randn(4)
+    inner, outer = torch.randn(2), torch.randn(4)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        up, down = outer[:, None] * b, inner[:, None] * a
+        g = (1 / (w + up @ down).norm(dim=1)).view(1, -1, 1)
+        low = F.conv1d(F.conv1d(x, down[..., None]), up[..., None])
+        scaled = outer.view(1, -1, 1) * F.conv1d(F.conv1d(x, a[..., None]), b[..., None])
+        return g * (F.conv1d(x, w[..., None], bias) + low) + g * scaled + bias[:, None]
+
+    x = torch.randn(3, 4, tokens)
+    torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-4)
     assert [r.pattern for r in rewrite_log().rewrites] == ["convolution"]
 
 

@@ -190,6 +190,79 @@ def test_make_fx() -> None:
     torch.testing.assert_close(new(x), layer(x), rtol=1e-5, atol=1e-5)
 
 
+EINSUMS = {
+    "delta, product and norm": lambda w, a, b, m, x: (
+        (m / torch.einsum("oi,oi->o", d := w + torch.einsum("or,ri->oi", b, a), d).sqrt())
+        * (torch.einsum("...i,oi->...o", x, w) + torch.einsum("bti,ri,or->bto", x, a, b))
+    ),
+    "scaled between the factors": lambda w, a, b, m, x: (
+        (m / (w + torch.einsum("or,r,ri->oi", b, a[:, 0], a)).norm(dim=1))
+        * (F.linear(x, w) + torch.einsum("bti,ri,r,or->bto", x, a, a[:, 0], b))
+    ),
+    "rank of one": lambda w, a, b, m, x: (
+        (m / (w + torch.einsum("ri,or->oi", a[:1], b[:, :1])).norm(dim=1))
+        * (F.linear(x, w) + torch.einsum("bti,ri,or->bto", x, a[:1], b[:, :1]))
+    ),
+    "batched product of one": lambda w, a, b, m, x: (
+        (m / (w + torch.bmm(b[None], a[None])[0]).norm(dim=1))
+        * (F.linear(x, w) + torch.matmul(x[None] @ a.T[None, None], b.T[None, None]).squeeze(0))
+    ),
+    "by column": lambda w, a, b, m, x: (
+        x @ (w.T + torch.einsum("ri,or->io", a, b)) * (m / torch.einsum("io,io->o", d := w.T + a.T @ b.T, d).sqrt())
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("name", EINSUMS)
+def test_make_fx_takes_einsum_apart(name: str, mode: str) -> None:
+    """Into axes that are moved and a batched product: the letters are found again."""
+    torch.manual_seed(0)
+    operands = [torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((20, 24), (3, 24), (20, 3), (20,))]
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    gm = make_fx(EINSUMS[name], tracing_mode=mode)(*operands, x)
+    new = dorafx.rewrite(gm)
+    if mode == "fake":
+        assert_rewritten("linear")
+    leaves = [*operands, x.requires_grad_()]
+    wanted, got = gm(*leaves), new(*leaves)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for g, w in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (got, wanted))):
+        torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
+
+
+def test_indices_are_no_parameters() -> None:
+    """A constant among the attributes of a graph that names no parameters does not turn its inputs into activations."""
+
+    def program(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        g = 1 / (w + b[:, [2, 1, 0]] @ a.flip(0)).norm(dim=1)
+        low = F.conv1d(F.conv1d(x, a[..., None]), b[..., None])
+        return g.view(1, -1, 1) * (F.conv1d(x, w[..., None]) + low)
+
+    operands = [torch.randn(*s) for s in ((20, 24), (3, 24), (20, 3), (2, 24, 5))]
+    gm = make_fx(program, tracing_mode="fake")(*operands)
+    new = dorafx.rewrite(gm)
+    assert_rewritten("convolution")
+    torch.testing.assert_close(new(*operands), program(*operands), rtol=1e-4, atol=1e-4)
+
+
+def test_letters_of_what_recorded_no_gradients() -> None:
+    """Read where gradients are recorded again, a batched product of a region without them still has none."""
+
+    def program(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            delta = torch.bmm(b[None], a[None])
+        return (F.linear(x, w) + x @ a.T @ b.T) / (w + delta[0]).norm(dim=1)
+
+    w, a, b, x = (torch.randn(*s, dtype=torch.float64) for s in ((20, 24), (3, 24), (20, 3), (4, 24)))
+    leaves = [t.requires_grad_() for t in (w, a, b, x)]
+    compiled = torch.compile(program, backend="dorafx", fullgraph=True, options={"dorafx.codegen": "eager"})
+    got, wanted = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, program))
+    assert_rewritten("linear")
+    for g, expected in zip(got, wanted):
+        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_symbolic_trace_needs_an_example() -> None:
     layer, x = Layer(), x_of(4, 24)
     gm = fx.symbolic_trace(layer)

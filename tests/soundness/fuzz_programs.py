@@ -25,7 +25,7 @@ NORMS: dict[str, Callable[..., torch.Tensor]] = {
     "square": lambda w, d, k: torch.square(w).sum(d, k) ** 0.5,
     "mean": lambda w, d, k: (w.square().mean(d, keepdim=k) * w.shape[d]).sqrt(),
     "einsum": lambda w, d, k: (
-        torch.einsum("oi,oi->o" if d == 1 else "oi,oi->i", w, w).sqrt().view((-1, 1) if k else -1)
+        torch.einsum("oi,oi->o" if d == 1 else "oi,oi->i", w, w).sqrt().view(((-1, 1), (1, -1))[1 - d] if k else (-1,))
     ),
 }
 DELTAS: dict[str, Callable[..., torch.Tensor]] = {
@@ -79,10 +79,25 @@ COMPOSITIONS = (
     "F.normalize",
     "weight_norm",
     "columns",
+    "convolution",
+    "embedding",
+)
+MERGED = (
+    "merged",
+    "merged, normalised first",
+    "weight delta",
+    "F.normalize",
+    "weight_norm",
+    "columns",
 )
 BIASES = ("none", "inside", "after", "taken off first")
 VECTORS = ("plain", "view", "unsqueeze", "index", "reshape")
 CASTS = ("none", "norm", "factor", "input")
+ROUNDED = ("norm in fp32", "input in fp32", "magnitude in fp32")
+"""Casts that round: the rewrite leaves out what only loses accuracy, so values agree as fp32's do."""
+
+CHAINS = ("B A", "B M A", "D(b) B D(d) A")
+DROPOUTS = ("none", "both", "adapter", "two masks", "after the adapter", "correction")
 INPUTS = ("plain", "flat", "clone", "dropout off", "scaled dropout off")
 WEIGHTS = ("rows", "transposed", "view")
 
@@ -161,6 +176,8 @@ class Spec:
     trained: bool
     perturbations: tuple[str, ...]
     capture: str
+    chain: str = "B A"
+    dropout: str = "none"
 
     def __repr__(self) -> str:
         return "Spec(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
@@ -184,29 +201,28 @@ def specs(perturbed: bool) -> st.SearchStrategy[Spec]:
         composition=st.sampled_from(COMPOSITIONS),
         bias=st.sampled_from(BIASES),
         vector=st.sampled_from(VECTORS),
-        cast=st.sampled_from(CASTS),
+        cast=st.sampled_from(CASTS if perturbed else (*CASTS, *CASTS, *ROUNDED)),
         input=st.sampled_from(INPUTS),
         weight=st.sampled_from(WEIGHTS),
         trained=st.booleans(),
         perturbations=some if perturbed else st.just(()),
         capture=st.sampled_from(["make_fx", "dynamo"]),
+        chain=st.sampled_from(CHAINS),
+        dropout=st.sampled_from(("none",) * 5 + DROPOUTS[1:]),
     )
 
 
 def is_recognised(spec: Spec) -> bool:
     """Whether a program must be rewritten whole; of the others the norm alone is, or a reason is given. Not wholly recognised:
-    a side of one or a single token, where a matrix is a vector by its shape; a sum formed by writes."""
+    a side of one or a single token, where a matrix is a vector by its shape; a sum formed by writes; a weight merged with the norm of
+    rows picked out of a product, where a graph of ``make_fx`` does not say that they are parameters and no activations."""
+    picked = spec.chain == "B M A" and spec.delta in ("columns times rows", "gathered", "concatenated")
     return not (
         spec.scaled_sum == WRITTEN
         or 1 in (spec.d_out, spec.d_in)
         or math.prod(spec.leading) == 1
-        or is_taken_apart(spec)
+        or (picked and spec.capture == "make_fx" and spec.composition in MERGED)
     )
-
-
-def is_taken_apart(spec: Spec) -> bool:
-    """``make_fx`` sees ``einsum`` as permutations around a batched product, in which no norm and no delta is known."""
-    return spec.capture == "make_fx" and (spec.norm == "einsum" or spec.delta.startswith("einsum"))
 
 
 class Operands(torch.nn.Module):
@@ -224,6 +240,7 @@ class Operands(torch.nn.Module):
         self.A, self.A2 = parameter(spec.rank, spec.d_in), parameter(spec.rank, spec.d_in)
         self.B, self.B2 = parameter(spec.d_out, spec.rank), parameter(spec.d_out, spec.rank)
         self.m, self.bias = parameter(spec.d_out), parameter(spec.d_out)
+        self.M, self.b, self.d = parameter(spec.rank, spec.rank), parameter(spec.d_out), parameter(spec.rank)
         self.W.requires_grad_(spec.trained)
 
 
@@ -293,6 +310,10 @@ def _norm(
             b = b.T
         if has("relu between the factors"):
             b = torch.relu(b)
+        if spec.chain == "B M A":
+            a = p.M @ a
+        elif spec.chain == "D(b) B D(d) A":
+            b, a = p.b[:, None] * b, p.d.unsqueeze(-1) * a
         delta = DELTAS[spec.delta](b, a)
         if has("relu of the delta"):
             delta = torch.relu(delta)
@@ -310,6 +331,7 @@ def _norm(
     if has("rows rolled"):
         adapted = adapted.roll(1, 0)
     normed = adapted.detach() if spec.detached == "sum" else adapted
+    normed = normed.float() if spec.cast == "norm in fp32" else normed
     dim = 0 if has("wrong axis") and square else 1
     if has("1-norm"):
         norm = normed.norm(p=1, dim=dim)
@@ -325,6 +347,7 @@ def _norm(
         norm = NORMS[spec.norm](normed, dim, True).reshape(-1)
     else:
         norm = NORMS[spec.norm](normed, dim, False)
+    norm = norm.double()
     norm = norm + EPS if spec.epsilon == "added" else norm
     norm = norm.clamp(min=1e-6) if spec.epsilon == "clamp" else norm
     norm = norm.clamp_min(0.5) if spec.epsilon == "clamp_min" else norm
@@ -345,6 +368,8 @@ def _composed(
     has = spec.perturbations.__contains__
     x_base = torch.relu(x) if has("another input for the base") else x
     x_low = torch.tanh(x) if has("another input for the adapter") else x
+    if spec.cast == "input in fp32":
+        x_base, x_low = x_base.float().double(), x_low.float().double()
     if spec.input == "dropout off":
         x_low = F.dropout(x_low, 0.5, False)
     elif spec.input == "scaled dropout off":
@@ -356,12 +381,17 @@ def _composed(
         x_base, x_low = x_base.reshape(-1, spec.d_in), x_low.flatten(0, -2)
     if spec.cast == "input":
         x_base = x_base.to(weight.dtype)
+    x_dropped = x_base
+    if spec.dropout != "none" and spec.dropout != "after the adapter":
+        x_dropped = F.dropout(x_base, 0.5, True)
+        x_low = F.dropout(x_low, 0.5, True) if spec.dropout == "two masks" else x_dropped
     s = S
     if has("another scaling in the output"):
         s = 0.6
     if has("opposite sign in the output"):
         s = -s
     m = p.m.to(n.dtype) if spec.cast == "factor" else p.m
+    m = m.float().double() if spec.cast == "magnitude in fp32" else m
     if has("one magnitude for all rows"):
         m = m[:1]
     if has("magnitude of the input side") and spec.d_out == spec.d_in:
@@ -371,23 +401,27 @@ def _composed(
     if has("squared scaling"):
         m, n = m * m, n * n
 
-    if spec.composition in (
-        "merged",
-        "merged, normalised first",
-        "weight delta",
-        "F.normalize",
-        "weight_norm",
-        "columns",
-    ):
-        y = _merged(spec, p, x_base, m, n, weight + s * (up @ down))
+    if spec.composition in MERGED:
+        up, down = _effective(spec, p, up, down)
+        y = _merged(spec, p, x_dropped, m, n, weight + s * (up @ down))
         return y.view(shape) if spec.input == "flat" else y
 
     bias = p.bias if spec.bias in ("inside", "taken off first") else None
+    if spec.composition == "embedding":
+        return _embedded(spec, p, m, weight, down, up)
+    if spec.composition == "convolution" and math.prod(spec.leading):  # torch refuses to convolve nothing
+        y = _convolved(spec, p, x_dropped, x_low, m / n, weight, *_effective(spec, p, up, down))
+        return y.reshape(shape)
     base = F.linear(x_base, weight, bias)
-    low = F.linear(F.linear(x_low, down), up)
+    low = _low_rank(spec, p, x_low, down, up)
     if has("relu of the low-rank product"):
         low = torch.relu(low)
+    if spec.dropout == "after the adapter":
+        low = F.dropout(low, 0.5, True)
     result = base
+    if spec.dropout in ("both", "two masks"):
+        base = F.linear(x_dropped, weight, bias)
+        result = result if spec.composition == "delta form" else base
     if spec.bias == "taken off first":
         base = base - p.bias
     if has("base written before the sum"):
@@ -399,12 +433,16 @@ def _composed(
     if has("unscaled base"):
         base = base / g
     bracket = base + low * s
+    if spec.dropout == "correction":
+        bracket = bracket + F.linear(x_dropped - x_base, weight)
     if has("scaled residual") and spec.d_out == spec.d_in:
         bracket = bracket + x_base
     if spec.composition == "direct":
         y = g * bracket
     elif spec.composition == "delta form":
         y = result + ((g - 1) * base + g * low * s)
+        if spec.dropout == "correction":
+            y = y + (g - 1) * F.linear(x_dropped - x_base, weight)
     elif spec.composition == "sequential":
         y = bracket / _shaped(spec, n) * _shaped(spec, m)
     elif spec.composition == "in place":
@@ -437,6 +475,50 @@ def _composed(
     return y.view(shape) if spec.input == "flat" else y
 
 
+def _effective(spec: Spec, p: Operands, up: torch.Tensor, down: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of the chain."""
+    if spec.chain == "B M A":
+        return up, p.M @ down
+    return (p.b[:, None] * up, p.d[:, None] * down) if spec.chain == "D(b) B D(d) A" else (up, down)
+
+
+def _low_rank(spec: Spec, p: Operands, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The chain, applied to activations factor by factor."""
+    low = F.linear(x, down)
+    if spec.chain == "B M A":
+        low = F.linear(low, p.M)
+    return p.b * F.linear(p.d * low, up) if spec.chain == "D(b) B D(d) A" else F.linear(low, up)
+
+
+def _convolved(
+    spec: Spec,
+    p: Operands,
+    x: torch.Tensor,
+    x_low: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """The tokens as the pixels of one image, the layer as a convolution."""
+    image, other = (t.reshape(1, -1, spec.d_in).transpose(1, 2) for t in (x, x_low))
+    base = F.conv1d(image, weight[..., None], p.bias if spec.bias == "inside" else None)
+    low = F.conv1d(F.conv1d(other, down[..., None]), up[..., None])
+    y = g.view(1, -1, 1) * (base + S * low)
+    y = y + p.bias[:, None] if spec.bias == "after" else y
+    return y.transpose(1, 2).reshape(*x.shape[:-1], spec.d_out)
+
+
+def _embedded(
+    spec: Spec, p: Operands, m: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """An embedding of d_out tokens in d_in dimensions."""
+    indices = torch.arange(math.prod(spec.leading)).view(spec.leading) % spec.d_out
+    up, down = _effective(spec, p, up, down)
+    n = NORMS[spec.norm](weight + S * (up @ down).detach(), 0, False).detach()
+    return (p.W2[0] / n) * (F.embedding(indices, weight) + S * (F.embedding(indices, up) @ down)) + m.sum()
+
+
 def _merged(
     spec: Spec, p: Operands, x: torch.Tensor, m: torch.Tensor, n: torch.Tensor, adapted: torch.Tensor
 ) -> torch.Tensor:
@@ -452,7 +534,7 @@ def _merged(
     if spec.composition == "weight_norm" and m.numel() == spec.d_out:
         return F.linear(x, torch._weight_norm(adapted, column, 0), bias)
     if spec.composition == "columns":
-        return F.linear(x, p.W2[0] * adapted / adapted.norm(dim=0, keepdim=True), bias)
+        return F.linear(x, p.W2[0] * adapted / NORMS[spec.norm](adapted, 0, True), bias)
     if spec.composition == "weight delta":
         first = p.W.T if spec.weight == "transposed" else p.W
         return F.linear(x, first, bias) + F.linear(x, merged - first)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
-from fuzz_programs import Operands, Spec, is_recognised, is_taken_apart, program, specs
+from fuzz_programs import ROUNDED, Operands, Spec, is_recognised, program, specs
 from hypothesis import HealthCheck, assume, given, settings
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,6 +17,7 @@ import dorafx
 from dorafx import rewrite_log
 
 TOLERANCE = 1e-10
+FORMS = ("linear", "linear_columns", "linear_dropout", "convolution", "embedding")
 QUICK = settings(
     max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -62,15 +64,16 @@ def evaluated(
     call: Any, x: torch.Tensor, leaves: list[torch.Tensor], size: float = 0
 ) -> tuple[torch.Tensor, list[Any]]:
     """The value, and the gradients of the sines of its elements over ``size``: a sine of thousands has no digits left."""
+    torch.manual_seed(3)  # a dropout draws the same mask in both
     y = call(x, *leaves[1:])
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     loss = (y / (size or largest(y.detach()))).sin().sum()
     return y.detach(), list(torch.autograd.grad(loss, wanted, allow_unused=True))
 
 
-def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """To ``TOLERANCE`` of the largest element: a program with a small divisor cancels numbers as large as that."""
-    torch.testing.assert_close(got, wanted, rtol=TOLERANCE, atol=TOLERANCE * largest(wanted))
+def assert_same(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    """To a tolerance of the largest element: a program with a small divisor cancels numbers as large as that."""
+    torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * largest(wanted))
 
 
 def check(spec: Spec) -> list[dorafx.Record]:
@@ -88,31 +91,82 @@ def check(spec: Spec) -> list[dorafx.Record]:
         raise
     new_value, new_gradients = evaluated(rewritten, x, leaves, largest(value))
     assert new_value.shape == value.shape and new_value.dtype == value.dtype
-    assert_same(new_value, value)
+    tolerance = 1e-4 if spec.cast in ROUNDED else TOLERANCE
+    assert_same(new_value, value, tolerance)
     for wanted, got in zip(gradients, new_gradients):
         assert (got is None) == (wanted is None), "gradient flow changed"
         if wanted is not None:
-            assert_same(got, wanted)
+            assert_same(got, wanted, tolerance)
     return list(rewrite_log().records)
 
 
-def check_dora(spec: Spec, tally: Counter[str]) -> None:
-    records = check(spec)
+@dataclass
+class Report:
+    """What became of the programs of a run."""
+
+    wrong: int = 0
+    """Programs whose rewrite has another value or gradient; hypothesis runs more of them to find a small one, and fails."""
+    counts: Counter[str] = field(default_factory=Counter)
+    misses: list[str] = field(default_factory=list)
+
+    @property
+    def recall(self) -> float:
+        """Rewritten whole, among the unbroken programs that no cost model decided against."""
+        return self.counts["whole"] / max(self.counts["whole"] + self.counts["missed"], 1)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} {name}" for name, count in self.counts.items())
+        lines = [f"{self.counts.total() + self.wrong} programs, {self.wrong} wrong rewrites: {counts}"]
+        if self.counts["whole"]:
+            lines.append(f"recall {self.recall:.2%}, {len(self.misses)} missed")
+        return "\n".join([*lines, *self.misses])
+
+
+def checked(spec: Spec, report: Report) -> list[dorafx.Record]:
+    try:
+        return check(spec)
+    except AssertionError:
+        report.wrong += 1
+        raise
+
+
+def check_dora(spec: Spec, report: Report) -> None:
+    records = checked(spec, report)
     # A flattened matrix with a side of one is a vector by its shape; nothing else may be passed over in silence.
-    assert records or 1 in (spec.d_out, spec.d_in) or is_taken_apart(spec), "passed over in silence"
+    assert records or 1 in (spec.d_out, spec.d_in), "passed over in silence"
     assert not any("internal failure" in r.reason for r in records), records[0].reason
-    whole = any(r.rewritten and r.pattern in ("linear", "linear_columns") for r in records)
+    whole = any(r.rewritten and r.pattern in FORMS for r in records)
     assert whole or all(r.reason for r in records)
-    if is_recognised(spec):
-        # A merged weight that is cheaper as it is stays, and the record says by how much.
-        decided = any(r.decision for r in records)
-        tally["rewritten" if whole else "merged is cheaper" if decided else "in part or missed"] += 1
+    if whole:
+        report.counts["whole"] += 1
+    elif any(r.decision for r in records):
+        report.counts["merged weight is cheaper"] += 1
+    elif not is_recognised(spec):
+        report.counts["of one row, column or token, in part"] += 1
+    else:
+        report.counts["missed"] += 1
+        report.misses.append(f"{spec}: {[r.reason for r in records]}")
 
 
-def check_perturbed(spec: Spec, tally: Counter[str]) -> None:
-    records = check(spec)
+def check_perturbed(spec: Spec, report: Report) -> None:
+    records = checked(spec, report)
     assert not any("internal failure" in r.reason for r in records)
-    tally["rewritten in its sound part" if any(r.rewritten for r in records) else "left alone"] += 1
+    report.counts["rewritten in its sound part" if any(r.rewritten for r in records) else "left alone"] += 1
+
+
+def fuzz(amount: settings, perturbed: bool) -> Report:
+    report = Report()
+
+    @amount
+    @given(specs(perturbed=perturbed))
+    def run(spec: Spec) -> None:
+        (check_perturbed if perturbed else check_dora)(spec, report)
+
+    try:
+        run()
+    finally:
+        print(f"\n{report}")
+    return report
 
 
 def test_programs_of_large_numbers() -> None:
@@ -134,54 +188,20 @@ def test_programs_of_large_numbers() -> None:
 
 
 def test_dora_in_any_spelling() -> None:
-    tally: Counter[str] = Counter()
-
-    @QUICK
-    @given(specs(perturbed=False))
-    def fuzz(spec: Spec) -> None:
-        check_dora(spec, tally)
-
-    fuzz()
-    print(f"\n{tally}")
-    assert tally["in part or missed"] <= 0.01 * tally.total(), tally
+    assert fuzz(QUICK, perturbed=False).recall >= 0.99
 
 
 def test_programs_that_are_not_dora() -> None:
-    tally: Counter[str] = Counter()
-
-    @QUICK
-    @given(specs(perturbed=True))
-    def fuzz(spec: Spec) -> None:
-        check_perturbed(spec, tally)
-
-    fuzz()
-    print(f"\n{tally}")
+    fuzz(QUICK, perturbed=True)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_many_in_any_spelling() -> None:
-    tally: Counter[str] = Counter()
-
-    @LONG
-    @given(specs(perturbed=False))
-    def fuzz(spec: Spec) -> None:
-        check_dora(spec, tally)
-
-    fuzz()
-    print(f"\n{tally}")
-    assert tally["in part or missed"] <= 0.01 * tally.total(), tally
+    assert fuzz(LONG, perturbed=False).recall >= 0.99
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_many_that_are_not_dora() -> None:
-    tally: Counter[str] = Counter()
-
-    @LONG
-    @given(specs(perturbed=True))
-    def fuzz(spec: Spec) -> None:
-        check_perturbed(spec, tally)
-
-    fuzz()
-    print(f"\n{tally}")
+    fuzz(LONG, perturbed=True)

@@ -215,6 +215,80 @@ def kronecker_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
 
 
+def _merged(p: Layer, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
+
+
+@negative([], "")
+def norm_from_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Without the norm nothing dense is formed, and nothing is left to save."""
+    return p.m / p.b.abs() * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator kron at")
+def kronecker_delta_of_parameters(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _merged(p, x, torch.kron(p.A[:2, :3], p.B[:5, :1].expand(5, 4)))
+
+
+@negative(["missed"], "operator scatter at")
+def sparse_delta_by_scatter(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    flat = torch.zeros(120, dtype=x.dtype).scatter(0, torch.arange(0, 120, 7), p.A.reshape(-1)[:18])
+    return _merged(p, x, flat.view(10, 12))
+
+
+@negative(["missed"], "is written in place, and no product of factors")
+def sparse_delta_by_assignment(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    delta = torch.zeros(10, 12, dtype=x.dtype)
+    delta[[0, 3, 5], [1, 2, 3]] = p.A[0, :3]
+    return _merged(p, x, delta)
+
+
+@negative(["missed"], "operator fft_ifft2 at")
+def delta_of_few_frequencies(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    at = torch.tensor([0, 3, 5]), torch.tensor([1, 2, 3])
+    return _merged(p, x, torch.fft.ifft2(torch.zeros(10, 12, dtype=x.dtype).index_put(at, p.A[0, :3])).real)
+
+
+@negative(["missed"], "which is all that a factored norm serves")
+def repeated_block(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _merged(p, x, p.B2[:5].repeat(2, 6))
+
+
+@negative(["missed"], "is another for each token (its shape is [2, 5, 10, 12])")
+def delta_routed_by_token(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    gates = torch.softmax(F.linear(x, p.A), -1)
+    weights = p.W + torch.einsum("btr,or,ri->btoi", gates, p.B, p.A)
+    return p.m / weights.norm(dim=-1) * torch.einsum("btoi,bti->bto", weights, x)
+
+
+@negative(["linear"], "")
+def delta_routed_by_batch(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Gates that all tokens share are scalings like any other: one delta, computed anew for each batch."""
+    gates = torch.softmax(F.linear(x, p.A).mean((0, 1)), -1)
+    second = F.linear(F.linear(x, p.A2), p.B2)
+    n = (p.W + gates[0] * (p.B @ p.A) + gates[1] * (p.B2 @ p.A2)).norm(dim=1)
+    return p.m / n * (F.linear(x, p.W) + gates[0] * lora(p, x) + gates[1] * second)
+
+
+@negative(["missed"], "operator to at")
+def integer_weights(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    rounded = (p.W * 100).to(torch.int64) + (100 * (p.B @ p.A).detach()).to(torch.int64)
+    return p.m / rounded.to(x.dtype).norm(dim=1) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator abs at")
+def complex_weights(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    delta = p.B @ p.A
+    adapted = torch.complex(p.W, p.W) + torch.complex(delta, delta)
+    return p.m / adapted.abs().pow(2).sum(1).sqrt() * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator where at")
+def norm_replaced_where_it_is_zero(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return p.m / torch.where(n == 0, torch.ones_like(n), n) * (F.linear(x, p.W) + lora(p, x))
+
+
 @negative(["missed"], "operator threshold")
 def sparse_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     delta = F.threshold(p.B @ p.A, 0.05, 0.0)

@@ -183,6 +183,32 @@ def baddbmm_free_sum(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, adapted * (p.m / torch.linalg.norm(adapted, ord=2, dim=-1)).view(-1, 1))
 
 
+@wide
+def batched_product_of_one(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * torch.bmm(p.B[None], p.A.unsqueeze(0)).squeeze(0)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def scaled_within_one_einsum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.einsum("o,or,r,ri->oi", p.b, p.B, p.d, p.A)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + torch.einsum("bti,ri,r,or,o->bto", x, p.A, p.d, p.B, p.b))
+
+
+@wide
+def inner_and_tensordot(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * torch.tensordot(p.B, p.A, dims=1)).norm(dim=1)
+    low = torch.tensordot(torch.inner(x, p.A), p.B, dims=([2], [1]))
+    return (p.m / n) * (torch.inner(x, p.W) + S * low)
+
+
+@wide
+def middle_matrix_as_in_tucker(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    middle = p.A2[:, :3].T @ p.B2[:3].T
+    n = (p.W + torch.linalg.multi_dot([p.B, middle, p.A])).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + x @ p.A.T @ middle.T @ p.B.T)
+
+
 # -- compositions -----------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +246,16 @@ def dropout_correction(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def biased_base_of_the_dropped_input(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """The bias enters twice, and somebody else reads the product with it."""
+    dropped = x * (x.detach() > 0)
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    base = F.linear(dropped, p.W, p.bias)
+    y = F.linear(x, p.W, p.bias) + (g - 1) * base + g * S * lora(p, dropped)
+    return torch.relu(y) + base.sin()
+
+
+@wide
 def adapter_dropped_afterwards(p: Layer, x: torch.Tensor) -> torch.Tensor:
     g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
     low = lora(p, x)
@@ -241,10 +277,26 @@ def bias_added_in_place(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def magnitude_relative_to_the_weights_own_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """One scaling with two norms in it, of which only one is DoRA's."""
+    own = (p.W.pow(2).sum(1) + 1e-6).sqrt() * (1 + p.m)
+    return own / (p.W + S * (p.B @ p.A)).norm(dim=1) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
 def two_layers_share_the_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
     first = (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * (F.linear(x, p.W) + S * lora(p, x))
     second = F.linear(F.linear(x, p.A2), p.B2)
     return first + (p.b / (p.W + p.B2 @ p.A2).norm(dim=1)) * (F.linear(x, p.W) + second)
+
+
+@wide
+def two_layers_share_a_factor_and_their_input(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    other = p.W.flip(0)
+    low = F.linear(x, p.A)
+    first = (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * (F.linear(x, p.W) + S * F.linear(low, p.B))
+    up = p.B.roll(1, 0)
+    return first + (p.b / (other + up @ p.A).norm(dim=1)) * (F.linear(x, other) + F.linear(low, up))
 
 
 @wide

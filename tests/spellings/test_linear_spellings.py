@@ -18,7 +18,9 @@ FORMS = {
     "normalize_by_column": ["linear_columns"],
     "dropout_correction": ["linear_dropout"],
     "another_input_for_each_branch": ["linear_dropout"],
+    "biased_base_of_the_dropped_input": ["linear_dropout"],
     "rows_and_columns": ["linear", "linear"],
+    "two_layers_share_a_factor_and_their_input": ["linear", "linear"],
     "two_layers_share_the_weight": ["linear", "linear"],
 }
 

@@ -2,4 +2,16 @@
 
 from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products
 
-__all__ = ["arithmetic", "convolutions", "einsum", "elementwise", "indexing", "layout", "norms", "products"]
+from . import rearranged  # isort: skip  (the last: it adds to what the others do)
+
+__all__ = [
+    "arithmetic",
+    "convolutions",
+    "einsum",
+    "elementwise",
+    "indexing",
+    "layout",
+    "norms",
+    "products",
+    "rearranged",
+]

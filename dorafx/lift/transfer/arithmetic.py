@@ -45,10 +45,11 @@ def same_shape(s: Shape | None, t: Shape | None) -> bool:
     """Equal sizes without a guard: ints compare, symbols must be the same expression."""
     if s is None or t is None or len(s) != len(t):
         return False
-    return all(_same_size(p, q) for p, q in zip(s, t))
+    return all(same_size(p, q) for p, q in zip(s, t))
 
 
-def _same_size(a: Any, b: Any) -> bool:
+def same_size(a: Any, b: Any) -> bool:
+    """Equal without a guard."""
     return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
@@ -61,7 +62,7 @@ def _broadcast(s: Shape | None, t: Shape | None) -> Shape | None:
     t = (1,) * (len(s) - len(t)) + t
     out = []
     for p, q in zip(s, t):
-        if _same_size(p, q) or (isinstance(q, int) and q == 1):
+        if same_size(p, q) or (isinstance(q, int) and q == 1):
             out.append(p)
         elif isinstance(p, int) and p == 1:
             out.append(q)
@@ -73,7 +74,7 @@ def _broadcast(s: Shape | None, t: Shape | None) -> Shape | None:
 def _spans(vector: Operand, matrix: Operand, axis: int) -> bool:
     """Whether a vector has as many entries as the matrix has along the axis (not one that is broadcast)."""
     v, m = vector.shape, matrix.shape
-    return v is not None and m is not None and len(v) >= -axis and len(m) >= -axis and _same_size(v[axis], m[axis])
+    return v is not None and m is not None and len(v) >= -axis and len(m) >= -axis and same_size(v[axis], m[axis])
 
 
 def _made(value: Value | None, a: Operand, b: Operand) -> Operand:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -28,6 +29,11 @@ def einsum(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if any(len(set(s)) != len(s) for s in (*subscripts, result)):
         return None  # a diagonal
+    return by_letters(lift, subscripts, result, operands)
+
+
+def by_letters(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
+    """The term of an ``einsum``: subscripts of each operand and of the result, an ellipsis as one letter."""
     if len(operands) == 2:
         special = _squared_sum(lift, subscripts, result, operands) or _vectors(lift, subscripts, result, operands)
         if special is not None:
@@ -35,7 +41,7 @@ def einsum(lift: Lifter, node: fx.Node) -> Value | None:
     return _chain(lift, subscripts, result, operands)
 
 
-def _squared_sum(lift: Lifter, subscripts: list[str], result: str, operands: tuple[Any, ...]) -> Value | None:
+def _squared_sum(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
     """``oi,oi->o``: the squared norms of rows; ``oi,oi->i`` of columns."""
     left, right = (lift.matrix(o) for o in operands)
     if subscripts[0] != subscripts[1] or len(subscripts[0]) != 2 or _ELLIPSIS in subscripts[0] or len(result) != 1:
@@ -48,8 +54,8 @@ def _squared_sum(lift: Lifter, subscripts: list[str], result: str, operands: tup
     return VectorValue(Poly.var(lift.intern(info)), -1)
 
 
-def _vectors(lift: Lifter, subscripts: list[str], result: str, operands: tuple[Any, ...]) -> Value | None:
-    """``o,i->oi``: a product of rank one; ``oi,o->oi`` and ``oi,i->oi``: a matrix scaled."""
+def _vectors(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
+    """``o,i->oi``: a product of rank one."""
     if len(result) < 2:
         return None
     first, second = (lift.value(o) for o in operands)
@@ -58,36 +64,31 @@ def _vectors(lift: Lifter, subscripts: list[str], result: str, operands: tuple[A
         column, row = (by_letter.get(letter) for letter in result)
         if isinstance(column, VectorValue) and isinstance(row, VectorValue):
             return outer_product(column.poly, row.poly)
-        return None
-    matrix, vector, letters, along = (first, second, *subscripts)
-    if isinstance(first, VectorValue):
-        matrix, vector, letters, along = second, first, subscripts[1], subscripts[0]
-    if not isinstance(matrix, MatrixValue) or matrix.squared or not isinstance(vector, VectorValue):
-        return None
-    if letters != result or len(along) != 1 or along == _ELLIPSIS:
-        return None
-    if along == letters[-1]:
-        return MatrixValue(matrix.expr.right_diag(vector.poly))
-    if len(letters) == 2 and letters[0] != _ELLIPSIS and along == letters[0]:
-        return MatrixValue(matrix.expr.left_diag(vector.poly))
     return None
 
 
-def _chain(lift: Lifter, subscripts: list[str], result: str, operands: tuple[Any, ...]) -> Value | None:
+def _chain(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
     """A product of matrices, found as a path: each operand leads from one letter to another, a letter that two operands
-    share is summed over, and the path leads from the result's rows to its columns. All leading letters together are rows."""
+    share is summed over, and the path leads from the result's rows to its columns. All leading letters together are rows. An operand of
+    one letter is a diagonal on the path: ``or,r,ri->oi``."""
     if len(result) < 2:
         return None
     rows, column = result[:-1], result[-1]
-    ends = []
-    for letters in subscripts:
+    diagonals: dict[str, Poly] = {}
+    matrices, ends = [], []
+    for letters, operand in zip(subscripts, operands):
         if len(letters) < 2:
-            return None
+            vector = lift.vector(operand)
+            if not isinstance(vector, VectorValue) or letters in ("", _ELLIPSIS):
+                return None
+            diagonals[letters] = diagonals[letters] * vector.poly if letters in diagonals else vector.poly
+            continue
         # Only the operand that brings the result's leading letters may have more than two.
         head = letters[:-1] if letters[:-1] == rows or len(letters) == 2 else None
         if head is None or (head == _ELLIPSIS and head != rows):
             return None
         ends.append((head, letters[-1]))
+        matrices.append(operand)
     counts: dict[str, int] = {}
     for start, end in ends:
         counts[start] = counts.get(start, 0) + 1
@@ -96,18 +97,25 @@ def _chain(lift: Lifter, subscripts: list[str], result: str, operands: tuple[Any
         return None
     if any(count != 2 for letter, count in counts.items() if letter not in (rows, column)):
         return None
+    if any(letter not in counts for letter in diagonals):
+        return None
     product: Expr | None = None
-    at, left = rows, list(range(len(operands)))
+    at, left = rows, list(range(len(matrices)))
     while left:
         step = next(((i, ends[i][0] == at) for i in left if at in ends[i]), None)
         if step is None:
             return None
         index, forward = step
         left.remove(index)
-        factor = lift.operand(operands[index], weight=product is not None)
-        if factor is None:
+        factor = lift.operand(matrices[index], weight=product is not None)
+        tensor = tensor_of(matrices[index])
+        if factor is None or tensor is None or (product is not None and tensor.dim() != 2):
             return None
         factor = factor if forward else factor.transposed()
+        if at in diagonals:
+            factor = factor.left_diag(diagonals[at])
         product = factor if product is None else product @ factor
         at = ends[index][1] if forward else ends[index][0]
-    return MatrixValue(product) if product is not None and at == column else None
+    if product is None or at != column:
+        return None
+    return MatrixValue(product.right_diag(diagonals[column]) if column in diagonals else product)

@@ -17,9 +17,14 @@ def getitem(lift: Lifter, node: fx.Node) -> Value | None:
     source, index = node.args[0], node.args[1]
     if isinstance(source, fx.Node) and lift.name_of(source) == "weight_norm_interface" and index == 0:
         return lift.values.get(source)
-    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     # The axes of what is left are in their order, so the result is a view with additional axes of size one.
-    return view(lift, node) if all(i is None or i is Ellipsis or i == slice(None) for i in items) else None
+    return view(lift, node) if takes_everything(index) else None
+
+
+def takes_everything(index: Any) -> bool:
+    """Whether an index only adds axes."""
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or i == slice(None) for i in items)
 
 
 @transfer("slice")

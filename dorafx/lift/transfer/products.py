@@ -103,9 +103,26 @@ def embedding(lift: Lifter, node: fx.Node) -> Value | None:
     return MatrixValue(rows @ weight)
 
 
+@transfer("tensordot")
+def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
+    """A product over the last axis of the first operand, and one of a matrix."""
+    args = arguments(node, "a", "b", "dims")
+    dims, left, right = args.get("dims", 2), tensor_of(args.get("a")), tensor_of(args.get("b"))
+    if isinstance(dims, int) and not isinstance(dims, bool):
+        dims = ([-1], [0]) if dims == 1 else ((), ())
+    if left is None or right is None or right.dim() != 2 or [len(d) for d in dims] != [1, 1] or left.dim() < 2:
+        return None
+    (first,), (second,) = dims
+    if not isinstance(first, int) or not isinstance(second, int) or first % left.dim() != left.dim() - 1:
+        return None
+    product = _product(lift, node, args["a"], args["b"], second % 2 == 1)
+    return MatrixValue(product) if product is not None else None
+
+
 @transfer("multi_dot")
 def multi_dot(lift: Lifter, node: fx.Node) -> Value | None:
-    operands = [lift.operand(a) for a in node.args[0]]  # type: ignore[union-attr]
+    listed = len(node.args) == 1 and isinstance(node.args[0], (list, tuple))
+    operands = [lift.operand(a) for a in (node.args[0] if listed else node.args)]  # type: ignore[union-attr]
     product: Expr | None = operands[0]
     for operand in operands[1:]:
         if product is None or operand is None:

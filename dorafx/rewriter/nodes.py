@@ -1,0 +1,90 @@
+"""New nodes in a copy of a graph, with the provenance and the fake values that a tracer would have given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+from dorafx.lift import Atom, Lifter, tensor_of
+
+from .shapes import of_mode
+
+__all__ = ["CannotEmit", "NodeEmitter"]
+
+
+class CannotEmit(Exception):
+    """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.
+
+    Attributes:
+        site: the original node whose replacement failed.
+    """
+
+    site: fx.Node | None = None
+
+
+class NodeEmitter:
+    """Makes nodes at a site of a copied graph, and reads the original's there.
+
+    Args:
+        lift: the terms of the original graph.
+        graph: the copy.
+        copied: original node -> its node in the copy; a rewritten node maps to its replacement.
+    """
+
+    def __init__(self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node]) -> None:
+        self.lift = lift
+        self.graph = graph
+        self.copied = copied
+        self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
+        self.site: fx.Node | None = None
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        return self._created(self.graph.call_function(target, args, kwargs), target)
+
+    def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
+        return self._created(self.graph.call_method(name, args, kwargs), getattr(torch.Tensor, name))
+
+    def _created(self, node: fx.Node, target: Callable[..., Any]) -> fx.Node:
+        """Give a new node the provenance of the site and a fake value, as a tracer would have."""
+        assert self.site is not None
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
+            if key in self.site.meta:
+                node.meta[key] = self.site.meta[key]
+        slot = "example_value" if "example_value" in self.site.meta else "val"
+        args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
+        mode = _compat.fake_mode_of(self.site.meta.get(slot))
+        if mode is not None:
+            with mode:
+                args = fx.node.map_aggregate(args, lambda value: of_mode(value, mode))
+                node.meta[slot] = target(*args[0], **args[1])
+        return node
+
+    def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:
+        """The copy of an original node, for reading at the site."""
+        assert self.site is not None
+        if node in self.lift.written:
+            raise CannotEmit(f"{node.name} is written in place, so it cannot be read again")
+        if self.order[node] >= self.order[self.site]:
+            raise CannotEmit(f"{node.name} is computed after {self.site.name}")
+        copy = self.copied[node]
+        return self.method("detach", copy) if detached else copy
+
+    def atom(self, atom: Atom) -> fx.Node:
+        info = self.lift.atom_of(atom)
+        if info.node is None or info.kind == "channels":
+            raise CannotEmit("a factor of the product is no value of the graph")
+        made = self.operand(info.node, atom.detached)
+        return self.method("flatten", made, 1) if info.kind == "filter" else made
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        value = tensor_of(node)
+        if value is None:
+            raise CannotEmit(f"{node.name} carries no shape")
+        return value
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return node if self.tensor(node).dtype == dtype else self.method("to", node, dtype)
