@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-__all__ = ["POLYFILLS", "Polyfill", "make_cache_clear", "make_dequantize_module_weight", "make_transpose"]
+__all__ = [
+    "POLYFILLS",
+    "Polyfill",
+    "make_cache_clear",
+    "make_dequantize_bnb_weight",
+    "make_dequantize_module_weight",
+    "make_transpose",
+]
 
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
@@ -24,6 +31,11 @@ def _from_torchao(kind: type) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _from_bitsandbytes(kind: type) -> bool:
     return kind.__name__ in _BITSANDBYTES
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_4bit(kind: type) -> bool:
+    return kind.__name__ == "Params4bit"
 
 
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +69,32 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
         return dense
 
     return dequantize_module_weight
+
+
+def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A traceable ``dequantize_bnb_weight(weight, state)``, which the original is not for asking an instance for its class.
+
+    PEFT before 0.18 moves a weight that is on the CPU to a GPU for the time of its dequantisation, since bitsandbytes could not
+    do it on the CPU then; now it can, and the values are the same.
+    """
+    assert isinstance(original, types.FunctionType)
+    untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
+
+    def dequantize_bnb_weight(weight: Any, state: Any = None) -> Any:
+        import bitsandbytes as bnb
+
+        if _is_4bit(type(weight)):
+            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        if state is None:
+            return untouched(weight, state)  # raises, with the original's words
+        if state.SCB is None:
+            state.SCB = weight.SCB
+        scale = state.SCB.to(weight.device)
+        if hasattr(bnb.functional, "int8_vectorwise_dequant"):
+            return bnb.functional.int8_vectorwise_dequant(weight.data, scale)
+        return weight.data * scale.view(-1, 1) * 7.874015718698502e-3
+
+    return dequantize_bnb_weight
 
 
 def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +161,17 @@ POLYFILLS = (
         "dequantize_module_weight",
         make_dequantize_module_weight,
         {"1bec147cb50d62b8": "0.15 to 0.21"},
+    ),
+    Polyfill(
+        "peft.utils.integrations",
+        "dequantize_bnb_weight",
+        make_dequantize_bnb_weight,
+        {
+            "f8c45277a3d0c206": "0.15 to 0.17",
+            "57d44fd37fc88557": "0.18 and 0.19",
+            "975517acf78e0165": "0.20",
+            "8b7db7714a882345": "0.21",
+        },
     ),
     Polyfill("peft.utils.other", "transpose", make_transpose, {"0606d9163b2dd344": "0.15 to 0.21"}),
     Polyfill(
