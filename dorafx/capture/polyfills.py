@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+import dorafx.ops  # noqa: F401  (registers the operator that stands for HQQ's dequantisation)
+
 __all__ = [
     "POLYFILLS",
     "Polyfill",
@@ -19,6 +21,7 @@ __all__ = [
     "make_transpose",
 ]
 
+_HQQ_PACKINGS = {"8bit_u8": "hqq8", "4bit_u8": "hqq4", "2bit_u8": "hqq2", "1bit_u8": "hqq1"}
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
@@ -38,6 +41,25 @@ def _is_4bit(kind: type) -> bool:
     return kind.__name__ == "Params4bit"
 
 
+def _dequantize_hqq(module: Any) -> torch.Tensor:
+    """``HQQLinear.dequantize()``, as one operator where it is one of codes of a power of two bits and of scales that are not
+    themselves quantised."""
+    meta = module.meta
+    packing = _HQQ_PACKINGS.get(meta["packing"] or "", "")
+    plain = not (meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"] or "zero_scale" in meta)
+    if not packing or not plain or meta["group_size"] is None:
+        return module.dequantize()  # type: ignore[no-any-return]
+    return torch.ops.dorafx.dequantize.default(  # type: ignore[no-any-return]
+        module.W_q,
+        meta["scale"],
+        meta["zero"],
+        packing,
+        meta["shape"],
+        meta["group_size"],
+        meta["compute_dtype"] if "compute_dtype" in meta else torch.float16,
+    )
+
+
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``dequantize_module_weight(module)``.
 
@@ -52,7 +74,7 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
 
     def dequantize_module_weight(module: torch.nn.Module) -> Any:
         if hasattr(module, "W_q"):
-            return module.dequantize()  # type: ignore[operator]
+            return _dequantize_hqq(module)
         weight: Any = module.weight
         if _from_torchao(type(weight)):
             return weight.dequantize()
@@ -90,9 +112,12 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
         if state.SCB is None:
             state.SCB = weight.SCB
         scale = state.SCB.to(weight.device)
+        # A forward of the base layer has made the weight's data the memory of these codes: the same values, but the graph knows
+        # that nobody writes them.
+        codes = weight.data if state.CB is None else state.CB
         if hasattr(bnb.functional, "int8_vectorwise_dequant"):
-            return bnb.functional.int8_vectorwise_dequant(weight.data, scale)
-        return weight.data * scale.view(-1, 1) * 7.874015718698502e-3
+            return bnb.functional.int8_vectorwise_dequant(codes, scale)
+        return codes * scale.view(-1, 1) * 7.874015718698502e-3
 
     return dequantize_bnb_weight
 

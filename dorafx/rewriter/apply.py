@@ -14,8 +14,8 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
-from .norm_operands import norm_operands
-from .prologue import SITE
+from .norm_operands import factor_operands, packed_operands, weight_operand
+from .prologue import DENSE, SITE
 
 __all__ = ["apply_plan"]
 
@@ -34,8 +34,18 @@ class _Norms:
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
-    weight, left, right, scale = norm_operands(emit, norm.factors)
-    n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+    if norm.packed is None:
+        weight = weight_operand(emit, norm.factors)
+        operands = factor_operands(emit, norm.factors)
+        n = emit.call(torch.ops.dorafx.row_norm.default, weight, *operands, norm.algorithm)
+    else:
+        w = norm.packed
+        packed = packed_operands(emit, w)
+        operands = factor_operands(emit, norm.factors)
+        n = emit.call(
+            torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
+        )
+        n.meta[DENSE] = emit.lift.atom_of(norm.factors.dense_atom).node
     n.meta[SITE] = site
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))

@@ -10,6 +10,7 @@ from torch import fx
 
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono
+from dorafx.lift.quantized import is_torchao
 from dorafx.match import Part
 
 __all__ = ["CannotEmit", "Emitter"]
@@ -101,6 +102,8 @@ class Emitter:
         if info.node is None or info.kind == "channels":
             raise CannotEmit("a factor of the product is no value of the graph")
         made = self.operand(info.node, atom.detached)
+        if is_torchao(tensor_of(info.node)):
+            made = self.method("dequantize", made)
         return self.method("flatten", made, 1) if info.kind == "filter" else made
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
@@ -286,7 +289,7 @@ class Emitter:
         """The base product and the bias that remains to be added after the scaling.
 
         A base product that the graph only has with its bias is made again without it where the biased one then dies;
-        where somebody else reads the biased one, it is reused and ``g ⊙ b`` is taken off the bias.
+        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is taken off the bias.
         """
         existing = self._existing(Expr.chain(core))
         gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]
@@ -295,7 +298,7 @@ class Emitter:
                 return self.copied[gemm.node], bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
-            if vector is not None and not self._dies(gemm.node):
+            if vector is not None and (self._unreadable(gemm) or not self._dies(gemm.node)):
                 return self.copied[gemm.node], bias + (vector.poly * scaling).scaled(-1.0)
             if vector is not None and bias == vector.poly * scaling:
                 return self.copied[gemm.node], Poly(())
@@ -304,6 +307,9 @@ class Emitter:
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
+
+    def _unreadable(self, gemm: Gemm) -> bool:
+        return not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
 
     def _dies(self, node: fx.Node, depth: int = 12) -> bool:
         """Whether every use of an original node lies on the way to the site."""

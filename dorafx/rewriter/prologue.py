@@ -16,16 +16,22 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx.lift import tensor_of
+from dorafx.lift.quantized import is_torchao
+from dorafx.lift.targets import canonical_name
 
-__all__ = ["SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
+__all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
 # On a norm's node: the name of the module in the log's record of it.
 SITE = "dorafx_site"
+# On the node of a quantised weight's norm: the original graph's node that holds the weight as it multiplies.
+DENSE = "dorafx_dense"
+
+_NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
 
 # What may stand between a parameter and the norm in the prologue: pure, and without gradients of its own there.
 _FUNCTIONS = frozenset(
     (
-        torch.ops.dorafx.row_norm.default,
+        *_NORMS,
         torch.add,
         torch.cat,
         torch.clamp_min,
@@ -100,7 +106,7 @@ def norms_inside(gm: fx.GraphModule) -> set[str]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch.ops.dorafx.row_norm.default
+    return node.op == "call_function" and node.target in _NORMS
 
 
 def _closure(node: fx.Node) -> list[fx.Node] | None:
@@ -123,8 +129,13 @@ def _closure(node: fx.Node) -> list[fx.Node] | None:
 
 def _may_leave(node: fx.Node) -> bool:
     if node.op == "call_function":
-        return node.target in _FUNCTIONS
+        # The scales of a scale (double quantisation), and a tensor subclass's parts.
+        return node.target in _FUNCTIONS or canonical_name(node) == "dequantize" or _is_part(node)
     return node.op == "call_method" and node.target in _METHODS
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is getattr and is_torchao(tensor_of(node.args[0]))
 
 
 def _needs_gradient(norm: fx.Node) -> bool:

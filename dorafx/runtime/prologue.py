@@ -16,6 +16,7 @@ from .store import NormStore, norm_store
 
 __all__ = ["with_prologue"]
 
+_row_norm = torch.ops.dorafx.row_norm.default
 _row_norms = torch.ops.dorafx.row_norms.default
 
 
@@ -87,6 +88,8 @@ class _Recipe:
     scale: float
     algorithm: str
     frozen: tuple[int, bool] | None
+    whole: Callable[..., torch.Tensor] | None = None
+    """Computes the norm of a quantised weight, whose operator has other operands."""
 
 
 _RECIPES: dict[str, _Recipe] = {}
@@ -99,6 +102,11 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
         made: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(norm.graph, made)
         assert isinstance(output, fx.Node)  # the norm's graph ends with the operator
+        if output.target is not _row_norm:
+            graph.output(output)
+            whole = fx.GraphModule(torch.nn.Module(), graph).forward
+            _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole)
+            return _RECIPES[norm.signature]
         weight, left, right, scale, *algorithm = output.args
         graph.output((weight, left, right))
         graph.erase_node(output)
@@ -121,8 +129,11 @@ def _compute(norms: Sequence[tuple[_Recipe, list[torch.Tensor]]], squares: NormS
     """
     found: list[Any] = [None] * len(norms)
     with torch.inference_mode(False), torch.no_grad():
-        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _ in norms):
-            group = [i for i, (recipe, _) in enumerate(norms) if recipe.algorithm == algorithm]
+        for i, (recipe, inputs) in enumerate(norms):
+            if recipe.whole is not None:
+                found[i] = recipe.whole(*inputs)
+        for algorithm in dict.fromkeys(recipe.algorithm for recipe, _ in norms if recipe.whole is None):
+            group = [i for i, (recipe, _) in enumerate(norms) if recipe.whole is None and recipe.algorithm == algorithm]
             operands = [norms[i][0].operands(*norms[i][1]) for i in group]
             scales = [norms[i][0].scale for i in group]
             kept = [_squares(*norms[i], squares) if algorithm == "factored" else None for i in group]

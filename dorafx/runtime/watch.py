@@ -111,4 +111,11 @@ def _of(buffer: Any, size: int) -> memoryview[int]:
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether changes of these show: tensors made under inference mode count no versions, and the memory of a subclass may
     be anywhere."""
-    return not any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    return not any(t.is_inference() or not _own_memory(type(t)) for t in tensors)
+
+
+def _own_memory(kind: type) -> bool:
+    """Whether a tensor of this class is its own storage: bitsandbytes' parameters only carry attributes besides."""
+    if kind.__module__.startswith("bitsandbytes."):
+        return kind.__name__ in ("Params4bit", "Int8Params")
+    return kind in (torch.Tensor, torch.nn.Parameter)

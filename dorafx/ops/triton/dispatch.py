@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from dorafx.ops import norm
+from dorafx.ops import norm, quantized
 
-__all__ = ["available", "row_norm", "row_norms", "takes"]
+__all__ = ["available", "row_norm", "row_norm_quantized", "row_norms", "takes"]
 
 
 @functools.cache
@@ -66,6 +66,29 @@ def row_norms(
         for i, value in zip(members, found):
             norms[i] = value
     return norms
+
+
+def row_norm_quantized(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See :func:`dorafx.ops.quantized.row_norm_quantized`."""
+    weight = quantized.Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    quantized.check_operands(weight, left, right)
+    if available() and takes(left, right):
+        from .quantized import launch, serves
+
+        if serves(weight):
+            return launch(weight, left, right, scale)
+    return quantized.row_norm_quantized(packed, scales, zeros, left, right, scale, format, shape, group, dtype)
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
