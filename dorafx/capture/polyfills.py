@@ -41,6 +41,13 @@ def _is_4bit(kind: type) -> bool:
     return kind.__name__ == "Params4bit"
 
 
+def _dequantize_for_cpu(weight: Any) -> torch.Tensor:
+    state = weight.quant_state
+    return torch.ops.dorafx.dequantize.default(  # type: ignore[no-any-return]
+        weight.data, state.absmax, None, f"{state.quant_type}-cpu", state.shape, state.blocksize, state.dtype
+    )
+
+
 def _dequantize_hqq(module: Any) -> torch.Tensor:
     """``HQQLinear.dequantize()``, as one operator where it is one of codes of a power of two bits and of scales that are not
     themselves quantised."""
@@ -98,6 +105,9 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
 
     PEFT before 0.18 moves a weight that is on the CPU to a GPU for the time of its dequantisation, since bitsandbytes could not
     do it on the CPU then; now it can, and the values are the same.
+
+    In evaluation on a CPU with AVX512-BF16, bitsandbytes lays a weight out anew, and its own dequantisation then reads it in the
+    old order: eager PEFT gets a norm of scrambled weights, tracing an error. Here the values are those of the weight.
     """
     assert isinstance(original, types.FunctionType)
     untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
@@ -105,6 +115,8 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
     def dequantize_bnb_weight(weight: Any, state: Any = None) -> Any:
         import bitsandbytes as bnb
 
+        if _is_4bit(type(weight)) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return _dequantize_for_cpu(weight)
         if _is_4bit(type(weight)):
             return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         if state is None:

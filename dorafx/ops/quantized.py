@@ -6,6 +6,9 @@ A weight is ``packed`` (codes), ``scales`` and perhaps ``zeros``, in one of thes
 - ``"nf4"``, ``"fp4"``: bitsandbytes' 4-bit types. Two codes a byte, the first in the high half, in the order of the flattened
   weight; ``scales[k]`` (fp32) is the largest magnitude of the k-th ``group`` of elements. ``value = table[code] · scale`` in
   fp32 (QLoRA, arXiv:2305.14314, section 3, for NF4).
+- ``"nf4-cpu"``, ``"fp4-cpu"``: the same as bitsandbytes lays it out for inference on CPUs with AVX512-BF16. By 32 rows the
+  codes are ordered ``[d_in / 2, 32, 2]``; of 64 of these, the first 32 are the low halves of as many bytes. ``scales`` are
+  ``[d_in / group, d_out]`` in bf16.
 - ``"bnb8"``: bitsandbytes' 8-bit type. ``packed [d_out, d_in]`` int8, ``scales [d_out]``; ``value = code · scale / 127`` in fp32.
 - ``"affine"``: torchao's integers. ``packed [d_out, d_in]`` int8, ``scales`` and ``zeros`` ``[d_out, d_in / group]``;
   ``value = (code - zero) · scale`` in ``dtype``.
@@ -43,7 +46,8 @@ TABLES: dict[str, tuple[float, ...]] = {
     ),
 }  # fmt: skip
 _HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq2": 2, "hqq1": 1}
-FORMATS = (*TABLES, "bnb8", "affine", *_HQQ_BITS)
+_CPU_TABLES = {"nf4-cpu": "nf4", "fp4-cpu": "fp4"}
+FORMATS = (*TABLES, *_CPU_TABLES, "bnb8", "affine", *_HQQ_BITS)
 # A block of this many fp32 values, with its codes and what lies between, stays in the cache.
 _BLOCK_ELEMENTS = 1 << 18
 _BNB8 = 7.874015718698502e-3
@@ -89,6 +93,10 @@ def _check_sizes(w: Packed) -> None:
     (d_out, d_in), n = w.shape, w.numel
     if w.format in TABLES:
         wanted = {"bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()), "scales": (-(-n // w.group), w.scales.numel())}
+    elif w.format in _CPU_TABLES:
+        if d_out % 32 or d_in % w.group:
+            raise ValueError(f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}")
+        wanted = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
     elif w.format == "bnb8":
         wanted = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
     else:
@@ -123,6 +131,17 @@ def _four_bit(w: Packed, first: int, last: int) -> torch.Tensor:
         covering = scales[start // w.group : -(-end // w.group)].repeat_interleave(w.group)
         values.mul_(covering[start % w.group :][: end - start])
     return values.view(last - first, d_in).to(w.dtype)
+
+
+def _four_bit_cpu(w: Packed, first: int, last: int) -> torch.Tensor:
+    d_in = w.shape[1]
+    start, end = first // 32, -(-last // 32)
+    data = w.packed.reshape(-1)[start * 16 * d_in : end * 16 * d_in].view(-1, 32)
+    codes = torch.cat([data & 15, data >> 4], 1).view(end - start, d_in // 2, 32, 2).transpose(1, 2)
+    codes = codes.reshape(-1, d_in)[first - 32 * start : last - 32 * start].int()
+    values = _pairs(_CPU_TABLES[w.format], data.device)[:16, 1].index_select(0, codes.view(-1))
+    scales = w.scales.view(-1, w.shape[0])[:, first:last].t().to(torch.float32)
+    return values.view(last - first, -1, w.group).mul_(scales[:, :, None]).view(-1, d_in).to(w.dtype)
 
 
 def _bnb8(w: Packed, first: int, last: int) -> torch.Tensor:
@@ -162,6 +181,7 @@ def _hqq(w: Packed, first: int, last: int) -> torch.Tensor:
 
 _DEQUANTIZE: dict[str, Callable[[Packed, int, int], torch.Tensor]] = {
     **dict.fromkeys(TABLES, _four_bit),
+    **dict.fromkeys(_CPU_TABLES, _four_bit_cpu),
     "bnb8": _bnb8,
     "affine": _affine,
     **dict.fromkeys(_HQQ_BITS, _hqq),

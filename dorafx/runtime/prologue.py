@@ -13,6 +13,7 @@ from dorafx.ops.norm import row_squares
 from dorafx.rewriter import HoistedNorm
 
 from .store import NormStore, norm_store
+from .watch import parts
 
 __all__ = ["with_prologue"]
 
@@ -41,7 +42,7 @@ def with_prologue(
     if not norms:
         return compiled
     kept_in = norm_store() if store is None else store
-    prologue = [(i, norm.inputs, norm.signature) for i, norm in enumerate(norms)]
+    prologue = [(i, norm.inputs, norm.signature, _takes_apart(norm)) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
 
     def run(*args: Any) -> Any:
@@ -49,29 +50,35 @@ def with_prologue(
         may_reuse = reuse == "step" or (reuse == "auto" and few_tokens and not recording)
         values: list[Any] = [None] * len(prologue)
         missing = []
-        for i, inputs, signature in prologue:
+        for i, inputs, signature, takes_apart in prologue:
             tensors = [args[k] for k in inputs]
-            norm = kept_in.kept(signature, tensors) if may_reuse else None
+            watched = parts(tensors) if takes_apart else tensors
+            norm = kept_in.kept(signature, watched) if may_reuse else None
             if norm is None:
-                missing.append((i, tensors, signature))
+                missing.append((i, tensors, signature, watched))
             else:
                 values[i] = norm
         if missing:
             keeping = reuse == "step" or (reuse == "auto" and not recording)
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
-            observed = [kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature in missing]
+            observed = [kept_in.observe(signature, watched) if keeping else None for _, _, signature, watched in missing]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([(recipes[i], tensors) for i, tensors, _ in missing], squares)
-            for (i, tensors, signature), state, norm in zip(missing, observed, computed):
+            computed = _compute([(recipes[i], tensors) for i, tensors, *_ in missing], squares)
+            for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 kept_in.keep(state, norm)
                 if recording and not keeping:
                     # Whoever trains writes the parameters next, and not every optimizer can be seen doing it.
-                    kept_in.drop(signature, tensors, "a forward recorded gradients")
+                    kept_in.drop(signature, watched, "a forward recorded gradients")
         kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
         return compiled(*args, *values)
 
     return run
+
+
+def _takes_apart(norm: HoistedNorm) -> bool:
+    """Whether it reads what a tensor subclass is made of."""
+    return any(node.target is getattr for node in norm.graph.nodes)
 
 
 @dataclass(frozen=True)

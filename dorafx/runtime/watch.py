@@ -11,7 +11,7 @@ import torch
 
 from dorafx import _compat
 
-__all__ = ["SAMPLES", "TensorState", "watchable"]
+__all__ = ["SAMPLES", "TensorState", "parts", "watchable"]
 
 SAMPLES = 8
 
@@ -106,6 +106,17 @@ def _memory(address: int, count: int, size: int) -> memoryview[int]:
 
 def _of(buffer: Any, size: int) -> memoryview[int]:
     return memoryview(buffer).cast("B").cast(_INTEGERS[size])
+
+
+def parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
+    found: list[torch.Tensor] = []
+    for tensor in tensors:
+        if _compat.is_wrapper(tensor):
+            found.extend(parts(_compat.wrapped(tensor)))
+        else:
+            found.append(tensor)
+    return found
 
 
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:

@@ -11,14 +11,14 @@ from torch import nn
 __all__ = ["FORMATS", "Block", "quantized", "steps"]
 
 FORMATS = {
-    "nf4": ("nf4", 1e-6),
-    "nf4 double": ("nf4", 1e-6),
-    "fp4": ("fp4", 1e-6),
-    "torchao int8": ("affine", 1e-6),
-    "torchao intx": ("affine", 1e-6),
-    "hqq 4 bit": ("hqq4", 1e-6),
-    "hqq 4 bit columns": ("hqq4", 1e-6),
-    "hqq 8 bit": ("hqq8", 1e-6),
+    "nf4": "nf4",
+    "nf4 double": "nf4",
+    "fp4": "fp4",
+    "torchao int8": "affine",
+    "torchao intx": "affine",
+    "hqq 4 bit": "hqq4",
+    "hqq 4 bit columns": "hqq4",
+    "hqq 8 bit": "hqq8",
 }
 """Kind of base -> the format in dorafx's log."""
 
@@ -68,11 +68,11 @@ def _torchao(model: nn.Module, kind: str) -> None:
 
 
 def quantized(
-    kind: str, dtype: torch.dtype = torch.float32, repack: bool = False, model: nn.Module | None = None, **lora: Any
+    kind: str, dtype: torch.dtype = torch.float32, repack: bool = False, block: dict[str, Any] | None = None, **lora: Any
 ) -> Any:
-    """A PEFT model of :class:`Block` (or of ``model``), whose linears are quantised."""
+    """A PEFT model of :class:`Block`, whose linears are quantised; equal for equal arguments."""
     torch.manual_seed(0)
-    model = (Block() if model is None else model).to(dtype)
+    model = Block(**(block or {})).to(dtype)
     if kind.startswith("torchao"):
         _torchao(model, kind)
     else:

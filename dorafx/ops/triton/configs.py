@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 
 __all__ = [
+    "QUANTIZED_ROW_NORM",
     "ROW_NORM",
     "TABLES",
     "RowNormConfig",
     "architecture",
     "multiprocessors",
+    "quantized_config",
     "row_norm_config",
     "splits",
     "table_of",
@@ -56,6 +58,17 @@ ROW_NORM = (
 )
 
 
+# Of a quantised weight. ``columns`` are bytes of codes; a table of 4-bit values is selections in registers, of which a tile
+# needs more than a dense one, so that tiles are smaller.
+QUANTIZED_ROW_NORM = (
+    RowNormConfig(2, 16, 32, 64, 16, 4, 2),
+    RowNormConfig(2, 32, 32, 64, 32, 4, 2),
+    RowNormConfig(2, None, 64, 64, 64, 8, 3),
+    RowNormConfig(4, 16, 32, 32, 16, 4, 2),
+    RowNormConfig(4, None, 64, 32, 32, 8, 3),
+)
+
+
 TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: ROW_NORM, 90: ROW_NORM, 100: ROW_NORM}
 """A table for each architecture, by ten times its compute capability; ``dorafx bench --tune`` prints one measured on the
 device at hand. None has been measured: all are the one made by calculation."""
@@ -70,6 +83,13 @@ def row_norm_config(factor_bytes: int, rank: int, found: int = 90) -> RowNormCon
     """The first configuration of an architecture's table that serves operands of this width and rank."""
     table = table_of(found)
     return next(c for c in table if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
+
+
+def quantized_config(factor_bytes: int, rank: int) -> RowNormConfig:
+    """The first configuration for quantised weights that serves operands of this width and rank."""
+    return next(
+        c for c in QUANTIZED_ROW_NORM if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank)
+    )
 
 
 @functools.cache
