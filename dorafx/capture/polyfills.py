@@ -63,7 +63,7 @@ def _dequantize_hqq(module: Any) -> torch.Tensor:
         packing,
         meta["shape"],
         meta["group_size"],
-        meta["compute_dtype"] if "compute_dtype" in meta else torch.float16,
+        meta.get("compute_dtype", torch.float16),
     )
 
 

@@ -49,10 +49,16 @@ def packed_weight(node: fx.Node) -> PackedWeight | str:
         return f"{type(value).__name__} is not known" if name == "dequantize" else ""
     if name == "bitsandbytes.dequantize_4bit.default":
         args = arguments(node, "A", "absmax", "blocksize", "quant_type", "shape", "dtype")
-        if isinstance(value, torch.Tensor) and not isinstance(args["shape"], fx.Node) and value.shape[-1] % args["blocksize"]:
+        if (
+            isinstance(value, torch.Tensor)
+            and not isinstance(args["shape"], fx.Node)
+            and value.shape[-1] % args["blocksize"]
+        ):
             # Where groups reach over the end of a row, bitsandbytes' kernel for CPUs has values that no other device has.
             return "its rows are not whole groups"
-        return _made(args["A"], args["absmax"], None, args["quant_type"], args["shape"], args["blocksize"], args["dtype"])
+        return _made(
+            args["A"], args["absmax"], None, args["quant_type"], args["shape"], args["blocksize"], args["dtype"]
+        )
     if name == "bitsandbytes.int8_vectorwise_dequant.default":
         args = arguments(node, "A", "stats")
         assert isinstance(value, torch.Tensor)

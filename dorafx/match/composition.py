@@ -96,7 +96,13 @@ def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
         return False
     formed, own = (candidate.lift.atom_of(a).node for a in (factor.atom, weight.atom))
     one, other = tensor_of(formed), tensor_of(own)
-    if formed is None or own is None or one is None or other is None or formed.op not in ("call_function", "call_method"):
+    if (
+        formed is None
+        or own is None
+        or one is None
+        or other is None
+        or formed.op not in ("call_function", "call_method")
+    ):
         return False
     return isinstance(packed_weight(own), PackedWeight) and one.shape == other.shape
 

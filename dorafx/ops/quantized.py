@@ -83,7 +83,9 @@ class Packed:
         if self.format not in FORMATS:
             raise ValueError(f"unknown format {self.format!r} of a quantised weight; allowed are {', '.join(FORMATS)}")
         if len(self.shape) != 2 or min(self.shape) < 0 or self.group < 1:
-            raise ValueError(f"a quantised weight has a shape [d_out, d_in] and groups of at least 1; got {self.shape}, {self.group}")
+            raise ValueError(
+                f"a quantised weight has a shape [d_out, d_in] and groups of at least 1; got {self.shape}, {self.group}"
+            )
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise TypeError(f"a weight is dequantised to fp16, bf16 or fp32, not to {self.dtype}")
         _check_sizes(self)
@@ -92,10 +94,15 @@ class Packed:
 def _check_sizes(w: Packed) -> None:
     (d_out, d_in), n = w.shape, w.numel
     if w.format in TABLES:
-        wanted = {"bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()), "scales": (-(-n // w.group), w.scales.numel())}
+        wanted = {
+            "bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()),
+            "scales": (-(-n // w.group), w.scales.numel()),
+        }
     elif w.format in _CPU_TABLES:
         if d_out % 32 or d_in % w.group:
-            raise ValueError(f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}")
+            raise ValueError(
+                f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}"
+            )
         wanted = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
     elif w.format == "bnb8":
         wanted = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
@@ -108,7 +115,9 @@ def _check_sizes(w: Packed) -> None:
             wanted["zeros"] = (n // w.group, w.zeros.numel())
     for what, (needed, found) in wanted.items():
         if needed != found:
-            raise ValueError(f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {needed} {what}; got {found}")
+            raise ValueError(
+                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {needed} {what}; got {found}"
+            )
 
 
 @functools.cache

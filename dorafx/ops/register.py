@@ -129,7 +129,16 @@ def _row_norms_fake(
 
 @torch.library.register_fake("dorafx::row_norm_quantized", lib=_LIBRARY)
 def _row_norm_quantized_fake(
-    packed: Any, scales: Any, zeros: Any, left: Any, right: Any, scale: Any, format: str, shape: Any, group: int, dtype: Any
+    packed: Any,
+    scales: Any,
+    zeros: Any,
+    left: Any,
+    right: Any,
+    scale: Any,
+    format: str,
+    shape: Any,
+    group: int,
+    dtype: Any,
 ) -> torch.Tensor:
     weight = quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype)
     quantized.check_operands(weight, left, right)

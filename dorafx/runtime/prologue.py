@@ -61,7 +61,9 @@ def with_prologue(
         if missing:
             keeping = reuse == "step" or (reuse == "auto" and not recording)
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
-            observed = [kept_in.observe(signature, watched) if keeping else None for _, _, signature, watched in missing]
+            observed = [
+                kept_in.observe(signature, watched) if keeping else None for _, _, signature, watched in missing
+            ]
             squares = kept_in if reuse != "never" else None
             computed = _compute([(recipes[i], tensors) for i, tensors, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):

@@ -17,9 +17,10 @@ PROMISES = {
     "inspect_log.py": ["rewritten: linear [96, 64] rank 4", "operator tanh at", "report.html True"],
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
     "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
+    "qdora.py": ["trained on torch.uint8 codes", "14 modules rewritten, 0 missed", "nf4"],
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
-NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers"}
+NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers", "qdora.py": "bitsandbytes"}
 SLOW = ("diffusion.py",)
 
 

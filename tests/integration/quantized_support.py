@@ -68,7 +68,11 @@ def _torchao(model: nn.Module, kind: str) -> None:
 
 
 def quantized(
-    kind: str, dtype: torch.dtype = torch.float32, repack: bool = False, block: dict[str, Any] | None = None, **lora: Any
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    repack: bool = False,
+    block: dict[str, Any] | None = None,
+    **lora: Any,
 ) -> Any:
     """A PEFT model of :class:`Block`, whose linears are quantised; equal for equal arguments."""
     torch.manual_seed(0)
@@ -93,4 +97,7 @@ def steps(model: Any, call: Any, x: torch.Tensor, train: bool) -> list[torch.Ten
         y = call(x)
         if not train:
             return [y]
-        return [y, *torch.autograd.grad(y.float().sin().sum(), [x, *(p for p in model.parameters() if p.requires_grad)])]
+        return [
+            y,
+            *torch.autograd.grad(y.float().sin().sum(), [x, *(p for p in model.parameters() if p.requires_grad)]),
+        ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
+import peft
 import pytest
 import torch
 from quantized_support import FORMATS, quantized, steps
@@ -38,7 +40,9 @@ def test_whole_and_equal_to_stock(kind: str) -> None:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         records = dorafx.rewrite_log().rewrites
         assert [r.pattern for r in records] == ["linear", "linear"]
-        assert {(r.dtype, r.norm_placement, r.decision, r.reason) for r in records} == {(FORMATS[kind], "prologue", "", "")}
+        assert {(r.dtype, r.norm_placement, r.decision, r.reason) for r in records} == {
+            (FORMATS[kind], "prologue", "", "")
+        }
 
 
 @pytest.mark.parametrize("kind", ["nf4 double", "torchao int8", "hqq 4 bit"])
@@ -175,3 +179,14 @@ def test_scales_that_are_quantised_themselves_are_formed() -> None:
     for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "eetq.EetqLoraLinear"])
+def test_what_peft_refuses_stays_refused(kind: str) -> None:
+    module, name = kind.split(".")
+    layer = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name, None)
+    if layer is None:
+        pytest.skip("PEFT defines this layer only where its library is installed")
+    importlib.import_module("dorafx.backend")  # with the polyfills in place
+    with pytest.raises(ValueError, match=f"{name} does not support DoRA yet"):
+        layer(torch.nn.Linear(8, 8), "default", config=peft.LoraConfig(use_dora=True))

@@ -78,7 +78,9 @@ def test_rows_are_bit_for_bit_the_librarys(case: str, dtype: torch.dtype) -> Non
     assert packed.dtype == wanted.dtype
     for first, last in ((0, 96), (0, 1), (7, 50), (95, 96), (40, 40)):
         assert torch.equal(dequantize_rows(packed, first, last), wanted[first:last])
-    got = dequantize(packed.packed, packed.scales, packed.zeros, packed.format, packed.shape, packed.group, packed.dtype)
+    got = dequantize(
+        packed.packed, packed.scales, packed.zeros, packed.format, packed.shape, packed.group, packed.dtype
+    )
     assert torch.equal(got, wanted)
 
 
@@ -112,7 +114,9 @@ def test_the_layout_for_inference_on_a_cpu(kind: str) -> None:
 
 
 def norm_of(w: Packed, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
-    return row_norm_quantized(w.packed, w.scales, w.zeros, left, right, scale, w.format, list(w.shape), w.group, w.dtype)
+    return row_norm_quantized(
+        w.packed, w.scales, w.zeros, left, right, scale, w.format, list(w.shape), w.group, w.dtype
+    )
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
@@ -151,7 +155,7 @@ def test_bad_operands() -> None:
         w = Packed(**{**vars(packed), **changed})
         return norm_of(w, left, right, 1.0)
 
-    with pytest.raises(ValueError, match="unknown format 'nf5'.*allowed are nf4, fp4"):
+    with pytest.raises(ValueError, match=r"unknown format 'nf5'.*allowed are nf4, fp4"):
         call(format="nf5")
     with pytest.raises(ValueError, match="has 64 scales; got 32"):
         call(scales=packed.scales[:32])

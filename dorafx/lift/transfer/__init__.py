@@ -2,4 +2,14 @@
 
 from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products, quantized
 
-__all__ = ["arithmetic", "convolutions", "einsum", "elementwise", "indexing", "layout", "norms", "products", "quantized"]
+__all__ = [
+    "arithmetic",
+    "convolutions",
+    "einsum",
+    "elementwise",
+    "indexing",
+    "layout",
+    "norms",
+    "products",
+    "quantized",
+]

@@ -38,8 +38,16 @@ def _nf4(code):
 
 @triton.jit
 def _fp4(code):
-    low = tl.where((code & 2) != 0, tl.where((code & 1) != 0, 1.0, 0.6666666865348816), tl.where((code & 1) != 0, 0.0052083334885537624, 0.0))
-    high = tl.where((code & 2) != 0, tl.where((code & 1) != 0, 0.25, 0.1666666716337204), tl.where((code & 1) != 0, 0.5, 0.3333333432674408))
+    low = tl.where(
+        (code & 2) != 0,
+        tl.where((code & 1) != 0, 1.0, 0.6666666865348816),
+        tl.where((code & 1) != 0, 0.0052083334885537624, 0.0),
+    )
+    high = tl.where(
+        (code & 2) != 0,
+        tl.where((code & 1) != 0, 0.25, 0.1666666716337204),
+        tl.where((code & 1) != 0, 0.5, 0.3333333432674408),
+    )
     size = tl.where((code & 4) != 0, high, low)
     return tl.where((code & 8) != 0, -size, size)
 
