@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,6 +14,7 @@ from dorafx import _compat
 from dorafx.cost import MergedCost, merged_cost
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight, tensor_of
 from dorafx.lift.algebra import ONES
+from dorafx.lift.targets import canonical_name
 from dorafx.log import Record
 from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
@@ -246,7 +248,19 @@ def _gemm_flops(lift: Lifter) -> dict[fx.Node, int]:
     return flops
 
 
-def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
+def _still_formed(norm: NormPlan, closure: list[fx.Node]) -> set[int]:
+    """Storages of dequantised weights that exist after the rewrite, too: the norm needs them, or a product does."""
+    mine = set(closure)
+    formed = {
+        _compat.storage_id(t) for n in closure if canonical_name(n) == "dequantize" and (t := tensor_of(n)) is not None
+    }
+    if norm.packed is None:
+        return formed
+    read = {_compat.storage_id(t) for n in closure if not mine.issuperset(n.users) and (t := tensor_of(n)) is not None}
+    return formed & read
+
+
+def _dense_bytes(norm: NormFactors, nodes: list[fx.Node], kept: Iterable[int] = ()) -> int:
     """Bytes of the intermediates of ``d_out · d_in`` elements or more that the original made for its norm; views and
     casts that change nothing share storage with their input and count once, parameters not at all."""
     seen = {
@@ -255,6 +269,7 @@ def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
         for a in n.all_input_nodes
         if a.op == "placeholder" and (t := tensor_of(a)) is not None
     }
+    seen.update(kept)
     total = 0
     for node in nodes:
         tensor = tensor_of(node)
@@ -294,7 +309,7 @@ def _rewritten(
         d_in=factors.d_in,
         rank=factors.rank,
         dtype=_weight_type(norm, weight),
-        dense_bytes_avoided=_dense_bytes(factors, closure),
+        dense_bytes_avoided=_dense_bytes(factors, closure, _still_formed(norm, closure)),
         flops_before=sum(gemm_flops.get(node, 0) for node in closure),
         flops_after=2 * factors.d_out * factors.d_in * factors.rank,
         norm_algorithm=norm.algorithm,

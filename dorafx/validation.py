@@ -144,7 +144,7 @@ class Region:
         """The norm of a quantised weight is that of the random value that its dequantisation has here: codes of random values
         there are none in fp64. That blocks are dequantised as the library does it is not this check's business."""
         left, right = (values[factor] for factor in _factors(node))
-        weight = self._value(node.meta[DENSE])
+        weight = self._value(next(n for n in self.node.graph.nodes if n.name == node.meta[DENSE]))
         return torch.ops.dorafx.row_norm.default(weight, left, right, node.args[5])
 
     def _needed(self, end: fx.Node, original: Callable[[fx.Node], fx.Node | None]) -> set[fx.Node]:

@@ -45,7 +45,9 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
         n = emit.call(
             torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
         )
-        n.meta[DENSE] = emit.lift.atom_of(norm.factors.dense_atom).node
+        dense = emit.lift.atom_of(norm.factors.dense_atom).node
+        assert dense is not None
+        n.meta[DENSE] = dense.name
     n.meta[SITE] = site
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))

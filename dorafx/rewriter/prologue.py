@@ -23,7 +23,7 @@ __all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
 # On a norm's node: the name of the module in the log's record of it.
 SITE = "dorafx_site"
-# On the node of a quantised weight's norm: the original graph's node that holds the weight as it multiplies.
+# On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
 DENSE = "dorafx_dense"
 
 _NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))

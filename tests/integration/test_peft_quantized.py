@@ -53,7 +53,14 @@ def test_dropout(kind: str) -> None:
     found = steps(model, compiled(model), x, True)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert {(r.pattern, r.dtype) for r in dorafx.rewrite_log().rewrites} == {("linear_dropout", FORMATS[kind])}
+    records = dorafx.rewrite_log().rewrites
+    assert {(r.pattern, r.dtype) for r in records} == {("linear_dropout", FORMATS[kind])}
+    without = quantized(kind).train()
+    steps(without, compiled(without), x, True)
+    for one, other in zip(records, dorafx.rewrite_log().rewrites, strict=True):
+        assert (
+            other.dense_bytes_avoided - one.dense_bytes_avoided == 4 * 64 * 128
+        )  # of the weight that the product reads
 
 
 def test_bitsandbytes_8_bit() -> None:
