@@ -17,6 +17,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao")
 pytest.importorskip("hqq")
 
+SLOW = ("nf4", "hqq 4 bit columns", "hqq 8 bit")
 EAGER = {"dorafx.codegen": "eager", "dorafx.strict": True}
 
 
@@ -26,7 +27,7 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend="dorafx", fullgraph=True, options={**EAGER, **options})
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in FORMATS])
 def test_whole_and_equal_to_stock(kind: str) -> None:
     """One graph; every layer rewritten whole, its norm in the prologue by blocks; outputs and gradients are stock's."""
     model, x = quantized(kind), torch.randn(2, 5, 64)
@@ -98,7 +99,8 @@ def test_repacked_weights() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "codegen"), [("nf4 double", "inductor"), ("torchao int8", "eager"), ("hqq 4 bit", "eager")]
+    ("kind", "codegen"),
+    [pytest.param("nf4 double", "inductor", marks=pytest.mark.slow), ("torchao int8", "eager"), ("hqq 4 bit", "eager")],
 )
 def test_as_many_graphs_as_plain_lora(kind: str, codegen: str) -> None:
     counts = []
