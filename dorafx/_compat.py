@@ -394,6 +394,16 @@ def weak_storage_id(reference: Any) -> int:
     return int(reference.cdata)
 
 
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a subclass that is made of other tensors, and has no memory of its own."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
+
+
+def wrapped(tensor: Any) -> list[torch.Tensor]:
+    """What a :func:`is_wrapper` is made of."""
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
 # -- measuring (used by bench) ----------------------------------------------------------------------------------------
 
 

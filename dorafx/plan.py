@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -13,8 +14,9 @@ from dorafx import _compat
 from dorafx._compat_distributed import placements
 from dorafx.cost import MergedCost, merged_cost
 from dorafx.kernels import choose_kernel
-from dorafx.lift import Expr, Lifter, Mat, tensor_of
+from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight, tensor_of
 from dorafx.lift.algebra import ONES
+from dorafx.lift.targets import canonical_name
 from dorafx.log import Record
 from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
@@ -27,10 +29,16 @@ _FEW_TOKENS = 8
 
 @dataclass(frozen=True)
 class NormPlan:
-    """One norm: its factors and the algorithm that computes it."""
+    """One norm: its factors and the algorithm that computes it.
+
+    ``packed``: what its weight is dequantised from, block by block; None for a weight that exists dense. ``formed``: why a
+    quantised weight has to be formed for it; else empty.
+    """
 
     factors: NormFactors
     algorithm: Literal["tiled", "factored"]
+    packed: PackedWeight | None = None
+    formed: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
     plan = RewritePlan()
     lift = matches.lift
     for atom_id, factors in matches.norms.items():
-        plan.norms[atom_id] = NormPlan(factors, _norm_algorithm(options))
+        plan.norms[atom_id] = _norm_plan(lift, factors, options)
     composed: dict[int, Match] = {}
     decisions: dict[int, str] = {}
     misses = dict(matches.composition_misses)
@@ -133,7 +141,7 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
         plan.subjects.append(_missed_subject([], lost))
     for atom_id, norm in plan.norms.items():
         record = _rewritten(lift, norm, composed.get(atom_id), misses.get(atom_id), flops, options, graph_id)
-        plan.records.append(replace(record, decision=decisions.get(atom_id, "")))
+        plan.records.append(replace(record, decision="; ".join(filter(None, (decisions.get(atom_id), norm.formed)))))
         plan.sites[atom_id] = plan.records[-1].site
         plan.subjects.append(_subject(norm.factors, composed.get(atom_id), misses.get(atom_id)))
     missed = [(lift.atoms[atom_id].sites, reason) for atom_id, reason in matches.misses.items()]
@@ -195,6 +203,24 @@ def _merging(lift: Lifter, match: Match) -> list[fx.Node]:
             elif beyond:
                 stack.append((argument, beyond - 1))
     return list(found)
+
+
+def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan:
+    node = lift.atom_of(factors.dense_atom).node
+    packed = packed_weight(node) if node is not None else ""
+    if isinstance(packed, PackedWeight):
+        (mat,) = factors.weight
+        if any(t is not None and not t[1] and t[0] in lift.written for t in packed.tensors):
+            packed = "its codes are written in place"
+        elif isinstance(mat, Mat) and mat.transposed:
+            packed = "it is transposed, and its rows are no rows of the norm"
+        elif factors.info.requires_grad:
+            packed = "gradients flow through the norm"
+    if isinstance(packed, str):
+        formed = f"the dequantised weight is formed: {packed}" if packed else ""
+        return NormPlan(factors, _norm_algorithm(options), None, formed)
+    # The expansion would dequantise the weight for each of its terms.
+    return NormPlan(factors, "tiled", packed)
 
 
 def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
@@ -263,7 +289,19 @@ def _gemm_flops(lift: Lifter) -> dict[fx.Node, int]:
     return flops
 
 
-def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
+def _still_formed(norm: NormPlan, closure: list[fx.Node]) -> set[int]:
+    """Storages of dequantised weights that exist after the rewrite, too: the norm needs them, or a product does."""
+    mine = set(closure)
+    formed = {
+        _compat.storage_id(t) for n in closure if canonical_name(n) == "dequantize" and (t := tensor_of(n)) is not None
+    }
+    if norm.packed is None:
+        return formed
+    read = {_compat.storage_id(t) for n in closure if not mine.issuperset(n.users) and (t := tensor_of(n)) is not None}
+    return formed & read
+
+
+def _dense_bytes(norm: NormFactors, nodes: list[fx.Node], kept: Iterable[int] = ()) -> int:
     """Bytes of the intermediates of ``d_out · d_in`` elements or more that the original made for its norm; views and
     casts that change nothing share storage with their input and count once, parameters not at all."""
     seen = {
@@ -272,6 +310,7 @@ def _dense_bytes(norm: NormFactors, nodes: list[fx.Node]) -> int:
         for a in n.all_input_nodes
         if a.op == "placeholder" and (t := tensor_of(a)) is not None
     }
+    seen.update(kept)
     total = 0
     for node in nodes:
         tensor = tensor_of(node)
@@ -310,14 +349,20 @@ def _rewritten(
         d_out=factors.d_out,
         d_in=factors.d_in,
         rank=factors.rank,
-        dtype=str(weight.dtype).removeprefix("torch.") if weight is not None else "",
-        dense_bytes_avoided=_dense_bytes(factors, closure),
+        dtype=_weight_type(norm, weight),
+        dense_bytes_avoided=_dense_bytes(factors, closure, _still_formed(norm, closure)),
         flops_before=sum(gemm_flops.get(node, 0) for node in closure),
         flops_after=2 * factors.d_out * factors.d_in * factors.rank,
         norm_algorithm=norm.algorithm,
         codegen=options.codegen,
         graph=graph_id,
     )
+
+
+def _weight_type(norm: NormPlan, weight: torch.Tensor | None) -> str:
+    if norm.packed is not None:
+        return norm.packed.format
+    return str(weight.dtype).removeprefix("torch.") if weight is not None else ""
 
 
 def _missed(sites: list[fx.Node], reason: Reason, options: Options, graph_id: int) -> Record:

@@ -10,8 +10,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["POLYFILLS", "Polyfill", "make_cache_clear", "make_dequantize_module_weight", "make_transpose"]
+import dorafx.ops  # noqa: F401  (registers the operator that stands for HQQ's dequantisation)
 
+__all__ = [
+    "POLYFILLS",
+    "Polyfill",
+    "make_cache_clear",
+    "make_dequantize_bnb_weight",
+    "make_dequantize_module_weight",
+    "make_transpose",
+]
+
+_HQQ_PACKINGS = {"8bit_u8": "hqq8", "4bit_u8": "hqq4", "2bit_u8": "hqq2", "1bit_u8": "hqq1"}
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
 
@@ -24,6 +34,37 @@ def _from_torchao(kind: type) -> bool:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _from_bitsandbytes(kind: type) -> bool:
     return kind.__name__ in _BITSANDBYTES
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_4bit(kind: type) -> bool:
+    return kind.__name__ == "Params4bit"
+
+
+def _dequantize_for_cpu(weight: Any) -> torch.Tensor:
+    state = weight.quant_state
+    return torch.ops.dorafx.dequantize.default(  # type: ignore[no-any-return]
+        weight.data, state.absmax, None, f"{state.quant_type}-cpu", state.shape, state.blocksize, state.dtype
+    )
+
+
+def _dequantize_hqq(module: Any) -> torch.Tensor:
+    """``HQQLinear.dequantize()``, as one operator where it is one of codes of a power of two bits and of scales that are not
+    themselves quantised."""
+    meta = module.meta
+    packing = _HQQ_PACKINGS.get(meta["packing"] or "", "")
+    plain = not (meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"] or "zero_scale" in meta)
+    if not packing or not plain or meta["group_size"] is None:
+        return module.dequantize()  # type: ignore[no-any-return]
+    return torch.ops.dorafx.dequantize.default(  # type: ignore[no-any-return]
+        module.W_q,
+        meta["scale"],
+        meta["zero"],
+        packing,
+        meta["shape"],
+        meta["group_size"],
+        meta.get("compute_dtype", torch.float16),
+    )
 
 
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -40,7 +81,7 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
 
     def dequantize_module_weight(module: torch.nn.Module) -> Any:
         if hasattr(module, "W_q"):
-            return module.dequantize()  # type: ignore[operator]
+            return _dequantize_hqq(module)
         weight: Any = module.weight
         if _from_torchao(type(weight)):
             return weight.dequantize()
@@ -57,6 +98,40 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
         return dense
 
     return dequantize_module_weight
+
+
+def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A traceable ``dequantize_bnb_weight(weight, state)``, which the original is not for asking an instance for its class.
+
+    PEFT before 0.18 moves a weight that is on the CPU to a GPU for the time of its dequantisation, since bitsandbytes could not
+    do it on the CPU then; now it can, and the values are the same.
+
+    In evaluation on a CPU with AVX512-BF16, bitsandbytes lays a weight out anew, and its own dequantisation then reads it in the
+    old order: eager PEFT gets a norm of scrambled weights, tracing an error. Here the values are those of the weight.
+    """
+    assert isinstance(original, types.FunctionType)
+    untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
+
+    def dequantize_bnb_weight(weight: Any, state: Any = None) -> Any:
+        import bitsandbytes as bnb
+
+        if _is_4bit(type(weight)) and getattr(weight.quant_state, "packing_format_for_cpu", False):
+            return _dequantize_for_cpu(weight)
+        if _is_4bit(type(weight)):
+            return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        if state is None:
+            return untouched(weight, state)  # raises, with the original's words
+        if state.SCB is None:
+            state.SCB = weight.SCB
+        scale = state.SCB.to(weight.device)
+        # A forward of the base layer has made the weight's data the memory of these codes: the same values, but the graph knows
+        # that nobody writes them.
+        codes = weight.data if state.CB is None else state.CB
+        if hasattr(bnb.functional, "int8_vectorwise_dequant"):
+            return bnb.functional.int8_vectorwise_dequant(codes, scale)
+        return codes * scale.view(-1, 1) * 7.874015718698502e-3
+
+    return dequantize_bnb_weight
 
 
 def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,6 +198,17 @@ POLYFILLS = (
         "dequantize_module_weight",
         make_dequantize_module_weight,
         {"1bec147cb50d62b8": "0.15 to 0.21"},
+    ),
+    Polyfill(
+        "peft.utils.integrations",
+        "dequantize_bnb_weight",
+        make_dequantize_bnb_weight,
+        {
+            "f8c45277a3d0c206": "0.15 to 0.17",
+            "57d44fd37fc88557": "0.18 and 0.19",
+            "975517acf78e0165": "0.20",
+            "8b7db7714a882345": "0.21",
+        },
     ),
     Polyfill("peft.utils.other", "transpose", make_transpose, {"0606d9163b2dd344": "0.15 to 0.21"}),
     Polyfill(

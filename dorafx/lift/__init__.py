@@ -3,6 +3,7 @@
 from . import transfer as _transfer  # noqa: F401  (fills the table of transfer functions)
 from .algebra import Atom, Diag, Expr, Mat, Poly
 from .lifter import Lifter, tensor_of
+from .quantized import PackedWeight, packed_weight
 from .values import AtomInfo, Gemm, MatrixValue, Value, VectorValue
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Lifter",
     "Mat",
     "MatrixValue",
+    "PackedWeight",
     "Poly",
     "Value",
     "VectorValue",
+    "packed_weight",
     "tensor_of",
 ]

@@ -42,7 +42,7 @@ def written_arguments(node: fx.Node) -> Iterator[Any]:
                     yield value
         elif node.target in _INPLACE_OPERATORS:
             yield node.args[0]
-        else:
+        elif getattr(node.target, "__module__", "") != "_operator":  # and_, or_ and not_ are named after keywords
             name = getattr(node.target, "__name__", "")
             if name in _RESCALE_THEIR_TABLE and _rescales(node):
                 yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
@@ -74,7 +74,8 @@ def _asks_inplace(node: fx.Node) -> bool:
 
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Every node whose storage some node of the graph writes to, found by the storages of the traced fake tensors
-    (so views count). Where a written value has no tensor on it, only the node itself."""
+    (so views count). Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (which is
+    how Dynamo writes ``tensor.data = source``) written to anything but what the name stands for: the memory of both stays as it is."""
     storages: set[int] = set()
     written: set[fx.Node] = set()
     for node in graph.nodes:
@@ -83,7 +84,7 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
                 written.add(target)
                 written.add(node)
                 tensor = _tensor(target)
-                if tensor is not None:
+                if tensor is not None and node.target is not torch.Tensor.set_:
                     storages.add(_compat.storage_id(tensor))
     if storages:
         for node in graph.nodes:

@@ -36,7 +36,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     },
 }
 # Operators whose result is a fresh tensor, so that a write to it is seen by nobody else.
-_FRESH = frozenset({"linear", "matmul", "addmm", "add", "sub", "rsub", "mul", "div", "neg"})
+_FRESH = frozenset({"linear", "matmul", "addmm", "add", "sub", "rsub", "mul", "div", "neg", "dequantize"})
 
 
 def _tensor(node: Any) -> torch.Tensor | None:

@@ -82,6 +82,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     ),
     "expand": ("expand", "expand_as"),
     "cast": ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "cpu", "cuda"),
+    "dequantize": ("dequantize",),
     "detach": ("detach",),
     "identity": ("clone", "contiguous", "alias", "positive"),
     "dropout": ("dropout", "native_dropout", "alpha_dropout", "feature_dropout"),
@@ -97,6 +98,15 @@ _GRAD_MODES = {
     "_enter_inference_mode": "enter_inference_mode",
     "_exit_inference_mode": "exit_inference_mode",
 }
+_LIBRARY_OPERATORS = dict.fromkeys(
+    (
+        "bitsandbytes.dequantize_4bit.default",
+        "bitsandbytes.dequantize_blockwise.default",
+        "bitsandbytes.int8_vectorwise_dequant.default",
+        "dorafx.dequantize.default",
+    ),
+    "dequantize",
+)
 _BY_NAME = {alias: name for name, aliases in _ALIASES.items() for alias in aliases}
 
 
@@ -127,7 +137,7 @@ def canonical_name(node: fx.Node) -> str | None:
     target = node.target
     if _compat.is_overload(target):
         aten = _compat.aten_name(target)
-        return _BY_NAME.get(aten) if aten is not None else None
+        return _BY_NAME.get(aten) if aten is not None else _LIBRARY_OPERATORS.get(str(target))
     try:
         name = _FUNCTIONS.get(target)
     except TypeError:  # an unhashable callable is somebody's own object

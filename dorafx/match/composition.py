@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx.lift import Diag, Expr, Lifter, Mat, Poly
-from dorafx.lift.algebra import ONES, Chain
+from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight, tensor_of
+from dorafx.lift.algebra import ONES, Chain, Factor
 
 from .norms import NormFactors
 
@@ -90,6 +90,23 @@ def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
     return ratio if all(exponent > 0 for mono, _ in ratio.items for _, exponent in mono) else None
 
 
+def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
+    """Whether a factor is a dense value as large as the norm's quantised weight, and no parameter."""
+    if not isinstance(factor, Mat) or factor.transposed == weight.transposed or factor.atom == ONES:
+        return False
+    formed, own = (candidate.lift.atom_of(a).node for a in (factor.atom, weight.atom))
+    one, other = tensor_of(formed), tensor_of(own)
+    if (
+        formed is None
+        or own is None
+        or one is None
+        or other is None
+        or formed.op not in ("call_function", "call_method")
+    ):
+        return False
+    return isinstance(packed_weight(own), PackedWeight) and one.shape == other.shape
+
+
 def base_core(candidate: Candidate) -> Chain | None:
     """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own."""
     weight = tuple(candidate.norm.weight)
@@ -109,6 +126,14 @@ def base_core(candidate: Candidate) -> Chain | None:
             and last.transposed != mat.transposed
         ):
             return core
+    # A product with the weight as its library forms it, which is a value of its own (HQQ unpacks its codes in place).
+    gemms = [
+        core
+        for core in scaled
+        if len(core) == 2 and candidate.lift.gemms.get(Expr.chain(core)) and _is_formed(candidate, core[1], mat)
+    ]
+    if len(gemms) == 1:
+        return gemms[0]
     # Not the norm's own weight: scaled by column, it is a weight in the making, and no layer's output.
     values = [core for core in scaled if len(core) == 1 and isinstance(core[0], Mat) and core[0].atom.id != mat.atom.id]
     return values[0] if len(values) == 1 else None

@@ -17,9 +17,13 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dorafx import _compat
 
-from . import composition, norm
+from . import composition, norm, quantized
 from .composition import refuse_forward_mode, refuse_second_derivative
 from .triton import dispatch as cuda
+
+# A quantised weight, as :class:`dorafx.ops.quantized.Packed` has it.
+_WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
+_LAYOUT = "str format, int[] shape, int group, ScalarType dtype"
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
 _LIBRARY.define(
@@ -31,6 +35,11 @@ _LIBRARY.define(
     "Tensor?[] squares) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    f"row_norm_quantized({_WEIGHT}, Tensor left, Tensor right, float scale, {_LAYOUT}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(f"dequantize({_WEIGHT}, {_LAYOUT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "row_norm_backward(Tensor grad, Tensor weight, Tensor left, Tensor right, Tensor norm, float scale, "
     "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
@@ -86,6 +95,9 @@ _LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
+_LIBRARY.impl("row_norm_quantized", quantized.row_norm_quantized, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm_quantized", cuda.row_norm_quantized, "CUDA")
+_LIBRARY.impl("dequantize", quantized.dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 for _name, _function in (
     ("compose", composition.compose),
@@ -121,6 +133,32 @@ def _row_norms_fake(
 ) -> list[torch.Tensor]:
     norm.check_lists(weights, lefts, rights, scales, squares)
     return [_row_norm_fake(*operands) for operands in zip(weights, lefts, rights, scales)]
+
+
+@torch.library.register_fake("dorafx::row_norm_quantized", lib=_LIBRARY)
+def _row_norm_quantized_fake(
+    packed: Any,
+    scales: Any,
+    zeros: Any,
+    left: Any,
+    right: Any,
+    scale: Any,
+    format: str,
+    shape: Any,
+    group: int,
+    dtype: Any,
+) -> torch.Tensor:
+    weight = quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype)
+    quantized.check_operands(weight, left, right)
+    return torch.empty(weight.shape[0], dtype=torch.float32, device=packed.device)
+
+
+@torch.library.register_fake("dorafx::dequantize", lib=_LIBRARY)
+def _dequantize_fake(
+    packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
+) -> torch.Tensor:
+    quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype).check()
+    return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
 
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
@@ -176,6 +214,13 @@ def _row_norm_flops(weight: Any, left: Any, right: Any, *args: Any, out_shape: A
 @register_flop_formula(torch.ops.dorafx.row_norms)
 def _row_norms_flops(weights: Any, lefts: Any, rights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return sum(_row_norm_flops(*shapes) for shapes in zip(weights, lefts, rights))
+
+
+@register_flop_formula(torch.ops.dorafx.row_norm_quantized)
+def _row_norm_quantized_flops(
+    packed: Any, scales: Any, zeros: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return 2 * int(left[0]) * int(right[1]) * int(right[0])
 
 
 @register_flop_formula(torch.ops.dorafx.row_norm_backward)

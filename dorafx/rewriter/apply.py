@@ -16,9 +16,9 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
-from .norm_operands import norm_operands
+from .norm_operands import factor_operands, packed_operands, weight_operand
 from .placements import placed_like, reduced
-from .prologue import SITE
+from .prologue import DENSE, SITE
 
 __all__ = ["apply_plan"]
 
@@ -39,10 +39,22 @@ class _Norms:
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
-    weight, left, right, scale = norm_operands(emit, norm.factors)
-    if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
-        register_sharding_rules()
-    n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+    if norm.packed is None:
+        weight = weight_operand(emit, norm.factors)
+        operands = factor_operands(emit, norm.factors)
+        if any(placements(tensor_of(operand)) is not None for operand in (weight, *operands[:2])):
+            register_sharding_rules()
+        n = emit.call(torch.ops.dorafx.row_norm.default, weight, *operands, norm.algorithm)
+    else:
+        w = norm.packed
+        packed = packed_operands(emit, w)
+        operands = factor_operands(emit, norm.factors)
+        n = emit.call(
+            torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
+        )
+        dense = emit.lift.atom_of(norm.factors.dense_atom).node
+        assert dense is not None
+        n.meta[DENSE] = dense.name
     n.meta[SITE] = site
     n = reduced(emit, n)
     if abs(norm.factors.weight_coefficient) != 1.0:

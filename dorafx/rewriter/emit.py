@@ -252,7 +252,7 @@ class Emitter(NodeEmitter):
         """The base product and the bias that remains to be added after the scaling.
 
         A base product that the graph only has with its bias is made again without it where the biased one then dies;
-        where somebody else reads the biased one, it is reused and ``g ⊙ b`` is taken off the bias.
+        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is taken off the bias.
         """
         assert self.site is not None
         existing = self._existing(Expr.chain(core))
@@ -262,7 +262,7 @@ class Emitter(NodeEmitter):
                 return self.copied[gemm.node], bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
-            if vector is not None and not dies(gemm.node, self.site, self.order):
+            if vector is not None and (self._unreadable(gemm) or not dies(gemm.node, self.site, self.order)):
                 return self.copied[gemm.node], bias + (vector.poly * scaling).scaled(-1.0)
             if vector is not None and bias == vector.poly * scaling:
                 return self.copied[gemm.node], Poly(())
@@ -271,6 +271,9 @@ class Emitter(NodeEmitter):
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
+
+    def _unreadable(self, gemm: Gemm) -> bool:
+        return not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""

@@ -10,6 +10,7 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx.lift import Atom, Lifter, tensor_of
+from dorafx.lift.quantized import is_torchao
 
 from .shapes import of_mode
 
@@ -78,6 +79,8 @@ class NodeEmitter:
         if info.node is None or info.kind == "channels":
             raise CannotEmit("a factor of the product is no value of the graph")
         made = self.operand(info.node, atom.detached)
+        if is_torchao(tensor_of(info.node)):
+            made = self.method("dequantize", made)
         return self.method("flatten", made, 1) if info.kind == "filter" else made
 
     def tensor(self, node: fx.Node) -> torch.Tensor:

@@ -5,22 +5,35 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dorafx.lift import Mat, Poly
+from dorafx.lift import Mat, PackedWeight, Poly
 from dorafx.lift.algebra import ONES, Chain, transpose_chain
 from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["norm_operands"]
+__all__ = ["factor_operands", "packed_operands", "weight_operand"]
 
 
-def norm_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, fx.Node, float]:
-    """weight ``[d_out, d_in]``, left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta."""
-    weight = _factor(emit, norm.weight)
+def weight_operand(emit: Emitter, norm: NormFactors) -> fx.Node:
+    """The weight, ``[d_out, d_in]``."""
+    return _factor(emit, norm.weight)
+
+
+def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]:
+    """Codes, scales and zeros (or None) of a quantised weight."""
+    found: list[fx.Node | None] = []
+    for source in weight.tensors:
+        node = None if source is None else emit.operand(source[0])
+        found.append(emit.call(getattr, node, source[1]) if source is not None and source[1] else node)
+    return found
+
+
+def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, float]:
+    """left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta."""
     if len(norm.delta) == 1 and not norm.delta[0].scalars:
         (part,) = norm.delta
         left, right = _factor(emit, part.left), _factor(emit, part.right)
-        return weight, left, right, part.coefficient / norm.weight_coefficient
+        return left, right, part.coefficient / norm.weight_coefficient
     lefts, rights = [], []
     for part in norm.delta:
         left = _factor(emit, part.left)
@@ -28,13 +41,8 @@ def norm_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, f
         lefts.append(left if scale.constant == 1.0 else emit.scaled(left, scale))
         rights.append(_factor(emit, part.right))
     if len(lefts) == 1:
-        return weight, lefts[0], rights[0], 1.0
-    return (
-        weight,
-        emit.call(torch.cat, _one_dtype(emit, lefts), 1),
-        emit.call(torch.cat, _one_dtype(emit, rights), 0),
-        1.0,
-    )
+        return lefts[0], rights[0], 1.0
+    return emit.call(torch.cat, _one_dtype(emit, lefts), 1), emit.call(torch.cat, _one_dtype(emit, rights), 0), 1.0
 
 
 def _factor(emit: Emitter, chain: Chain) -> fx.Node:

@@ -17,18 +17,24 @@ from torch import fx
 from dorafx import _compat
 from dorafx.lift import tensor_of
 from dorafx.lift.effects import written_nodes
+from dorafx.lift.quantized import is_torchao
+from dorafx.lift.targets import canonical_name
 
 from .placements import is_redistribution
 
-__all__ = ["SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
+__all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
 # On a norm's node: the name of the module in the log's record of it.
 SITE = "dorafx_site"
+# On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
+DENSE = "dorafx_dense"
+
+_NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
 
 # What may stand between a parameter and the norm in the prologue: pure, and without gradients of its own there.
 _FUNCTIONS = frozenset(
     (
-        torch.ops.dorafx.row_norm.default,
+        *_NORMS,
         torch.add,
         torch.cat,
         torch.clamp_min,
@@ -108,7 +114,7 @@ def norms_inside(gm: fx.GraphModule) -> set[str]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is torch.ops.dorafx.row_norm.default
+    return node.op == "call_function" and node.target in _NORMS
 
 
 def _reduced(norm: fx.Node) -> fx.Node:
@@ -142,7 +148,8 @@ def _closure(node: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | None
 
 def _may_leave(node: fx.Node, written: frozenset[fx.Node]) -> bool:
     if node.op == "call_function":
-        return node.target in _FUNCTIONS
+        # The scales of a scale (double quantisation), and a tensor subclass's parts.
+        return node.target in _FUNCTIONS or canonical_name(node) == "dequantize" or _is_part(node)
     if node.op == "call_method" and node.target == "item":
         source = node.args[0]
         return isinstance(source, fx.Node) and source.op == "placeholder" and source not in written
@@ -151,6 +158,10 @@ def _may_leave(node: fx.Node, written: frozenset[fx.Node]) -> bool:
 
 def _is_number(node: fx.Node) -> bool:
     return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.SymFloat, torch.SymInt))
+
+
+def _is_part(node: fx.Node) -> bool:
+    return node.target is getattr and is_torchao(tensor_of(node.args[0]))
 
 
 def _needs_gradient(norm: fx.Node) -> bool:

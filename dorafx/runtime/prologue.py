@@ -17,9 +17,11 @@ from dorafx.rewriter import HoistedNorm
 
 from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
+from .watch import parts
 
 __all__ = ["with_prologue"]
 
+_row_norm = torch.ops.dorafx.row_norm.default
 _row_norms = torch.ops.dorafx.row_norms.default
 
 
@@ -44,7 +46,7 @@ def with_prologue(
     if not norms:
         return compiled
     kept_in = norm_store() if store is None else store
-    prologue = [(i, norm.inputs, norm.scalars, norm.signature) for i, norm in enumerate(norms)]
+    prologue = [(i, norm.inputs, norm.scalars, norm.signature, _takes_apart(norm)) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
 
@@ -58,7 +60,7 @@ def with_prologue(
         may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
         values: list[Any] = [None] * len(prologue)
         missing = []
-        for i, inputs, scalars, signature in prologue:
+        for i, inputs, scalars, signature, takes_apart in prologue:
             tensors = [args[k] for k in inputs]
             numbers: list[float] = []
             if scalars:
@@ -66,30 +68,35 @@ def with_prologue(
                     value.item() if isinstance(value, torch.Tensor) else value for value in (args[k] for k in scalars)
                 ]
                 signature = f"{signature}{numbers}"
-            norm = kept_in.kept(signature, tensors) if may_reuse else None
+            watched = parts(tensors) if takes_apart else tensors
+            norm = kept_in.kept(signature, watched) if may_reuse else None
             if norm is None:
-                missing.append((i, tensors, signature, numbers))
+                missing.append((i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
         if missing:
             keeping = not captured and (reuse == "step" or (reuse == "auto" and not recording))
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
             observed = [
-                kept_in.observe(signature, tensors) if keeping else None for _, tensors, signature, _ in missing
+                kept_in.observe(signature, watched) if keeping else None for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
-            wanted = [_Wanted(recipes[i], tensors, numbers, placed[i]) for i, tensors, _, numbers in missing]
-            computed = _compute(wanted, squares)
-            for (i, tensors, signature, _), state, norm in zip(missing, observed, computed):
+            computed = _compute([wanted for _, wanted, *_ in missing], squares)
+            for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 kept_in.keep(state, norm)
                 if recording and not keeping:
                     # Whoever trains writes the parameters next, and not every optimizer can be seen doing it.
-                    kept_in.drop(signature, tensors, "a forward recorded gradients")
+                    kept_in.drop(signature, watched, "a forward recorded gradients")
         kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
         return compiled(*args, *values)
 
     return run
+
+
+def _takes_apart(norm: HoistedNorm) -> bool:
+    """Whether it reads what a tensor subclass is made of."""
+    return any(node.target is getattr for node in norm.graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,8 @@ class _Recipe:
     scale: float
     algorithm: str
     frozen: tuple[int, bool] | None
+    whole: Callable[..., torch.Tensor] | None = None
+    """Computes the norm of a quantised weight, whose operator has other operands."""
 
 
 class _Wanted(NamedTuple):
@@ -133,6 +142,11 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
         made: dict[fx.Node, fx.Node] = {}
         output = graph.graph_copy(norm.graph, made)
         assert isinstance(output, fx.Node)  # the norm's graph ends with the operator
+        if output.target is not _row_norm:
+            graph.output(output)
+            whole = fx.GraphModule(torch.nn.Module(), graph).forward
+            _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole)
+            return _RECIPES[norm.signature]
         weight, left, right, scale, *algorithm = output.args
         graph.output((weight, left, right))
         graph.erase_node(output)
@@ -155,20 +169,26 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
     """
     found: list[Any] = [None] * len(norms)
     with torch.inference_mode(False), torch.no_grad():
-        parts = [local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) for n in norms]
-        for algorithm in dict.fromkeys(n.recipe.algorithm for n in norms):
-            group = [i for i, n in enumerate(norms) if n.recipe.algorithm == algorithm]
-            operands = [parts[i][0] for i in group]
+        for i, n in enumerate(norms):
+            if n.recipe.whole is not None:
+                found[i] = n.recipe.whole(*n.tensors, *n.numbers)
+        lying = [
+            local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) if n.recipe.whole is None else None for n in norms
+        ]
+        for algorithm in dict.fromkeys(n.recipe.algorithm for n in norms if n.recipe.whole is None):
+            group = [i for i, n in enumerate(norms) if n.recipe.whole is None and n.recipe.algorithm == algorithm]
+            operands = [made[0] for i in group if (made := lying[i]) is not None]
             scales = [norms[i].recipe.scale for i in group]
             kept = [_squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result
-    if all(how is None for _, how in parts):
+    placed = [None if made is None else made[1] for made in lying]
+    if not any(placed):
         return found
     # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
     with torch.no_grad():
-        return placed_norms(found, [how for _, how in parts], [n.placements for n in norms])
+        return placed_norms(found, placed, [n.placements for n in norms])
 
 
 def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:

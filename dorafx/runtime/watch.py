@@ -12,7 +12,7 @@ import torch
 from dorafx import _compat
 from dorafx._compat_distributed import fully_sharded_process
 
-__all__ = ["SAMPLES", "TensorState", "watchable"]
+__all__ = ["SAMPLES", "TensorState", "parts", "watchable"]
 
 SAMPLES = 8
 
@@ -109,6 +109,17 @@ def _of(buffer: Any, size: int) -> memoryview[int]:
     return memoryview(buffer).cast("B").cast(_INTEGERS[size])
 
 
+def parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
+    found: list[torch.Tensor] = []
+    for tensor in tensors:
+        if _compat.is_wrapper(tensor):
+            found.extend(parts(_compat.wrapped(tensor)))
+        else:
+            found.append(tensor)
+    return found
+
+
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether changes of these show: tensors made under inference mode count no versions, and the memory of a subclass may
     be anywhere. Under FSDP2 nothing of a parameter shows what was gathered into it, and which tensors are its parameters
@@ -116,4 +127,11 @@ def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     that they share need all of them."""
     if fully_sharded_process():
         return False
-    return not any(t.is_inference() or type(t) not in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+    return not any(t.is_inference() or not _own_memory(type(t)) for t in tensors)
+
+
+def _own_memory(kind: type) -> bool:
+    """Whether a tensor of this class is its own storage: bitsandbytes' parameters only carry attributes besides."""
+    if kind.__module__.startswith("bitsandbytes."):
+        return kind.__name__ in ("Params4bit", "Int8Params")
+    return kind in (torch.Tensor, torch.nn.Parameter)

@@ -23,6 +23,7 @@ def test_polyfills_are_installed_for_this_peft() -> None:
     assert found.peft_version == peft.__version__
     assert found.installed == [
         "peft.utils.integrations.dequantize_module_weight",
+        "peft.utils.integrations.dequantize_bnb_weight",
         "peft.utils.other.transpose",
         "peft.tuners.lora.dora.DoraLinearLayer._cache_clear",
     ]
@@ -174,7 +175,7 @@ def test_unknown_peft_gets_no_polyfill_one_warning_and_still_works(tmp_path: Any
     assert answer["graphs"] > 3
     assert len(answer["warnings"]) == 1
     assert "PEFT 0.99.0" in answer["warnings"][0]
-    assert answer["installed"] == ["peft.utils.other.transpose"]
+    assert answer["installed"] == ["peft.utils.integrations.dequantize_bnb_weight", "peft.utils.other.transpose"]
     names = [name for name, _ in answer["skipped"]]
     assert names == [
         "peft.utils.integrations.dequantize_module_weight",
@@ -218,7 +219,7 @@ def test_peft_imported_after_the_backend() -> None:
     assert answer["imported"] is False
     assert answer["before"] == []
     assert answer["still"] is True
-    assert len(answer["after"]) == 3
+    assert len(answer["after"]) == 4
     assert answer["waiting"].count("_AfterImport") == 1
     assert answer["gone"] is True
     assert answer["graphs"] == 1

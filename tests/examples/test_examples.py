@@ -18,9 +18,10 @@ PROMISES = {
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
     "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
     "distributed_costs.py": ["| 70B | 64, TP 8 × FSDP2 8 |"],
+    "qdora.py": ["trained on torch.uint8 codes", "14 modules rewritten, 0 missed", "nf4"],
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
-NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers"}
+NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers", "qdora.py": "bitsandbytes"}
 SLOW = ("diffusion.py",)
 
 

@@ -3,6 +3,7 @@ the interpreter is switched on for a whole process, before Triton is imported.""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 from dorafx.bench import tune
 from dorafx.bench.clock import Clock
 from dorafx.ops import reference
-from dorafx.ops.triton import configs
+from dorafx.ops.quantized import Packed, dequantize_rows
+from dorafx.ops.triton import configs, quantized
 from dorafx.ops.triton.row_norm import launch, launch_group
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -123,6 +125,52 @@ def test_a_group_of_operands_that_are_not_aligned() -> None:
     for norm, (weight, left, right) in zip(launch_group(group, 1.0), group):
         exact = reference.row_norm(weight.double(), left.double(), right.double(), 1.0)
         torch.testing.assert_close(norm.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+QUANTIZED = {
+    "nf4": (torch.uint8, 2, 64),
+    "fp4": (torch.uint8, 2, 32),
+    "bnb8": (torch.int8, 1, None),
+    "affine": (torch.int8, 1, 32),
+}
+
+
+def packed(format: str, d_out: int, d_in: int, dtype: torch.dtype, zeros: bool) -> Packed:
+    kind, per, group = QUANTIZED[format]
+    generator = torch.Generator().manual_seed(1)
+    low, high = (0, 256) if kind == torch.uint8 else (-128, 128)
+    codes = torch.randint(low, high, (d_out, d_in // per), generator=generator).to(kind)
+    group = group or d_in
+    scales = torch.rand(d_out, d_in // group, generator=generator) + 0.5
+    if format == "affine":
+        scales = (scales / 16).to(dtype)
+    points = torch.randint(-8, 8, (d_out, d_in // group), generator=generator).to(torch.int8) if zeros else None
+    return Packed(codes, scales, points, format, (d_out, d_in), group, torch.float32 if format == "bnb8" else dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rank", "parts"), [(5, 1), (33, 3)])
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_quantized_weights(format: str, rank: int, parts: int, dtype: torch.dtype) -> None:
+    """Codes are dequantised in registers as the libraries do it; rows, columns and ranks that fill no block."""
+    d_out, d_in = 70, 192
+    weight = packed(format, d_out, d_in, dtype, zeros=format == "affine" and parts == 1)
+    _, left, right = (t.to(dtype) for t in operands(d_out, d_in, rank))
+    assert quantized.serves(weight)
+    # The interpreter has no rounding to bf16, so that there the exact values are those in fp32.
+    exact_dtype = torch.float32 if weight.dtype == torch.bfloat16 else weight.dtype
+    dense = dequantize_rows(dataclasses.replace(weight, dtype=exact_dtype), 0, d_out).double()
+    exact = reference.row_norm(dense, left.double(), right.double(), 0.3)
+    got = quantized.launch(weight, left, right, 0.3, parts)
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-6)
+
+
+def test_what_quantized_weights_the_kernel_leaves_to_blocks() -> None:
+    weight = packed("nf4", 6, 128, torch.float32, False)
+    assert quantized.serves(weight)
+    assert not quantized.serves(dataclasses.replace(weight, group=96))
+    assert not quantized.serves(dataclasses.replace(weight, format="hqq4"))
+    assert not quantized.serves(dataclasses.replace(weight, scales=weight.scales.t().contiguous().t()))
 
 
 def test_configurations_are_those_that_were_run() -> None:

@@ -7,6 +7,7 @@ import torch
 
 import dorafx.ops  # noqa: F401
 from dorafx.ops import reference
+from dorafx.ops.quantized import Packed, dequantize_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -136,3 +137,31 @@ def test_a_peft_model(codegen: str, compose: str) -> None:
         compose, ""
     )
     assert {r.decision for r in dorafx.rewrite_log().rewrites} == {said}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [4, 32, 200])
+@pytest.mark.parametrize("format", ["nf4", "fp4", "bnb8", "affine"])
+def test_row_norm_of_a_quantized_weight(format: str, rank: int, dtype: torch.dtype) -> None:
+    d_out, d_in, group = 1000, 2048, 2048 if format == "bnb8" else 64
+    generator = torch.Generator().manual_seed(0)
+    four_bits = format in ("nf4", "fp4")
+    codes = torch.randint(
+        0 if four_bits else -128, 256 if four_bits else 128, (d_out, d_in // (1 + four_bits)), generator=generator
+    )
+    scales = torch.rand(d_out, d_in // group, generator=generator)
+    weight = Packed(
+        codes.to(torch.uint8 if four_bits else torch.int8).cuda(),
+        (scales.to(dtype) if format == "affine" else scales).cuda(),
+        None,
+        format,
+        (d_out, d_in),
+        group,
+        torch.float32 if format == "bnb8" else dtype,
+    )
+    left, right = (torch.randn(s, generator=generator).to(dtype).cuda() for s in ((d_out, rank), (rank, d_in)))
+    exact = reference.row_norm(dequantize_rows(weight, 0, d_out).double(), left.double(), right.double(), 0.3)
+    got = torch.ops.dorafx.row_norm_quantized(
+        weight.packed, weight.scales, None, left, right, 0.3, format, [d_out, d_in], group, weight.dtype
+    )
+    torch.testing.assert_close(got.double(), exact, rtol=2e-5, atol=1e-5)

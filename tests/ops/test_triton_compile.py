@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dorafx.ops.triton import configs  # noqa: E402
+from dorafx.ops.triton.quantized import quantized_row_norm_kernel  # noqa: E402
 from dorafx.ops.triton.row_norm import finish_kernel, grouped_row_norm_kernel, row_norm_kernel  # noqa: E402
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(600)]
@@ -112,6 +113,58 @@ def test_a_group_loads_as_wide_vectors_as_one_norm() -> None:
         )
         wide.append(len(re.findall(r"cp\.async\.cg\.shared\.global [^;]*, 0x10,", kernel.asm["ptx"])))
     assert wide[0] == wide[1] > 0
+
+
+WEIGHTS = {"nf4": ("u8", "fp32"), "fp4": ("u8", "fp32"), "bnb8": ("i8", "fp32"), "affine": ("i8", "bf16")}
+
+
+def quantized_source(config: configs.RowNormConfig, format: str) -> ASTSource:
+    codes, scales = WEIGHTS[format]
+    factor = "bf16" if config.factor_bytes == 2 else "fp32"
+    pointers = {
+        "packed": f"*{codes}",
+        "scales": f"*{scales}",
+        "zeros": "*i8" if format == "affine" else f"*{scales}",
+        "left": f"*{factor}",
+        "right": f"*{factor}",
+        "out": "*fp32",
+    }
+    integers = ("d_out", "d_in", "rank", "part", "group", "stride_lo", "stride_rr")
+    constants = {
+        "stride_lr": 1,
+        "stride_ri": 1,
+        "FORMAT": format,
+        "ZEROS": format == "affine",
+        "WEIGHT": TYPES["fp32" if format == "bnb8" else "bf16"],
+        "ROWS": config.rows,
+        "COLUMNS": config.columns,
+        "DEPTH": config.depth,
+        "SPLIT": False,
+        "OPERAND": TYPES[factor],
+        "PRECISION": "tf32" if config.factor_bytes == 2 else "tf32x3",
+        "STAGES": config.num_stages,
+    }
+    names = quantized_row_norm_kernel.arg_names
+    signature = {**pointers, "scale": "fp32", **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in (*pointers, *integers)}
+    return ASTSource(
+        quantized_row_norm_kernel,
+        {name: signature[name] for name in names},
+        {(names.index(k),): v for k, v in constants.items()},
+        aligned,
+    )
+
+
+@pytest.mark.parametrize("architecture", SHARED)
+@pytest.mark.parametrize(
+    "config", configs.QUANTIZED_ROW_NORM, ids=lambda c: f"{8 * c.factor_bytes}bit-rank{c.max_rank}"
+)
+@pytest.mark.parametrize("format", ["nf4", *(pytest.param(f, marks=pytest.mark.slow) for f in WEIGHTS if f != "nf4")])
+def test_row_norm_of_a_quantized_weight(format: str, config: configs.RowNormConfig, architecture: int) -> None:
+    source = quantized_source(config, format)
+    _, spills, shared = compiled(architecture, source, config.num_warps, config.num_stages)
+    assert spills == 0
+    assert shared <= SHARED[architecture]
 
 
 @pytest.mark.parametrize("architecture", SHARED)

@@ -1,6 +1,6 @@
 """Transfer functions: one module per operator family. Importing them fills ``lifter.TRANSFER``."""
 
-from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products
+from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products, quantized
 
 from . import rearranged  # isort: skip  (the last: it adds to what the others do)
 
@@ -13,5 +13,6 @@ __all__ = [
     "layout",
     "norms",
     "products",
+    "quantized",
     "rearranged",
 ]

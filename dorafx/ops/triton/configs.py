@@ -18,6 +18,7 @@ __all__ = [
     "LINEAR",
     "LINEAR_TABLES",
     "PROGRAMS_PER_PROCESSOR",
+    "QUANTIZED_ROW_NORM",
     "ROW_NORM",
     "TABLES",
     "ComposeConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "compose_config",
     "linear_config",
     "multiprocessors",
+    "quantized_config",
     "row_norm_config",
     "splits",
     "table_of",
@@ -67,6 +69,17 @@ ROW_NORM = (
     RowNormConfig(4, 16, 64, 64, 16, 4, 3),
     RowNormConfig(4, 32, 64, 64, 32, 4, 3),
     RowNormConfig(4, None, 64, 128, 32, 8, 3),
+)
+
+
+# Of a quantised weight. ``columns`` are bytes of codes; a table of 4-bit values is selections in registers, of which a tile
+# needs more than a dense one, so that tiles are smaller.
+QUANTIZED_ROW_NORM = (
+    RowNormConfig(2, 16, 32, 64, 16, 4, 2),
+    RowNormConfig(2, 32, 32, 64, 32, 4, 2),
+    RowNormConfig(2, None, 64, 64, 64, 8, 3),
+    RowNormConfig(4, 16, 32, 32, 16, 4, 2),
+    RowNormConfig(4, None, 64, 32, 32, 8, 3),
 )
 
 
@@ -167,6 +180,13 @@ def linear_config(operand_bytes: int, tokens: int, found: int = 90) -> LinearCon
     table = _newest(LINEAR_TABLES, found)
     return next(
         c for c in table if c.operand_bytes == operand_bytes and (c.max_tokens is None or tokens <= c.max_tokens)
+    )
+
+
+def quantized_config(factor_bytes: int, rank: int) -> RowNormConfig:
+    """The first configuration for quantised weights that serves operands of this width and rank."""
+    return next(
+        c for c in QUANTIZED_ROW_NORM if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dorafx.ops import composition, norm
+from dorafx.ops import composition, norm, quantized
 
 __all__ = [
     "available",
@@ -18,6 +18,7 @@ __all__ = [
     "compose_forward",
     "dora_linear_forward",
     "row_norm",
+    "row_norm_quantized",
     "row_norms",
     "runs_kernels",
     "takes",
@@ -95,6 +96,29 @@ def _launched(group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], 
         return [launch_group([operands], scale, None if shrink == 1 else 1)[0] for operands in group]
 
     return norm.with_less_memory(compute)
+
+
+def row_norm_quantized(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See :func:`dorafx.ops.quantized.row_norm_quantized`."""
+    weight = quantized.Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    quantized.check_operands(weight, left, right)
+    if available() and takes(left, right):
+        from .quantized import launch, serves
+
+        if serves(weight):
+            return launch(weight, left, right, scale)
+    return quantized.row_norm_quantized(packed, scales, zeros, left, right, scale, format, shape, group, dtype)
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:

@@ -1,0 +1,91 @@
+"""Quantised weights: which nodes of a graph dequantise one, and from what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from .targets import arguments
+
+__all__ = ["PackedWeight", "is_torchao", "packed_weight"]
+
+# torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
+_TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """What a dequantised weight is made of; see :mod:`dorafx.ops.quantized` for the formats.
+
+    Attributes:
+        tensors: packed codes, scales and zeros (or None): a node, and the name of its attribute that is meant, or "".
+        format, shape, group, dtype: as :class:`dorafx.ops.quantized.Packed` has them.
+    """
+
+    tensors: tuple[tuple[fx.Node, str] | None, ...]
+    format: str
+    shape: tuple[int, int]
+    group: int
+    dtype: torch.dtype
+
+
+def is_torchao(tensor: Any) -> bool:
+    """Whether a tensor is one of the classes of torchao that are known here."""
+    kind = type(tensor)
+    return kind.__name__ in _TORCHAO and kind.__module__.startswith("torchao.")
+
+
+def packed_weight(node: fx.Node) -> PackedWeight | str:
+    """From what a node dequantises its value, or (a torchao weight) what the node holds; else why that is not known, empty for
+    a node that has nothing to do with quantisation."""
+    value = node.meta.get("example_value", node.meta.get("val"))
+    if is_torchao(value):
+        return _torchao(node, value)
+    name = str(node.target)
+    if node.op != "call_function":
+        return f"{type(value).__name__} is not known" if name == "dequantize" else ""
+    if name == "bitsandbytes.dequantize_4bit.default":
+        args = arguments(node, "A", "absmax", "blocksize", "quant_type", "shape", "dtype")
+        if (
+            isinstance(value, torch.Tensor)
+            and not isinstance(args["shape"], fx.Node)
+            and value.shape[-1] % args["blocksize"]
+        ):
+            # Where groups reach over the end of a row, bitsandbytes' kernel for CPUs has values that no other device has.
+            return "its rows are not whole groups"
+        return _made(
+            args["A"], args["absmax"], None, args["quant_type"], args["shape"], args["blocksize"], args["dtype"]
+        )
+    if name == "bitsandbytes.int8_vectorwise_dequant.default":
+        args = arguments(node, "A", "stats")
+        assert isinstance(value, torch.Tensor)
+        return _made(args["A"], args["stats"], None, "bnb8", value.shape, value.shape[-1], value.dtype)
+    if name == "dorafx.dequantize.default":
+        return _made(*arguments(node, "packed", "scales", "zeros", "format", "shape", "group", "dtype").values())
+    return ""
+
+
+def _made(packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any) -> PackedWeight | str:
+    if isinstance(shape, fx.Node) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
+        return "its shape is symbolic or not that of a matrix"
+    tensors = tuple(None if t is None else (_without_data(t), "") for t in (packed, scales, zeros))
+    return PackedWeight(tensors, format, (int(shape[0]), int(shape[1])), int(group), dtype)
+
+
+def _without_data(node: fx.Node) -> fx.Node:
+    """``weight.data`` is the weight's memory, and codes have no gradient to cut."""
+    while getattr(node.target, "__name__", "") == "_get_data_attr" and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _torchao(node: fx.Node, value: Any) -> PackedWeight | str:
+    block = tuple(value.block_size)
+    if len(block) != 2 or block[0] != 1 or value.qdata.dtype != torch.int8:
+        return f"its scales are not those of groups along a row (block size {block})"
+    zeros = (node, "zero_point") if value.zero_point is not None else None
+    tensors = ((node, "qdata"), (node, "scale"), zeros)
+    return PackedWeight(tensors, "affine", (int(value.shape[0]), int(value.shape[1])), int(block[1]), value.dtype)

@@ -1,0 +1,285 @@
+"""The row norm of a quantised weight: blocks of rows are dequantised one after the other, so that neither the dense weight nor
+the dense delta ever exists.
+
+A weight is ``packed`` (codes), ``scales`` and perhaps ``zeros``, in one of these formats:
+
+- ``"nf4"``, ``"fp4"``: bitsandbytes' 4-bit types. Two codes a byte, the first in the high half, in the order of the flattened
+  weight; ``scales[k]`` (fp32) is the largest magnitude of the k-th ``group`` of elements. ``value = table[code] · scale`` in
+  fp32 (QLoRA, arXiv:2305.14314, section 3, for NF4).
+- ``"nf4-cpu"``, ``"fp4-cpu"``: the same as bitsandbytes lays it out for inference on CPUs with AVX512-BF16. By 32 rows the
+  codes are ordered ``[d_in / 2, 32, 2]``; of 64 of these, the first 32 are the low halves of as many bytes. ``scales`` are
+  ``[d_in / group, d_out]`` in bf16.
+- ``"bnb8"``: bitsandbytes' 8-bit type. ``packed [d_out, d_in]`` int8, ``scales [d_out]``; ``value = code · scale / 127`` in fp32.
+- ``"affine"``: torchao's integers. ``packed [d_out, d_in]`` int8, ``scales`` and ``zeros`` ``[d_out, d_in / group]``;
+  ``value = (code - zero) · scale`` in ``dtype``.
+- ``"hqq8"``, ``"hqq4"``, ``"hqq2"``, ``"hqq1"``: HQQ. The weight is regarded as ``[n / group, group]`` (``zeros`` and ``scales``
+  ``[n / group, 1]``) or as ``[group, n / group]`` (``[1, n / group]``); the codes are packed as ``8 / bits`` slices of the
+  flattened weight, the first in the highest bits; ``value = (code - zero) · scale`` in ``dtype``.
+
+What the library rounds is rounded here: dequantised blocks are bit for bit the library's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dorafx import _compat
+
+from . import norm
+
+__all__ = ["FORMATS", "TABLES", "Packed", "dequantize", "dequantize_rows", "row_norm_quantized"]
+
+# bitsandbytes' tables by code, in fp32. NF4: quantiles of a normal distribution, as the paper's appendix E prints them. FP4:
+# a sign, two exponent bits and one of mantissa, divided by the largest value, 12.
+TABLES: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+        -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+    "fp4": tuple(
+        sign * value / 12.0 for sign in (1.0, -1.0) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+    ),
+}  # fmt: skip
+_HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq2": 2, "hqq1": 1}
+_CPU_TABLES = {"nf4-cpu": "nf4", "fp4-cpu": "fp4"}
+FORMATS = (*TABLES, *_CPU_TABLES, "bnb8", "affine", *_HQQ_BITS)
+# A block of this many fp32 values, with its codes and what lies between, stays in the cache.
+_BLOCK_ELEMENTS = 1 << 18
+_BNB8 = 7.874015718698502e-3
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised weight ``[d_out, d_in]``; see this module for the formats.
+
+    Attributes:
+        dtype: what it is dequantised to: fp16, bf16 or fp32.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    format: str
+    shape: tuple[int, int]
+    group: int
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def check(self) -> None:
+        """Raise what is wrong with it.
+
+        Raises:
+            ValueError: an unknown format, or sizes that do not belong to the shape.
+            TypeError: a dtype that the format does not have.
+        """
+        if self.format not in FORMATS:
+            raise ValueError(f"unknown format {self.format!r} of a quantised weight; allowed are {', '.join(FORMATS)}")
+        if len(self.shape) != 2 or min(self.shape) < 0 or self.group < 1:
+            raise ValueError(
+                f"a quantised weight has a shape [d_out, d_in] and groups of at least 1; got {self.shape}, {self.group}"
+            )
+        if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise TypeError(f"a weight is dequantised to fp16, bf16 or fp32, not to {self.dtype}")
+        _check_sizes(self)
+
+
+def _check_sizes(w: Packed) -> None:
+    (d_out, d_in), n = w.shape, w.numel
+    if w.format in TABLES:
+        wanted = {
+            "bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()),
+            "scales": (-(-n // w.group), w.scales.numel()),
+        }
+    elif w.format in _CPU_TABLES:
+        if d_out % 32 or d_in % w.group:
+            raise ValueError(
+                f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}"
+            )
+        wanted = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
+    elif w.format == "bnb8":
+        wanted = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
+    else:
+        if (d_in if w.format == "affine" else n) % w.group:
+            raise ValueError(f"groups of {w.group} do not divide a {w.format} weight {w.shape}")
+        per = 8 // _HQQ_BITS.get(w.format, 8)
+        wanted = {"bytes of codes": (n, w.packed.numel() * per), "scales": (n // w.group, w.scales.numel())}
+        if w.zeros is not None:
+            wanted["zeros"] = (n // w.group, w.zeros.numel())
+    for what, (needed, found) in wanted.items():
+        if needed != found:
+            raise ValueError(
+                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {needed} {what}; got {found}"
+            )
+
+
+@functools.cache
+def _pairs(kind: str, device: torch.device) -> torch.Tensor:
+    """Both values of each byte: ``[256, 2]``."""
+    table = torch.tensor(TABLES[kind], dtype=torch.float32)
+    byte = torch.arange(256)
+    return torch.stack([table[byte >> 4], table[byte & 15]], 1).to(device)
+
+
+def _four_bit(w: Packed, first: int, last: int) -> torch.Tensor:
+    d_in = w.shape[1]
+    start, end = first * d_in, last * d_in
+    data = w.packed.reshape(-1).view(torch.uint8)[start // 2 : -(-end // 2)]
+    values = _pairs(w.format, data.device).index_select(0, data.int()).reshape(-1)[start % 2 :][: end - start]
+    scales = w.scales.reshape(-1)
+    if start % w.group == 0 and (end - start) % w.group == 0:
+        values.view(-1, w.group).mul_(scales[start // w.group : end // w.group, None])
+    else:
+        covering = scales[start // w.group : -(-end // w.group)].repeat_interleave(w.group)
+        values.mul_(covering[start % w.group :][: end - start])
+    return values.view(last - first, d_in).to(w.dtype)
+
+
+def _four_bit_cpu(w: Packed, first: int, last: int) -> torch.Tensor:
+    d_in = w.shape[1]
+    start, end = first // 32, -(-last // 32)
+    data = w.packed.reshape(-1)[start * 16 * d_in : end * 16 * d_in].view(-1, 32)
+    codes = torch.cat([data & 15, data >> 4], 1).view(end - start, d_in // 2, 32, 2).transpose(1, 2)
+    codes = codes.reshape(-1, d_in)[first - 32 * start : last - 32 * start].int()
+    values = _pairs(_CPU_TABLES[w.format], data.device)[:16, 1].index_select(0, codes.view(-1))
+    scales = w.scales.view(-1, w.shape[0])[:, first:last].t().to(torch.float32)
+    return values.view(last - first, -1, w.group).mul_(scales[:, :, None]).view(-1, d_in).to(w.dtype)
+
+
+def _bnb8(w: Packed, first: int, last: int) -> torch.Tensor:
+    scales = w.scales.reshape(-1, 1)[first:last]
+    return ((w.packed[first:last] * scales) * _BNB8).to(w.dtype)
+
+
+def _affine(w: Packed, first: int, last: int) -> torch.Tensor:
+    groups = w.shape[1] // w.group
+    values = w.packed[first:last].to(w.dtype).view(last - first, groups, w.group)
+    if w.zeros is not None:
+        values = values - w.zeros.view(w.shape[0], groups, 1)[first:last].to(w.dtype)
+    values = values * w.scales.view(w.shape[0], groups, 1)[first:last]
+    return values.view(last - first, w.shape[1]).to(w.dtype)
+
+
+def _hqq(w: Packed, first: int, last: int) -> torch.Tensor:
+    d_in, bits = w.shape[1], _HQQ_BITS[w.format]
+    start, end = first * d_in, last * d_in
+    data = w.packed.reshape(-1)
+    codes = torch.empty(end - start, dtype=w.dtype, device=data.device)
+    length = data.numel()
+    for part in range(8 // bits):
+        low, high = max(start, part * length), min(end, (part + 1) * length)
+        if low < high:
+            piece = data[low - part * length : high - part * length]
+            codes[low - start : high - start] = (piece >> (8 - bits * (part + 1))) & ((1 << bits) - 1)
+    assert w.zeros is not None
+    zeros, scales, length = w.zeros.reshape(-1), w.scales.reshape(-1), w.numel // w.group
+    if w.scales.shape[0] == 1 and length > 1:  # a group is a column of [group, n / group]
+        index = torch.arange(start, end, device=data.device, dtype=torch.int32) % length
+    else:
+        index = torch.arange(start, end, device=data.device, dtype=torch.int32) // w.group
+    values = codes.sub_(zeros.index_select(0, index)).mul_(scales.index_select(0, index))
+    return values.view(last - first, d_in)
+
+
+_DEQUANTIZE: dict[str, Callable[[Packed, int, int], torch.Tensor]] = {
+    **dict.fromkeys(TABLES, _four_bit),
+    **dict.fromkeys(_CPU_TABLES, _four_bit_cpu),
+    "bnb8": _bnb8,
+    "affine": _affine,
+    **dict.fromkeys(_HQQ_BITS, _hqq),
+}
+
+
+def dequantize_rows(weight: Packed, first: int, last: int) -> torch.Tensor:
+    """Rows ``first`` to ``last`` of a weight, ``[last - first, d_in]`` in its dtype, bit for bit as its library has them."""
+    return _DEQUANTIZE[weight.format](weight, first, last)
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The whole weight, ``[d_out, d_in]`` in ``dtype``.
+
+    Raises:
+        ValueError, TypeError: see :meth:`Packed.check`.
+    """
+    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    weight.check()
+    return dequantize_rows(weight, 0, weight.shape[0])
+
+
+def _block(weight: Packed, rank: int, casts_right: bool) -> tuple[int, int]:
+    """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
+    those of codes and values in fp32 included."""
+    d_out, d_in = weight.shape
+    limit = weight.numel * weight.dtype.itemsize // (9 * 4)
+    rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS, d_in)) // max(d_in, rank, 1)))
+    return rows, max(1, min(d_in, limit // rank)) if casts_right and rank else d_in
+
+
+def check_operands(weight: Packed, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Raises:
+    ValueError, TypeError: see :meth:`Packed.check` and :func:`dorafx.ops.norm.check_operands`.
+    """
+    weight.check()
+    # A tensor of one element stands for the weight that is not formed.
+    stand_in = torch.empty((), dtype=weight.dtype, device=weight.packed.device).expand(weight.shape)
+    norm.check_operands(stand_in, left, right)
+
+
+def row_norm_quantized(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``n[i] = ‖W[i] + scale·(left·right)[i]‖₂`` of a quantised weight.
+
+    Args:
+        packed, scales, zeros, format, shape, group, dtype: the weight, see this module.
+        left: ``[d_out, r]``; right: ``[r, d_in]``; any floating dtypes.
+        scale: the scaling ``s``.
+
+    Returns:
+        ``[d_out]`` in fp32.
+
+    Raises:
+        ValueError, TypeError: operands that do not fit together.
+    """
+    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    check_operands(weight, left, right)
+    (d_out, d_in), rank = weight.shape, right.shape[0]
+    norms = torch.zeros(d_out, dtype=torch.float32, device=packed.device)
+    if not weight.numel:
+        return norms
+    rows, columns = _block(weight, rank, right.dtype != torch.float32)
+    # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
+    with _compat.below_autocast():
+        for first in range(0, d_out, rows):
+            last = min(first + rows, d_out)
+            block = dequantize_rows(weight, first, last).to(torch.float32)
+            side = left[first:last].to(torch.float32)
+            for start in range(0, d_in if rank else 0, columns):
+                chunk = slice(start, start + columns)
+                block[:, chunk].addmm_(side, right[:, chunk].to(torch.float32), alpha=scale)
+            torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
+    return norms

@@ -1,0 +1,103 @@
+"""Stock PEFT DoRA on quantised bases, of random weights, quantised for real on the CPU by the libraries themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+__all__ = ["FORMATS", "Block", "quantized", "steps"]
+
+FORMATS = {
+    "nf4": "nf4",
+    "nf4 double": "nf4",
+    "fp4": "fp4",
+    "torchao int8": "affine",
+    "torchao intx": "affine",
+    "hqq 4 bit": "hqq4",
+    "hqq 4 bit columns": "hqq4",
+    "hqq 8 bit": "hqq8",
+}
+"""Kind of base -> the format in dorafx's log."""
+
+
+class Block(nn.Module):
+    """Two linears, wide enough for groups of 32 or 64."""
+
+    def __init__(self, d_in: int = 64, d_hidden: int = 128, bias: bool = True) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_in, d_hidden, bias=bias)
+        self.down = nn.Linear(d_hidden, d_in, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.down(torch.relu(self.up(x)))
+
+
+def _bitsandbytes(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool) -> nn.Module:
+    import bitsandbytes as bnb
+
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    made: Any
+    if kind == "bnb 8 bit":
+        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=0.0)
+    else:
+        made = bnb.nn.Linear4bit(
+            *sizes, compute_dtype=dtype, quant_type=kind[:3], compress_statistics=kind.endswith("double")
+        )
+        # On a CPU with AVX512-BF16 evaluation brings the weight into another layout (see test_repacked_weights).
+        made.support_avx512bf16_for_cpu = repack
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")  # type: ignore[no-any-return]
+
+
+def _hqq(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=int(kind.split()[1]), group_size=32, axis=0 if kind.endswith("columns") else 1)
+    return HQQLinear(linear, config, compute_dtype=dtype, device="cpu")  # type: ignore[no-any-return]
+
+
+def _torchao(model: nn.Module, kind: str) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    intx = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantize_(model, intx if kind.endswith("intx") else Int8WeightOnlyConfig())
+
+
+def quantized(
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    repack: bool = False,
+    block: dict[str, Any] | None = None,
+    **lora: Any,
+) -> Any:
+    """A PEFT model of :class:`Block`, whose linears are quantised; equal for equal arguments."""
+    torch.manual_seed(0)
+    model = Block(**(block or {})).to(dtype)
+    if kind.startswith("torchao"):
+        _torchao(model, kind)
+    else:
+        for name, linear in list(model.named_children()):
+            make = _hqq(linear, kind, dtype) if kind.startswith("hqq") else _bitsandbytes(linear, kind, dtype, repack)
+            setattr(model, name, make)
+        model.is_loaded_in_8bit = kind == "bnb 8 bit"  # type: ignore[assignment]
+        model.is_loaded_in_4bit = kind[:3] in ("nf4", "fp4")  # type: ignore[assignment]
+    config = {"r": 4, "use_dora": True, "init_lora_weights": False, "target_modules": ["up", "down"], **lora}
+    return peft.get_peft_model(model, peft.LoraConfig(**config))
+
+
+def steps(model: Any, call: Any, x: torch.Tensor, train: bool) -> list[torch.Tensor]:
+    """The output and, when training, the gradients of everything that is trained and of x."""
+    torch.manual_seed(1)
+    x = x.detach().requires_grad_(train)
+    with torch.set_grad_enabled(train):
+        y = call(x)
+        if not train:
+            return [y]
+        return [
+            y,
+            *torch.autograd.grad(y.float().sin().sum(), [x, *(p for p in model.parameters() if p.requires_grad)]),
+        ]

@@ -1,0 +1,210 @@
+"""QDoRA: stock PEFT DoRA on bases that bitsandbytes, torchao and HQQ have quantised."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import peft
+import pytest
+import torch
+from quantized_support import FORMATS, quantized, steps
+
+import dorafx
+import dorafx.backend
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("torchao")
+pytest.importorskip("hqq")
+
+SLOW = ("nf4", "hqq 4 bit columns", "hqq 8 bit")
+EAGER = {"dorafx.codegen": "eager", "dorafx.strict": True}
+
+
+def compiled(model: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    dorafx.rewrite_log().clear()
+    return torch.compile(model, backend="dorafx", fullgraph=True, options={**EAGER, **options})
+
+
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in FORMATS])
+def test_whole_and_equal_to_stock(kind: str) -> None:
+    """One graph; every layer rewritten whole, its norm in the prologue by blocks; outputs and gradients are stock's."""
+    model, x = quantized(kind), torch.randn(2, 5, 64)
+    for train in (True, False):
+        model.train(train)
+        wanted = steps(model, model, x, train)
+        call = compiled(model, **{"dorafx.verify": True})
+        for _ in range(2):
+            found = steps(model, call, x, train)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        records = dorafx.rewrite_log().rewrites
+        assert [r.pattern for r in records] == ["linear", "linear"]
+        assert {(r.dtype, r.norm_placement, r.decision, r.reason) for r in records} == {
+            (FORMATS[kind], "prologue", "", "")
+        }
+
+
+@pytest.mark.parametrize("kind", ["nf4 double", "torchao int8", "hqq 4 bit"])
+def test_dropout(kind: str) -> None:
+    """With a dropout stock multiplies by the dequantised weight itself; its norm still is that of the codes."""
+    model, x = quantized(kind, lora_dropout=0.3).train(), torch.randn(5, 64)
+    wanted = steps(model, model, x, True)
+    found = steps(model, compiled(model), x, True)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    records = dorafx.rewrite_log().rewrites
+    assert {(r.pattern, r.dtype) for r in records} == {("linear_dropout", FORMATS[kind])}
+    without = quantized(kind).train()
+    steps(without, compiled(without), x, True)
+    for one, other in zip(records, dorafx.rewrite_log().rewrites, strict=True):
+        assert (
+            other.dense_bytes_avoided - one.dense_bytes_avoided == 4 * 64 * 128
+        )  # of the weight that the product reads
+
+
+def test_bitsandbytes_8_bit() -> None:
+    """Stock runs one forward on a CPU, and then has lost its scales; through dorafx the layer goes on."""
+    x = torch.randn(5, 64)
+    for train in (True, False):
+        stock = quantized("bnb 8 bit").train(train)
+        wanted = steps(stock, stock, x, train)
+        with pytest.raises(AttributeError, match="NoneType"):
+            stock(x)
+        model = quantized("bnb 8 bit").train(train)
+        call = compiled(model)
+        for _ in range(3):
+            found = steps(model, call, x, train)
+            for one, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        records = dorafx.rewrite_log().rewrites
+        assert {(r.pattern, r.dtype, r.norm_placement) for r in records} == {("linear", "bnb8", "prologue")}
+
+
+def test_repacked_weights() -> None:
+    """In evaluation on a CPU with AVX512-BF16 bitsandbytes lays weights out anew, and dequantises them in the old order."""
+    model, x = quantized("nf4", torch.bfloat16).eval(), torch.randn(5, 64, dtype=torch.bfloat16)
+    right = steps(model, model, x, False)[0]
+    repacked = quantized("nf4", torch.bfloat16, repack=True).eval()
+    scrambled = steps(repacked, repacked, x, False)[0]
+    weight = repacked.base_model.model.up.base_layer.weight
+    if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+        pytest.skip("this CPU has no AVX512-BF16")
+    call = compiled(repacked)
+    for _ in range(2):
+        found = steps(repacked, call, x, False)[0]
+        assert (found - right).abs().mean() < (scrambled - right).abs().mean() / 4
+    assert {(r.pattern, r.dtype) for r in dorafx.rewrite_log().rewrites} == {("linear", "nf4-cpu")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "codegen"),
+    [pytest.param("nf4 double", "inductor", marks=pytest.mark.slow), ("torchao int8", "eager"), ("hqq 4 bit", "eager")],
+)
+def test_as_many_graphs_as_plain_lora(kind: str, codegen: str) -> None:
+    counts = []
+    for use_dora in (False, True):
+        torch._dynamo.reset()
+        model, x = quantized(kind, use_dora=use_dora), torch.randn(5, 64)
+        graphs: list[Any] = []
+
+        def backend(gm: Any, inputs: Any, graphs: list[Any] = graphs) -> Any:
+            graphs.append(gm)
+            return dorafx.backend.dorafx(gm, inputs, options={"dorafx.codegen": codegen})
+
+        call = torch.compile(model, backend=backend)
+        for train in (True, False):
+            wanted = steps(model.train(train), model, x, train)
+            for one, other in zip(steps(model, call, x, train), wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        counts.append(len(graphs))
+    assert counts == [2, 2]
+
+
+def codes_and_scales(model: Any, kind: str) -> tuple[Any, Any, Any]:
+    """Of the first layer: its codes, its scales, and who holds the scales under what name."""
+    base = model.base_model.model.up.base_layer
+    if kind == "nf4":
+        return base.weight.data, base.weight.quant_state.absmax, (base.weight.quant_state, "absmax")
+    if kind.startswith("hqq"):
+        return base.W_q, base.meta["scale"], (base.meta, "scale")
+    return base.weight.qdata, base.weight.scale, (base.weight, "scale")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8", "hqq 4 bit"])
+def test_norms_are_reused_and_never_stale(kind: str) -> None:
+    """Decoding reuses a norm; codes, scales and factors that change, however they change, are seen. The twin runs as stock,
+    whose forward on a CPU makes parameters of bitsandbytes anew."""
+    model, twin = (quantized(kind, block={"bias": False}).eval() for _ in range(2))
+    call, x = compiled(model), torch.randn(1, 64)
+
+    def check(reused: int) -> None:
+        before = dorafx.rewrite_log().norms.reused
+        torch.testing.assert_close(steps(model, call, x, False), steps(twin, twin, x, False), rtol=1e-4, atol=1e-5)
+        # HQQ quantises in inference mode, whose tensors count no versions: what cannot be watched is computed anew.
+        assert dorafx.rewrite_log().norms.reused - before == (0 if kind.startswith("hqq") else reused)
+
+    def change(write: Any) -> None:
+        with torch.no_grad():
+            for each in (model, twin):
+                write(each)
+        check(1)
+        check(2)
+
+    def replace(each: Any) -> None:
+        _, scales, (holder, name) = codes_and_scales(each, kind)
+        if isinstance(holder, dict):
+            holder[name] = scales * 0.5
+        else:
+            setattr(holder, name, scales * 0.5)
+
+    check(0)
+    check(2)
+    change(lambda each: codes_and_scales(each, kind)[1].mul_(1.25))
+    change(lambda each: codes_and_scales(each, kind)[0].copy_(codes_and_scales(each, kind)[0].flip(0)))
+    change(lambda each: each.base_model.model.up.lora_A["default"].weight.data.mul_(2))
+    change(replace)
+
+
+def test_training_and_decoding_in_turns() -> None:
+    """The fused optimizer moves no version counter."""
+    model, x = quantized("nf4"), torch.randn(1, 64)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
+    call = compiled(model)
+    for _ in range(2):
+        model.train()
+        loss = call(x).sum()
+        loss.backward()
+        optimizer.step()
+        model.eval()
+        torch.testing.assert_close(steps(model, call, x, False), steps(model, model, x, False), rtol=1e-4, atol=1e-5)
+
+
+def test_a_format_whose_rows_are_not_whole_groups_is_formed_with_a_reason() -> None:
+    model, x = quantized("nf4", block={"d_in": 96}).eval(), torch.randn(5, 96)
+    wanted = steps(model, model, x, False)
+    torch.testing.assert_close(steps(model, compiled(model), x, False), wanted, rtol=1e-4, atol=1e-5)
+    up, down = dorafx.rewrite_log().rewrites
+    assert (up.dtype, up.decision) == ("float32", "the dequantised weight is formed: its rows are not whole groups")
+    assert (down.dtype, down.decision) == ("nf4", "")
+
+
+def test_scales_that_are_quantised_themselves_are_formed() -> None:
+    """HQQ with 3 bits (ten codes in 32 bits): PEFT's own dequantisation stays, and the result is right."""
+    model, x = quantized("hqq 3 bit").train(), torch.randn(5, 64)
+    wanted = steps(model, model, x, True)
+    for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"float32"}
+
+
+@pytest.mark.parametrize("kind", ["gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "eetq.EetqLoraLinear"])
+def test_what_peft_refuses_stays_refused(kind: str) -> None:
+    module, name = kind.split(".")
+    layer = getattr(importlib.import_module(f"peft.tuners.lora.{module}"), name, None)
+    if layer is None:
+        pytest.skip("PEFT defines this layer only where its library is installed")
+    importlib.import_module("dorafx.backend")  # with the polyfills in place
+    with pytest.raises(ValueError, match=f"{name} does not support DoRA yet"):
+        layer(torch.nn.Linear(8, 8), "default", config=peft.LoraConfig(use_dora=True))
