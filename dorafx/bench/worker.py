@@ -29,7 +29,18 @@ RECOMPILATIONS = 64
 
 def request_for(settings: Settings, name: str, case: Case | None) -> dict[str, Any]:
     """What :func:`configuration` needs to know."""
-    own = ("dtype", "device", "seconds", "threads", "mode", "codegen", "compose", "scope", "checkpointing", "micro_batches")
+    own = (
+        "dtype",
+        "device",
+        "seconds",
+        "threads",
+        "mode",
+        "codegen",
+        "compose",
+        "scope",
+        "checkpointing",
+        "micro_batches",
+    )
     request = {key: getattr(settings, key) for key in own}
     suite, parameters = (case.suite, case.parameters) if case is not None else (CEILINGS, {})
     return {**request, "name": name, "suite": suite, "parameters": parameters}

@@ -173,13 +173,16 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
             if n.recipe.whole is not None:
                 found[i] = n.recipe.whole(*n.tensors, *n.numbers)
         lying = [
-            local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) if n.recipe.whole is None else None for n in norms
+            local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) if n.recipe.whole is None else None
+            for n in norms
         ]
         for algorithm in dict.fromkeys(n.recipe.algorithm for n in norms if n.recipe.whole is None):
             group = [i for i, n in enumerate(norms) if n.recipe.whole is None and n.recipe.algorithm == algorithm]
             operands = [made[0] for i in group if (made := lying[i]) is not None]
             scales = [norms[i].recipe.scale for i in group]
-            kept = [_squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group]
+            kept = [
+                _squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group
+            ]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
                 found[i] = result

@@ -151,7 +151,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"seed {seed}: differences {seeds[-1]['difference']}", flush=True)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     mean = statistics.fmean(seed["difference"]["mean"] for seed in seeds)
-    return {"environment": describe_environment("cpu", options.threads), "settings": settings, "mean": mean, "limit": LIMIT, "seeds": seeds}
+    return {
+        "environment": describe_environment("cpu", options.threads),
+        "settings": settings,
+        "mean": mean,
+        "limit": LIMIT,
+        "seeds": seeds,
+    }
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
@@ -162,7 +168,9 @@ def plot(document: dict[str, Any], path: Path) -> None:
     losses, apart = figure.subplots(2, 1, sharex=True)
     for seed, colour in zip(document["seeds"], ("#0b6e4f", "#b0413e", "#4a7fb5", "#8367c7", "#e08e45")):
         steps = range(1, len(seed["stock"]) + 1)
-        losses.plot(steps, seed["stock"], color=colour, linewidth=2.2, alpha=0.35, label=f"stock PEFT, seed {seed['seed']}")
+        losses.plot(
+            steps, seed["stock"], color=colour, linewidth=2.2, alpha=0.35, label=f"stock PEFT, seed {seed['seed']}"
+        )
         losses.plot(steps, seed["dorafx"], color=colour, linewidth=0.7, label=f"dorafx, seed {seed['seed']}")
         differences = [max(abs(a - b), 1e-9) for a, b in zip(seed["stock"], seed["dorafx"])]
         apart.plot(steps, differences, color=colour, linewidth=0.6)
@@ -191,7 +199,9 @@ def main() -> int:
         help="of the frozen weights; PEFT keeps the adapters in fp32 (default float32)",
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it")
+    parser.add_argument(
+        "--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it"
+    )
     options = parser.parse_args()
     document = run(options)
     options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")

@@ -18,7 +18,17 @@ LIMIT = 7.1e-4
 def test_losses_stay_together(dtype: str, tmp_path: Path) -> None:
     out = tmp_path / "parity.json"
     small = ["--steps", "60", "--base-steps", "30", "--seeds", "0", "--hidden", "64", "--layers", "2", "--rank", "4"]
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "parity.py"), *small, "--dtype", dtype, "--out", str(out)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(BENCHMARKS / "parity.py"),
+        *small,
+        "--dtype",
+        dtype,
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     (seed,) = json.loads(out.read_text())["seeds"]

@@ -31,7 +31,9 @@ def code(fn: Callable[..., torch.Tensor]) -> str:
     body = source[source.index(":\n", source.index("-> torch.Tensor")) + 2 :]
     body = re.sub(r'^\s*""".*?"""\n', "", body, flags=re.DOTALL)
     lines = inspect.cleandoc(re.sub(r"\s+#.*$", "", body, flags=re.MULTILINE)).splitlines()
-    return "<br>".join(f"<code>{html.escape(line).replace('|', '&#124;').replace('  ', '&nbsp; ')}</code>" for line in lines)
+    return "<br>".join(
+        f"<code>{html.escape(line).replace('|', '&#124;').replace('  ', '&nbsp; ')}</code>" for line in lines
+    )
 
 
 def named(name: str) -> str:
@@ -49,7 +51,9 @@ def test_page() -> None:
         what = ", ".join("left alone" if found == "missed" else found for found in expected) or "no candidate"
         lines.append(f"| {named(name)} | {code(fn)} | {what} | {html.escape(reason)} |")
     text += f"\n\n## Left alone, or rewritten in its sound part: {len(lines)} programs that look like DoRA\n\n"
-    text += "| program | code | what happens | part of the logged reason |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    text += (
+        "| program | code | what happens | part of the logged reason |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
+    )
     if os.environ.get("DORAFX_WRITE_PAGES"):
         PAGE.write_text(text, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == text
