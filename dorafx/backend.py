@@ -18,6 +18,7 @@ from torch import fx
 from dorafx import _compat, capture, codegen
 from dorafx._compat_distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.lift import leaves_of
 from dorafx.lift.functional import private_writes, without_private_writes
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
@@ -35,7 +36,7 @@ from dorafx.rewriter import (
     reuse_buffers,
 )
 from dorafx.runtime import with_prologue
-from dorafx.validation import Check, Region, leaves_of
+from dorafx.validation import Check, Region
 
 __all__ = ["dorafx", "log_failure", "rewrite_graph_module"]
 

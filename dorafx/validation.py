@@ -8,7 +8,7 @@ what remains of a difference is a difference of the programs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,11 @@ import torch
 from torch import fx
 
 from dorafx import _compat
-from dorafx.lift import Expr, Lifter, Poly
 from dorafx.lift.targets import canonical_name
 from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.rewriter.prologue import DENSE
 
-__all__ = ["TOLERANCE", "Check", "Region", "leaves_of"]
+__all__ = ["TOLERANCE", "Check", "Region"]
 
 TOLERANCE = 1e-9
 """Largest difference of outputs and gradients, relative to the largest value. fp64 rounds at 1e-16; a norm of a hundred
@@ -50,19 +49,6 @@ class Check:
     @property
     def passed(self) -> bool:
         return not self.reason
-
-
-def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
-    """The nodes that terms are made of."""
-    found: set[fx.Node] = set()
-    stack = list(terms)
-    while stack:
-        for atom in stack.pop().atoms():
-            info = lift.atom_of(atom)
-            if info.node is not None:
-                found.add(info.node)
-            stack.extend(term for term in (info.expr, info.poly) if term is not None)
-    return found
 
 
 class Region:

@@ -75,7 +75,7 @@ class Task:
 
             for layer in model.modules():
                 if isinstance(layer, LoraLayer):
-                    layer.compile(backend=COMPILED[self.name], dynamic=dynamic, mode=mode)  # type: ignore[operator]
+                    layer.compile(backend=COMPILED[self.name], dynamic=dynamic, mode=mode)
 
     def random(self, *shape: int) -> torch.Tensor:
         """Standard normal values in the task's dtype; the worker seeds the generator, so every process draws the same."""

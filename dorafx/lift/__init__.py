@@ -2,6 +2,7 @@
 
 from . import transfer as _transfer  # noqa: F401  (fills the table of transfer functions)
 from .algebra import Atom, Diag, Expr, Mat, Poly
+from .leaves import leaves_of
 from .lifter import Lifter, tensor_of
 from .quantized import PackedWeight, packed_weight
 from .values import AtomInfo, Gemm, MatrixValue, Value, VectorValue
@@ -19,6 +20,7 @@ __all__ = [
     "Poly",
     "Value",
     "VectorValue",
+    "leaves_of",
     "packed_weight",
     "tensor_of",
 ]

@@ -47,6 +47,19 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "Write the operation out of place (`w = w + delta` instead of `w += delta`) where others can see the tensor.",
     ),
     (
+        r"is another for each token|makes the delta, and is not known",
+        "No factored norm serves such a delta, and the layer runs as it was. If it is a product of low-rank factors after all, "
+        "form it by matrix products of them.",
+    ),
+    (
+        r"reads the sum of squares of the adapted weight",
+        "A reduction over devices of one's own cannot be followed: shard the weight as a DTensor, whose reductions are known.",
+    ),
+    (
+        r"DeepSpeed ZeRO-3|the original's result is",
+        "Nothing is wrong, and the layer runs as it was: see examples/distributed.md for ways of sharding that are rewritten.",
+    ),
+    (
         r"is of order|is of the whole weight",
         "Not DoRA as published: its norm is the 2-norm of each row (or column). Check `ord` and `dim`.",
     ),
@@ -75,7 +88,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ),
     (
         r"no index|another layer's|no value of the graph|carries no shape|is computed after|a scaling is a constant|"
-        r"used without its root|stands alone in the product|nothing but biases|has one column|no node computes this norm",
+        r"with a convolution's input|two convolutions that are added|used without its root|stands alone in the product|nothing but biases|has one column|no node computes this norm",
         "A spelling that dorafx recognises and cannot emit: " + _OWN_PATTERN,
     ),
 )

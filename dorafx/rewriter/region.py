@@ -9,12 +9,11 @@ import torch
 from torch import fx
 
 from dorafx import _compat
-from dorafx.lift import Lifter, Mat, tensor_of
+from dorafx.lift import Lifter, Mat, leaves_of, tensor_of
 from dorafx.log import MAX_NODES, Drawing, DrawnNode
 from dorafx.match import operator_name, source_of
 from dorafx.plan import Subject
 from dorafx.provenance import module_path
-from dorafx.validation import leaves_of
 
 __all__ = ["draw"]
 

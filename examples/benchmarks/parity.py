@@ -62,8 +62,12 @@ def base_model(hidden: int, layers: int, seed: int) -> Any:
 
 
 def train(model: Any, data: list[torch.Tensor], rate: float, report: Callable[[str], None]) -> list[float]:
-    """Train with AdamW; the loss of every step."""
+    """Train with AdamW, its rate warmed up over a twentieth of the steps and linear from there to nothing; the loss of every step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    warm = max(1, len(data) // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (len(data) - step) / (len(data) - warm + 1))
+    )
     losses = []
     model.train()
     for step, ids in enumerate(data):
@@ -71,6 +75,7 @@ def train(model: Any, data: list[torch.Tensor], rate: float, report: Callable[[s
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
         if step % 100 == 99:
@@ -105,7 +110,7 @@ def job(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any
         import dorafx
 
         dorafx.optimize(model, strict=True)
-    losses = train(model, batches(text[half:], request["steps"], seed + 1000), 1e-3, report)
+    losses = train(model, batches(text[half:], request["steps"], seed + 1000), request["rate"], report)
     if request["run"] == "dorafx":
         rewritten = len({record.site for record in dorafx.rewrite_log().rewrites})
         if rewritten != 7 * request["layers"]:
@@ -189,6 +194,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2000, help="DoRA steps (default 2000)")
     parser.add_argument("--base-steps", type=int, default=300, help="steps of the base model before (default 300)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rate", type=float, default=1e-4, help="peak learning rate of DoRA (default 1e-4)")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16)

@@ -43,13 +43,13 @@ class _Times:
 
 
 def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> list[float]:
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
     # No end token, so that every call makes as many; the model's forward as a whole is compiled by nobody.
-    config = GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, use_cache=True, disable_compile=True,
-        cache_implementation=kind,
-    )  # fmt: skip
+    options = {
+        "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True,
+        "disable_compile": True, "cache_implementation": kind,
+    }  # fmt: skip
     found: list[float] = []
     for warming in (True, False):
         start = time.perf_counter()
@@ -58,7 +58,7 @@ def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> lis
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                generation_config=config,
+                **options,
                 stopping_criteria=StoppingCriteriaList([times]),
             )
             if warming:

@@ -1,0 +1,25 @@
+"""Which nodes of a graph a term is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+
+from .algebra import Expr, Poly
+from .lifter import Lifter
+
+__all__ = ["leaves_of"]
+
+
+def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
+    """The nodes that terms are made of."""
+    found: set[fx.Node] = set()
+    stack = list(terms)
+    while stack:
+        for atom in stack.pop().atoms():
+            info = lift.atom_of(atom)
+            if info.node is not None:
+                found.add(info.node)
+            stack.extend(term for term in (info.expr, info.poly) if term is not None)
+    return found
