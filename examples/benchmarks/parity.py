@@ -3,7 +3,8 @@
     python examples/benchmarks/parity.py --out examples/benchmarks/results/cpu-parity.json
 
 For each seed a Llama-shaped model is trained on the first half of a text, and then fine-tuned with DoRA on the second half,
-twice from the same state: by stock PEFT, eagerly, and by dorafx. Each run is a process of its own. The text is the language
+twice from the same state: by stock PEFT, eagerly, and by dorafx. Each run is a process of its own. With ``--control`` stock PEFT
+does it once more with another number of threads, which adds in another order: what it differs by is what rounding alone does. The text is the language
 reference that ships with Python (``pydoc_data.topics``), by bytes. Writes the losses as JSON, and a plot beside it.
 """
 
@@ -84,8 +85,8 @@ def train(model: Any, data: list[torch.Tensor], rate: float, report: Callable[[s
 
 
 def job(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    """One run: ``base`` trains the base model and saves it; ``stock`` and ``dorafx`` fine-tune what it saved."""
-    torch.set_num_threads(request["threads"])
+    """One run: ``base`` trains the base model and saves it; ``stock``, ``control`` and ``dorafx`` fine-tune what it saved."""
+    torch.set_num_threads(request["threads"] + (request["run"] == "control"))
     seed, text = request["seed"], corpus()
     model = base_model(request["hidden"], request["layers"], seed)
     half = len(text) // 2
@@ -136,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             request = {**vars(options), "out": "", "seed": seed, "state": str(Path(folder) / "base.pt")}
             results = {}
-            for name in ("base", "stock", "dorafx"):
+            for name in ("base", "stock", "dorafx", *(["control"] if options.control else [])):
 
                 def said(what: str, name: str = name, seed: int = seed) -> None:
                     print(f"seed {seed}, {name}: {what}", flush=True)
@@ -153,6 +154,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "dorafx": ours,
             }
         )
+        if options.control:
+            seeds[-1]["control"] = difference(stock, results["control"]["losses"])
+            print(f"seed {seed}: stock PEFT from itself {seeds[-1]['control']}", flush=True)
         print(f"seed {seed}: differences {seeds[-1]['difference']}", flush=True)
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     mean = statistics.fmean(seed["difference"]["mean"] for seed in seeds)
@@ -204,6 +208,7 @@ def main() -> int:
         default="float32",
         help="of the frozen weights; PEFT keeps the adapters in fp32 (default float32)",
     )
+    parser.add_argument("--control", action="store_true", help="also compare stock PEFT with itself, on one thread more")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it"
