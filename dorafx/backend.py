@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat, capture, codegen
-from dorafx._compat_distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
+from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift import leaves_of
 from dorafx.lift.functional import private_writes, without_private_writes

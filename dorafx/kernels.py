@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx._compat_distributed import placements
+from dorafx._compat.distributed import placements
 from dorafx.lift import Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES
 from dorafx.match import Match

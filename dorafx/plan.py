@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat
-from dorafx._compat_distributed import placements
+from dorafx._compat.distributed import placements
 from dorafx.cost import MergedCost, merged_cost
 from dorafx.kernels import choose_kernel
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight, tensor_of

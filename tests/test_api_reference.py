@@ -1,4 +1,4 @@
-"""The API reference: every public name is documented, the examples run, and ``docs/api.md`` is what the docstrings say.
+"""The API reference: every public name is documented, the examples run, and ``examples/api.md`` is what the docstrings say.
 
 ``python tests/test_api_reference.py`` writes the file again.
 """
@@ -19,7 +19,7 @@ import torch
 
 import dorafx
 
-FILE = Path(__file__).parents[1] / "docs" / "api.md"
+FILE = Path(__file__).parents[1] / "examples" / "api.md"
 
 
 def members(name: str, thing: Any) -> Iterator[tuple[str, Any]]:

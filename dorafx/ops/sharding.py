@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dorafx import _compat_distributed as _distributed
+from dorafx._compat import distributed as _distributed
 
 from .composition import compose_math, delta_math
 

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
-from dorafx._compat_distributed import placements
+from dorafx._compat.distributed import placements
 from dorafx.lift import Atom, tensor_of
 from dorafx.lift.targets import canonical_name
 from dorafx.lift.transfer.layout import drops_nothing

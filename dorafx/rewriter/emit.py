@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx._compat_distributed import placements
+from dorafx._compat.distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat_distributed as _distributed
+from dorafx._compat import distributed as _distributed
 from dorafx.lift import tensor_of
 
 from .emit import CannotEmit, Emitter

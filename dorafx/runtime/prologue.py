@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from dorafx._compat_distributed import placements
+from dorafx._compat.distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
 from dorafx.ops.norm import row_squares
 from dorafx.ops.triton.dispatch import being_captured

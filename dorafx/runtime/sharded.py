@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dorafx import _compat_distributed as _distributed
+from dorafx._compat import distributed as _distributed
 
 __all__ = ["Placed", "local_operands", "placed_norms"]
 

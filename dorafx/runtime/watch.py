@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from dorafx import _compat
-from dorafx._compat_distributed import fully_sharded_process
+from dorafx._compat.distributed import fully_sharded_process
+from dorafx._compat.tensors import is_wrapper, storage_address, weak_storage, weak_storage_id, wrapped
 
 __all__ = ["SAMPLES", "TensorState", "parts", "watchable"]
 
@@ -30,8 +30,8 @@ class TensorState:
         self.reference = weakref.ref(tensor, on_death)
         self.version = tensor._version
         self.pointer = tensor.data_ptr()
-        self.storage = _compat.weak_storage(tensor)
-        self.storage_id = _compat.weak_storage_id(self.storage)
+        self.storage = weak_storage(tensor)
+        self.storage_id = weak_storage_id(self.storage)
         self.storage_size = tensor.untyped_storage().nbytes()
         self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, samples)]
 
@@ -44,7 +44,7 @@ class TensorState:
         storage = tensor.untyped_storage()
         if (
             tensor.data_ptr() != self.pointer
-            or _compat.storage_address(storage) != self.storage_id
+            or storage_address(storage) != self.storage_id
             or storage.nbytes() != self.storage_size
         ):
             return "a parameter's data was replaced"
@@ -113,8 +113,8 @@ def parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
     found: list[torch.Tensor] = []
     for tensor in tensors:
-        if _compat.is_wrapper(tensor):
-            found.extend(parts(_compat.wrapped(tensor)))
+        if is_wrapper(tensor):
+            found.extend(parts(wrapped(tensor)))
         else:
             found.append(tensor)
     return found

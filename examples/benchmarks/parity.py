@@ -208,7 +208,9 @@ def main() -> int:
         default="float32",
         help="of the frozen weights; PEFT keeps the adapters in fp32 (default float32)",
     )
-    parser.add_argument("--control", action="store_true", help="also compare stock PEFT with itself, on one thread more")
+    parser.add_argument(
+        "--control", action="store_true", help="also compare stock PEFT with itself, on one thread more"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it"

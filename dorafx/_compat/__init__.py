@@ -1,4 +1,6 @@
-"""Private torch API, and nothing else: one place to look when a torch release moves something."""
+"""Private torch API, and nothing else: one place to look when a torch release moves something.
+
+:mod:`.tensors` is about the identity of tensors, :mod:`.distributed` about programs of several processes."""
 
 from __future__ import annotations
 
@@ -146,7 +148,7 @@ def source_hash() -> str:
     import pathlib
 
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -372,36 +374,6 @@ def fake_mode_of(value: Any) -> Any:
     from torch._subclasses.fake_tensor import maybe_get_fake_mode
 
     return maybe_get_fake_mode(value)
-
-
-# -- identity of tensors (used by runtime) ----------------------------------------------------------------------------
-
-
-def storage_address(storage: torch.UntypedStorage) -> int:
-    """:func:`storage_id`, of a storage that one has already."""
-    return int(storage._cdata)
-
-
-def weak_storage(tensor: torch.Tensor) -> Any:
-    """A weak reference to a tensor's storage: no other storage has the same address while it is kept."""
-    from torch.multiprocessing.reductions import StorageWeakRef
-
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-
-
-def weak_storage_id(reference: Any) -> int:
-    """What :func:`storage_id` gives for tensors of the storage that a :func:`weak_storage` stands for."""
-    return int(reference.cdata)
-
-
-def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a subclass that is made of other tensors, and has no memory of its own."""
-    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
-
-
-def wrapped(tensor: Any) -> list[torch.Tensor]:
-    """What a :func:`is_wrapper` is made of."""
-    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 # -- measuring (used by bench) ----------------------------------------------------------------------------------------
