@@ -15,7 +15,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("COLUMNS", raising=False)  # libraries that tests import set it, and tables heed it
     torch._dynamo.reset()
     dorafx.rewrite_log().clear()
     torch.manual_seed(0)

@@ -49,6 +49,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+DATA = {"dorafx/py.typed", *(f"dorafx/log/report.{kind}" for kind in ("html", "css", "js"))}
+
+
 def _modules() -> set[str]:
     here = {str(p.relative_to(ROOT)) for p in (ROOT / "dorafx").rglob("*.py")}
     return here | {f"dorafx/patterns/{p.name}" for p in (ROOT / "patterns").glob("*.py")}
@@ -59,7 +62,7 @@ def test_wheel(built: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path)
-    assert _modules() | {"dorafx/py.typed", "dorafx/log/report.html"} == {n for n in names if n.startswith("dorafx/")}
+    assert _modules() | DATA == {n for n in names if n.startswith("dorafx/")}
     (metadata,) = tmp_path.glob("*.dist-info")
     assert (metadata / "licenses" / "LICENSE").is_file()
     entries = (metadata / "entry_points.txt").read_text()
@@ -80,7 +83,7 @@ def test_source_distribution(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"LICENSE", "README.md", "pyproject.toml", ".ci/run", "dorafx/py.typed", "dorafx/log/report.html"}
+    wanted = {"LICENSE", "README.md", "pyproject.toml", ".ci/run", *DATA}
     for folder in ("dorafx", "patterns", "tests", "examples"):
         wanted |= {str(p.relative_to(ROOT)) for p in (ROOT / folder).rglob("*.py")}
     assert wanted <= names, sorted(wanted - names)

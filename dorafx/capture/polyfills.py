@@ -51,7 +51,9 @@ def _dequantize_for_cpu(weight: Any) -> torch.Tensor:
 def _dequantize_hqq(module: Any) -> torch.Tensor:
     """``HQQLinear.dequantize()``, as one operator where it is one of codes of a power of two bits and of scales that are not
     themselves quantised."""
-    meta = module.meta
+    meta = getattr(module, "meta", None)
+    if meta is None:  # another class that has a W_q
+        return module.dequantize()  # type: ignore[no-any-return]
     packing = _HQQ_PACKINGS.get(meta["packing"] or "", "")
     plain = not (meta["quant_zero"] or meta["quant_scale"] or meta["view_as_float"] or "zero_scale" in meta)
     if not packing or not plain or meta["group_size"] is None:

@@ -52,6 +52,10 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "form it by matrix products of them.",
     ),
     (
+        r"multiplies factors of different dtypes",
+        "torch refuses such a product: cast the factors to one dtype.",
+    ),
+    (
         r"reads the sum of squares of the adapted weight",
         "A reduction over devices of one's own cannot be followed: shard the weight as a DTensor, whose reductions are known.",
     ),

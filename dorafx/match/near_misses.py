@@ -102,6 +102,12 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             made = node
             while canonical_name(made) in _MOVES and made.all_input_nodes:
                 made = made.all_input_nodes[0]
+            dtypes = {
+                str(t.dtype).removeprefix("torch.") for a in made.all_input_nodes if (t := tensor_of(a)) is not None
+            }
+            if canonical_name(made) in _PRODUCTS and len(dtypes) > 1:
+                what = f"operator {operator_name(made)} at {_at(made)}"
+                return Reason(f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})", made)
             return Reason(
                 f"operator {operator_name(made)} at {_at(made)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",

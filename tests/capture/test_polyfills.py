@@ -7,7 +7,7 @@ import importlib
 import importlib.machinery
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -65,8 +65,16 @@ class Custom(nn.Parameter):
     pass
 
 
+def forget_imports(name: str) -> None:
+    """Dynamo keeps what a traced function imported, by its name and among the globals of the frame that it compiles, for good."""
+    torch._dynamo.symbolic_convert._import_module.cache_clear()
+    for module in list(sys.modules.values()):
+        for key in [key for key in getattr(module, "__dict__", ()) if key.startswith(f"__import_{name}")]:
+            delattr(module, key)
+
+
 @pytest.fixture
-def _quantisers(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quantisers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As much of bitsandbytes and torchao as PEFT sees."""
 
     def dequantize_4bit(data: torch.Tensor, state: Any) -> torch.Tensor:
@@ -83,6 +91,9 @@ def _quantisers(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
     monkeypatch.setattr(Quantised, "__module__", "torchao.dtypes")
+    forget_imports("bitsandbytes")
+    yield
+    forget_imports("bitsandbytes")
 
 
 def weight() -> torch.Tensor:
