@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +130,11 @@ def difference(stock: list[float], ours: list[float]) -> dict[str, float]:
     }
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All runs of all seeds; returns what is written as JSON."""
-    seeds = []
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All runs of all seeds; after each, what is written as JSON of those that are done."""
+    seeds: list[dict[str, Any]] = []
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "seeds")}
+    environment = describe_environment("cpu", options.threads)
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
             request = {**vars(options), "out": "", "seed": seed, "state": str(Path(folder) / "base.pt")}
@@ -158,15 +160,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             seeds[-1]["control"] = difference(stock, results["control"]["losses"])
             print(f"seed {seed}: stock PEFT from itself {seeds[-1]['control']}", flush=True)
         print(f"seed {seed}: differences {seeds[-1]['difference']}", flush=True)
-    settings = {key: value for key, value in vars(options).items() if key != "out"}
-    mean = statistics.fmean(seed["difference"]["mean"] for seed in seeds)
-    return {
-        "environment": describe_environment("cpu", options.threads),
-        "settings": settings,
-        "mean": mean,
-        "limit": LIMIT,
-        "seeds": seeds,
-    }
+        mean = statistics.fmean(done["difference"]["mean"] for done in seeds)
+        yield {"environment": environment, "settings": settings, "mean": mean, "limit": LIMIT, "seeds": seeds}
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
@@ -216,9 +211,9 @@ def main() -> int:
         "--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it"
     )
     options = parser.parse_args()
-    document = run(options)
-    options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
-    plot(document, options.out.with_suffix(".png"))
+    for document in run(options):
+        options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
+        plot(document, options.out.with_suffix(".png"))
     print(f"mean difference {document['mean']:.2e} (limit {LIMIT:g}); {options.out} and its plot are written")
     return 0 if document["mean"] < LIMIT else 1
 
