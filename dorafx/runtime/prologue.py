@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from dorafx import _compat
 from dorafx._compat.distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
 from dorafx.ops.norm import row_squares
@@ -52,8 +53,9 @@ def with_prologue(
 
     def run(*args: Any) -> Any:
         recording = torch.is_grad_enabled()
-        # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
-        refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
+        if _compat.forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
+            # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
+            refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
         # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
         # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
         captured = being_captured()
