@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["is_wrapper", "storage_address", "weak_storage", "weak_storage_id", "wrapped"]
+__all__ = ["FakeLayout", "is_wrapper", "storage_address", "weak_storage", "weak_storage_id", "wrapped"]
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:
@@ -34,3 +35,36 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 def wrapped(tensor: Any) -> list[torch.Tensor]:
     """What a :func:`is_wrapper` is made of."""
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+class FakeLayout(NamedTuple):
+    """What a strided fake tensor of known sizes is, but for its storage. Equal ones are equal to every operator's shape rule."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+
+    @staticmethod
+    def of(tensor: Any) -> FakeLayout | None:
+        """The layout of a tensor; None where that does not say all: of other classes, with symbolic sizes, of another layout, a
+        lazily conjugated or negated one, or one whose value is known."""
+        if type(tensor) is not FakeTensor or tensor.layout is not torch.strided or tensor.is_complex():
+            return None
+        stride: Any = tensor.stride()
+        offset: Any = tensor.storage_offset()
+        if not all(type(size) is int for size in (*tensor.shape, *stride, offset)):
+            return None
+        if tensor.is_neg() or tensor.constant is not None or tensor.is_inference():
+            return None
+        return FakeLayout(tensor.shape, stride, offset, tensor.dtype, tensor.device, tensor.requires_grad)
+
+    def made(self, mode: Any, alias: torch.Tensor | None = None) -> torch.Tensor:
+        """A fake tensor of this layout: on the storage of ``alias``, where one is given, else on one of its own."""
+        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        if alias is not None:
+            made.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
+        made.requires_grad_(self.requires_grad)
+        return FakeTensor(mode, made, self.device)

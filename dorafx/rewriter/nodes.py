@@ -12,7 +12,7 @@ from dorafx import _compat
 from dorafx.lift import Atom, Lifter, tensor_of
 from dorafx.lift.quantized import is_torchao
 
-from .shapes import of_mode
+from .fake_values import FakeValues
 
 __all__ = ["CannotEmit", "NodeEmitter"]
 
@@ -42,6 +42,7 @@ class NodeEmitter:
         self.copied = copied
         self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
         self.site: fx.Node | None = None
+        self._fake_values = FakeValues()
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self._created(self.graph.call_function(target, args, kwargs), target)
@@ -56,12 +57,10 @@ class NodeEmitter:
             if key in self.site.meta:
                 node.meta[key] = self.site.meta[key]
         slot = "example_value" if "example_value" in self.site.meta else "val"
-        args = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
         mode = _compat.fake_mode_of(self.site.meta.get(slot))
         if mode is not None:
-            with mode:
-                args = fx.node.map_aggregate(args, lambda value: of_mode(value, mode))
-                node.meta[slot] = target(*args[0], **args[1])
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
+            node.meta[slot] = self._fake_values(target, args, kwargs, mode)
         return node
 
     def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:
