@@ -171,23 +171,27 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
 
 def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
     """Nodes that make a vector of an adapted weight ``W + s·B·A`` in a way that is no row or column 2-norm."""
+    rootless = _rootless_squares(lift)
     for node in lift.graph.nodes:
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes or node in lift.written:
             continue
-        if (lost := _lost_squares(lift, node)) is not None:
+        if rootless and (lost := _lost_squares(lift, node, rootless)) is not None:
             yield node, lost
             continue
         source = node.all_input_nodes[0]
-        if canonical_name(node) in _NORMS and (reason := _delta_of_each_token(lift, node, source)) is not None:
+        name = canonical_name(node)
+        if name in _NORMS and (reason := _delta_of_each_token(lift, node, source)) is not None:
             yield node, reason
             continue
-        value, out, before = lift.matrix(source), tensor_of(node), tensor_of(source)
-        if value is None or out is None or before is None or before.dim() != 2 or not _is_adapted(lift, value.expr):
+        value = lift.matrix(source)
+        if value is None or not _is_adapted(lift, value.expr):
+            continue
+        out, before = tensor_of(node), tensor_of(source)
+        if out is None or before is None or before.dim() != 2:
             continue
         made = lift.values.get(node)
         if isinstance(made, VectorValue) and any(lift.atom_of(a).kind in ("norm", "sumsq") for a in made.poly.atoms()):
             continue
-        name = canonical_name(node)
         if name in _NORMS:
             yield node, Reason(_what_norm(node), node)
         elif not isinstance(made, MatrixValue) and out.dim() and _is_vector_of(out.shape, before.shape):
@@ -201,20 +205,30 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
             )
 
 
-def _lost_squares(lift: Lifter, node: fx.Node) -> Reason | None:
+def _rootless_squares(lift: Lifter) -> set[int]:
+    """Sums of squares of adapted weights whose root nobody takes, by the ids of their atoms."""
+    rooted = {(info.expr, info.side) for info in lift.atoms if info.kind == "norm"}
+    return {
+        atom_id
+        for atom_id, info in enumerate(lift.atoms)
+        if info.kind == "sumsq"
+        and info.expr is not None
+        and (info.expr, info.side) not in rooted
+        and _is_adapted(lift, info.expr)
+    }
+
+
+def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | None:
     """Whether an operator reads a sum of squares of the adapted weight before its root is taken, as a reduction over devices
     does."""
+    value = lift.values.get(node)
+    if isinstance(value, VectorValue) and _of_norms(lift, value.poly):
+        return None
     for argument in node.all_input_nodes:
-        made, value = lift.values.get(argument), lift.values.get(node)
-        if not isinstance(made, VectorValue) or (isinstance(value, VectorValue) and _of_norms(lift, value.poly)):
-            continue
-        for atom in made.poly.atoms():
-            info = lift.atom_of(atom)
-            if info.kind != "sumsq" or info.expr is None or not _is_adapted(lift, info.expr):
-                continue
-            if not any(a.kind == "norm" and (a.expr, a.side) == (info.expr, info.side) for a in lift.atoms):
-                what = f"operator {operator_name(node)} at {_at(node)}"
-                return Reason(f"{what} reads the sum of squares of the adapted weight before its root is taken", node)
+        made = lift.values.get(argument)
+        if isinstance(made, VectorValue) and any(atom.id in rootless for atom in made.poly.atoms()):
+            what = f"operator {operator_name(node)} at {_at(node)}"
+            return Reason(f"{what} reads the sum of squares of the adapted weight before its root is taken", node)
     return None
 
 
@@ -275,6 +289,8 @@ def _what_norm(node: fx.Node) -> str:
 
 def _is_adapted(lift: Lifter, expr: Expr) -> bool:
     """Whether a term is a matrix of parameters plus a product of parameters."""
+    if len(expr.items) < 2:
+        return False
     lengths = [sum(isinstance(f, Mat) for f in chain) for (_, chain), _ in expr.items]
     return 1 in lengths and max(lengths) > 1 and lift.is_parameter_term(expr)
 
