@@ -181,8 +181,10 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
         if canonical_name(node) in _NORMS and (reason := _delta_of_each_token(lift, node, source)) is not None:
             yield node, reason
             continue
-        value, out, before = lift.matrix(source), tensor_of(node), tensor_of(source)
-        if value is None or out is None or before is None or before.dim() != 2 or not _is_adapted(lift, value.expr):
+        value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
+        if not isinstance(value, MatrixValue) or out is None or before is None:
+            continue
+        if (before.dim() != 2 and value.layout != "filter") or not _is_adapted(lift, value.expr):
             continue
         made = lift.values.get(node)
         if isinstance(made, VectorValue) and any(lift.atom_of(a).kind in ("norm", "sumsq") for a in made.poly.atoms()):
