@@ -36,6 +36,12 @@ def everything_indexed_with_ellipsis(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def scaled_by_a_diagonal_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return (F.linear(x, p.W) + S * lora(p, x)) @ torch.diag(p.m / n)
+
+
+@wide
 def expanded_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
     y = F.linear(x, p.W) + S * lora(p, x)
     return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)).expand_as(y) * y

@@ -24,7 +24,12 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, 
     left, right = lift.operand(lhs), lift.operand(rhs, weight=True)
     if left is None or right is None:
         return None
-    product = left @ (right.transposed() if transposed else right)
+    right = right.transposed() if transposed else right
+    if all(isinstance(f, Diag) for (_, chain), _ in right.items for f in chain):
+        # Nothing but a scaling, which takes a sum as it is.
+        scaled = lift.matrix(lhs)
+        return scaled.expr @ right if scaled is not None else left @ right
+    product = left @ right
     lift.gemms.setdefault(product, []).append(Gemm(node, lhs, rhs, transposed, bias))
     return product
 
