@@ -17,7 +17,7 @@ from dorafx._compat import operators
 
 from .targets import first_argument
 
-__all__ = ["attribute_of", "written_arguments", "written_nodes"]
+__all__ = ["attribute_of", "nodes_in", "written_arguments", "written_nodes"]
 
 _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
@@ -69,6 +69,9 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
             yield from (node.args[1:], tuple(node.kwargs.values()))
         elif _is_named_after_a_write(name) or _asks_inplace(node):
             yield first_argument(node)
+        out = _position(target, "out")
+        if out is not None and len(node.args) > out:
+            yield node.args[out]
 
 
 def _given(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
@@ -128,9 +131,9 @@ def _rescales(node: fx.Node) -> bool:
 
 
 @functools.cache
-def _inplace_position(target: Any) -> int | None:
+def _position(target: Any, name: str) -> int | None:
     try:
-        return list(inspect.signature(target).parameters).index("inplace")
+        return list(inspect.signature(target).parameters).index(name)
     except (TypeError, ValueError):
         return None
 
@@ -139,7 +142,7 @@ def _asks_inplace(node: fx.Node) -> bool:
     """``F.dropout(x, 0.1, True, True)`` and its like write to their first argument."""
     if node.kwargs.get("inplace") is True:
         return True
-    position = _inplace_position(node.target)
+    position = _position(node.target, "inplace")
     return position is not None and len(node.args) > position and node.args[position] is True
 
 
@@ -153,7 +156,7 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     for node in graph.nodes:
         renames = node.target is torch.Tensor.set_
         for argument in written_arguments(node):
-            for target in _nodes_in(argument):
+            for target in nodes_in(argument):
                 written.add(target)
                 if not renames:
                     spreading.append(target)
@@ -190,18 +193,19 @@ def _sharing(graph: fx.Graph, seeds: list[fx.Node]) -> set[fx.Node]:
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
     """The arguments that a node's result may be a view of, by its operator's schema."""
     if node.target is operator.getitem:  # out of the results of a split
-        yield from _nodes_in(node.args[0])
+        yield from nodes_in(node.args[0])
     elif node.op == "call_function" and _names_its_writes(node.target):
         for argument in _given(node, operators.views(node.target)):
-            yield from _nodes_in(argument)
+            yield from nodes_in(argument)
 
 
-def _nodes_in(argument: Any) -> Iterator[fx.Node]:
+def nodes_in(argument: Any) -> Iterator[fx.Node]:
+    """The nodes in an argument that may be a list of them."""
     if isinstance(argument, fx.Node):
         yield argument
     elif isinstance(argument, (list, tuple)):
         for item in argument:
-            yield from _nodes_in(item)
+            yield from nodes_in(item)
 
 
 def _tensor(node: fx.Node) -> torch.Tensor | None:

@@ -456,6 +456,79 @@ def sum_written_by_a_function_that_no_tracer_enters(p: Layer, x: torch.Tensor) -
     return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
 
 
+@negative(["missed"], "is written in place")
+def norm_given_to_be_written(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        n = (p.W + p.B @ p.A).norm(dim=1)
+        torch.norm(p.W, 2, 1, False, n)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["linear"], "")
+def norm_plus_a_multiple_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.ops.aten.add.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator rsub")
+def multiple_minus_the_norm_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.ops.aten.rsub.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_without_gradients(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """A write that is not recorded leaves the gradients that the sum has."""
+    adapted = p.W + p.B @ p.A
+    with torch.no_grad():
+        adapted.mul_(2.0)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "no low-rank product is added")
+def composition_written_without_gradients(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, p.W) + lora(p, x)
+    with torch.no_grad():
+        y.mul_(2.0)
+    return (p.m / (p.W + p.B @ p.A).norm(dim=1)) * y
+
+
+@negative(["missed"], "is written in place")
+def norm_written_in_part(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        n = (p.W + p.B @ p.A).norm(dim=1)
+        n[0] = 1.0
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator renorm")
+def renormalised_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m * F.linear(x, torch.renorm(p.W + p.B @ p.A, 2, 0, 1.0))
+
+
+@negative(["missed"], "operator cosine_similarity")
+def cosines(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m * F.cosine_similarity(x[..., None, :], p.W + p.B @ p.A, dim=-1)
+
+
+@negative(["missed"], "operator pow")
+def norm_of_order_four(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = ((p.W + p.B @ p.A) ** 4).sum(1) ** 0.25
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator norm_except_dim")
+def norm_over_all_other_axes(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.norm_except_dim(p.W + p.B @ p.A, 2, 0).view(-1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is over dimensions 2 of a weight of 3")
+def norm_of_a_batch_of_one(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A)[None].norm(dim=2)[0]
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
 @negative(["missed"], "operator sum")
 def squares_summed_in_integers(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (10 * (p.W + p.B @ p.A)).detach().square().sum(1, dtype=torch.int64).sqrt()
@@ -513,6 +586,32 @@ def test_integer_and_complex_weights_are_left_alone() -> None:
     compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
     torch.testing.assert_close(compiled(*operands), program(*operands))
     assert rewrite_log().records == []
+
+
+class _Exported(nn.Module):
+    def __init__(self, norm: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.w, self.b, self.a = map(nn.Parameter, _factors((4, 5), (4, 2), (2, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.w.T + x @ self.a.T @ self.b.T) / self.norm(self.w + self.b @ self.a)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (lambda t: t.norm(p=1, dim=1), "is of order 1"),
+        (lambda t: t.amax(dim=1).exp(), "operator amax.default"),
+        (lambda t: t.relu_().norm(dim=1), "is written in place before the norm is taken"),
+    ],
+)
+def test_near_misses_of_exported_programs(norm: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    """The signature says what is a parameter, the graph does not."""
+    model, (x,) = _Exported(norm), _factors((3, 5))
+    new = dorafx.rewrite(torch.export.export(model, (x,)))
+    torch.testing.assert_close(new.module()(x), model(x))
+    assert [(r.status, reason in r.reason) for r in rewrite_log().records] == [("missed", True)], rewrite_log().records
 
 
 def _factors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -157,7 +157,7 @@ def diag(lift: Lifter, node: fx.Node) -> Value | None:
     vector = lift.value(args.get("input"))
     if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
         return None
-    if len(node.args) > 2 or len(vector.poly.items) != 1:
+    if len(node.args) > 2 or node.kwargs.get("offset", 0) != 0 or len(vector.poly.items) != 1:
         return None
     ((mono, c),) = vector.poly.items
     return MatrixValue(Expr.chain((Diag(mono),), c))
