@@ -313,7 +313,8 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         graph_module = with_shapes(graph_module, example_inputs)
     log = RewriteLog()
     try:
-        new = rewrite_graph_module(graph_module, Options(), log=log)
+        named = _parameters_of(program) if isinstance(program, torch.export.ExportedProgram) else None
+        new = rewrite_graph_module(graph_module, Options(), log=log, is_parameter=named)
         if new is graph_module:
             result = program
         else:
@@ -328,3 +329,14 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     # Only now: a failure on the way may not leave a claim of rewrites behind.
     rewrite_log().extend(log.records)
     return result
+
+
+def _parameters_of(program: torch.export.ExportedProgram) -> Callable[[fx.Node], bool]:
+    """Tells which inputs of an exported graph are parameters, buffers or constants: the signature knows, the nodes do not."""
+    signature = program.graph_signature
+    names = {
+        *signature.inputs_to_parameters,
+        *signature.inputs_to_buffers,
+        *signature.inputs_to_lifted_tensor_constants,
+    }
+    return lambda node: node.op == "get_attr" or node.target in names

@@ -203,6 +203,7 @@ def rewrite_graph_module(
     members: tuple[str, ...] = ("",),
     log: RewriteLog | None = None,
     checks: list[Check] | None = None,
+    is_parameter: Callable[[fx.Node], bool] | None = None,
 ) -> fx.GraphModule:
     """Lift, match, plan and rewrite one graph module and the graph modules inside it (bodies of higher-order operators).
     The norms stay in the graph: this is the form for graphs that others compile.
@@ -214,6 +215,7 @@ def rewrite_graph_module(
         members: names of the modules that this graph serves; the log has the records once for each.
         log: where the records go; the process's log by default.
         checks: with ``options.verify``, receives what the validation of each rewrite found.
+        is_parameter: tells which inputs are parameters or buffers, where they do not say so themselves.
 
     Returns:
         A new graph module; ``gm`` itself where nothing is there to rewrite.
@@ -221,16 +223,23 @@ def rewrite_graph_module(
     Raises:
         RewriteMissError: ``options.strict`` and a candidate was not rewritten.
     """
-    program = _rewrite_program(gm, options, graph_id, members, rewrite_log() if log is None else log, False)
+    own = rewrite_log() if log is None else log
+    program = _rewrite_program(gm, options, graph_id, members, own, False, is_parameter)
     if checks is not None:
         checks.extend(program.checks)
     return program.graph
 
 
 def _rewrite_program(
-    gm: fx.GraphModule, options: Options, graph_id: int, members: tuple[str, ...], log: RewriteLog, prologue: bool
+    gm: fx.GraphModule,
+    options: Options,
+    graph_id: int,
+    members: tuple[str, ...],
+    log: RewriteLog,
+    prologue: bool,
+    is_parameter: Callable[[fx.Node], bool] | None = None,
 ) -> Program:
-    found = _Found()
+    found = _Found(is_parameter)
     with _unseen_by_saved_tensors_hooks(), _garbage_kept():
         new = _rewrite(gm, options, graph_id, found)
         norms = hoist_norms(new) if prologue and new is not gm else ()
@@ -255,6 +264,7 @@ def _rewrite_program(
 class _Found:
     """What was met in a graph and its bodies."""
 
+    is_parameter: Callable[[fx.Node], bool] | None = None
     records: list[Record] = field(default_factory=list)
     few_tokens: list[bool] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
@@ -272,7 +282,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
         if new_child is not child:
             replaced[name] = new_child
     pure = functional_copy(gm)
-    matches = match_graph(pure.graph)
+    matches = match_graph(pure.graph, found.is_parameter)
     new, plan = gm, make_plan(matches, options, graph_id)
     copied: dict[fx.Node, fx.Node] = {}
     while not plan.empty:

@@ -16,7 +16,7 @@ from dorafx.cost import MergedCost, merged_cost
 from dorafx.kernels import choose_kernel
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight, tensor_of
 from dorafx.lift.algebra import ONES
-from dorafx.lift.targets import canonical_name
+from dorafx.lift.targets import canonical_name, first_argument
 from dorafx.log import Record
 from dorafx.match import Match, Matches, NormFactors, Reason, source_of
 from dorafx.options import Options
@@ -367,7 +367,7 @@ def _weight_type(norm: NormPlan, weight: torch.Tensor | None) -> str:
 
 def _missed(sites: list[fx.Node], reason: Reason, options: Options, graph_id: int) -> Record:
     node = reason.node or (sites[0] if sites else None)
-    operand = tensor_of(sites[0].args[0]) if sites and sites[0].args else None
+    operand = tensor_of(first_argument(sites[0])) if sites else None
     matrix = operand is not None and operand.dim() == 2 and all(isinstance(s, int) for s in operand.shape)
     return Record(
         status="missed",

@@ -41,7 +41,9 @@ class LinearColumns:
     def check(self, candidate: Candidate) -> Match | Reason:
         lift, weight = candidate.lift, candidate.norm.dense_atom.id
         cores = candidate.composition.cores
-        base = next((c for c in cores if isinstance(c[-1], Mat) and c[-1].atom.id == weight and self._head(c)), None)
+        base = next(
+            (c for c in cores if c and isinstance(c[-1], Mat) and c[-1].atom.id == weight and self._head(c)), None
+        )
         head = self._head(base) if base is not None else None
         if base is None or head is None or candidate.norm.atom not in lift.norms_in(Poly(((head[-1].mono, 1.0),))):
             return Reason(

@@ -34,3 +34,9 @@ def check_same(program: Any, layer: Any, x: torch.Tensor, tolerance: float = 1e-
         assert (got is None) == (wanted is None), f"gradient flow changed for a leaf of shape {tuple(leaf.shape)}"
         if got is not None:
             torch.testing.assert_close(got, wanted, rtol=tolerance * 100, atol=tolerance * 100)
+
+
+@torch.library.custom_op("dorafx_tests::scale", mutates_args=("t",))
+def scale(t: torch.Tensor, by: float) -> None:
+    """An operator of somebody's own that writes to its argument: ``torch.ops.dorafx_tests.scale`` in a graph."""
+    t.mul_(by)

@@ -1,6 +1,7 @@
 """Private torch API, and nothing else: one place to look when a torch release moves something.
 
-:mod:`.tensors` is about the identity of tensors, :mod:`.distributed` about programs of several processes."""
+:mod:`.operators` is about what operators write to, :mod:`.tensors` about the identity of tensors, :mod:`.distributed` about
+programs of several processes."""
 
 from __future__ import annotations
 
@@ -16,11 +17,6 @@ import torch
 _group_numbers = itertools.count()
 
 # -- operators and storages (used by lift) ----------------------------------------------------------------------------
-
-
-def operator_schema(target: Any) -> Any:
-    """The schema of an ``OpOverload``; None for any other call target."""
-    return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
 def aten_name(target: Any) -> str | None:

@@ -5,49 +5,123 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
 from dorafx import _compat
+from dorafx._compat import operators
 
-__all__ = ["written_nodes"]
+from .targets import first_argument
 
-_INPLACE_OPERATORS = frozenset(
-    getattr(operator, name)
-    for name in ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
-) | {operator.setitem}
+__all__ = ["attribute_of", "nodes_in", "written_arguments", "written_nodes"]
+
+_INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
+_INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
+_INPLACE_METHODS = frozenset(f"__{name}__" for name in (*_INPLACE_NAMES, "setitem"))
 
 # Function -> position of ``max_norm``.
 _RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
+# Packages whose functions say by their names that they write. Anything else that stands in a graph as one call (a function that
+# was wrapped for a tracer, or allowed in the graph) may do so without a word.
+_NAME_THEIR_WRITES = frozenset({"torch", "_operator", "builtins", "math", "einops", "dorafx"})
 
 
 def written_arguments(node: fx.Node) -> Iterator[Any]:
-    """The arguments of a node that it writes to."""
+    """The arguments of a node that it writes to; all of them, where it is not known to which."""
     if "out" in node.kwargs:
         yield node.kwargs["out"]
-    if not node.args:
-        return
     if node.op == "call_method":
-        name = str(node.target)
-        if (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__":
-            yield node.args[0]
+        if _is_named_after_a_write(str(node.target)):
+            yield first_argument(node)
+    elif node.op == "call_module":
+        yield from _written_by_module(node)
     elif node.op == "call_function":
-        schema = _compat.operator_schema(node.target)
-        if schema is not None:
-            for argument, value in zip(schema.arguments, node.args):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    yield value
-        elif node.target in _INPLACE_OPERATORS:
-            yield node.args[0]
-        elif getattr(node.target, "__module__", "") != "_operator":  # and_, or_ and not_ are named after keywords
-            name = getattr(node.target, "__name__", "")
-            if name in _RESCALE_THEIR_TABLE and _rescales(node):
-                yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
-            elif (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
-                yield node.args[0]
+        yield from _written_by_function(node)
+
+
+def _is_named_after_a_write(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name in _INPLACE_METHODS
+
+
+def _written_by_function(node: fx.Node) -> Iterator[Any]:
+    target: Any = node.target
+    if not _names_its_writes(target):
+        yield node.all_input_nodes
+        return
+    yield from _given(node, operators.writes(target))
+    if operators.schemas(target):
+        return
+    if target in _INPLACE_OPERATORS:
+        yield node.args[0]
+    elif operators.is_higher_order(target):
+        bodies = _bodies(node)
+        if any(map(_writes_to_its_inputs, bodies)) or not (bodies or operators.leaves_its_operands(target)):
+            yield node.all_input_nodes
+    elif getattr(target, "__module__", "") != "_operator":  # and_, or_ and not_ are named after keywords
+        name = getattr(target, "__name__", "")
+        if name in _RESCALE_THEIR_TABLE and _rescales(node):
+            yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
+        elif "batch_norm" in name or "instance_norm" in name:  # their running statistics
+            yield from (node.args[1:], tuple(node.kwargs.values()))
+        elif _is_named_after_a_write(name) or _asks_inplace(node):
+            yield first_argument(node)
+        out = _position(target, "out")
+        if out is not None and len(node.args) > out:
+            yield node.args[out]
+
+
+def _given(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
+    """What a call gives for some of its operator's arguments."""
+    for position, name in arguments:
+        if position is not None and position < len(node.args):
+            yield node.args[position]
+        elif name in node.kwargs:
+            yield node.kwargs[name]
+
+
+def _names_its_writes(target: Any) -> bool:
+    if type(target).__module__ == "torch._dynamo.utils":  # an operator or a method of NumPy's
+        return False
+    owner = getattr(target, "__objclass__", target)
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return str(module).partition(".")[0] in _NAME_THEIR_WRITES
+
+
+def _bodies(node: fx.Node) -> list[fx.GraphModule]:
+    """The graphs that a higher-order operator runs."""
+    found = (attribute_of(argument) for argument in node.all_input_nodes if argument.op == "get_attr")
+    return [body for body in found if isinstance(body, fx.GraphModule)]
+
+
+def attribute_of(node: fx.Node) -> Any:
+    """What a node's target names in the module that owns its graph; None where there is no such thing."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _writes_to_its_inputs(body: fx.GraphModule) -> bool:
+    """Whether a body writes to something that it did not make, as far as its nodes have tensors on them to tell."""
+    written = written_nodes(body.graph)
+    return any(node.op in ("placeholder", "get_attr") or (_tensor(node) is None and node.users) for node in written)
+
+
+def _written_by_module(node: fx.Node) -> Iterator[Any]:
+    """A module that was left as one call: its inputs where it works in place or is not one of torch's, and its own tensors
+    where it may bring a table to a norm or keep statistics."""
+    module = attribute_of(node)
+    torchs = type(module).__module__.startswith("torch.nn.modules.")
+    hooked = bool(getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None))
+    if not torchs or hooked or getattr(module, "inplace", False) or list(module.children()):
+        yield node.all_input_nodes
+    if not torchs or hooked or list(module.buffers()) or getattr(module, "max_norm", None) is not None:
+        own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in own]
 
 
 def _rescales(node: fx.Node) -> bool:
@@ -57,9 +131,9 @@ def _rescales(node: fx.Node) -> bool:
 
 
 @functools.cache
-def _inplace_position(target: Any) -> int | None:
+def _position(target: Any, name: str) -> int | None:
     try:
-        return list(inspect.signature(target).parameters).index("inplace")
+        return list(inspect.signature(target).parameters).index(name)
     except (TypeError, ValueError):
         return None
 
@@ -68,40 +142,77 @@ def _asks_inplace(node: fx.Node) -> bool:
     """``F.dropout(x, 0.1, True, True)`` and its like write to their first argument."""
     if node.kwargs.get("inplace") is True:
         return True
-    position = _inplace_position(node.target)
+    position = _position(node.target, "inplace")
     return position is not None and len(node.args) > position and node.args[position] is True
 
 
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Every node whose storage some node of the graph writes to, found by the storages of the traced fake tensors
-    (so views count). Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (which is
-    how Dynamo writes ``tensor.data = source``) written to anything but what the name stands for: the memory of both stays as it is."""
-    storages: set[int] = set()
+    (so views count) and by what operators say of their results (``make_fx`` of real tensors gives each value a storage of its own).
+    Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (which is how Dynamo writes
+    ``tensor.data = source``) written to anything but what the name stands for: the memory of both stays as it is."""
     written: set[fx.Node] = set()
+    spreading: list[fx.Node] = []
     for node in graph.nodes:
+        renames = node.target is torch.Tensor.set_
         for argument in written_arguments(node):
-            for target in _nodes_in(argument):
+            for target in nodes_in(argument):
                 written.add(target)
-                written.add(node)
-                tensor = _tensor(target)
-                if tensor is not None and node.target is not torch.Tensor.set_:
-                    storages.add(_compat.storage_id(tensor))
-    if storages:
-        for node in graph.nodes:
-            tensor = _tensor(node)
-            if tensor is not None and _compat.storage_id(tensor) in storages:
-                written.add(node)
+                if not renames:
+                    spreading.append(target)
+                if renames or _storage(node) in (None, _storage(target)):
+                    written.add(node)
+    if spreading:
+        written |= _sharing(graph, spreading)
     return frozenset(written)
 
 
-def _nodes_in(argument: Any) -> Iterator[fx.Node]:
+def _sharing(graph: fx.Graph, seeds: list[fx.Node]) -> set[fx.Node]:
+    """The nodes that share memory with some of the seeds."""
+    of_storage: dict[int, list[fx.Node]] = defaultdict(list)
+    related: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+    for node in graph.nodes:
+        storage = _storage(node)
+        if storage is not None:
+            of_storage[storage].append(node)
+        for source in _viewed(node):
+            related[node].append(source)
+            related[source].append(node)
+    found = set(seeds)
+    stack = list(found)
+    while stack:
+        node = stack.pop()
+        storage = _storage(node)
+        for other in (*related.pop(node, ()), *(of_storage.pop(storage, ()) if storage is not None else ())):
+            if other not in found:
+                found.add(other)
+                stack.append(other)
+    return found
+
+
+def _viewed(node: fx.Node) -> Iterator[fx.Node]:
+    """The arguments that a node's result may be a view of, by its operator's schema."""
+    if node.target is operator.getitem:  # out of the results of a split
+        yield from nodes_in(node.args[0])
+    elif node.op == "call_function" and _names_its_writes(node.target):
+        for argument in _given(node, operators.views(node.target)):
+            yield from nodes_in(argument)
+
+
+def nodes_in(argument: Any) -> Iterator[fx.Node]:
+    """The nodes in an argument that may be a list of them."""
     if isinstance(argument, fx.Node):
         yield argument
     elif isinstance(argument, (list, tuple)):
         for item in argument:
-            yield from _nodes_in(item)
+            yield from nodes_in(item)
 
 
 def _tensor(node: fx.Node) -> torch.Tensor | None:
     value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, torch.Tensor) else None
+
+
+def _storage(node: fx.Node) -> int | None:
+    tensor = _tensor(node)
+    return _compat.storage_id(tensor) if tensor is not None else None

@@ -15,28 +15,79 @@ from torch import fx
 
 from dorafx import _compat
 
-from .effects import written_arguments
+from .effects import nodes_in, written_arguments
 from .targets import canonical_name
 
 __all__ = ["private_writes", "without_private_writes"]
 
-_OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
-    operator.iadd: torch.add,
-    operator.isub: torch.sub,
-    operator.imul: torch.mul,
-    operator.itruediv: torch.div,
-    "add_": torch.add,
-    "sub_": torch.sub,
-    "mul_": torch.mul,
-    "div_": torch.div,
-    **{
-        getattr(getattr(torch.ops.aten, f"{name}_"), overload): getattr(torch, name)
-        for name in ("add", "sub", "mul", "div")
-        for overload in ("Tensor", "Scalar")
-    },
-}
+_NAMES = (
+    "add",
+    "addcdiv",
+    "addcmul",
+    "addmm",
+    "clamp",
+    "clamp_min",
+    "detach",
+    "div",
+    "lerp",
+    "mul",
+    "neg",
+    "pow",
+    "reciprocal",
+    "rsqrt",
+    "sqrt",
+    "square",
+    "sub",
+)
+
+
+def _twins() -> dict[Any, Callable[..., Any]]:
+    """Writing operator -> its twin that writes nothing, of the same arguments."""
+    found: dict[Any, Callable[..., Any]] = {
+        operator.iadd: torch.add,
+        operator.isub: torch.sub,
+        operator.imul: torch.mul,
+        operator.itruediv: torch.div,
+    }
+    for name in _NAMES:
+        found[f"{name}_"] = twin = getattr(torch, name)
+        writing, plain = getattr(torch.ops.aten, f"{name}_", None), getattr(torch.ops.aten, name)
+        if hasattr(torch, f"{name}_"):
+            found[getattr(torch, f"{name}_")] = twin
+        for overload in writing.overloads() if writing is not None else ():
+            if hasattr(plain, overload):
+                found[getattr(writing, overload)] = getattr(plain, overload)
+    return found
+
+
+_OUT_OF_PLACE = _twins()
 # Operators whose result is a fresh tensor, so that a write to it is seen by nobody else.
-_FRESH = frozenset({"linear", "matmul", "addmm", "add", "sub", "rsub", "mul", "div", "neg", "dequantize"})
+_FRESH = frozenset(
+    [
+        "linear",
+        "matmul",
+        "addmm",
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "neg",
+        "dequantize",
+        "norm",
+        "linalg_norm",
+        "vector_norm",
+        "sum",
+        "mean",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "pow",
+        "clamp",
+        "clamp_min",
+        "maximum",
+    ]
+)
 
 
 def _tensor(node: Any) -> torch.Tensor | None:
@@ -57,13 +108,17 @@ def private_writes(graph: fx.Graph) -> set[int]:
     and that no view shares before the last write."""
     writes: dict[int, bool] = {}
     last: dict[int, int] = {}
+    records = [True]
     for i, node in enumerate(graph.nodes):
-        for argument in written_arguments(node):
+        _follow_grad_mode(node, records)
+        for argument in (a for given in written_arguments(node) for a in nodes_in(given)):
             tensor = _tensor(argument)
             if tensor is None:
                 continue
             storage = _compat.storage_id(tensor)
-            known = node.target in _OUT_OF_PLACE and len(node.args) == 2 and not node.kwargs
+            known = node.target in _OUT_OF_PLACE and bool(node.args) and "out" not in node.kwargs
+            # Written where no gradients are recorded, it keeps those that it has; what a twin returns there has none.
+            known = known and (records[-1] or not tensor.requires_grad)
             writes[storage] = writes.get(storage, True) and known
             last[storage] = i
     private = {storage for storage, known in writes.items() if known}
@@ -73,12 +128,30 @@ def private_writes(graph: fx.Graph) -> set[int]:
         tensor = _tensor(node)
         if tensor is None or _compat.storage_id(tensor) not in private:
             continue
-        if node.target in _OUT_OF_PLACE or (_is_fresh(node) and not _shares(node)):
+        if node.target in _OUT_OF_PLACE or _owns(node):
             continue
         if i > last[_compat.storage_id(tensor)]:
             continue  # a view of what will not be written again
         private.discard(_compat.storage_id(tensor))
     return private
+
+
+def _owns(node: fx.Node) -> bool:
+    """Whether nobody else sees a result's memory when it is made: it is fresh, or the only use of what is."""
+    if canonical_name(node) == "detach":
+        return all(len(source.users) == 1 for source in node.all_input_nodes)
+    return _is_fresh(node) and not _shares(node)
+
+
+def _follow_grad_mode(node: fx.Node, records: list[bool]) -> None:
+    """Keep up with the modes that a graph enters; the last one is whether gradients are recorded."""
+    name = canonical_name(node)
+    if name == "set_grad_enabled":
+        records[-1] = bool(node.args[0])
+    elif name == "enter_inference_mode":
+        records.append(records[-1] and not node.args[0])
+    elif name == "exit_inference_mode" and len(records) > 1:
+        records.pop()
 
 
 def _shares(node: fx.Node) -> bool:
@@ -106,7 +179,7 @@ def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
             continue
         if node.target in _OUT_OF_PLACE:
             with graph.inserting_before(node):
-                twin = graph.call_function(_OUT_OF_PLACE[node.target], node.args)
+                twin = graph.call_function(_OUT_OF_PLACE[node.target], node.args, node.kwargs)
                 twin.meta = dict(node.meta)
                 # In place, the result keeps its dtype whatever is added to it.
                 cast = graph.call_method("to", (twin, tensor.dtype))
@@ -114,7 +187,7 @@ def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
             node.replace_all_uses_with(cast)
             graph.erase_node(node)
             node = cast
-        elif not _is_fresh(node) or _shares(node):
+        elif not _owns(node):
             continue  # a view after the last write
         version[_compat.storage_id(tensor)] = node
         superseded[node] = _compat.storage_id(tensor)

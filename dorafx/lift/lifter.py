@@ -5,6 +5,7 @@ An operator that the table does not know becomes an atom: never an error, never 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -13,11 +14,13 @@ import torch
 from torch import fx
 
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
-from .effects import written_nodes
+from .effects import attribute_of, written_nodes
 from .targets import canonical_name
-from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, vector_axis
 
 __all__ = ["TRANSFER", "Lifter", "tensor_of", "transfer"]
+
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
@@ -134,9 +137,16 @@ class Lifter:
                 value = fn(self, node)
             except TooComplex:
                 value = None
+            except Exception as error:
+                value = self._failed(node, error)
             if value is not None:
                 return value
         return self.atom_value(node)
+
+    def _failed(self, node: fx.Node, error: Exception) -> Value | None:
+        """A transfer function met what it was not written for. The node is an unknown value, as if the table did not know it."""
+        _logger.debug("%s is left as an unknown value", node.format_node(), exc_info=error)
+        return None
 
     def _changes_grad_mode(self, name: str | None, node: fx.Node) -> bool:
         if name == "set_grad_enabled":
@@ -360,11 +370,7 @@ class Lifter:
 
 
 def _attribute_id(node: fx.Node) -> int | None:
-    value: Any = node.graph.owning_module if node.op == "get_attr" else None
-    if value is None:
-        return None
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
+    value = attribute_of(node) if node.op == "get_attr" else None
     return id(value) if isinstance(value, torch.Tensor) else None
 
 
@@ -379,15 +385,6 @@ def _is_leaf(node: fx.Node) -> bool:
 
 def _refuses(_: fx.Node) -> bool:
     return False
-
-
-def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:
-    """The only axis along which a tensor of this shape extends, as a negative index; None where there are several.
-    A shape of ones has its data on the last axis."""
-    long = [i for i, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]
-    if len(long) > 1:
-        return None
-    return long[0] - len(shape) if long else -1
 
 
 def _looks_like_parameter(node: fx.Node) -> bool:

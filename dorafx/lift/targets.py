@@ -16,7 +16,7 @@ from torch import fx
 
 from dorafx import _compat
 
-__all__ = ["arguments", "canonical_name"]
+__all__ = ["arguments", "canonical_name", "first_argument"]
 
 # Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -147,8 +147,31 @@ def canonical_name(node: fx.Node) -> str | None:
     return name
 
 
+# The names that torch takes from NumPy for its own, and aten's for the first argument.
+_KEYWORDS = {
+    "a": "input",
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "self": "input",
+    "x": "input",
+    "x1": "input",
+    "x2": "other",
+}
+
+
 def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
     """The node's arguments by name: positional ones in the order of ``names``, then keywords. Absent ones are absent."""
     out = dict(zip(names, node.args))
-    out.update(node.kwargs)
+    for name, value in node.kwargs.items():
+        known = _KEYWORDS.get(name, name)
+        out[known if name not in names and known in names else name] = value
     return out
+
+
+def first_argument(node: fx.Node) -> Any:
+    """The value that an operator is about, given by position or by name; None where there is none."""
+    if node.args:
+        return node.args[0]
+    return next(
+        (node.kwargs[name] for name in ("input", "self", "tensor", "x", "a", "x1", "A") if name in node.kwargs), None
+    )

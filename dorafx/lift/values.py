@@ -11,7 +11,7 @@ from torch import fx
 
 from .algebra import Expr, Poly
 
-__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue"]
+__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue", "vector_axis"]
 
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
@@ -81,3 +81,12 @@ class Gemm:
     bias: Any
     convolution: Callable[..., Any] | None = None
     options: tuple[Any, ...] = ()
+
+
+def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:
+    """The only axis along which a tensor of this shape extends, as a negative index; None where there are several.
+    A shape of ones has its data on the last axis."""
+    long = [i for i, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]
+    if len(long) > 1:
+        return None
+    return long[0] - len(shape) if long else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -141,8 +142,13 @@ class _Matcher:
         return None
 
 
-def match_graph(graph: fx.Graph) -> Matches:
-    """Lift a graph and find every DoRA norm and composition in it. The graph is not changed."""
+def match_graph(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool] | None = None) -> Matches:
+    """Lift a graph and find every DoRA norm and composition in it. The graph is not changed.
+
+    Args:
+        graph: the graph.
+        is_parameter: tells which inputs are parameters or buffers, where they do not say so themselves.
+    """
     matcher = _Matcher()
-    lift = Lifter(graph, matcher).run()
+    lift = Lifter(graph, matcher, is_parameter).run()
     return matcher.finish(lift)

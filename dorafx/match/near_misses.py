@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, tensor_of
+from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value, tensor_of
 from dorafx.lift.algebra import Chain, Expr, Poly
 from dorafx.lift.targets import arguments, canonical_name
 from dorafx.lift.values import VectorValue
@@ -173,36 +174,48 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
     """Nodes that make a vector of an adapted weight ``W + s·B·A`` in a way that is no row or column 2-norm."""
     rootless = _rootless_squares(lift)
     for node in lift.graph.nodes:
-        if node.op not in ("call_function", "call_method") or not node.all_input_nodes or node in lift.written:
+        if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
             continue
-        if rootless and (lost := _lost_squares(lift, node, rootless)) is not None:
-            yield node, lost
-            continue
-        source = node.all_input_nodes[0]
-        name = canonical_name(node)
-        if name in _NORMS and (reason := _delta_of_each_token(lift, node, source)) is not None:
+        reason = _lost_squares(lift, node, rootless) if rootless else None
+        reason = reason or _unknown_norm(lift, node)
+        if reason is not None and node in lift.written:
+            reason = Reason(f"the norm at {_at(node)} is written in place", node)
+        if reason is not None:
             yield node, reason
-            continue
-        value = lift.matrix(source)
-        if value is None or not _is_adapted(lift, value.expr):
-            continue
-        out, before = tensor_of(node), tensor_of(source)
-        if out is None or before is None or before.dim() != 2:
+
+
+def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
+    name = canonical_name(node)
+    if name in _NORMS and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None:
+        return reason
+    for source in node.all_input_nodes:
+        value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
+        if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or out is None or before is None:
             continue
         made = lift.values.get(node)
-        if isinstance(made, VectorValue) and any(lift.atom_of(a).kind in ("norm", "sumsq") for a in made.poly.atoms()):
+        if made is not None and not _is_unknown(lift, made, node):
+            continue
+        looks_so = name in _NORMS or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
+        if not looks_so or (not out.dim() and name not in _NORMS) or not _is_adapted(lift, value.expr):
             continue
         if name in _NORMS:
-            yield node, Reason(_what_norm(node), node)
-        elif not isinstance(made, MatrixValue) and out.dim() and _is_vector_of(out.shape, before.shape):
-            yield (
-                node,
-                Reason(
-                    f"operator {operator_name(node)} at {_at(node)} makes a vector of the adapted weight, and is not known "
-                    "as a norm",
-                    node,
-                ),
-            )
+            return Reason(_what_norm(node, before), node)
+        does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
+        what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
+        return Reason(f"{what}, and is not known as a norm", node)
+    return None
+
+
+def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:
+    """Whether a node's value is an indeterminate that stands for the node."""
+    return any(
+        lift.atom_of(a).node is node for a in (made.expr if isinstance(made, MatrixValue) else made.poly).atoms()
+    )
+
+
+def _is_named_a_norm(node: fx.Node) -> bool:
+    """An operator that normalises, and gives back a matrix; or a power of the weight, the first half of a norm of another order."""
+    return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine"))
 
 
 def _rootless_squares(lift: Lifter) -> set[int]:
@@ -278,13 +291,15 @@ def _is_product(node: fx.Node) -> bool:
     return False
 
 
-def _what_norm(node: fx.Node) -> str:
+def _what_norm(node: fx.Node, operand: torch.Tensor) -> str:
     order_name = "p" if "p" in node.kwargs else "ord"
     args = arguments(node, "input", order_name, "dim")
     order = args.get(order_name)
     if order not in (None, 2, 2.0, "fro"):
         return f"the norm at {_at(node)} is of order {order}: DoRA's is the 2-norm"
-    return f"the norm at {_at(node)} is of the whole weight: DoRA's is by row or by column"
+    if args.get("dim") is None or operand.dim() == 2:
+        return f"the norm at {_at(node)} is of the whole weight: DoRA's is by row or by column"
+    return f"the norm at {_at(node)} is over dimensions {args['dim']} of a weight of {operand.dim()}: DoRA's is by row or by column"
 
 
 def _is_adapted(lift: Lifter, expr: Expr) -> bool:
@@ -295,6 +310,6 @@ def _is_adapted(lift: Lifter, expr: Expr) -> bool:
     return 1 in lengths and max(lengths) > 1 and lift.is_parameter_term(expr)
 
 
-def _is_vector_of(shape: tuple[object, ...], matrix: tuple[object, ...]) -> bool:
+def _is_vector_of(shape: Iterable[object], matrix: Iterable[object]) -> bool:
     long = [size for size in shape if size != 1]
-    return len(long) == 1 and long[0] in matrix
+    return len(long) == 1 and long[0] in tuple(matrix)

@@ -54,9 +54,12 @@ def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
     tensor = tensor_of(node)
     if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
         return None
-    if tensor.dim() != 2 and lift.atom_of(mat.atom).kind != "filter":
+    if tensor.dim() < 2:
         return None
-    rows, cols = int(tensor.shape[0]), math.prod(int(s) for s in tensor.shape[1:])
+    cut = 1 if lift.atom_of(mat.atom).kind == "filter" else tensor.dim() - 1
+    if cut > 1 and not lift.is_weight(mat.atom):
+        return None  # activations
+    rows, cols = (math.prod(int(s) for s in part) for part in (tensor.shape[:cut], tensor.shape[cut:]))
     return (cols, rows) if mat.transposed else (rows, cols)
 
 

@@ -158,8 +158,7 @@ class Emitter(NodeEmitter):
         if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
             raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
         if len(chain) == 1 and isinstance(chain[0], Mat):
-            node = self.atom(chain[0].atom)
-            return self.method("t", node) if chain[0].transposed else node
+            return self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
         if not chain or chain == (Mat(ONES),):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
         prefix, last = chain[:-1], chain[-1]
@@ -195,7 +194,7 @@ class Emitter(NodeEmitter):
         return self.call(torch.sum, self.product(chain), -1, True)
 
     def _multiply(self, left: fx.Node, factor: Mat) -> fx.Node:
-        right = self.cast(self.atom(factor.atom), self.tensor(left).dtype)
+        right = self.cast(self.matrix(factor.atom), self.tensor(left).dtype)
         if factor.transposed:
             return self.call(torch.nn.functional.linear, left, right)
         return self.call(torch.matmul, left, right)
@@ -284,7 +283,7 @@ class Emitter(NodeEmitter):
             return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
         left = self.product(part.core[:-1])
         dtype = self.tensor(base).dtype
-        right = self.cast(self.atom(last.atom), dtype)
+        right = self.cast(self.matrix(last.atom), dtype)
         right = self.method("t", right) if last.transposed else right
         flat_base, flat_left = self.flat(base), self.cast(self.flat(left), dtype)
         out = self.call(torch.addmm, flat_base, flat_left, right, alpha=alpha)
@@ -374,6 +373,10 @@ class Emitter(NodeEmitter):
         """A matrix with one axis of rows: a graph may hold a term in several shapes."""
         value = self.tensor(node)
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
+
+    def matrix(self, atom: Atom) -> fx.Node:
+        """A weight with two axes: factors may be stacked in one parameter of three, of which the graph takes a view."""
+        return self.flat(self.atom(atom))
 
     def out_dtype(self) -> torch.dtype:
         assert self.site is not None

@@ -51,7 +51,7 @@ def _factor(emit: Emitter, chain: Chain) -> fx.Node:
     if isinstance(head, Mat) and head.atom == ONES:
         return emit.method("t", emit.flat(emit.product(transpose_chain(chain))))
     if len(chain) == 1 and isinstance(head, Mat):
-        node = emit.atom(head.atom)
+        node = emit.matrix(head.atom)
         return emit.method("t", node) if head.transposed else node
     return emit.flat(emit.product(chain))
 

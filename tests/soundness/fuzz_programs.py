@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
+from tests_support import scale  # noqa: F401  (registers the operator)
 
 S = 1.7
 EPS = 1e-3
@@ -124,8 +125,11 @@ PERTURBATIONS = (
     "factor written after the norm",
     "sum written before the norm",
     "sum written through a view",
+    "sum written by name",
+    "sum written by an operator of one's own",
     "norm written before its use",
     "base written before the sum",
+    "base written by name",
     "relu of the delta",
     "relu of the low-rank product",
     "relu between the factors",
@@ -328,6 +332,10 @@ def _norm(
         adapted.add_(0.5)
     if has("sum written through a view"):
         adapted[:, 0].mul_(3.0)
+    if has("sum written by name"):
+        F.relu(input=adapted, inplace=True)
+    if has("sum written by an operator of one's own"):
+        torch.ops.dorafx_tests.scale(adapted.detach(), 3.0)
     if has("rows rolled"):
         adapted = adapted.roll(1, 0)
     normed = adapted.detach() if spec.detached == "sum" else adapted
@@ -427,6 +435,9 @@ def _composed(
     if has("base written before the sum"):
         base = base * 1.0
         base.mul_(0.5)
+    if has("base written by name"):
+        base = base * 1.0
+        F.leaky_relu(input=base, inplace=True)
     g = _shaped(spec, m / n)
     if has("unscaled adapter"):
         low = low / g

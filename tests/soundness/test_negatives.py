@@ -9,8 +9,19 @@ import torch
 import torch.nn.functional as F
 from programs import Layer, S, lora
 from tests_support import check_same
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
 
+import dorafx
 from dorafx import rewrite_log
+from dorafx.lift.effects import written_nodes
+
+
+@torch.compiler.allow_in_graph
+def opaque_scaling(t: torch.Tensor) -> torch.Tensor:
+    return t.mul_(3.0).clone()
+
 
 NEGATIVES: dict[str, tuple[Callable[[Layer, torch.Tensor], torch.Tensor], list[str], str]] = {}
 
@@ -387,6 +398,143 @@ def delta_written_through_a_view(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
 
 
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_by_a_function_that_is_given_it_by_name(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + p.B @ p.A
+    F.relu(input=adapted, inplace=True)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_by_an_operator_that_is_given_it_by_name(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + p.B @ p.A
+    torch.relu_(input=adapted)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "no low-rank product is added")
+def composition_written_by_a_function_that_is_given_it_by_name(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, p.W) + lora(p, x)
+    F.leaky_relu(input=y, inplace=True)
+    return (p.m / (p.W + p.B @ p.A).norm(dim=1)) * y
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_by_an_operator_of_ones_own(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = (p.W + p.B @ p.A).detach()
+    torch.ops.dorafx_tests.scale(adapted, 3.0)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_by_an_overload_that_is_given_it_by_name(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = (p.W + p.B @ p.A).detach()
+    torch.ops.dorafx_tests.scale.default(t=adapted, by=3.0)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_in_a_branch(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        adapted = p.W + p.B @ p.A
+        torch.cond(x.sum() > 0, lambda t: t.mul_(2.0) + 1, lambda t: t.mul_(3.0) + 1, (adapted,))
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_in_a_checkpointed_function(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        adapted = p.W + p.B @ p.A
+        checkpoint(lambda t: t.mul_(2.0) + 1, adapted, use_reentrant=False)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_by_a_function_that_no_tracer_enters(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = (p.W + p.B @ p.A).detach()
+    opaque_scaling(adapted)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place")
+def norm_given_to_be_written(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        n = (p.W + p.B @ p.A).norm(dim=1)
+        torch.norm(p.W, 2, 1, False, n)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["linear"], "")
+def norm_plus_a_multiple_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.ops.aten.add.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "operator rsub")
+def multiple_minus_the_norm_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.ops.aten.rsub.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is written in place before the norm is taken")
+def sum_written_without_gradients(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """A write that is not recorded leaves the gradients that the sum has."""
+    adapted = p.W + p.B @ p.A
+    with torch.no_grad():
+        adapted.mul_(2.0)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["norm_only"], "no low-rank product is added")
+def composition_written_without_gradients(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, p.W) + lora(p, x)
+    with torch.no_grad():
+        y.mul_(2.0)
+    return (p.m / (p.W + p.B @ p.A).norm(dim=1)) * y
+
+
+@negative(["missed"], "is written in place")
+def norm_written_in_part(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        n = (p.W + p.B @ p.A).norm(dim=1)
+        n[0] = 1.0
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator renorm")
+def renormalised_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m * F.linear(x, torch.renorm(p.W + p.B @ p.A, 2, 0, 1.0))
+
+
+@negative(["missed"], "operator cosine_similarity")
+def cosines(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m * F.cosine_similarity(x[..., None, :], p.W + p.B @ p.A, dim=-1)
+
+
+@negative(["missed"], "operator pow")
+def norm_of_order_four(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = ((p.W + p.B @ p.A) ** 4).sum(1) ** 0.25
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator norm_except_dim")
+def norm_over_all_other_axes(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.norm_except_dim(p.W + p.B @ p.A, 2, 0).view(-1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "is over dimensions 2 of a weight of 3")
+def norm_of_a_batch_of_one(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A)[None].norm(dim=2)[0]
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "operator sum")
+def squares_summed_in_integers(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (10 * (p.W + p.B @ p.A)).detach().square().sum(1, dtype=torch.int64).sqrt()
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
 @negative(["linear"], "")
 def weight_is_written_between_norm_and_output(p: Layer, x: torch.Tensor) -> torch.Tensor:
     """A write that nobody else sees is a new value: the output has half the weight, and keeps it."""
@@ -438,3 +586,117 @@ def test_integer_and_complex_weights_are_left_alone() -> None:
     compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
     torch.testing.assert_close(compiled(*operands), program(*operands))
     assert rewrite_log().records == []
+
+
+class _Exported(nn.Module):
+    def __init__(self, norm: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.w, self.b, self.a = map(nn.Parameter, _factors((4, 5), (4, 2), (2, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.w.T + x @ self.a.T @ self.b.T) / self.norm(self.w + self.b @ self.a)
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (lambda t: t.norm(p=1, dim=1), "is of order 1"),
+        (lambda t: t.amax(dim=1).exp(), "operator amax.default"),
+        (lambda t: t.relu_().norm(dim=1), "is written in place before the norm is taken"),
+    ],
+)
+def test_near_misses_of_exported_programs(norm: Callable[[torch.Tensor], torch.Tensor], reason: str) -> None:
+    """The signature says what is a parameter, the graph does not."""
+    model, (x,) = _Exported(norm), _factors((3, 5))
+    new = dorafx.rewrite(torch.export.export(model, (x,)))
+    torch.testing.assert_close(new.module()(x), model(x))
+    assert [(r.status, reason in r.reason) for r in rewrite_log().records] == [("missed", True)], rewrite_log().records
+
+
+def _factors(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    return [torch.randn(*shape, dtype=torch.float64) for shape in shapes]
+
+
+def _scaled(adapted: torch.Tensor, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    return (x @ w.T + x @ a.T @ b.T) / adapted.norm(dim=1)
+
+
+class _Leaves(nn.Module):
+    """A sum that a module writes to, which ``fx.symbolic_trace`` takes for one call."""
+
+    def __init__(self, leaf: nn.Module) -> None:
+        super().__init__()
+        self.leaf = leaf
+        self.w, self.b, self.a = map(nn.Parameter, _factors((4, 5), (4, 2), (2, 5)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        adapted = self.w + self.b @ self.a
+        self.leaf(adapted)
+        return _scaled(adapted, x, self.w, self.b, self.a)
+
+
+class _Doubling(nn.Module):
+    def forward(self, t: torch.Tensor) -> None:
+        t.mul_(2.0)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, _Doubling) or super().is_leaf_module(module, name)
+
+
+@pytest.mark.parametrize(("leaf", "written"), [(nn.ReLU(inplace=True), True), (_Doubling(), True), (nn.ReLU(), False)])
+def test_modules_that_are_leaves_of_the_trace(leaf: nn.Module, written: bool) -> None:
+    model, (x,) = _Leaves(leaf), _factors((3, 5))
+    new = dorafx.rewrite(fx.GraphModule(model, _Tracer().trace(model)), x)
+    torch.testing.assert_close(new(x), model(x))
+    expected = [("missed", "written in place before the norm")] if written else [("rewritten", "")]
+    assert [(r.status, reason in r.reason) for r, (_, reason) in zip(rewrite_log().records, expected)] == [
+        (status, True) for status, _ in expected
+    ]
+
+
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_view_written_in_a_graph_of_real_tensors(mode: str) -> None:
+    """``make_fx`` of real tensors gives every value a storage of its own, views included."""
+
+    x, w, b, a = _factors((3, 5), (4, 5), (4, 2), (2, 5))
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        adapted = w + b @ a
+        adapted[:2].mul_(3.0)
+        return _scaled(adapted, x, w, b, a)
+
+    new = dorafx.rewrite(make_fx(program, tracing_mode=mode, _allow_non_fake_inputs=True)(x))
+    torch.testing.assert_close(new(x), program(x))
+    assert [(r.status, "written in place" in r.reason) for r in rewrite_log().records] == [("missed", True)]
+
+
+def test_a_triton_kernel_may_write_to_its_operands() -> None:
+    """Without a device, as a graph alone: nothing that a kernel takes is read before and after it as one value."""
+    kernels = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")
+    graph = fx.Graph()
+    w, b, a = map(graph.placeholder, "wba")
+    adapted = graph.call_function(torch.addmm, (w, b, a))
+    target = kernels.triton_kernel_wrapper_mutation
+    told = {"kernel_idx": 0, "constant_args_idx": 0, "grid": [(1, 1, 1)], "tma_descriptor_metadata": {}}
+    call = graph.call_function(target, (), {**told, "kwargs": {"to": adapted, "count": 20}})
+    row = graph.call_function(torch.select, (adapted, 0, 0))
+    graph.output(graph.call_function(torch.add, (row, 1)))
+    assert written_nodes(graph) == {adapted, call, row}
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 3, 3), (4, 12, 3, 3)])
+def test_filters_viewed_as_others(shape: tuple[int, ...]) -> None:
+    """The norm of each filter of a view that cuts or joins filters is another vector."""
+    w, b, a = map(nn.Parameter, _factors((8, 6, 3, 3), (8, 2, 1, 1), (2, 6, 3, 3)))
+    (x,) = _factors((shape[0],))
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        adapted = w + (b.flatten(1) @ a.flatten(1)).view(w.shape)
+        return x / adapted.view(shape).norm(p=2, dim=(1, 2, 3))
+
+    compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
+    torch.testing.assert_close(compiled(x), program(x))
+    assert [(r.status, "operator view" in r.reason) for r in rewrite_log().records] == [("missed", True)]

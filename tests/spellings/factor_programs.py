@@ -36,6 +36,12 @@ def everything_indexed_with_ellipsis(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def scaled_by_a_diagonal_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return (F.linear(x, p.W) + S * lora(p, x)) @ torch.diag(p.m / n)
+
+
+@wide
 def expanded_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
     y = F.linear(x, p.W) + S * lora(p, x)
     return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)).expand_as(y) * y
@@ -47,6 +53,34 @@ def expanded_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
 @wide
 def normalize_merged(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, p.m_column * F.normalize(p.W + S * (p.B @ p.A), dim=1), p.bias)
+
+
+@wide
+def norm_detached_in_place(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1)
+    n.detach_()
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def norm_bounded_in_place(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+    n.clamp_(min=1e-6)
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def norm_of_numpys_keywords(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.sum((p.W + S * (p.B @ p.A)) ** 2, axis=1, keepdims=True).sqrt()
+    return (p.m_column / n).T * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def sum_accumulated_in_a_copy(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        adapted = p.W.clone()
+        adapted.addmm_(p.B, p.A, alpha=S)
+    return (p.m / adapted.norm(dim=1)) * (F.linear(x, p.W) + S * lora(p, x))
 
 
 @wide

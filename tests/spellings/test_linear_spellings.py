@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests_support import check_same
+from torch import fx
 
 from dorafx import rewrite_log
+from dorafx.lift import Lifter
+from dorafx.lift.lifter import TRANSFER
 
 from factor_programs import WIDE  # isort: skip
-from programs import LINEAR, Layer  # isort: skip
+from programs import LINEAR, Layer, Program, lora  # isort: skip
 
 SPELLINGS = {**LINEAR, **WIDE}
 # Not the linear form once: another form, or several layers.
@@ -61,6 +65,68 @@ def test_shapes_of_the_input(shape: tuple[int, ...]) -> None:
         check_same(LINEAR[name], Layer(), torch.randn(*shape, dtype=torch.float64, requires_grad=True))
         assert len(rewrite_log().rewrites) == 1, name
         rewrite_log().clear()
+
+
+def _stacked(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    down = p.A3.flatten(0, 1)
+    n = (p.W + p.B6 @ down).norm(dim=1)
+    return p.m / n * (F.linear(x, p.W) + F.linear(F.linear(x, p.A3.view(-1, 12)), p.B6))
+
+
+def _stacked_merged(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W3.view(10, 12) + (p.A3.flatten(0, 1).T @ p.B6.T).T
+    return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True))
+
+
+def _heads(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    weight = p.W3.reshape(-1, 12)
+    return p.m / (weight + p.B @ p.A).norm(dim=1) * (x @ weight.T + lora(p, x))
+
+
+@pytest.mark.parametrize("program", [_stacked, _stacked_merged, _heads])
+def test_parameters_of_three_axes(program: Program) -> None:
+    """Factors of several adapters in one parameter, a weight by heads: the layer takes a view of two axes."""
+    layer = Layer()
+    shapes = {"A3": (3, 2, 12), "B6": (10, 6), "W3": (2, 5, 12)}
+    for name, shape in shapes.items():
+        setattr(layer, name, torch.nn.Parameter(torch.randn(*shape, dtype=torch.float64), name != "W3"))
+    check_same(program, layer, torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), tolerance=1e-11)
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
+
+
+def _by_keyword(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    squares = torch.square(input=p.W + torch.matmul(input=p.B, other=p.A))
+    n = torch.sqrt(input=torch.sum(squares, axis=1, keepdims=True)).transpose(dim0=0, dim1=1)
+    y = F.linear(x, p.W) + torch.permute(input=lora(p, x), dims=(0, 1, 2))
+    return torch.neg(input=torch.unsqueeze(input=torch.reshape(input=p.m / n, shape=(-1,)) * y, dim=0))
+
+
+def _table_by_keyword(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    i = torch.tensor([0, 2, 1])
+    rows = F.embedding(input=i, weight=p.W) + F.embedding(weight=p.B, input=i) @ p.A
+    return rows / torch.clone(input=p.W + p.B @ p.A).norm(dim=0) + x.sum()
+
+
+@pytest.mark.parametrize(("program", "form"), [(_by_keyword, "linear"), (_table_by_keyword, "embedding")])
+def test_operands_by_keyword(program: Program, form: str) -> None:
+    """Every operator takes its operands by name, too, and some under NumPy's names."""
+    check_same(program, Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), tolerance=1e-11)
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [(form, "")]
+
+
+def test_what_a_transfer_function_does_not_expect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The node is an unknown value, and nothing but what needs it is lost."""
+
+    def failing(lift: Lifter, node: fx.Node) -> None:
+        raise IndexError("tuple index out of range")
+
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        return LINEAR["direct"](p, -x)
+
+    monkeypatch.undo()  # what makes such an error one of the test
+    monkeypatch.setitem(TRANSFER, "neg", failing)
+    check_same(program, Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True))
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
 
 
 def test_one_token_scaled_on_its_way_in() -> None:

@@ -248,7 +248,7 @@ def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
 
 @transfer("add")
 def add(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
+    args = arguments(node, "input", "other", "alpha")
     alpha = args.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
@@ -257,7 +257,7 @@ def add(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("sub")
 def sub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
+    args = arguments(node, "input", "other", "alpha")
     alpha = args.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
@@ -266,7 +266,7 @@ def sub(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("rsub")
 def rsub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other")
+    args = arguments(node, "input", "other", "alpha")
     if args.get("alpha", 1) != 1:
         return None
     return added(operand(lift, args.get("other")), operand(lift, args.get("input")), -1.0)

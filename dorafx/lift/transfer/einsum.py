@@ -17,7 +17,8 @@ _ELLIPSIS = "*"
 
 @transfer("einsum")
 def einsum(lift: Lifter, node: fx.Node) -> Value | None:
-    equation, operands = node.args[0], node.args[1:]
+    equation, *rest = node.args or (None,)
+    operands: Sequence[Any] = rest
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if not isinstance(equation, str) or "->" not in equation:

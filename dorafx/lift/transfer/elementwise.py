@@ -9,15 +9,15 @@ import torch
 from torch import fx
 
 from ..algebra import Poly
-from ..lifter import Lifter, tensor_of, transfer, vector_axis
-from ..targets import arguments
-from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue
+from ..lifter import Lifter, tensor_of, transfer
+from ..targets import arguments, first_argument
+from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, vector_axis
 from .arithmetic import inverse_of
 
 
 @transfer("neg")
 def neg(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
+    value = lift.value(first_argument(node))
     if isinstance(value, VectorValue):
         return VectorValue(value.poly.scaled(-1.0), value.axis)
     if isinstance(value, MatrixValue) and not value.squared:
@@ -27,13 +27,13 @@ def neg(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("reciprocal")
 def reciprocal(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.vector(node.args[0])
+    value = lift.vector(first_argument(node))
     return inverse_of(lift, value) if value is not None else None
 
 
 @transfer("square")
 def square(lift: Lifter, node: fx.Node) -> Value | None:
-    return _power(lift, node, node.args[0], 2)
+    return _power(lift, node, first_argument(node), 2)
 
 
 @transfer("pow")
@@ -94,13 +94,13 @@ def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
 
 @transfer("sqrt")
 def sqrt(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
+    value = lift.value(first_argument(node))
     return root(lift, value, node) if isinstance(value, VectorValue) else None
 
 
 @transfer("rsqrt")
 def rsqrt(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
+    value = lift.value(first_argument(node))
     rooted = root(lift, value, node) if isinstance(value, VectorValue) else None
     return inverse_of(lift, rooted) if rooted is not None else None
 

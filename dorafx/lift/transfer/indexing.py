@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..targets import arguments, first_argument
 from ..values import Value
 from .layout import view
 
@@ -29,7 +29,7 @@ def takes_everything(index: Any) -> bool:
 
 @transfer("slice")
 def whole_slice(lift: Lifter, node: fx.Node) -> Value | None:
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or arguments(node, "input", "dim", "start", "end", "step").get("step", 1) != 1:
         return None
     return view(lift, node) if tuple(map(str, before.shape)) == tuple(map(str, after.shape)) else None

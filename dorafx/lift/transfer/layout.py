@@ -9,28 +9,32 @@ import torch
 from torch import fx
 
 from ..algebra import Expr
-from ..lifter import Lifter, tensor_of, transfer, vector_axis
-from ..targets import arguments
-from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
+from ..lifter import Lifter, tensor_of, transfer
+from ..targets import arguments, first_argument
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, vector_axis
 
 
 @transfer("view")
 def view(lift: Lifter, node: fx.Node) -> Value | None:
     """A reshape that keeps the last axis of a matrix, or that moves a vector to another axis."""
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or before.dtype != after.dtype:  # view(dtype) reinterprets bits
         return None
-    value = lift.value(node.args[0])
+    value = lift.value(first_argument(node))
     if after.dim() == 0:
         return value if isinstance(value, VectorValue) else None
+    if tuple(map(str, before.shape)) == tuple(map(str, after.shape)):
+        return value
     if isinstance(value, MatrixValue) and value.layout == "channels":
-        return value if tuple(map(str, before.shape)) == tuple(map(str, after.shape)) else None
-    if isinstance(value, MatrixValue) and after.dim() >= 2 and str(before.shape[-1]) == str(after.shape[-1]):
-        return value if value.layout == "last" or before.dim() == after.dim() else None
-    filters = _filter_view(lift, node.args[0], value, before, after)
+        return None
+    # Rows or columns of several axes become other ones.
+    kept = isinstance(value, MatrixValue) and value.layout == "last" and after.dim() >= 2
+    if kept and str(before.shape[-1]) == str(after.shape[-1]):
+        return value
+    filters = _filter_view(lift, first_argument(node), value, before, after)
     if filters is not None:
         return filters
-    vector = lift.vector(node.args[0])
+    vector = lift.vector(first_argument(node))
     if vector is None:
         return None
     if vector.axis is None:  # a scalar with dimensions of size one
@@ -56,12 +60,12 @@ def _filter_view(
 
 @transfer("expand")
 def expand(lift: Lifter, node: fx.Node) -> Value | None:
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None:
         return None
     if tuple(map(str, before.shape)) == tuple(map(str, after.shape)):
-        return lift.value(node.args[0])
-    vector = lift.vector(node.args[0])
+        return lift.value(first_argument(node))
+    vector = lift.vector(first_argument(node))
     if vector is None or vector.axis is None or str(before.shape[vector.axis]) != str(after.shape[vector.axis]):
         return None
     if after.dim() >= 2:
@@ -84,28 +88,35 @@ def _transposed(lift: Lifter, arg: Any) -> Value | None:
 
 @transfer("t")
 def t(lift: Lifter, node: fx.Node) -> Value | None:
-    tensor = tensor_of(node.args[0])
-    return _transposed(lift, node.args[0]) if tensor is not None and tensor.dim() <= 2 else None
+    tensor = tensor_of(first_argument(node))
+    return _transposed(lift, first_argument(node)) if tensor is not None and tensor.dim() <= 2 else None
 
 
 @transfer("transpose")
 def transpose(lift: Lifter, node: fx.Node) -> Value | None:
-    tensor = tensor_of(node.args[0])
-    dims = list(arguments(node, "input", "dim0", "dim1").values())[1:3]
-    if tensor is None or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+    tensor = tensor_of(first_argument(node))
+    dims = swapped_axes(node)
+    if tensor is None or dims is None:
         return None
     if tensor.dim() > 2:
         return _moved_vector(lift, node, tensor, dims)
     if tensor.dim() != 2:
         return None
     if dims[0] % 2 == dims[1] % 2:
-        return lift.value(node.args[0])
-    return _transposed(lift, node.args[0])
+        return lift.value(first_argument(node))
+    return _transposed(lift, first_argument(node))
 
 
-def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: list[Any]) -> Value | None:
+def swapped_axes(node: fx.Node) -> tuple[int, int] | None:
+    """The two axes that a ``transpose`` exchanges, where they are numbers."""
+    args = arguments(node, "input", "dim0", "dim1")
+    first, second = args.get("dim0", args.get("axis0")), args.get("dim1", args.get("axis1"))
+    return (first, second) if isinstance(first, int) and isinstance(second, int) else None
+
+
+def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: tuple[int, int]) -> Value | None:
     """A vector along one axis of several, after two axes changed places."""
-    vector = lift.value(node.args[0])
+    vector = lift.value(first_argument(node))
     if not isinstance(vector, VectorValue) or vector.axis is None:
         return None
     first, second = (d % tensor.dim() - tensor.dim() for d in dims)
@@ -114,27 +125,27 @@ def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: list[
 
 @transfer("permute")
 def permute(lift: Lifter, node: fx.Node) -> Value | None:
-    tensor = tensor_of(node.args[0])
+    tensor = tensor_of(first_argument(node))
     dims: Any = node.kwargs.get("dims", node.args[1:])
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = dims[0]
     if tensor is None or tensor.dim() != 2:
         return None
     if [d % 2 for d in dims] == [1, 0]:
-        return _transposed(lift, node.args[0])
-    return lift.value(node.args[0])
+        return _transposed(lift, first_argument(node))
+    return lift.value(first_argument(node))
 
 
 @transfer("getattr")
 def attribute(lift: Lifter, node: fx.Node) -> Value | None:
     name = node.args[1]
-    tensor = tensor_of(node.args[0])
+    tensor = tensor_of(first_argument(node))
     if tensor is None:
         return None
     if name in ("T", "mT", "H", "mH") and tensor.dim() <= 2:
-        return _transposed(lift, node.args[0])
+        return _transposed(lift, first_argument(node))
     if name == "data":
-        value = lift.value(node.args[0])
+        value = lift.value(first_argument(node))
         return lift.detach(value) if value is not None else None
     return None
 
@@ -142,22 +153,22 @@ def attribute(lift: Lifter, node: fx.Node) -> Value | None:
 @transfer("cast")
 def cast(lift: Lifter, node: fx.Node) -> Value | None:
     """A cast between floating dtypes on one device keeps the term: it can only lose accuracy."""
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or before.device != after.device:
         return None
     if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES:
         return None
-    return lift.value(node.args[0])
+    return lift.value(first_argument(node))
 
 
 @transfer("identity")
 def identity(lift: Lifter, node: fx.Node) -> Value | None:
-    return lift.value(node.args[0])
+    return lift.value(first_argument(node))
 
 
 @transfer("detach")
 def detach(lift: Lifter, node: fx.Node) -> Value | None:
-    value = lift.value(node.args[0])
+    value = lift.value(first_argument(node))
     return lift.detach(value) if value is not None else None
 
 
@@ -171,5 +182,5 @@ def drops_nothing(node: fx.Node) -> bool:
 def dropout(lift: Lifter, node: fx.Node) -> Value | None:
     """A dropout that drops nothing is the identity; any other is an atom of its own (its own mask)."""
     if drops_nothing(node) and isinstance(tensor_of(node), torch.Tensor):
-        return lift.value(node.args[0] if node.args else node.kwargs.get("input"))
+        return lift.value(first_argument(node))
     return None

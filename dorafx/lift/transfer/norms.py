@@ -10,7 +10,7 @@ from torch import fx
 from ..algebra import Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
-from ..values import AtomInfo, MatrixValue, Value, VectorValue
+from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue
 from .arithmetic import inverse_of
 from .elementwise import at_least
 
@@ -35,10 +35,12 @@ def _all_but_first(ndim: int, dim: Any) -> bool:
 def _reduction(
     lift: Lifter, node: fx.Node, kind: Literal["norm", "sumsq"], arg: Any, dim: Any, keepdim: bool
 ) -> Value | None:
-    tensor = tensor_of(arg)
+    tensor, out = tensor_of(arg), tensor_of(node)
     value = lift.value(arg)
     if tensor is None or not isinstance(value, MatrixValue):
         return None
+    if out is None or out.dtype not in FLOAT_DTYPES or node.kwargs.get("dtype") not in (None, *FLOAT_DTYPES):
+        return None  # summed in integers, for one
     if value.squared != (kind == "sumsq"):
         return None
     side = _reduced_side(tensor.dim(), dim)

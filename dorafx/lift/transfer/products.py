@@ -24,7 +24,12 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, 
     left, right = lift.operand(lhs), lift.operand(rhs, weight=True)
     if left is None or right is None:
         return None
-    product = left @ (right.transposed() if transposed else right)
+    right = right.transposed() if transposed else right
+    if all(isinstance(f, Diag) for (_, chain), _ in right.items for f in chain):
+        # Nothing but a scaling, which takes a sum as it is.
+        scaled = lift.matrix(lhs)
+        return scaled.expr @ right if scaled is not None else left @ right
+    product = left @ right
     lift.gemms.setdefault(product, []).append(Gemm(node, lhs, rhs, transposed, bias))
     return product
 
@@ -84,18 +89,24 @@ def outer(lift: Lifter, node: fx.Node) -> Value | None:
     return outer_product(column.poly, row.poly)
 
 
+_LOOKED_UP = ("input", "indices", "weight")
+
+
 @transfer("embedding")
 def embedding(lift: Lifter, node: fx.Node) -> Value | None:
     """A look-up is the product of the indices' one-hot rows with the table. Emission reuses the look-up, and never forms
     the product."""
-    first, second = node.args[:2] if len(node.args) > 1 else (node.args[0], node.kwargs.get("weight"))
+    given = [*node.args[:2], *(node.kwargs[name] for name in _LOOKED_UP if name in node.kwargs)]
+    if len(given) != 2:
+        return None
+    first, second = given
     table = tensor_of(first)
     # ``F.embedding(indices, table)``, but ``torch.embedding(table, indices)`` and aten's.
     indices, table_node = (second, first) if table is not None and table.dtype in FLOAT_DTYPES else (first, second)
     table = tensor_of(table_node)
     if not isinstance(indices, fx.Node) or table is None or table.dim() != 2 or table_node in lift.written:
         return None  # max_norm, for one, rescales rows of the table in place
-    options = [*map(str, node.args[2:]), *sorted(f"{k}={v}" for k, v in node.kwargs.items() if k != "weight")]
+    options = [*map(str, node.args[2:]), *sorted(f"{k}={v}" for k, v in node.kwargs.items() if k not in _LOOKED_UP)]
     weight = lift.operand(table_node, weight=True)
     if weight is None:
         return None
@@ -123,7 +134,7 @@ def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
 def multi_dot(lift: Lifter, node: fx.Node) -> Value | None:
     listed = len(node.args) == 1 and isinstance(node.args[0], (list, tuple))
     operands = [lift.operand(a) for a in (node.args[0] if listed else node.args)]  # type: ignore[union-attr]
-    product: Expr | None = operands[0]
+    product = operands[0] if operands else None
     for operand in operands[1:]:
         if product is None or operand is None:
             return None
@@ -146,7 +157,7 @@ def diag(lift: Lifter, node: fx.Node) -> Value | None:
     vector = lift.value(args.get("input"))
     if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
         return None
-    if len(node.args) > 2 or len(vector.poly.items) != 1:
+    if len(node.args) > 2 or node.kwargs.get("offset", 0) != 0 or len(vector.poly.items) != 1:
         return None
     ((mono, c),) = vector.poly.items
     return MatrixValue(Expr.chain((Diag(mono),), c))

@@ -16,11 +16,12 @@ from torch import fx
 
 from ..algebra import Mat
 from ..lifter import TRANSFER, Lifter, tensor_of
-from ..targets import arguments
+from ..targets import arguments, first_argument
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
 from .arithmetic import same_shape, same_size
 from .einsum import by_letters
 from .indexing import takes_everything
+from .layout import swapped_axes
 
 _MOST_OPERANDS = 6
 _letters = itertools.count()
@@ -61,7 +62,7 @@ def _of(lift: Lifter, arg: Any) -> Subscripts | None:
 
 def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
     """Axes merged, or cut where they were merged before."""
-    source, after = _of(lift, node.args[0]), tensor_of(node)
+    source, after = _of(lift, first_argument(node)), tensor_of(node)
     if source is None or after is None or after.dtype not in FLOAT_DTYPES:
         return None
     rest = [s for axis in source.axes for s in axis]
@@ -79,7 +80,7 @@ def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
 
 
 def _permuted(lift: Lifter, node: fx.Node) -> Subscripts | None:
-    source = _of(lift, node.args[0])
+    source = _of(lift, first_argument(node))
     dims: Any = node.kwargs.get("dims", node.args[1:])
     if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
         dims = dims[0]
@@ -87,9 +88,9 @@ def _permuted(lift: Lifter, node: fx.Node) -> Subscripts | None:
 
 
 def _transposed(lift: Lifter, node: fx.Node) -> Subscripts | None:
-    source = _of(lift, node.args[0])
-    dims: Any = list(arguments(node, "input", "dim0", "dim1").values())[1:3]
-    if source is None or len(dims) != 2 or not all(isinstance(d, int) for d in dims):
+    source = _of(lift, first_argument(node))
+    dims = swapped_axes(node)
+    if source is None or dims is None:
         return None
     order = list(range(len(source.axes)))
     first, second = (d % len(order) for d in dims)
@@ -98,7 +99,7 @@ def _transposed(lift: Lifter, node: fx.Node) -> Subscripts | None:
 
 
 def _attribute(lift: Lifter, node: fx.Node) -> Subscripts | None:
-    source = _of(lift, node.args[0])
+    source = _of(lift, first_argument(node))
     if source is None or node.args[1] not in ("T", "mT") or len(source.axes) < 2:
         return None
     count = len(source.axes)
@@ -112,10 +113,10 @@ def _moved(source: Subscripts | None, order: Any) -> Subscripts | None:
 
 
 def _kept(lift: Lifter, node: fx.Node) -> Subscripts | None:
-    before, after = tensor_of(node.args[0]), tensor_of(node)
+    before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or not same_shape(before.shape, after.shape) or before.device != after.device:
         return None
-    return _of(lift, node.args[0]) if before.dtype in FLOAT_DTYPES and after.dtype in FLOAT_DTYPES else None
+    return _of(lift, first_argument(node)) if before.dtype in FLOAT_DTYPES and after.dtype in FLOAT_DTYPES else None
 
 
 def _selected(lift: Lifter, node: fx.Node) -> Subscripts | None:

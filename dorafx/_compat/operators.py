@@ -1,0 +1,77 @@
+"""What an operator says of the arguments that it writes to, and of those that its results are views of."""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+
+__all__ = ["Argument", "is_higher_order", "leaves_its_operands", "schemas", "views", "writes"]
+
+Argument = tuple[int | None, str]
+"""Where an argument stands in a call: its position (None where only a keyword gives it), and its name."""
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a call target is an operator that takes graphs or kernels."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+_LEAVE_THEIR_OPERANDS = frozenset(
+    (
+        "auto_functionalized",
+        "auto_functionalized_v2",
+        "flex_attention",
+        "flex_attention_backward",
+        "out_dtype",
+        "print",
+        "triton_kernel_wrapper_functional",
+    )
+)
+
+
+def leaves_its_operands(target: Any) -> bool:
+    """Whether a higher-order operator that has no body writes to none of its operands: the functional forms write to copies."""
+    return str(target.name()) in _LEAVE_THEIR_OPERANDS
+
+
+@functools.cache
+def schemas(target: Any) -> tuple[Any, ...]:
+    """The schema of an overload, those of all overloads of a packet; nothing for any other call target."""
+    if isinstance(target, torch._ops.OpOverload):
+        return (target._schema,)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return tuple(getattr(target, name)._schema for name in target.overloads())  # type: ignore[no-untyped-call]
+    return ()
+
+
+def writes(target: Any) -> frozenset[Argument]:
+    """The arguments that some overload of an operator, or of a torch function's operator, writes to."""
+    return _aliased(target, True)
+
+
+def views(target: Any) -> frozenset[Argument]:
+    """The arguments whose memory an operator's results may share."""
+    return _aliased(target, False)
+
+
+@functools.cache
+def _aliased(target: Any, written: bool) -> frozenset[Argument]:
+    found = schemas(target)
+    if not found and isinstance(target, types.BuiltinFunctionType):
+        found = schemas(getattr(torch.ops.aten, target.__name__, None))
+    return frozenset(
+        (None if argument.kwarg_only else position, argument.name)
+        for schema in found
+        for position, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None
+        and (argument.alias_info.is_write if written else bool(schema.returns))
+        and not _is_of_a_list(schema)
+    )
+
+
+def _is_of_a_list(schema: Any) -> bool:
+    """Whether a schema is a method of TorchScript's lists (``aten::sort.int``), which no graph of tensors calls."""
+    return not schema.returns and schema.name in ("aten::sort", "aten::reverse", "aten::append", "aten::extend")
