@@ -81,3 +81,5 @@ class Gemm:
     bias: Any
     convolution: Callable[..., Any] | None = None
     options: tuple[Any, ...] = ()
+    detached: bool = False
+    """Whether it is computed where no gradients are recorded, of operands that have some."""

@@ -102,7 +102,7 @@ class Emitter(NodeEmitter):
             return self._vectors[key]
         info = self.lift.atom_of(atom)
         if info.kind == "norm":
-            node = self._norms(Atom(atom.id), self)
+            node = self._norms(atom, self)
             node = self.method("detach", node) if atom.detached else node
         elif info.kind == "reciprocal":
             assert info.poly is not None
@@ -181,8 +181,10 @@ class Emitter(NodeEmitter):
         """A product of the graph, without its bias."""
         lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
         if gemm.convolution is not None:
-            return self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
-        return self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+            made = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
+        else:
+            made = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+        return self.method("detach", made) if gemm.detached else made
 
     def _summed(self, chain: Chain) -> fx.Node:
         """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""

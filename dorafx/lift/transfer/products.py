@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,8 +26,14 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, 
     if left is None or right is None:
         return None
     product = left @ (right.transposed() if transposed else right)
-    lift.gemms.setdefault(product, []).append(Gemm(node, lhs, rhs, transposed, bias))
+    computes(lift, product, Gemm(node, lhs, rhs, transposed, bias))
     return product
+
+
+def computes(lift: Lifter, product: Expr, gemm: Gemm) -> None:
+    """Note which node computes a product: without gradients it is another term's."""
+    term = product if lift.records_gradients else lift.detached(product)
+    lift.gemms.setdefault(term, []).append(replace(gemm, detached=term != product))
 
 
 @transfer("linear")

@@ -1,0 +1,31 @@
+"""What a graph reads: attributes, and the inputs that are parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["attribute_id", "looks_like_parameter"]
+
+
+def attribute_id(node: fx.Node) -> int | None:
+    """Which tensor a ``get_attr`` node reads; None for any other node."""
+    value: Any = node.graph.owning_module if node.op == "get_attr" else None
+    if value is None:
+        return None
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    return id(value) if isinstance(value, torch.Tensor) else None
+
+
+def looks_like_parameter(node: fx.Node) -> bool:
+    """Whether a placeholder or an attribute is a parameter or a buffer, as far as its tensor or its name tells."""
+    if node.op == "get_attr":
+        return True
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.nn.Parameter):
+        return True
+    source = str(node.target)
+    return "_parameters_" in source or "_buffers_" in source
