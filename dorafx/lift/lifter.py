@@ -75,6 +75,12 @@ class Lifter:
         self.gemms: dict[Expr, list[Gemm]] = {}
         self.expanded: dict[fx.Node, VectorValue] = {}
         """Nodes that are a vector repeated along other axes, and the vector."""
+        self.absolute: dict[fx.Node, MatrixValue] = {}
+        """Nodes that are absolute values of a matrix, and the matrix."""
+        self.stacked: dict[fx.Node, tuple[MatrixValue, int]] = {}
+        """Nodes that are several matrices along a new first axis: the sum of these, and how many."""
+        self.repeated: dict[fx.Node, MatrixValue] = {}
+        """Nodes that are one matrix for each entry of a batch, and the matrix."""
         self.site_scales: dict[fx.Node, float] = {}
         """Sites of norms that are a multiple of the norm."""
         self.subscripts: dict[fx.Node, Any] = {}
@@ -95,7 +101,7 @@ class Lifter:
     def run(self) -> Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
-            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _is_floating(node)
+            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _may_be_parameter(node)
             self._has_no_product_behind(node)
             value = self.values[node] = self._lift_here(node)
             if value is None:
@@ -113,6 +119,8 @@ class Lifter:
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
                 if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
                     self.nodes.setdefault(key, []).append(node)
+                if isinstance(value, VectorValue) and value.row is not None:
+                    self.nodes.setdefault(value.row, []).append(node)
         return self
 
     def seal(self, node: fx.Node) -> None:
@@ -335,7 +343,8 @@ class Lifter:
     def detach(self, value: Value) -> Value:
         if isinstance(value, MatrixValue):
             return replace(value, expr=self.detached(value.expr))
-        return VectorValue(self.detached(value.poly), value.axis)
+        row = self.detached(value.row) if value.row is not None else None
+        return VectorValue(self.detached(value.poly), value.axis, row)
 
     def detached(self, term: T) -> T:
         """A term without gradients; what has none is no twin of itself."""
@@ -366,9 +375,9 @@ class Lifter:
         return found
 
 
-def _is_floating(node: fx.Node) -> bool:
-    """Not a constant of indices, which is an attribute too."""
-    return (tensor := tensor_of(node)) is None or tensor.dtype in FLOAT_DTYPES
+def _may_be_parameter(node: fx.Node) -> bool:
+    """Not a constant of indices or a number, which tracers make attributes, too."""
+    return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
 
 
 def _is_leaf(node: fx.Node) -> bool:

@@ -41,6 +41,9 @@ class VectorValue:
 
     poly: Poly
     axis: int | None
+    row: Expr | None = None
+    """The same as a matrix of one row, where the product of a single token ``[d_in]`` is in it: ``x·Wᵀ·D(g)``. To ``poly`` that
+    product is one indeterminate."""
 
 
 Value = MatrixValue | VectorValue

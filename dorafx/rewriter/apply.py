@@ -99,7 +99,7 @@ def apply_plan(
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
                 composition = plan.compositions[index]
-                emit.begin(node, composition.accumulate, composition.kernel)
+                emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = placed_like(emit, node, made)
         except CannotEmit as reason:

@@ -11,7 +11,7 @@ from torch import fx
 from dorafx._compat.distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Mono
+from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
@@ -42,15 +42,18 @@ class Emitter(NodeEmitter):
         self.accumulate = False
         self.kernel = "auto"
         """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
+        self.transposed = False
+        """Whether the site has tokens by column, and what is emitted for it has them by row."""
         self.channels = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
-    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto") -> None:
+    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto", transposed: bool = False) -> None:
         """Start the replacement of an original node: everything is emitted just before it."""
         self.site = site
+        self.transposed = transposed
         self.accumulate = accumulate
         self.kernel = kernel
         self.channels = False
@@ -150,6 +153,9 @@ class Emitter(NodeEmitter):
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
             return existing
+        flipped = self._existing(Expr.chain(transpose_chain(chain))) if self.transposed and len(chain) > 1 else None
+        if flipped is not None:
+            return self.method("t", flipped)
         for gemm in self.lift.gemms.get(Expr.chain(chain), ()):
             assert self.site is not None
             if self.order[gemm.node] < self.order[self.site]:
@@ -355,6 +361,8 @@ class Emitter(NodeEmitter):
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
         assert self.site is not None
+        if self.transposed:
+            return self.method("t", make(*(None if o is None else self.flat(o) for o in operands)))
         if self.channels:
             made = make(*(None if o is None else self.method("movedim", o, 1, -1) for o in operands))
             return self.method("movedim", made, -1, 1)
@@ -375,6 +383,8 @@ class Emitter(NodeEmitter):
     def flat(self, node: fx.Node) -> fx.Node:
         """A matrix with one axis of rows: a graph may hold a term in several shapes."""
         value = self.tensor(node)
+        if value.dim() == 1:
+            return self.method("unsqueeze", node, 0)  # a single token
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 
     def out_dtype(self) -> torch.dtype:
