@@ -68,7 +68,7 @@ def linear_operands(lift: Lifter, match: Match, order: Mapping[fx.Node, int]) ->
     if match.pattern != "linear":
         return f"its form is {match.pattern}"
     gemms = [g for g in lift.gemms.get(Expr.chain(match.base), ()) if order[g.node] < order[match.node]]
-    if not gemms or gemms[0].convolution is not None:
+    if not gemms or gemms[0].convolution is not None or gemms[0].detached:
         return "the graph has no base product of its own"
     if not all(dies(g.node, match.node, order) for g in gemms):
         return "somebody else reads the base product"

@@ -15,7 +15,7 @@ from dorafx._compat.distributed import placements
 from dorafx.cost import MergedCost, merged_cost
 from dorafx.kernels import choose_kernel
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight, tensor_of
-from dorafx.lift.algebra import ONES
+from dorafx.lift.algebra import ONES, transpose_chain
 from dorafx.lift.targets import canonical_name, first_argument
 from dorafx.log import Record
 from dorafx.match import Match, Matches, NormFactors, Reason, source_of
@@ -166,7 +166,8 @@ def _missed_subject(sites: list[fx.Node], reason: Reason) -> Subject:
 
 def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
     """What it costs to take a merged weight apart; None where the graph multiplies by the weight itself anyway."""
-    if len(match.base) < 2 or lift.gemms.get(Expr.chain(match.base)) or lift.nodes.get(Expr.chain(match.base)):
+    bases = [Expr.chain(match.base), *([Expr.chain(transpose_chain(match.base))] if match.transposed else ())]
+    if len(match.base) < 2 or any(lift.gemms.get(base) or lift.nodes.get(base) for base in bases):
         return None
     output, weight = tensor_of(match.node), tensor_of(lift.atom_of(match.norm.dense_atom).node)
     if output is None or weight is None or not weight.numel():

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx
 
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
-from .effects import attribute_of, written_nodes
+from .effects import written_nodes
+from .inputs import attribute_id, looks_like_parameter
 from .targets import canonical_name
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, vector_axis
 
@@ -24,6 +25,7 @@ _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
+T = TypeVar("T", Expr, Poly)
 TRANSFER: dict[str, Transfer] = {}
 
 _CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
@@ -68,7 +70,7 @@ class Lifter:
     ) -> None:
         self.graph = graph
         self.observer = observer
-        self.is_parameter = is_parameter or _looks_like_parameter
+        self.is_parameter = is_parameter or looks_like_parameter
         self.atoms: list[AtomInfo] = [AtomInfo("ones", requires_grad=False, parameter=True)]
         self.values: dict[fx.Node, Value | None] = {}
         self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
@@ -76,6 +78,12 @@ class Lifter:
         self.gemms: dict[Expr, list[Gemm]] = {}
         self.expanded: dict[fx.Node, VectorValue] = {}
         """Nodes that are a vector repeated along other axes, and the vector."""
+        self.absolute: dict[fx.Node, MatrixValue] = {}
+        """Nodes that are absolute values of a matrix, and the matrix."""
+        self.stacked: dict[fx.Node, tuple[MatrixValue, int]] = {}
+        """Nodes that are several matrices along a new first axis: the sum of these, and how many."""
+        self.repeated: dict[fx.Node, MatrixValue] = {}
+        """Nodes that are one matrix for each entry of a batch, and the matrix."""
         self.site_scales: dict[fx.Node, float] = {}
         """Sites of norms that are a multiple of the norm."""
         self.subscripts: dict[fx.Node, Any] = {}
@@ -88,6 +96,7 @@ class Lifter:
         self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
         self.records_gradients = True
+        self.unrecorded: set[fx.Node] = set()
         self._before_inference: list[bool] = []
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -95,22 +104,16 @@ class Lifter:
     def run(self) -> Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
-            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _is_floating(node)
+            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _may_be_parameter(node)
             self._has_no_product_behind(node)
-            value = self._lift(node)
-            if value is not None and not self.records_gradients:
-                value = self.detach(value)
-            self.values[node] = value
+            value = self.values[node] = self._lift_here(node)
             if value is None:
                 continue
             if self.observer is not None:
                 verdict = self.observer(self, node, value).value
                 if verdict == "relift":
                     # An operand was sealed, so this node is made of an atom now; the observer sees it afresh.
-                    value = self._lift(node)
-                    if value is not None and not self.records_gradients:
-                        value = self.detach(value)
-                    self.values[node] = value
+                    value = self.values[node] = self._lift_here(node)
                     verdict = self.observer(self, node, value).value if value is not None else "keep"
                 if verdict == "seal":
                     self.seal(node)
@@ -119,11 +122,20 @@ class Lifter:
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
                 if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
                     self.nodes.setdefault(key, []).append(node)
+                if isinstance(value, VectorValue) and value.row is not None:
+                    self.nodes.setdefault(value.row, []).append(node)
         return self
 
     def seal(self, node: fx.Node) -> None:
         """Make the node's value an atom for everything downstream of here."""
         self.values[node] = self.atom_value(node)
+
+    def _lift_here(self, node: fx.Node) -> Value | None:
+        value = self._lift(node)
+        if self.records_gradients:
+            return value
+        self.unrecorded.add(node)
+        return self.detach(value) if value is not None else None
 
     def _lift(self, node: fx.Node) -> Value | None:
         name = canonical_name(node)
@@ -195,9 +207,9 @@ class Lifter:
     def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
         """What a ``get_attr`` node reads: tracers make one for each use, under several names for a tensor that is tied. None for
         one that some node of the graph writes to: what it reads depends on when."""
-        identity = _attribute_id(node)
+        identity = attribute_id(node)
         if self._written_attributes is None:
-            self._written_attributes = {_attribute_id(n) for n in self.written}
+            self._written_attributes = {attribute_id(n) for n in self.written}
         return ("attribute", identity) if identity is not None and identity not in self._written_attributes else None
 
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
@@ -339,10 +351,14 @@ class Lifter:
         return all(self._is_weight_like(a, accepts) for t in terms for a in t.atoms())
 
     def detach(self, value: Value) -> Value:
-        keep = frozenset(self._no_grad_ids)
         if isinstance(value, MatrixValue):
-            return replace(value, expr=value.expr.detached(keep))
-        return VectorValue(value.poly.detached(keep), value.axis)
+            return replace(value, expr=self.detached(value.expr))
+        row = self.detached(value.row) if value.row is not None else None
+        return VectorValue(self.detached(value.poly), value.axis, row)
+
+    def detached(self, term: T) -> T:
+        """A term without gradients; what has none is no twin of itself."""
+        return term.detached(frozenset(self._no_grad_ids))
 
     def is_made_of_weights(self, expr: Expr) -> bool:
         """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
@@ -369,14 +385,9 @@ class Lifter:
         return found
 
 
-def _attribute_id(node: fx.Node) -> int | None:
-    value = attribute_of(node) if node.op == "get_attr" else None
-    return id(value) if isinstance(value, torch.Tensor) else None
-
-
-def _is_floating(node: fx.Node) -> bool:
-    """Not a constant of indices, which is an attribute too."""
-    return (tensor := tensor_of(node)) is None or tensor.dtype in FLOAT_DTYPES
+def _may_be_parameter(node: fx.Node) -> bool:
+    """Not a constant of indices or a number, which tracers make attributes, too."""
+    return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
 
 
 def _is_leaf(node: fx.Node) -> bool:
@@ -385,13 +396,3 @@ def _is_leaf(node: fx.Node) -> bool:
 
 def _refuses(_: fx.Node) -> bool:
     return False
-
-
-def _looks_like_parameter(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    example = node.meta.get("example_value")
-    if isinstance(example, torch.nn.Parameter):
-        return True
-    source = str(node.target)
-    return "_parameters_" in source or "_buffers_" in source

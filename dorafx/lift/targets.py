@@ -26,6 +26,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "mul": ("mul", "multiply", "__mul__", "__rmul__"),
     "div": ("div", "divide", "true_divide", "truediv", "__truediv__"),
     "neg": ("neg", "negative", "__neg__"),
+    "abs": ("abs", "absolute", "__abs__"),
     "reciprocal": ("reciprocal",),
     "pow": ("pow", "__pow__"),
     "square": ("square",),
@@ -56,7 +57,9 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "matmul": ("matmul", "mm", "__matmul__"),
     "linear": ("linear", "inner"),
     "addmm": ("addmm",),
+    "mv": ("mv",),
     "bmm": ("bmm",),
+    "baddbmm": ("baddbmm",),
     "outer": ("outer", "ger"),
     "einsum": ("einsum",),
     "tensordot": ("tensordot",),
@@ -80,7 +83,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
         "view_as",
         "reshape_as",
     ),
-    "expand": ("expand", "expand_as"),
+    "expand": ("expand", "expand_as", "broadcast_to"),
     "cast": ("to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy", "cpu", "cuda"),
     "dequantize": ("dequantize",),
     "detach": ("detach",),
@@ -92,6 +95,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "getitem": ("getitem", "__getitem__"),
     "slice": ("slice",),
     "select": ("select",),
+    "stack": ("stack",),
 }
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",
@@ -122,6 +126,7 @@ def _function_table() -> dict[Any, str]:
     table[torch.linalg.multi_dot] = "multi_dot"
     table[torch.chain_matmul] = "multi_dot"
     table[builtins.getattr] = "getattr"
+    table[builtins.abs] = "abs"
     return table
 
 

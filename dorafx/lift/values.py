@@ -41,6 +41,9 @@ class VectorValue:
 
     poly: Poly
     axis: int | None
+    row: Expr | None = None
+    """The same as a matrix of one row, where the product of a single token ``[d_in]`` is in it: ``x·Wᵀ·D(g)``. To ``poly`` that
+    product is one indeterminate."""
 
 
 Value = MatrixValue | VectorValue
@@ -81,6 +84,8 @@ class Gemm:
     bias: Any
     convolution: Callable[..., Any] | None = None
     options: tuple[Any, ...] = ()
+    detached: bool = False
+    """Whether it is computed where no gradients are recorded, of operands that have some."""
 
 
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:

@@ -76,6 +76,9 @@ class Match:
     """Where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only
     carries it on: the layer that it belongs to."""
 
+    transposed: bool = False
+    """Whether the node holds the transpose of ``expr``: the weight multiplies from the left, and tokens are columns."""
+
     @property
     def origin(self) -> fx.Node:
         return self.first or self.node

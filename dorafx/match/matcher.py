@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from torch import fx
 
-from dorafx.lift import Atom, Lifter, MatrixValue, Value
+from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue, tensor_of
 
 from .composition import Candidate, Match, group
 from .near_misses import Reason, unknown_consumer, unknown_norms
@@ -122,15 +122,22 @@ class _Matcher:
         return matches.norms.get(atom.id)
 
     def _recognise(self, lift: Lifter, node: fx.Node, value: Value) -> Match | None:
-        if not isinstance(value, MatrixValue) or value.squared or value.layout == "filter" or node in lift.written:
+        if node in lift.written:
             return None
-        norms = [f for atom in sorted(lift.norms_in(value.expr)) if (f := self._classify(lift, atom)) is not None]
+        for expr, transposed in _readings(lift, node, value):
+            found = self._recognise_as(lift, node, expr)
+            if found is not None:
+                return replace(found, transposed=True) if transposed else found
+        return None
+
+    def _recognise_as(self, lift: Lifter, node: fx.Node, expr: Expr) -> Match | None:
+        norms = [f for atom in sorted(lift.norms_in(expr)) if (f := self._classify(lift, atom)) is not None]
         if not norms:
             return None
-        composition = group(value.expr)
+        composition = group(expr)
         assert self.matches is not None
         for norm in norms:
-            candidate = Candidate(lift, node, value.expr, composition, norm)
+            candidate = Candidate(lift, node, expr, composition, norm)
             for form in self._forms.values():
                 result = form.check(candidate)
                 if isinstance(result, Match):
@@ -140,6 +147,21 @@ class _Matcher:
                 if known is None or not known.specific or (result.specific and result.node is not known.node):
                     self.matches.composition_misses[norm.atom.id] = result
         return None
+
+
+def _readings(lift: Lifter, node: fx.Node, value: Value) -> Iterator[tuple[Expr, bool]]:
+    """The terms by which a node may be a layer's output: tokens by row, one token alone, or (the flag) tokens by column."""
+    if isinstance(value, VectorValue):
+        if value.row is not None:
+            yield value.row, False
+        return
+    if value.squared or value.layout == "filter":
+        return
+    yield value.expr, False
+    tensor = tensor_of(node)
+    scaled = (chain[0] for (_, chain), _ in value.expr.items if len(chain) > 2 and isinstance(chain[0], Diag))
+    if tensor is not None and tensor.dim() == 2 and any(lift.norms_in(Poly(((d.mono, 1.0),))) for d in scaled):
+        yield value.expr.transposed(), True
 
 
 def match_graph(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool] | None = None) -> Matches:

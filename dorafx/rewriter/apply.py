@@ -24,18 +24,25 @@ __all__ = ["apply_plan"]
 
 
 class _Norms:
-    """Emits each norm of a graph once, before its first use."""
+    """Emits each norm of a graph once, before its first use; once more where the first use records no gradients and a later one
+    does."""
 
     def __init__(self, plan: RewritePlan) -> None:
         self.plan = plan
-        self.made: dict[int, fx.Node] = {}
+        self.made: dict[tuple[int, bool], fx.Node] = {}
 
     def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
+        """The vector of an atom, which the caller detaches if the atom is."""
         if atom.id not in self.plan.norms:
-            return emit.existing_vector(atom)  # of another matrix, or one that was refused: the graph's own
-        if atom.id not in self.made:
-            self.made[atom.id] = _emit_norm(self.plan.norms[atom.id], self.plan.sites[atom.id], emit)
-        return self.made[atom.id]
+            return emit.existing_vector(Atom(atom.id))  # of another matrix, or one that was refused: the graph's own
+        assert emit.site is not None
+        norm = self.plan.norms[atom.id]
+        unrecorded = norm.factors.info.requires_grad and emit.site in emit.lift.unrecorded
+        for key in ((atom.id, unrecorded), (atom.id, not unrecorded)):
+            if key in self.made and (atom.detached or unrecorded or not key[1]):
+                return self.made[key]
+        made = self.made[atom.id, unrecorded] = _emit_norm(norm, self.plan.sites[atom.id], emit)
+        return made
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
@@ -92,7 +99,7 @@ def apply_plan(
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
                 composition = plan.compositions[index]
-                emit.begin(node, composition.accumulate, composition.kernel)
+                emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = placed_like(emit, node, made)
         except CannotEmit as reason:

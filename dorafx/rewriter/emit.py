@@ -11,7 +11,7 @@ from torch import fx
 from dorafx._compat.distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Mono
+from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
@@ -42,15 +42,18 @@ class Emitter(NodeEmitter):
         self.accumulate = False
         self.kernel = "auto"
         """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
+        self.transposed = False
+        """Whether the site has tokens by column, and what is emitted for it has them by row."""
         self.channels = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
-    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto") -> None:
+    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto", transposed: bool = False) -> None:
         """Start the replacement of an original node: everything is emitted just before it."""
         self.site = site
+        self.transposed = transposed
         self.accumulate = accumulate
         self.kernel = kernel
         self.channels = False
@@ -102,7 +105,7 @@ class Emitter(NodeEmitter):
             return self._vectors[key]
         info = self.lift.atom_of(atom)
         if info.kind == "norm":
-            node = self._norms(Atom(atom.id), self)
+            node = self._norms(atom, self)
             node = self.method("detach", node) if atom.detached else node
         elif info.kind == "reciprocal":
             assert info.poly is not None
@@ -150,6 +153,9 @@ class Emitter(NodeEmitter):
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
             return existing
+        flipped = self._existing(Expr.chain(transpose_chain(chain))) if self.transposed and len(chain) > 1 else None
+        if flipped is not None:
+            return self.method("t", flipped)
         for gemm in self.lift.gemms.get(Expr.chain(chain), ()):
             assert self.site is not None
             if self.order[gemm.node] < self.order[self.site]:
@@ -180,8 +186,10 @@ class Emitter(NodeEmitter):
         """A product of the graph, without its bias."""
         lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
         if gemm.convolution is not None:
-            return self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
-        return self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+            made = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
+        else:
+            made = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+        return self.method("detach", made) if gemm.detached else made
 
     def _summed(self, chain: Chain) -> fx.Node:
         """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""
@@ -352,6 +360,8 @@ class Emitter(NodeEmitter):
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
         assert self.site is not None
+        if self.transposed:
+            return self.method("t", make(*(None if o is None else self.flat(o) for o in operands)))
         if self.channels:
             made = make(*(None if o is None else self.method("movedim", o, 1, -1) for o in operands))
             return self.method("movedim", made, -1, 1)
@@ -372,6 +382,8 @@ class Emitter(NodeEmitter):
     def flat(self, node: fx.Node) -> fx.Node:
         """A matrix with one axis of rows: a graph may hold a term in several shapes."""
         value = self.tensor(node)
+        if value.dim() == 1:
+            return self.method("unsqueeze", node, 0)  # a single token
         return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 
     def matrix(self, atom: Atom) -> fx.Node:

@@ -124,6 +124,12 @@ def squared_norm_divides(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m * n / n.pow(2)) * (F.linear(x, p.W) + S * lora(p, x))
 
 
+@wide
+def squares_of_absolute_values(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + S * (p.B @ p.A)).abs().pow(2).sum(1).sqrt()
+    return (p.m / n) * (F.linear(x, p.W) + S * lora(p, x))
+
+
 # -- deltas -----------------------------------------------------------------------------------------------------------
 
 
@@ -243,6 +249,18 @@ def middle_matrix_as_in_tucker(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m / n) * (F.linear(x, p.W) + x @ p.A.T @ middle.T @ p.B.T)
 
 
+@wide
+def sum_over_a_stack(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + torch.stack([p.B @ p.A, p.B2 @ p.A2]).sum(0)
+    return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True))
+
+
+@wide
+def mean_over_a_stack(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + torch.stack((p.B @ p.A, p.B2 @ p.A2)).mean(dim=0)).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + 0.5 * (lora(p, x) + F.linear(F.linear(x, p.A2), p.B2)))
+
+
 # -- compositions -----------------------------------------------------------------------------------------------------
 
 
@@ -338,3 +356,56 @@ def one_projection_in_two_chunks(p: Layer, x: torch.Tensor) -> torch.Tensor:
     upper, lower = p.W.chunk(2)
     first = (p.m[:5] / (upper + S * (p.B[:5] @ p.A)).norm(dim=1)) * (F.linear(x, upper) + S * lora(p, x)[..., :5])
     return torch.cat([first, F.linear(x, lower)], -1)
+
+
+@wide
+def scaling_broadcast_to_the_output(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    y = F.linear(x, p.W) + S * lora(p, x)
+    return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)).broadcast_to(y.shape) * y
+
+
+@wide
+def scaled_by_einsum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)
+    return torch.einsum("bto,o->bto", F.linear(x, p.W) + S * lora(p, x), g)
+
+
+@wide
+def weights_repeated_for_a_batch(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    count = x.shape[0]
+    low = torch.bmm(torch.bmm(x, p.A.T.expand(count, -1, -1)), p.B.T[None].expand(count, -1, -1))
+    return (p.m / (p.W + p.B @ p.A).norm(dim=1)) * (torch.bmm(x, p.W.T.expand(count, -1, -1)) + low)
+
+
+@wide
+def added_by_baddbmm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    up = p.B.T.unsqueeze(0).expand(x.shape[0], -1, -1)
+    y = torch.baddbmm(F.linear(x, p.W), F.linear(x, p.A), up, alpha=S)
+    return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * y
+
+
+@wide
+def a_single_token(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    token = x[0, 0]
+    y = F.linear(token, p.W, p.bias) + S * lora(p, token)
+    return torch.tanh(y * p.m / (p.W + S * (p.B @ p.A)).norm(dim=1) + p.b)
+
+
+@wide
+def a_single_token_from_the_right(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    token = x[0, 0]
+    y = torch.mv(p.W, token) + S * (p.B @ (p.A @ token))
+    return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)) * y
+
+
+@wide
+def tokens_in_columns(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    tokens = x.flatten(0, 1).tanh().T
+    y = p.W @ tokens + S * (p.B @ (p.A @ tokens))
+    return (p.m / (p.W + S * (p.B @ p.A)).norm(dim=1)).unsqueeze(-1) * y + p.bias[:, None]
+
+
+@wide
+def merged_weight_from_the_left(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    return (p.b[:, None] * adapted / adapted.norm(dim=1, keepdim=True)) @ x.flatten(0, 1).tanh().T

@@ -129,6 +129,17 @@ def test_what_a_transfer_function_does_not_expect(monkeypatch: pytest.MonkeyPatc
     assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
 
 
+def test_one_row_that_was_flattened_and_brought_back() -> None:
+    """A weight ``[1, d_in]``, as of a head with one output, is a vector by its shape."""
+
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        adapted = p.W.view(-1).view(p.W.shape) + p.B @ p.A
+        return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True), p.bias)
+
+    check_same(program, Layer(1, 6, 2), torch.randn(3, 6, dtype=torch.float64, requires_grad=True))
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
+
+
 def test_one_token_scaled_on_its_way_in() -> None:
     """A normalised single token is a vector times a vector by its shape, and still the input of a layer."""
 
@@ -140,7 +151,7 @@ def test_one_token_scaled_on_its_way_in() -> None:
     assert [r.pattern for r in rewrite_log().rewrites] == ["linear"]
 
 
-@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(7, 5, 1), (5, 7, 9), (2, 3, 2), (12, 12, 12)])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(7, 5, 1), (5, 7, 9), (2, 3, 2), (12, 12, 12), (1, 6, 2)])
 def test_shapes_of_the_layer(d_out: int, d_in: int, rank: int) -> None:
     for name in ("direct", "merged_weight_detached_norm", "bias_taken_off_first"):
         layer = Layer(d_out, d_in, rank)

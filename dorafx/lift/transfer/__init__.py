@@ -2,15 +2,17 @@
 
 from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products, quantized
 
-from . import rearranged  # isort: skip  (the last: it adds to what the others do)
+from . import batched, rearranged, narrow  # isort: skip  (the last: they add to what the others do)
 
 __all__ = [
     "arithmetic",
+    "batched",
     "convolutions",
     "einsum",
     "elementwise",
     "indexing",
     "layout",
+    "narrow",
     "norms",
     "products",
     "quantized",

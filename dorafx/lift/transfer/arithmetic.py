@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import fx
 
@@ -98,21 +98,35 @@ def added(a: Operand, b: Operand, sign: float) -> Value | None:
         else:
             va = a.vector
         if va is None or vb is None or (isinstance(va, VectorValue) and isinstance(vb, VectorValue)):
-            return _added_vectors(va, vb, sign)
+            return _added_vectors(a, va, b, vb, sign)
     if isinstance(va, VectorValue) and isinstance(vb, VectorValue):
-        return _added_vectors(va, vb, sign)
+        return _added_vectors(a, va, b, vb, sign)
     if isinstance(va, MatrixValue):
         return _biased(shape, a, va, b, vb, sign)
     assert isinstance(vb, MatrixValue)
     return _biased(shape, b, replace(vb, expr=vb.expr.scaled(sign)), a, va, 1.0)
 
 
-def _added_vectors(va: Value | None, vb: Value | None, sign: float) -> Value | None:
+def _added_vectors(a: Operand, va: Value | None, b: Operand, vb: Value | None, sign: float) -> Value | None:
     if not isinstance(va, VectorValue) or not isinstance(vb, VectorValue):
         return None
     if va.axis is not None and vb.axis is not None and va.axis != vb.axis:
         return None
-    return VectorValue(va.poly + vb.poly.scaled(sign), va.axis if va.axis is not None else vb.axis)
+    row = None
+    if (va.row is not None or vb.row is not None) and same_shape(a.shape, b.shape):
+        one, other = (Expr.broadcast(v.poly) if v.row is None else v.row for v in (va, vb))
+        row = one + other.scaled(sign)
+    return VectorValue(va.poly + vb.poly.scaled(sign), va.axis if va.axis is not None else vb.axis, row)
+
+
+def _scaled_row(a: Operand, va: VectorValue, b: Operand, vb: VectorValue) -> Expr | None:
+    """``va ⊙ vb`` as a matrix of one row, where one of them is one and the other lies along it or is a scalar."""
+    row, v = (va.row, vb) if va.row is not None else (vb.row, va)
+    if row is None or v.row is not None:
+        return None
+    if v.axis is None:
+        return row.times_scalar(v.poly)
+    return row.right_diag(v.poly) if same_shape(a.shape, b.shape) else None
 
 
 def _biased(
@@ -123,9 +137,28 @@ def _biased(
         return None
     if v.poly.constant == 0.0:
         return m
-    if v.axis is None or v.axis != _column_axis(m, matrix) or not _spans(vector, matrix, v.axis):
+    if _lies(m, matrix, vector, v) != "columns":
         return None
     return replace(m, expr=m.expr + Expr.broadcast(v.poly).scaled(sign))
+
+
+def _lies(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValue) -> Literal["rows", "columns"] | None:
+    """Whether a vector has one entry for each column of the matrix, or for each row. A vector of one entry that has as many axes of
+    size one as one likes is either where the matrix has one column, or one row."""
+    axes: dict[Literal["rows", "columns"], int | None] = {
+        "columns": _column_axis(m, matrix),
+        "rows": _row_axis(m, matrix),
+    }
+    if v.axis is None or vector.shape is None or matrix.shape is None:
+        return None
+    for side, axis in axes.items():
+        if axis is not None and v.axis == axis and _spans(vector, matrix, axis):
+            return side
+    if all(isinstance(size, int) and size == 1 for size in vector.shape):
+        for side, axis in axes.items():
+            if axis is not None and str(matrix.shape[axis]) == "1":
+                return side
+    return None
 
 
 def _column_axis(m: MatrixValue, matrix: Operand) -> int | None:
@@ -173,7 +206,8 @@ def multiplied(a: Operand, b: Operand) -> Value | None:
     if isinstance(va, VectorValue) and isinstance(vb, VectorValue):
         if va.axis is not None and vb.axis is not None and va.axis != vb.axis:
             return _outer(shape, a, va, b, vb)
-        return VectorValue(va.poly * vb.poly, va.axis if va.axis is not None else vb.axis)
+        row = _scaled_row(a, va, b, vb)
+        return VectorValue(va.poly * vb.poly, va.axis if va.axis is not None else vb.axis, row)
     if isinstance(va, VectorValue):
         assert isinstance(vb, MatrixValue)
         return _scaled(shape, b, vb, a, va)
@@ -210,11 +244,10 @@ def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operan
     constant = v.poly.constant
     if v.axis is None or constant is not None:
         return replace(m, expr=m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
-    if not _spans(vector, matrix, v.axis):
+    lies = _lies(m, matrix, vector, v)
+    if lies is None:
         return None
-    if v.axis == _column_axis(m, matrix):
-        return replace(m, expr=m.expr.right_diag(v.poly))
-    return replace(m, expr=m.expr.left_diag(v.poly)) if v.axis == _row_axis(m, matrix) else None
+    return replace(m, expr=m.expr.right_diag(v.poly) if lies == "columns" else m.expr.left_diag(v.poly))
 
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
@@ -242,7 +275,8 @@ def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
     if isinstance(va, VectorValue):
         if b.expanded or a.expanded or (va.axis is not None and inverse.axis is not None and va.axis != inverse.axis):
             return None
-        return VectorValue(va.poly * inverse.poly, va.axis if va.axis is not None else inverse.axis)
+        row = _scaled_row(a, va, b, inverse)
+        return VectorValue(va.poly * inverse.poly, va.axis if va.axis is not None else inverse.axis, row)
     return _scaled(shape, a, va, b, inverse) if isinstance(va, MatrixValue) else None
 
 

@@ -16,6 +16,7 @@ from ..algebra import Expr
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
 from ..values import Gemm, MatrixValue, Value
+from .products import computes
 
 _CALLS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -50,9 +51,8 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
         activations = Expr.mat(lift.unfold(activations, (kernel, *options)))
     product = activations @ filters.transposed()
     bias = args.get("bias")
-    lift.gemms.setdefault(product, []).append(
-        Gemm(node, args["input"], args["weight"], True, bias, _CALLS[weight.dim()], (*options, groups))
-    )
+    call = _CALLS[weight.dim()]
+    computes(lift, product, Gemm(node, args["input"], args["weight"], True, bias, call, (*options, groups)))
     if bias is not None:
         vector = lift.vector(bias)
         if vector is None or vector.axis != -1:

@@ -10,7 +10,7 @@ from torch import fx
 from ..algebra import Expr, Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
-from .arithmetic import outer_product
+from .arithmetic import outer_product, same_size
 
 _ELLIPSIS = "*"
 
@@ -30,7 +30,20 @@ def einsum(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if any(len(set(s)) != len(s) for s in (*subscripts, result)):
         return None  # a diagonal
+    if not _is_of_one_size(subscripts, [tuple(t.shape) for t in tensors if t is not None]):
+        return None  # a size of one is broadcast
     return by_letters(lift, subscripts, result, operands)
+
+
+def _is_of_one_size(subscripts: list[str], shapes: list[tuple[Any, ...]]) -> bool:
+    """Whether each letter stands for one size, whichever operand has it."""
+    sizes: dict[str, Any] = {}
+    for letters, shape in zip(subscripts, shapes):
+        before, ellipsis, after = letters.partition(_ELLIPSIS)
+        known = [*zip(before, shape), *(zip(after[::-1], shape[::-1]) if ellipsis else ())]
+        if any(not same_size(sizes.setdefault(letter, size), size) for letter, size in known):
+            return False
+    return True
 
 
 def by_letters(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
@@ -108,7 +121,8 @@ def _chain(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[
             return None
         index, forward = step
         left.remove(index)
-        factor = lift.operand(matrices[index], weight=product is not None)
+        alone = lift.matrix(matrices[index]) if len(matrices) == 1 else None
+        factor = alone.expr if alone is not None else lift.operand(matrices[index], weight=product is not None)
         tensor = tensor_of(matrices[index])
         if factor is None or tensor is None or (product is not None and tensor.dim() != 2):
             return None

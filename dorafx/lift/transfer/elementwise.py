@@ -25,6 +25,15 @@ def neg(lift: Lifter, node: fx.Node) -> Value | None:
     return None
 
 
+@transfer("abs")
+def absolute(lift: Lifter, node: fx.Node) -> Value | None:
+    """No term, but its square is that of the argument, and so are the square's derivatives."""
+    value = lift.matrix(node.args[0] if node.args else node.kwargs.get("input"))
+    if value is not None:
+        lift.absolute[node] = value if lift.records_gradients else replace(value, expr=lift.detached(value.expr))
+    return None
+
+
 @transfer("reciprocal")
 def reciprocal(lift: Lifter, node: fx.Node) -> Value | None:
     value = lift.vector(first_argument(node))
@@ -45,7 +54,7 @@ def power(lift: Lifter, node: fx.Node) -> Value | None:
 def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
     if not isinstance(exponent, (int, float)):
         return None
-    value = lift.value(base)
+    value = lift.absolute.get(base) or lift.value(base)
     if isinstance(value, MatrixValue):
         return replace(value, squared=True) if exponent == 2 and not value.squared else None
     if isinstance(value, VectorValue):

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..algebra import Diag, Expr
+from ..algebra import Diag, Expr, Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product
 
 
-def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
+def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
+    """``lhs · rhs``, or of the transposed ``rhs``: a matrix, or one that is repeated for each entry of a batch."""
     weight = tensor_of(rhs)
     x = tensor_of(lhs)
-    if weight is None or x is None or weight.dim() != 2 or x.dim() < 2:
+    if weight is None or x is None or not x.dim():
+        return None
+    repeated = lift.repeated.get(rhs) if x.dim() == 3 and str(x.shape[0]) == str(weight.shape[0]) else None
+    if weight.dim() != 2 and repeated is None:
         return None
     if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
         return None  # an error when it runs, which tracing does not see; autocast, which mixes others, casts no fp64
-    left, right = lift.operand(lhs), lift.operand(rhs, weight=True)
+    left, right = (
+        lift.operand(lhs) if x.dim() > 1 else _row(lift, lhs),
+        lift.operand(rhs, weight=True) if repeated is None else repeated.expr,
+    )
     if left is None or right is None:
         return None
     right = right.transposed() if transposed else right
@@ -30,15 +38,43 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, 
         scaled = lift.matrix(lhs)
         return scaled.expr @ right if scaled is not None else left @ right
     product = left @ right
-    lift.gemms.setdefault(product, []).append(Gemm(node, lhs, rhs, transposed, bias))
+    computes(lift, product, Gemm(node, lhs, rhs, transposed, bias))
     return product
+
+
+def _row(lift: Lifter, arg: Any) -> Expr | None:
+    """A single token ``[d]`` as an operand; a sum enters as one indeterminate, as in :meth:`Lifter.operand`."""
+    value = lift.value(arg)
+    if not isinstance(value, VectorValue) or value.axis is None:
+        return None
+    if value.row is not None and len(value.row.items) == 1:
+        return value.row
+    atoms = [atom for atom in value.poly.atoms() if value.poly == Poly.var(atom)]
+    if not atoms and isinstance(made := lift.atom_value(arg), VectorValue):
+        atoms = list(made.poly.atoms())
+    return Expr.mat(atoms[0]) if atoms else None
+
+
+def _made(lift: Lifter, node: fx.Node, product: Expr) -> Value | None:
+    """The term of a product: of a single token a vector, which is read as a matrix of one row, too."""
+    tensor = tensor_of(node)
+    if tensor is None or tensor.dim() > 1:
+        return MatrixValue(product)
+    made = lift.atom_value(node)
+    return VectorValue(made.poly, made.axis, product) if isinstance(made, VectorValue) else None
+
+
+def computes(lift: Lifter, product: Expr, gemm: Gemm) -> None:
+    """Note which node computes a product: without gradients it is another term's."""
+    term = product if lift.records_gradients else lift.detached(product)
+    lift.gemms.setdefault(term, []).append(replace(gemm, detached=term != product))
 
 
 @transfer("linear")
 def linear(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "weight", "bias")
     bias = args.get("bias")
-    product = _product(lift, node, args.get("input"), args.get("weight"), True, bias)
+    product = product_of(lift, node, args.get("input"), args.get("weight"), True, bias)
     if product is None:
         return None
     if bias is not None:
@@ -46,14 +82,19 @@ def linear(lift: Lifter, node: fx.Node) -> Value | None:
         if vector is None or vector.axis != -1:
             return None
         product = product + Expr.broadcast(vector.poly)
-    return MatrixValue(product)
+    return _made(lift, node, product)
 
 
-@transfer("matmul")
+@transfer("matmul", "mv")
 def matmul(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "other")
-    product = _product(lift, node, args.get("input"), args.get("other", args.get("mat2")), False)
-    return MatrixValue(product) if product is not None else None
+    left, right = args.get("input"), args.get("other", args.get("mat2", args.get("vec")))
+    vector = tensor_of(right)
+    if vector is not None and vector.dim() == 1:
+        product = product_of(lift, node, right, left, True)  # W·x is the row x·Wᵀ
+    else:
+        product = product_of(lift, node, left, right, False)
+    return _made(lift, node, product) if product is not None else None
 
 
 @transfer("addmm")
@@ -64,7 +105,7 @@ def addmm(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     added = args.get("input")
     plain_bias = beta == 1 and alpha == 1
-    product = _product(lift, node, args.get("mat1"), args.get("mat2"), False, added if plain_bias else node)
+    product = product_of(lift, node, args.get("mat1"), args.get("mat2"), False, added if plain_bias else node)
     if product is None:
         return None
     product = product.scaled(alpha)
@@ -126,7 +167,7 @@ def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
     (first,), (second,) = dims
     if not isinstance(first, int) or not isinstance(second, int) or first % left.dim() != left.dim() - 1:
         return None
-    product = _product(lift, node, args["a"], args["b"], second % 2 == 1)
+    product = product_of(lift, node, args["a"], args["b"], second % 2 == 1)
     return MatrixValue(product) if product is not None else None
 
 

@@ -173,8 +173,8 @@ def _joined(
     left: Subscripts, right: Subscripts, shared: list[tuple[int, int]], summed: tuple[int, ...]
 ) -> Subscripts | None:
     """The product of two tensors that share these axes (of each, by position), summed over some of the left's. An axis of one of
-    size one is broadcast."""
-    if len(left.sources) + len(right.sources) > _MOST_OPERANDS:
+    size one is broadcast. None where gradients flow to one of them only: the term of the whole has them for all or none."""
+    if len(left.sources) + len(right.sources) > _MOST_OPERANDS or left.detached != right.detached:
         return None
     right = right.renamed({s: next(_letters) for s in right.sizes})
     names: dict[int, int] = {}

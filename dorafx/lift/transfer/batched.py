@@ -1,0 +1,102 @@
+"""Batches of matrices: a sum over a stack, and one matrix repeated for each entry of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import fx
+
+from ..lifter import TRANSFER, Lifter, tensor_of, transfer
+from ..targets import arguments
+from ..values import MatrixValue, Value
+from .arithmetic import Operand, added, same_shape
+from .products import product_of
+
+
+def _remembered(lift: Lifter, value: MatrixValue) -> MatrixValue:
+    return value if lift.records_gradients else replace(value, expr=lift.detached(value.expr))
+
+
+@transfer("stack")
+def stack(lift: Lifter, node: fx.Node) -> Value | None:
+    """No term by itself."""
+    args = arguments(node, "tensors", "dim")
+    tensors = args.get("tensors")
+    if not isinstance(tensors, (list, tuple)) or args.get("dim", 0) != 0 or args.get("out") is not None:
+        return None
+    total: Operand | None = None
+    for argument in tensors:
+        value, tensor = lift.matrix(argument), tensor_of(argument)
+        if value is None or tensor is None:
+            return None
+        part = Operand(value, tuple(tensor.shape), None)
+        total = part if total is None else part._replace(value=added(total, part, 1.0))
+    if total is not None and isinstance(total.value, MatrixValue):
+        lift.stacked[node] = (_remembered(lift, total.value), len(tensors))
+    return None
+
+
+def _over_the_stack(name: str) -> Callable[[Lifter, fx.Node], Value | None]:
+    """``sum`` or ``mean``; of what is no stack, what the table said before."""
+    otherwise = TRANSFER[name]
+
+    def reduced(lift: Lifter, node: fx.Node) -> Value | None:
+        args = arguments(node, "input", "dim", "keepdim")
+        source, dim = args.get("input"), args.get("dim")
+        known, tensor = lift.stacked.get(source) if isinstance(source, fx.Node) else None, tensor_of(source)
+        dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
+        first = tensor is not None and dims in ([0], [-tensor.dim()])
+        if known is None or not first or args.get("keepdim") or args.get("dtype") is not None:
+            return otherwise(lift, node)
+        value, count = known
+        return replace(value, expr=value.expr.scaled(1.0 / count)) if name == "mean" else value
+
+    return reduced
+
+
+for _name in ("sum", "mean"):
+    TRANSFER[_name] = _over_the_stack(_name)
+
+
+def _repeating(otherwise: Callable[[Lifter, fx.Node], Value | None]) -> Callable[[Lifter, fx.Node], Value | None]:
+    def expand(lift: Lifter, node: fx.Node) -> Value | None:
+        before, after = tensor_of(node.args[0]), tensor_of(node)
+        value = lift.matrix(node.args[0])
+        if (
+            before is not None
+            and after is not None
+            and value is not None
+            and after.dim() == 3
+            and before.dim() in (2, 3)
+        ):
+            one = before.dim() == 2 or str(before.shape[0]) == "1"
+            if one and same_shape(tuple(before.shape[-2:]), tuple(after.shape[-2:])):
+                lift.repeated[node] = _remembered(lift, value)
+        return otherwise(lift, node)
+
+    return expand
+
+
+TRANSFER["expand"] = _repeating(TRANSFER["expand"])
+
+
+@transfer("bmm")
+def bmm(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "mat2")
+    product = product_of(lift, node, args.get("input"), args.get("mat2"), False)
+    return MatrixValue(product) if product is not None else None
+
+
+@transfer("baddbmm")
+def baddbmm(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "batch1", "batch2")
+    beta, alpha = args.get("beta", 1), args.get("alpha", 1)
+    total, out = tensor_of(args.get("input")), tensor_of(node)
+    if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or total is None or out is None:
+        return None
+    value = lift.matrix(args.get("input")) if same_shape(tuple(total.shape), tuple(out.shape)) else None
+    product = product_of(lift, node, args.get("batch1"), args.get("batch2"), False, node)
+    if value is None or product is None:
+        return None
+    return MatrixValue(value.expr.scaled(float(beta)) + product.scaled(float(alpha)))
