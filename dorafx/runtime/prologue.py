@@ -12,7 +12,7 @@ from torch import fx
 from dorafx import _compat
 from dorafx._compat.distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
-from dorafx.ops.norm import row_squares
+from dorafx.ops.norm import compute_dtype, row_squares
 from dorafx.ops.triton.dispatch import being_captured
 from dorafx.rewriter import HoistedNorm
 
@@ -183,7 +183,10 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
             operands = [made[0] for i in group if (made := lying[i]) is not None]
             scales = [norms[i].recipe.scale for i in group]
             kept = [
-                _squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group
+                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*of), squares)
+                if algorithm == "factored"
+                else None
+                for i, of in zip(group, operands)
             ]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
             for i, result in zip(group, results):
@@ -196,8 +199,12 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
         return placed_norms(found, placed, [n.placements for n in norms])
 
 
-def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:
+def _squares(
+    recipe: _Recipe, inputs: list[torch.Tensor], dtype: torch.dtype, store: NormStore | None
+) -> torch.Tensor | None:
     if recipe.frozen is None or store is None:
         return None
     position, transposed = recipe.frozen
-    return store.squares(inputs[position], transposed, lambda weight: row_squares(weight.t() if transposed else weight))
+    return store.squares(
+        inputs[position], transposed, dtype, lambda weight: row_squares(weight.t() if transposed else weight, dtype)
+    )
