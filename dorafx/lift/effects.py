@@ -35,6 +35,7 @@ def written_arguments(node: fx.Node) -> Iterator[Any]:
         if (name.endswith("_") and not name.endswith("__") and name != "requires_grad_") or name == "__setitem__":
             yield node.args[0]
     elif node.op == "call_function":
+        yield from _written_by_bodies(node)
         schema = _compat.operator_schema(node.target)
         if schema is not None:
             for argument, value in zip(schema.arguments, node.args):
@@ -48,6 +49,27 @@ def written_arguments(node: fx.Node) -> Iterator[Any]:
                 yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
             elif (name.endswith("_") and not name.endswith("__")) or _asks_inplace(node):
                 yield node.args[0]
+
+
+def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
+    """What a higher-order operator (activation checkpointing, ``nested_compile_region``) has its body write to."""
+    module = node.graph.owning_module
+    for argument in node.args if module is not None else ():
+        if not isinstance(argument, fx.Node) or argument.op != "get_attr":
+            continue
+        body = getattr(module, str(argument.target), None)
+        if not isinstance(body, fx.GraphModule):
+            continue
+        inside = written_nodes(body.graph)
+        given = [n in inside for n in body.graph.nodes if n.op == "placeholder"]
+        operands = node.args[_compat.body_operands_start(node.target) :]
+        known = _compat.takes_operands_for_body(node.target) and len(operands) == len(given)
+        # Where it is not known which operand is which input, it may be any.
+        yield from (
+            (operand for operand, is_written in zip(operands, given) if is_written)
+            if known
+            else (operands if any(given) else ())
+        )
 
 
 def _rescales(node: fx.Node) -> bool:
