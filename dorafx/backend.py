@@ -244,11 +244,8 @@ def _rewrite_program(
         new = _rewrite(gm, options, graph_id, found)
         norms = hoist_norms(new) if prologue and new is not gm else ()
     # Only now: a failure half-way leaves the whole graph as it was, bodies that were rewritten before it included.
-    inside = norms_inside(new) if new is not gm else set()
-    records = [
-        replace(r, norm_placement="graph" if r.site in inside else "prologue") if r.rewritten else r
-        for r in found.records
-    ]
+    inside = norms_inside(new) if new is not gm else {}
+    records = [_placed(r, inside) if r.rewritten else r for r in found.records]
     own = RewriteLog()
     own.extend((under(record, member) for member in members for record in records), found.drawings)
     log.extend(own.records, found.drawings)
@@ -258,6 +255,15 @@ def _rewrite_program(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
     return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks, own)
+
+
+def _placed(record: Record, inside: dict[str, str]) -> Record:
+    """The record with the place of its norm, and what keeps it in the graph where that is an operator."""
+    if record.site not in inside:
+        return replace(record, norm_placement="prologue")
+    kept = inside[record.site]
+    said = filter(None, (record.decision, kept and f"norm kept in the graph: {kept}"))
+    return replace(record, norm_placement="graph", decision="; ".join(said))
 
 
 @dataclass

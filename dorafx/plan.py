@@ -239,11 +239,13 @@ def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
     tensor = tensor_of(match.node)
     if placements(tensor) is not None:
         return False  # of partial sums DTensor would make whole ones before it accumulates into them
-    # Under autocast the result may be fp32 while the products are bf16; the narrowest dtype on the way decides.
-    narrow = {torch.float16, torch.bfloat16}
-    if tensor is None or tensor.dtype in narrow:
+    if tensor is None:
         return False
-    return not any((t := tensor_of(a)) is not None and t.dtype in narrow for a in _near(match.node, 8))
+    # Under autocast the result may be fp32 while the products are bf16, and fp64 adapters may stand on an fp32 weight; the
+    # narrowest dtype on the way decides.
+    dtypes = {tensor.dtype, *(t.dtype for a in _near(match.node, 8) if (t := tensor_of(a)) is not None)}
+    narrow = {torch.float16, torch.bfloat16} | ({torch.float32} if torch.float64 in dtypes else set())
+    return not dtypes & narrow
 
 
 def serves_few_tokens(output: torch.Tensor | None) -> bool:

@@ -23,6 +23,8 @@ _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloor
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
 _INPLACE_METHODS = frozenset(f"__{name}__" for name in (*_INPLACE_NAMES, "setitem"))
 
+_INPUTS = ("placeholder", "get_attr")
+
 # Function -> position of ``max_norm``.
 _RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
 # Packages whose functions say by their names that they write. Anything else that stands in a graph as one call (a function that
@@ -58,9 +60,7 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
     if target in _INPLACE_OPERATORS:
         yield node.args[0]
     elif operators.is_higher_order(target):
-        bodies = _bodies(node)
-        if any(map(_writes_to_its_inputs, bodies)) or not (bodies or operators.leaves_its_operands(target)):
-            yield node.all_input_nodes
+        yield from _written_by_bodies(node)
     elif getattr(target, "__module__", "") != "_operator":  # and_, or_ and not_ are named after keywords
         name = getattr(target, "__name__", "")
         if name in _RESCALE_THEIR_TABLE and _rescales(node):
@@ -105,12 +105,6 @@ def attribute_of(node: fx.Node) -> Any:
     return value
 
 
-def _writes_to_its_inputs(body: fx.GraphModule) -> bool:
-    """Whether a body writes to something that it did not make, as far as its nodes have tensors on them to tell."""
-    written = written_nodes(body.graph)
-    return any(node.op in ("placeholder", "get_attr") or (_tensor(node) is None and node.users) for node in written)
-
-
 def _written_by_module(node: fx.Node) -> Iterator[Any]:
     """A module that was left as one call: its inputs where it works in place or is not one of torch's, and its own tensors
     where it may bring a table to a norm or keep statistics."""
@@ -122,6 +116,24 @@ def _written_by_module(node: fx.Node) -> Iterator[Any]:
     if not torchs or hooked or list(module.buffers()) or getattr(module, "max_norm", None) is not None:
         own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
         yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in own]
+
+
+def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
+    """What a higher-order operator (activation checkpointing, ``nested_compile_region``) has its bodies write to: all of its
+    operands, where it is not known which of them is which input."""
+    bodies = _bodies(node)
+    if not bodies and not operators.leaves_its_operands(node.target):
+        yield node.all_input_nodes
+    for body in bodies:
+        # Of what the body did not make itself, as far as its nodes have tensors on them to tell.
+        written = [n for n in written_nodes(body.graph) if n.op in _INPUTS or (_tensor(n) is None and n.users)]
+        inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
+        operands = node.args[_compat.body_operands_start(node.target) :]
+        known = _compat.takes_operands_for_body(node.target) and len(operands) == len(inputs)
+        if known and all(n.op == "placeholder" for n in written):
+            yield [operand for operand, given in zip(operands, inputs) if given in written]
+        elif written:
+            yield node.all_input_nodes
 
 
 def _rescales(node: fx.Node) -> bool:

@@ -22,8 +22,8 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
-        decision: what a choice by cost was made on, and what became of a kernel that was asked for; empty where there
-            was neither.
+        decision: what a choice by cost was made on, what became of a kernel that was asked for, and which operator keeps a
+            norm in the graph that could have left it; empty where there was none of these.
         source: ``file:line`` of the user's code.
         d_out, d_in, rank: shape of the weight, rank of the delta.
         dtype: of the weight.

@@ -1,7 +1,7 @@
 """The row norm without the dense product: row blocks formed in a small buffer (tiled), or the expansion (factored).
 
-Both accumulate in fp32 (fp64 for fp64) and allocate no more than a fraction of the weight's size. They are made of
-ATen calls, so they run on any device; on a CPU a block stays in the cache between its GEMM and its sum of squares.
+Both accumulate in fp32 (fp64 where an operand is fp64) and allocate no more than a fraction of the weight's size. They are
+made of ATen calls, so they run on any device; on a CPU a block stays in the cache between its GEMM and its sum of squares.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ _SHARE = 9
 _SHRINK = (1, 4, 16, 64, 256)
 
 
-def compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """fp64 for fp64 weights, else fp32."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+def compute_dtype(*operands: torch.Tensor) -> torch.dtype:
+    """fp64 where one of the operands is fp64, as type promotion has it for ``W + s·B·A``; else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
 
 
 def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -108,9 +108,8 @@ def _block(
     size = 8 if dtype == torch.float64 else 4
     limit = d_out * d_in * weight.element_size() // (_SHARE * size * shrink)
     target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // (size * shrink)
-    columns = d_in
-    if casts_right and rank:
-        columns = max(1, min(d_in, limit // rank))
+    # Of a weight of few rows, one row is a large share already.
+    columns = max(1, min(d_in, limit // rank if casts_right and rank else limit))
     rows = max(1, min(d_out, min(limit, max(target, columns)) // max(columns, beside)))
     return rows, columns
 
@@ -118,7 +117,7 @@ def _block(
 def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int = 1) -> torch.Tensor:
     """``‖W + s·L·R‖`` by row: each block of rows is formed in a reused buffer, squared and summed. Reads W once, has no
     cancellation, 2·d_out·d_in·r FLOPs. ``shrink``: by how much smaller than usual its buffers are."""
-    dtype = compute_dtype(weight)
+    dtype = compute_dtype(weight, left, right)
     d_out, d_in = weight.shape
     rank = right.shape[0]
     casts = right.dtype != dtype
@@ -162,10 +161,10 @@ def factored(
     blocks of rows of each; no buffer reaches one eighth of the weight, beside the ``[r, r]`` Gram matrix.
 
     Args:
-        square: ``‖W‖²`` by row, ``[d_out]`` fp32 (fp64), as :func:`row_squares` makes it, where somebody has kept it.
+        square: ``‖W‖²`` by row, ``[d_out]`` in :func:`compute_dtype`, as :func:`row_squares` makes it, where somebody has kept it.
         shrink: by how much smaller than usual its buffers are.
     """
-    dtype = compute_dtype(weight)
+    dtype = compute_dtype(weight, left, right)
     d_out, d_in = weight.shape
     rank = right.shape[0]
     totals = torch.zeros(d_out, dtype=dtype, device=weight.device) if square is None else square.clone()
@@ -202,7 +201,7 @@ def row_norm(
         algorithm: ``"tiled"``, ``"factored"``, or ``"auto"`` (tiled).
 
     Returns:
-        ``[d_out]`` in fp32, in fp64 for an fp64 weight. A zero row gives 0; NaN and inf propagate.
+        ``[d_out]`` in fp32, in fp64 where an operand is fp64. A zero row gives 0; NaN and inf propagate.
 
     Raises:
         ValueError, TypeError: see :func:`check_operands`; or an unknown algorithm.
@@ -227,7 +226,7 @@ def row_norm_unrolled(
     Raises:
         ValueError: the number of rows is symbolic.
     """
-    dtype = compute_dtype(weight)
+    dtype = compute_dtype(weight, left, right)
     d_out = weight.shape[0]
     if not isinstance(d_out, int):
         raise ValueError(f"row_norm: a weight of symbolic size {tuple(weight.shape)} has no fixed number of blocks")
@@ -241,9 +240,9 @@ def row_norm_unrolled(
     return torch.cat(norms) if norms else weight.new_zeros(0, dtype=dtype)
 
 
-def row_squares(weight: torch.Tensor) -> torch.Tensor:
-    """``‖W‖²`` by row: ``[d_out]`` in fp32, in fp64 for an fp64 weight."""
-    left, right = weight.new_empty(weight.shape[0], 0), weight.new_empty(0, weight.shape[1])
+def row_squares(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``‖W‖²`` by row: ``[d_out]`` in fp32; in fp64 for an fp64 weight, or where ``dtype`` is fp64."""
+    left, right = weight.new_empty(weight.shape[0], 0, dtype=dtype), weight.new_empty(0, weight.shape[1])
     with _compat.below_autocast():
         return with_less_memory(lambda shrink: tiled(weight, left, right, 0.0, shrink)).square_()
 
@@ -292,11 +291,12 @@ def check_lists(
             f"row_norms takes lists of one length; got {lengths[0]} weights, {lengths[1]} lefts, {lengths[2]} rights, "
             f"{lengths[3]} scales and {len(squares)} squares"
         )
-    for weight, square in zip(weights, squares):
-        if square is not None and (square.shape != weight.shape[:1] or square.dtype != compute_dtype(weight)):
+    for weight, left, right, square in zip(weights, lefts, rights, squares):
+        dtype = compute_dtype(weight, left, right)
+        if square is not None and (square.shape != weight.shape[:1] or square.dtype != dtype):
             raise ValueError(
                 f"row_norms: squares {tuple(square.shape)} of {square.dtype} do not belong to a weight "
-                f"{tuple(weight.shape)} of {weight.dtype}"
+                f"{tuple(weight.shape)} of {weight.dtype} whose norm is computed in {dtype}"
             )
 
 
@@ -335,7 +335,7 @@ def _gradients(
     needs_right: bool,
     shrink: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = compute_dtype(weight)
+    dtype = compute_dtype(weight, left, right)
     c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
     wide_left, wide_right = left.to(dtype), right.to(dtype)
     scaled_left = c * wide_left

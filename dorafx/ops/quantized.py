@@ -221,11 +221,11 @@ def dequantize(
     return dequantize_rows(weight, 0, weight.shape[0])
 
 
-def _block(weight: Packed, rank: int, casts_right: bool) -> tuple[int, int]:
+def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool) -> tuple[int, int]:
     """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
-    those of codes and values in fp32 included."""
+    those of codes and values in the wide dtype included."""
     d_out, d_in = weight.shape
-    limit = weight.numel * weight.dtype.itemsize // (9 * 4)
+    limit = weight.numel * weight.dtype.itemsize // (9 * wide.itemsize)
     rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS, d_in)) // max(d_in, rank, 1)))
     return rows, max(1, min(d_in, limit // rank)) if casts_right and rank else d_in
 
@@ -260,7 +260,7 @@ def row_norm_quantized(
         scale: the scaling ``s``.
 
     Returns:
-        ``[d_out]`` in fp32.
+        ``[d_out]`` in fp32, in fp64 where a factor is fp64.
 
     Raises:
         ValueError, TypeError: operands that do not fit together.
@@ -268,18 +268,19 @@ def row_norm_quantized(
     weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
     check_operands(weight, left, right)
     (d_out, d_in), rank = weight.shape, right.shape[0]
-    norms = torch.zeros(d_out, dtype=torch.float32, device=packed.device)
+    wide = norm.compute_dtype(left, right)
+    norms = torch.zeros(d_out, dtype=wide, device=packed.device)
     if not weight.numel:
         return norms
-    rows, columns = _block(weight, rank, right.dtype != torch.float32)
+    rows, columns = _block(weight, rank, wide, right.dtype != wide)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
         for first in range(0, d_out, rows):
             last = min(first + rows, d_out)
-            block = dequantize_rows(weight, first, last).to(torch.float32)
-            side = left[first:last].to(torch.float32)
+            block = dequantize_rows(weight, first, last).to(wide)
+            side = left[first:last].to(wide)
             for start in range(0, d_in if rank else 0, columns):
                 chunk = slice(start, start + columns)
-                block[:, chunk].addmm_(side, right[:, chunk].to(torch.float32), alpha=scale)
+                block[:, chunk].addmm_(side, right[:, chunk].to(wide), alpha=scale)
             torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
     return norms

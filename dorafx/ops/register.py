@@ -124,7 +124,7 @@ DECOMPOSITIONS: dict[Any, Any] = {
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
 def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
     norm.check_operands(weight, left, right)
-    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(weight), device=weight.device)
+    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(weight, left, right), device=weight.device)
 
 
 @torch.library.register_fake("dorafx::row_norms", lib=_LIBRARY)
@@ -150,7 +150,7 @@ def _row_norm_quantized_fake(
 ) -> torch.Tensor:
     weight = quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype)
     quantized.check_operands(weight, left, right)
-    return torch.empty(weight.shape[0], dtype=torch.float32, device=packed.device)
+    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=packed.device)
 
 
 @torch.library.register_fake("dorafx::dequantize", lib=_LIBRARY)

@@ -65,7 +65,7 @@ class Emitter(NodeEmitter):
     # -- vectors ------------------------------------------------------------------------------------------------------
 
     def vector(self, poly: Poly) -> fx.Node:
-        """A polynomial in vectors as a ``[d]`` tensor (or scalar) of the compute dtype, fp32 or fp64."""
+        """A polynomial in vectors as a ``[d]`` tensor (or scalar) of the compute dtype, fp32 or fp64, or fp64 where an atom is."""
         key = ("poly", poly)
         if key not in self._vectors:
             total: Any = None
@@ -120,7 +120,7 @@ class Emitter(NodeEmitter):
             if tensor_of(node) is not None:
                 if self.tensor(node).dim() > 1:
                     node = self.method("reshape", node, -1)
-                node = self.cast(node, self.compute_dtype)
+                node = self._wide(node)
         else:
             raise CannotEmit("a sum of squares is used without its root")
         self._vectors[key] = node
@@ -131,7 +131,11 @@ class Emitter(NodeEmitter):
         node = self._existing(Poly.var(atom))
         if node is None:
             raise CannotEmit("a norm that the output is scaled by is no value of the graph")
-        return self.cast(self.method("reshape", node, -1) if self.tensor(node).dim() > 1 else node, self.compute_dtype)
+        return self._wide(self.method("reshape", node, -1) if self.tensor(node).dim() > 1 else node)
+
+    def _wide(self, node: fx.Node) -> fx.Node:
+        """In the compute dtype; what is fp64 stays so, also where the site's value is narrower."""
+        return self.cast(node, torch.promote_types(self.tensor(node).dtype, self.compute_dtype))
 
     # -- products -----------------------------------------------------------------------------------------------------
 

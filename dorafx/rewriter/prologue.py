@@ -17,9 +17,8 @@ from torch import fx
 from dorafx import _compat
 from dorafx.lift import tensor_of
 from dorafx.lift.effects import written_nodes
-from dorafx.lift.quantized import is_torchao
-from dorafx.lift.targets import canonical_name
 
+from .closures import NORMS, closure_of, is_number
 from .placements import is_redistribution
 
 __all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
@@ -29,24 +28,8 @@ SITE = "dorafx_site"
 # On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
 DENSE = "dorafx_dense"
 
-_NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
-
-# What may stand between a parameter and the norm in the prologue: pure, and without gradients of its own there.
-_FUNCTIONS = frozenset(
-    (
-        *_NORMS,
-        torch.add,
-        torch.cat,
-        torch.clamp_min,
-        torch.div,
-        torch.matmul,
-        torch.mul,
-        torch.nn.functional.linear,
-        torch.reciprocal,
-        torch.sqrt,
-    )
-)
-_METHODS = frozenset(("detach", "flatten", "reshape", "t", "to", "unsqueeze"))
+# On a norm's node: why it cannot leave the graph.
+_KEPT = "dorafx_kept"
 
 
 @dataclass(frozen=True)
@@ -83,11 +66,11 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     position = {node: i for i, node in enumerate(placeholders)}
     last = placeholders[-1] if placeholders else None
-    written = _written_if_read(gm.graph)
+    written = written_nodes(gm.graph)
     hoisted: list[HoistedNorm] = []
     for norm in norms:
-        closure = _closure(norm, written)
-        if closure is None or _needs_gradient(norm) or last is None:
+        closure = _leaving(norm, written)
+        if closure is None or last is None:
             continue
         with gm.graph.inserting_after(last):
             last = _new_placeholder(gm.graph, "outer_norm")
@@ -102,10 +85,11 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     return tuple(hoisted)
 
 
-def norms_inside(gm: fx.GraphModule) -> set[str]:
-    """Sites of the norms that a graph and the graphs inside it compute themselves."""
+def norms_inside(gm: fx.GraphModule) -> dict[str, str]:
+    """Sites of the norms that a graph and the graphs inside it compute themselves, each with the operator that keeps it there;
+    empty where gradients flow through the norm, or nobody tried to take it out."""
     return {
-        node.meta[SITE]
+        node.meta[SITE]: node.meta.get(_KEPT, "")
         for module in gm.modules()
         if isinstance(module, fx.GraphModule)
         for node in module.graph.nodes
@@ -114,7 +98,7 @@ def norms_inside(gm: fx.GraphModule) -> set[str]:
 
 
 def _is_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target in _NORMS
+    return node.op == "call_function" and node.target in NORMS
 
 
 def _reduced(norm: fx.Node) -> fx.Node:
@@ -123,45 +107,15 @@ def _reduced(norm: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and is_redistribution(users[0]) else norm
 
 
-def _written_if_read(graph: fx.Graph) -> frozenset[fx.Node]:
-    """What a graph writes to, if it reads numbers from tensors: a number that is read behind a write is none of its inputs'."""
-    return written_nodes(graph) if any(node.target == "item" for node in graph.nodes) else frozenset()
-
-
-def _closure(node: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | None:
-    """The nodes from the graph's inputs to ``node``, in their order; None if one of them cannot leave the graph."""
-    found: dict[fx.Node, None] = {}
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in found:
-            continue
-        if current.op == "placeholder":
-            if tensor_of(current) is None and not _is_number(current):
-                return None
-        elif not _may_leave(current, written):
-            return None
-        found[current] = None
-        stack.extend(current.all_input_nodes)
-    return sorted(found)
-
-
-def _may_leave(node: fx.Node, written: frozenset[fx.Node]) -> bool:
-    if node.op == "call_function":
-        # The scales of a scale (double quantisation), and a tensor subclass's parts.
-        return node.target in _FUNCTIONS or canonical_name(node) == "dequantize" or _is_part(node)
-    if node.op == "call_method" and node.target == "item":
-        source = node.args[0]
-        return isinstance(source, fx.Node) and source.op == "placeholder" and source not in written
-    return node.op == "call_method" and node.target in _METHODS
-
-
-def _is_number(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.SymFloat, torch.SymInt))
-
-
-def _is_part(node: fx.Node) -> bool:
-    return node.target is getattr and is_torchao(tensor_of(node.args[0]))
+def _leaving(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | None:
+    """The nodes that leave the graph with a norm; None where it stays, with the reason on its node."""
+    if _needs_gradient(norm):
+        return None
+    closure = closure_of(norm, written)
+    if isinstance(closure, str):
+        norm.meta[_KEPT] = closure
+        return None
+    return closure
 
 
 def _needs_gradient(norm: fx.Node) -> bool:
@@ -178,7 +132,7 @@ def _extracted(
 ) -> HoistedNorm:
     graph = fx.Graph()
     read = {node: node.all_input_nodes[0] for node in closure if node.target == "item"}
-    numbers = {node: node for node in closure if node.op == "placeholder" and _is_number(node)} | read
+    numbers = {node: node for node in closure if node.op == "placeholder" and is_number(node)} | read
     used = {a for node in closure if node not in read for a in node.all_input_nodes}
     inputs = [node for node in closure if node.op == "placeholder" and node not in numbers and node in used]
     copies = {node: graph.placeholder(f"input_{i}") for i, node in enumerate([*inputs, *numbers])}
@@ -251,7 +205,7 @@ def _out_of_bodies(gm: fx.GraphModule) -> None:
             continue
         outside = [dict(zip(inputs, o)) for o in operands]
         norms = [node for node in body.graph.nodes if _is_norm(node)]
-        written = _written_if_read(body.graph)
+        written = written_nodes(body.graph)
         moved = [norm for norm in norms if _out_of_body(gm, body, norm, calls, outside, written)]
         if moved:
             body.graph.lint()
@@ -266,11 +220,12 @@ def _out_of_body(
     outside: list[dict[fx.Node, Any]],
     written: frozenset[fx.Node],
 ) -> bool:
-    closure = _closure(norm, written)
-    if closure is None or _needs_gradient(norm):
+    closure = _leaving(norm, written)
+    if closure is None:
         return False
     leaves = [node for node in closure if node.op == "placeholder"]
     if not all(isinstance(of_call.get(leaf), fx.Node) for of_call in outside for leaf in leaves):
+        norm.meta[_KEPT] = "an operand of the region around it is no node"
         return False
     last = [node for node in body.graph.nodes if node.op == "placeholder"][-1]
     read = _reduced(norm)

@@ -12,9 +12,10 @@ from torch import fx
 from dorafx import _compat
 from dorafx._compat.distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
-from dorafx.ops.norm import row_squares
+from dorafx.ops.norm import compute_dtype, row_squares
 from dorafx.ops.triton.dispatch import being_captured
 from dorafx.rewriter import HoistedNorm
+from dorafx.rewriter.closures import TRANSPOSES, makes_memory
 
 from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
@@ -98,7 +99,7 @@ def with_prologue(
 
 def _takes_apart(norm: HoistedNorm) -> bool:
     """Whether it reads what a tensor subclass is made of."""
-    return any(node.target is getattr for node in norm.graph.nodes)
+    return any(node.target is getattr and node.args[1] not in TRANSPOSES for node in norm.graph.nodes)
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,14 @@ class _Recipe:
         operands: makes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` of the inputs.
         scale, algorithm: see :func:`dorafx.ops.norm.row_norm`.
         frozen: the position of the weight among the inputs, and whether it is transposed; None where it is computed.
+        makes: whether operands are anything else than the inputs and views of them.
     """
 
     operands: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     scale: float
     algorithm: str
     frozen: tuple[int, bool] | None
+    makes: bool = False
     whole: Callable[..., torch.Tensor] | None = None
     """Computes the norm of a quantised weight, whose operator has other operands."""
 
@@ -147,7 +150,7 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
         if output.target is not _row_norm:
             graph.output(output)
             whole = fx.GraphModule(torch.nn.Module(), graph).forward
-            _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole)
+            _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole=whole)
             return _RECIPES[norm.signature]
         weight, left, right, scale, *algorithm = output.args
         graph.output((weight, left, right))
@@ -158,37 +161,42 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
             frozen = inputs.index(weight), False
         elif isinstance(weight, fx.Node) and weight.target == "t" and weight.args[0] in inputs:
             frozen = inputs.index(weight.args[0]), True
+        makes = any(makes_memory(node) for node in graph.nodes)
         operands = fx.GraphModule(torch.nn.Module(), graph).forward
-        _RECIPES[norm.signature] = _Recipe(operands, float(scale), str((*algorithm, "auto")[0]), frozen)  # type: ignore[arg-type]
+        _RECIPES[norm.signature] = _Recipe(operands, float(scale), str((*algorithm, "auto")[0]), frozen, makes)  # type: ignore[arg-type]
     return _RECIPES[norm.signature]
 
 
 def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.Tensor]:
-    """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together.
+    """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together. Those whose
+    operands are made here, and not parameters themselves, one after the other, so that no two layers' are in memory.
 
     Args:
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
     found: list[Any] = [None] * len(norms)
-    with torch.inference_mode(False), torch.no_grad():
+    placed: list[Any] = [None] * len(norms)
+    groups: dict[Any, list[int]] = {}
+    # What a recipe makes has the dtypes that it has outside of autocast, as the rewriter has made sure.
+    with torch.inference_mode(False), torch.no_grad(), _compat.below_autocast():
         for i, n in enumerate(norms):
             if n.recipe.whole is not None:
                 found[i] = n.recipe.whole(*n.tensors, *n.numbers)
-        lying = [
-            local_operands(*n.recipe.operands(*n.tensors, *n.numbers)) if n.recipe.whole is None else None
-            for n in norms
-        ]
-        for algorithm in dict.fromkeys(n.recipe.algorithm for n in norms if n.recipe.whole is None):
-            group = [i for i, n in enumerate(norms) if n.recipe.whole is None and n.recipe.algorithm == algorithm]
-            operands = [made[0] for i in group if (made := lying[i]) is not None]
-            scales = [norms[i].recipe.scale for i in group]
+            else:
+                groups.setdefault((n.recipe.algorithm, i if n.recipe.makes else None), []).append(i)
+        for (algorithm, _), group in groups.items():
+            lying = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
+            operands = [of for of, _ in lying]
             kept = [
-                _squares(norms[i].recipe, norms[i].tensors, squares) if algorithm == "factored" else None for i in group
+                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*of), squares)
+                if algorithm == "factored"
+                else None
+                for i, of in zip(group, operands)
             ]
+            scales = [norms[i].recipe.scale for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
-            for i, result in zip(group, results):
-                found[i] = result
-    placed = [None if made is None else made[1] for made in lying]
+            for i, result, (_, how) in zip(group, results, lying):
+                found[i], placed[i] = result, how
     if not any(placed):
         return found
     # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
@@ -196,8 +204,12 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
         return placed_norms(found, placed, [n.placements for n in norms])
 
 
-def _squares(recipe: _Recipe, inputs: list[torch.Tensor], store: NormStore | None) -> torch.Tensor | None:
+def _squares(
+    recipe: _Recipe, inputs: list[torch.Tensor], dtype: torch.dtype, store: NormStore | None
+) -> torch.Tensor | None:
     if recipe.frozen is None or store is None:
         return None
     position, transposed = recipe.frozen
-    return store.squares(inputs[position], transposed, lambda weight: row_squares(weight.t() if transposed else weight))
+    return store.squares(
+        inputs[position], transposed, dtype, lambda weight: row_squares(weight.t() if transposed else weight, dtype)
+    )

@@ -90,16 +90,21 @@ class NormStore:
             self._entries[observed.key] = _Entry(norm, observed.states, observed.optimizer_steps)
 
     def squares(
-        self, weight: torch.Tensor, transposed: bool, compute: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        weight: torch.Tensor,
+        transposed: bool,
+        dtype: torch.dtype,
+        compute: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
         """The squared row norms of a weight, kept; None where it is trained or cannot be watched to the last write.
 
         Args:
             weight: the parameter ``[d_out, d_in]``, or its transpose.
             transposed: whether its columns are the rows of the norm.
+            dtype: of the squares.
             compute: makes the ``[d_out]`` squares.
         """
-        key = (transposed, id(weight))
+        key = (transposed, id(weight), dtype)
         if weight.requires_grad or weight.device.type != "cpu" or not watchable([weight]):
             self._squares.pop(key, None)
             return None

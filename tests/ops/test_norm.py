@@ -121,7 +121,7 @@ def test_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("d_out", "d_in", "rank"),
-    [(512, 512, 16), (256, 1024, 64), (1024, 256, 64), (1024, 96, 8), (64, 64, 4), (768, 1536, 256)],
+    [(512, 512, 16), (256, 1024, 64), (1024, 256, 64), (1024, 96, 8), (64, 64, 4), (768, 1536, 256), (3, 9000, 8)],
 )
 def test_largest_allocation(d_out: int, d_in: int, rank: int, dtype: torch.dtype, algorithm: str) -> None:
     """No buffer reaches one eighth of the weight, let alone the dense product's size."""

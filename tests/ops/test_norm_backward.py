@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dorafx.ops  # noqa: F401
-from dorafx.ops import norm
+from dorafx.ops import norm, reference
 
 row_norm = torch.ops.dorafx.row_norm
 
@@ -72,6 +72,28 @@ def test_one_dtype_each() -> None:
     for leaf, exact in zip(leaves, exact_gradients(leaves, 0.3), strict=True):
         assert leaf.grad is not None and leaf.grad.dtype == leaf.dtype
         torch.testing.assert_close(leaf.grad.double(), exact, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("wide", [0, 1, 2])
+@pytest.mark.parametrize("narrow", [torch.float32, torch.bfloat16])
+def test_fp64_where_one_operand_is(narrow: torch.dtype, wide: int) -> None:
+    """As type promotion has it: a narrow weight with fp64 factors, or one of them, gives an fp64 norm and exact gradients."""
+    tensors = [t if i == wide else t.to(narrow) for i, t in enumerate(operands(40, 90, 5, torch.float64))]
+    exact = reference.row_norm(*(t.double() for t in tensors), 0.3)
+    lists = [[t] for t in tensors]
+    squares = norm.row_squares(tensors[0], torch.float64)
+    found = [
+        *(row_norm(*tensors, 0.3, algorithm) for algorithm in ("tiled", "factored")),
+        *torch.ops.dorafx.row_norms(*lists, [0.3], "auto", []),
+        *torch.ops.dorafx.row_norms(*lists, [0.3], "factored", [squares]),
+        norm.row_norm_unrolled(*tensors, 0.3),
+    ]
+    for n in found:
+        torch.testing.assert_close(n, exact, rtol=1e-12, atol=0)
+    leaves = [t.requires_grad_() for t in tensors]
+    gradients = torch.autograd.grad(row_norm(*leaves, 0.3).sin().sum(), leaves)
+    torch.testing.assert_close(gradients[wide], exact_gradients(leaves, 0.3)[wide], rtol=1e-11, atol=1e-12)
+    torch.library.opcheck(row_norm.default, (*leaves, 0.3), test_utils=("test_schema", "test_faketensor"))
 
 
 class Largest(TorchDispatchMode):

@@ -119,7 +119,7 @@ def norm_of(w: Packed, left: torch.Tensor, right: torch.Tensor, scale: float) ->
     )
 
 
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factors", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
 def test_norm_against_fp64(case: str, factors: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -127,8 +127,8 @@ def test_norm_against_fp64(case: str, factors: torch.dtype) -> None:
     left, right = torch.randn(96, 5).to(factors), torch.randn(5, 128).to(factors)
     exact = reference.row_norm(dense.double(), left.double(), right.double(), 0.3)
     got = norm_of(packed, left, right, 0.3)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
+    assert got.dtype == (torch.float64 if factors == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-12 if factors == torch.float64 else 1e-6, atol=0)
     # What stock does in the dtype of the activations: form the sum, in bf16.
     stock = torch.linalg.norm(dense.bfloat16() + 0.3 * (left @ right).bfloat16(), dim=1)
     assert (got - exact).abs().mean() <= 1.05 * (stock - exact).abs().mean()

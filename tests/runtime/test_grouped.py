@@ -54,9 +54,9 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the weights whose squares are computed."""
     seen: list[int] = []
 
-    def counted(weight: torch.Tensor) -> torch.Tensor:
+    def counted(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         seen.append(weight.numel())
-        return norm.row_squares(weight)
+        return norm.row_squares(weight, dtype)
 
     monkeypatch.setattr(prologue, "row_squares", counted)
     return seen

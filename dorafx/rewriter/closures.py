@@ -1,0 +1,145 @@
+"""Closures: what a norm is computed from, down to the graph's inputs, and whether that may be computed before the graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+from dorafx.lift import tensor_of
+from dorafx.lift.quantized import is_torchao
+from dorafx.lift.targets import canonical_name
+from dorafx.match import operator_name, source_of
+
+__all__ = ["NORMS", "TRANSPOSES", "closure_of", "is_number", "makes_memory"]
+
+NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
+TRANSPOSES = ("T", "mT")
+"""Attributes of a tensor that are tensors."""
+
+# What may stand between a parameter and the norm: pure operators, by canonical name. ``out=`` is a write, which is looked
+# for anyway.
+_VIEWS = frozenset(("detach", "expand", "getattr", "getitem", "permute", "select", "slice", "t", "transpose", "view"))
+_COPIES = frozenset(("cast", "dequantize", "identity"))
+_PRODUCTS = frozenset(("addmm", "bmm", "einsum", "linear", "matmul", "outer"))
+_ARITHMETIC = frozenset(
+    ("add", "addcmul", "clamp", "clamp_min", "diag", "div", "lerp", "linalg_norm", "maximum", "mean", "mul", "neg", "norm",
+     "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
+)  # fmt: skip
+
+
+def closure_of(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | str:
+    """The nodes from the graph's inputs to a norm, in their order; or which of them cannot leave the graph.
+
+    Args:
+        norm: a node that is one of :data:`NORMS`.
+        written: what the graph writes to (:func:`dorafx.lift.effects.written_nodes`): before the graph it has another value.
+    """
+    found: dict[fx.Node, None] = {}
+    stack = [norm]
+    while stack:
+        current = stack.pop()
+        if current in found:
+            continue
+        reason = _stays(current, written)
+        if reason:
+            return reason
+        found[current] = None
+        stack.extend(current.all_input_nodes)
+    closure = sorted(found)
+    cast = next((node for node in closure if not _is_same_outside_of_autocast(node)), None)
+    if cast is not None and not (canonical_name(cast) in _PRODUCTS and _runs_outside_of_autocast(closure)):
+        return f"{_named(cast)} runs in an autocast region"
+    return _weight_that_is_made(norm) or closure
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node stands for a symbolic number."""
+    return isinstance(node.meta.get("example_value", node.meta.get("val")), (torch.SymFloat, torch.SymInt))
+
+
+def makes_memory(node: fx.Node) -> bool:
+    """Whether a node of a closure makes a tensor of its own; a ``reshape`` counts as the view that it mostly is."""
+    return node.op in ("call_function", "call_method") and canonical_name(node) not in _VIEWS
+
+
+def _stays(node: fx.Node, written: frozenset[fx.Node]) -> str:
+    """Why a node cannot be computed before the graph; empty if it can."""
+    if node in written:
+        return f"{_named(node)} is written in place"
+    if node.op == "placeholder":
+        return "" if tensor_of(node) is not None or is_number(node) else f"{_named(node)} is no tensor"
+    if node.target == "item":
+        source = node.args[0]
+        return "" if isinstance(source, fx.Node) and source.op == "placeholder" else _named(node)
+    return "" if node.target in NORMS or _is_pure(node) else _named(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.target is torch.cat:
+        return True
+    name = canonical_name(node)
+    if name == "getattr":
+        # A tensor subclass's parts.
+        return is_torchao(tensor_of(node.args[0])) or node.args[1] in TRANSPOSES
+    if name == "getitem":
+        constant = len(node.all_input_nodes) == 1 and isinstance(node.args[0], fx.Node)
+        return constant and tensor_of(node.args[0]) is not None
+    return name in _VIEWS | _COPIES | _PRODUCTS | _ARITHMETIC
+
+
+def _is_same_outside_of_autocast(node: fx.Node) -> bool:
+    """Whether an operator has the same dtype outside of the program's autocast regions, in which no prologue runs."""
+    value = tensor_of(node)
+    name = canonical_name(node)
+    if value is None or not value.dtype.is_floating_point or name in _VIEWS | _COPIES or node.target in NORMS:
+        return True
+    dtypes = _dtypes(map(tensor_of, node.all_input_nodes))
+    return not dtypes or (value.dtype in dtypes and (name not in _PRODUCTS or len(dtypes) == 1))
+
+
+def _runs_outside_of_autocast(closure: list[fx.Node]) -> bool:
+    """Whether products that autocast rounds can be computed without it, and so more exactly. Two dtypes may meet then, which is
+    an error."""
+    values: dict[fx.Node, Any] = {}
+    try:
+        with _compat.below_autocast(), torch.no_grad():
+            for node in closure:
+                known = node.meta.get("example_value", node.meta.get("val"))
+                if node.op == "placeholder" or node.target == "item":
+                    values[node] = known
+                    continue
+                if canonical_name(node) in _PRODUCTS and len(_dtypes(values[n] for n in node.all_input_nodes)) > 1:
+                    return False  # of which fake tensors know nothing
+                args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+                target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+                with _compat.fake_mode_of(known) or contextlib.nullcontext():
+                    values[node] = target(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _dtypes(values: Iterable[Any]) -> set[torch.dtype]:
+    return {v.dtype for v in values if isinstance(v, torch.Tensor) and v.dtype.is_floating_point}
+
+
+def _weight_that_is_made(norm: fx.Node) -> str:
+    """The operator that computes a norm's dense weight; empty where the weight is an input. The graph multiplies by it, so it
+    would be computed twice, and of all layers at a time."""
+    node = norm.args[0]
+    while isinstance(node, fx.Node) and node.op != "placeholder":
+        if canonical_name(node) not in _VIEWS | _COPIES:
+            return f"the weight is made by {_named(node)}"
+        node = node.args[0]
+    return ""
+
+
+def _named(node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"input {node.name}"
+    return f"operator {operator_name(node)} at {source_of(node) or node.name}"
