@@ -1,7 +1,7 @@
 """Private torch API, and nothing else: one place to look when a torch release moves something.
 
-:mod:`.tensors` is about the identity of tensors, :mod:`.tracing` about what a tracer records, :mod:`.distributed` about
-programs of several processes."""
+:mod:`.tensors` is about the identity of tensors, :mod:`.compilers` about what compilers are told and say,
+:mod:`.distributed` about programs of several processes."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dorafx import _compat
-from dorafx._compat.tracing import save_for_backward
+from dorafx._compat.compilers import save_for_backward
 
 __all__ = [
     "KERNELS",

@@ -1,12 +1,19 @@
-"""Private API of tracing: what a compiler is told about the nodes that it records."""
+"""Private API of compilers: what the partitioner and Inductor are told."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["save_for_backward"]
+__all__ = ["mode_options", "save_for_backward"]
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's options that a mode of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options(mode))
 
 
 def save_for_backward(tensor: torch.Tensor) -> None:
