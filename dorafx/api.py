@@ -41,6 +41,8 @@ def optimize(
     *,
     scope: str = "auto",
     codegen: str = "inductor",
+    norm: str = "auto",
+    compose: str = "auto",
     norm_reuse: str = "auto",
     verify: bool = False,
     strict: bool = False,
@@ -60,6 +62,9 @@ def optimize(
             of a PEFT model sees it too.
             ``"auto"``: ``"modules"`` where the model has PEFT adapter layers, else ``"model"``.
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
+        norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
+        compose: ``"auto"``, ``"accumulated"``, ``"epilogue"``, ``"triton"`` or ``"triton_linear"``: where the low-rank product is
+            added to the base product, inside its GEMM, after it in fp32, or in a Triton kernel.
         norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
             nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
             training until the optimizer steps (gradient accumulation).
@@ -91,6 +96,8 @@ def optimize(
     chosen = resolve_scope(model, scope)
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
+        "dorafx.norm": norm,
+        "dorafx.compose": compose,
         "dorafx.norm_reuse": norm_reuse,
         "dorafx.verify": verify,
         "dorafx.strict": strict,

@@ -24,7 +24,8 @@ class Options:
     Attributes:
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, ``"epilogue"`` after it in fp32;
+        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, whose result, the sum that ``g`` scales, is
+            rounded to half precision in a half-precision model; ``"epilogue"`` after it in fp32;
             ``"triton"``: the epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA
             device it always is); ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels
             do not serve (a CPU, fp64) is computed as by ``"epilogue"``, and the log says why.

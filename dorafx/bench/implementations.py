@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import dorafx
+from dorafx._compat.compilers import mode_options
 
 from .clock import Clock
 from .models import Size, build, move_off_initial_values
@@ -47,13 +48,17 @@ class Task:
             given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
             options = {key: value for key, (value, default) in given.items() if value != default}
         mode = None if self.mode == "default" else self.mode
+        if mode is not None and options:  # torch.compile takes only one of the two
+            options = {**mode_options(mode), **options}
         fast: Callable[..., Any]
         if self.scope != "model" and self.name != "merged":  # merged weights have no adapter layers
             assert isinstance(call, torch.nn.Module)  # a suite that compiles models
             self.compile_in_place(call, dynamic=False)
             fast = call
         else:
-            fast = torch.compile(call, backend=backend, dynamic=False, mode=mode, options=options or None)
+            fast = torch.compile(
+                call, backend=backend, dynamic=False, mode=None if options else mode, options=options or None
+            )
         if mode is None:
             return fast
 
@@ -69,7 +74,7 @@ class Task:
         """Compile a model's adapter layers one by one, if this implementation is compiled."""
         mode = None if self.mode == "default" else self.mode
         if self.name == "dorafx":
-            dorafx.optimize(model, codegen=self.codegen, dynamic=dynamic, mode=mode)
+            dorafx.optimize(model, codegen=self.codegen, compose=self.compose, dynamic=dynamic, mode=mode)
         elif self.name in COMPILED:
             from peft.tuners.lora import LoraLayer
 

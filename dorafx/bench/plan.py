@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -89,8 +89,18 @@ SUITES = {
         "it has no pass",
     ),
 }
-# What compiles a whole model, which may as well be done layer by layer.
-_SCOPED = ("model", "decode", "compile")
+_COMPOSED = tuple(name for name in SUITES if name not in ("norm", "pass"))
+_TRAINED_MODELS = ("model", "memory", "compile")
+_SERVED = {
+    # What compiles a whole model may as well be compiled layer by layer.
+    "scope": ("model", "decode", "compile"),
+    "compose": _COMPOSED,
+    "codegen": _COMPOSED,
+    "mode": tuple(name for name in SUITES if name != "pass"),
+    "checkpointing": _TRAINED_MODELS,
+    "micro_batches": _TRAINED_MODELS,
+}
+"""The suites in which an option has an effect, of the options that have none in some."""
 _DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
 _DEFAULT_RANK = {"norm": (8, 64, 384)}
 
@@ -155,9 +165,13 @@ class Settings:
             )
         check_name(self.codegen)
         _one_of("--scope", self.scope, ("model", "auto"))
-        wrong = [suite for suite in self.suites if suite not in _SCOPED] if self.scope != "model" else []
-        if wrong:
-            raise ValueError(f"--scope {self.scope} goes with the suites {', '.join(_SCOPED)}, not with {wrong[0]}")
+        defaults = {known.name: known.default for known in fields(self)}
+        for name, served in _SERVED.items():
+            wrong = [suite for suite in self.suites if suite not in served]
+            value = getattr(self, name)
+            if wrong and value != defaults[name]:
+                given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                raise ValueError(f"{given} goes with the suites {', '.join(served)}, not with {wrong[0]}")
         _check_device(self.device)
         kernel = self.compose in ("triton", "triton_linear")
         if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
@@ -201,7 +215,7 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
     itemsize = DTYPES[settings.dtype].itemsize
     tokens = settings.tokens
     if suite in ("norm", "compose", "layer"):
-        return [_operator_case(suite, shape, tokens, itemsize) for shape in _weights(suite, settings)]
+        return _distinct(_operator_case(suite, shape, tokens, itemsize) for shape in _weights(suite, settings))
     if suite == "pass":
         sizes = (Size(hidden=64, layers=layers, rank=8, tokens=16) for layers in PASS_LAYERS)
         return [Case(suite, f"{size.layers} layers", {"size": asdict(size)}) for size in sizes]
@@ -217,7 +231,15 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
             one = {"d_out": size.intermediate, "d_in": size.hidden, "rank": size.rank, "tokens": tokens}
             cases.append(Case(suite, f"{size.intermediate}x{size.hidden} r{size.rank}, {tokens} tokens", one))
         cases.append(Case(suite, label, {"size": asdict(size)}, metrics))
-    return cases
+    return _distinct(cases)
+
+
+def _distinct(cases: Iterable[Case]) -> list[Case]:
+    """Every case once, however often the settings name it."""
+    found: dict[str, Case] = {}
+    for case in cases:
+        found.setdefault(case.label, case)
+    return list(found.values())
 
 
 def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int) -> Case:

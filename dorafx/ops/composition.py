@@ -1,5 +1,4 @@
-"""The composition ``y = g ⊙ (base + s·lora) + bias``, its delta form, and the linear that ends in it, with gradients that
-save one activation.
+"""The composition ``y = g ⊙ (base + s·lora) + bias`` and its delta form, with gradients that save one activation.
 
 The arithmetic is fp32 (fp64 for fp64) with one rounding at the end: near ``g = 1`` in half precision that is at least
 as accurate as adding ``(g - 1)·base`` separately, since nothing is rounded before the sum. Each forward and backward is
@@ -14,23 +13,21 @@ from typing import Any
 import torch
 
 from dorafx import _compat
+from dorafx._compat.compilers import save_for_backward
 
 __all__ = [
     "KERNELS",
     "Compose",
-    "DoraLinear",
     "backward_math",
-    "check_linear",
     "compose",
     "compose_delta",
     "compose_delta_into",
     "compose_into",
     "compose_math",
     "delta_math",
-    "dora_linear",
     "forward_math",
     "kept_dtype",
-    "linear_math",
+    "records_gradients",
     "refuse_forward_mode",
     "refuse_second_derivative",
 ]
@@ -97,22 +94,30 @@ def compose_math(
     bias: torch.Tensor | None,
     scale: float,
     out_dtype: torch.dtype,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The composition's value."""
+    """The composition's value. ``total``: the sum in the widest dtype, where it is at hand."""
     wide = _wide(out_dtype, base, lora)
-    y = _sum(base, lora, scale, wide) * g.to(wide)
+    y = (_sum(base, lora, scale, wide) if total is None else total) * g.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(out_dtype)
 
 
 def delta_math(
-    result: torch.Tensor, base: torch.Tensor, lora: torch.Tensor, g: torch.Tensor, scale: float, out_dtype: torch.dtype
+    result: torch.Tensor,
+    base: torch.Tensor,
+    lora: torch.Tensor,
+    g: torch.Tensor,
+    scale: float,
+    out_dtype: torch.dtype,
+    total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The delta form's value."""
+    """The delta form's value, as ``result + (g - 1)·(base + s·lora) + s·lora``: made of the sum that its backward keeps, and
+    as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
     wide = _wide(out_dtype, result, base, lora)
-    g = g.to(wide)
-    return (result.to(wide) + ((g - 1) * base.to(wide) + (g * scale) * lora.to(wide))).to(out_dtype)
+    total = _sum(base, lora, scale, wide) if total is None else total.to(wide)
+    return (result.to(wide) + ((g.to(wide) - 1) * total + lora.to(wide) * scale)).to(out_dtype)
 
 
 def forward_math(
@@ -127,7 +132,8 @@ def forward_math(
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`dorafx.ops.triton.dispatch.compose_forward`; the sum is None where it is not kept."""
-    total = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora)).to(kept)
+    whole = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora))
+    total = None if whole is None or kept is None else whole.to(kept)
     dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
     if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
         # Nothing is rounded on the way, so no temporary is needed.
@@ -135,15 +141,16 @@ def forward_math(
         into.mul_(g)
         return into if bias is None else into.add_(bias), total
     if result is None:
-        y = compose_math(base, lora, g, bias, scale, out_dtype)
+        y = compose_math(base, lora, g, bias, scale, out_dtype, whole)
     else:
         assert lora is not None
-        y = delta_math(result, base, lora, g, scale, out_dtype)
+        y = delta_math(result, base, lora, g, scale, out_dtype, whole)
     return y if into is None else into.copy_(y), total
 
 
 def _token_sum(values: torch.Tensor) -> torch.Tensor:
-    return values.flatten(0, -2).sum(0) if values.dim() > 1 else values
+    # Not by way of ``flatten``, for which vmap has no rule (``is_grads_batched``).
+    return values.sum(tuple(range(values.dim() - 1))) if values.dim() > 1 else values
 
 
 def backward_math(
@@ -213,7 +220,10 @@ class Compose(torch.autograd.Function):
         kept = kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
         forward = torch.ops.dorafx.compose_forward.default if fused else forward_math
         y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
-        if kept is None:
+        if total is not None and kept is not None:
+            # The two products exist anyway, so that saving both of them looks cheap to the partitioner.
+            save_for_backward(total)
+        else:
             total = base if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(g, total)
         ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
@@ -234,7 +244,7 @@ class Compose(torch.autograd.Function):
         return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
 
 
-def _recorded(*tensors: torch.Tensor | None) -> bool:
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -244,7 +254,7 @@ def compose(
     """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``."""
     inputs = (base, lora, g, bias)
     fused = _fused(kernel, *inputs)
-    recorded = _recorded(*inputs)
+    recorded = records_gradients(*inputs)
     if fused or recorded:
         refuse_forward_mode("compose", *inputs)
     if recorded:
@@ -260,7 +270,7 @@ def compose_delta(
     """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``."""
     inputs = (result, base, lora, g)
     fused = _fused(kernel, *inputs)
-    recorded = _recorded(*inputs)
+    recorded = records_gradients(*inputs)
     if fused or recorded:
         refuse_forward_mode("compose_delta", *inputs)
     if recorded:
@@ -295,105 +305,5 @@ def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) 
 
 
 def _refuse_recording(operator: str, *tensors: torch.Tensor | None) -> None:
-    if _recorded(*tensors):
+    if records_gradients(*tensors):
         raise RuntimeError(f"dorafx.{operator} overwrites what its gradient needs; call it under torch.no_grad()")
-
-
-# -- linear -----------------------------------------------------------------------------------------------------------
-
-
-_LINEAR_OPERANDS = ("x", "weight", "h", "left", "g")
-
-
-def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> None:
-    """Raise what is wrong with the operands of a DoRA linear.
-
-    Raises:
-        ValueError: shapes that do not fit together.
-    """
-    vectors = [v for v in (g, bias) if v is not None]
-    fits = (
-        x.dim() >= 1
-        and weight.dim() == left.dim() == 2
-        and x.shape[:-1] == h.shape[:-1]
-        and (x.shape[-1], h.shape[-1], weight.shape[0]) == (weight.shape[1], left.shape[1], left.shape[0])
-        and all(v.shape == weight.shape[:1] for v in vectors)
-    )
-    if not fits:
-        shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(_LINEAR_OPERANDS, (x, weight, h, left, g)))
-        raise ValueError(
-            "dora_linear takes x [.., d_in], weight [d_out, d_in], h [.., r], left [d_out, r], g and bias [d_out], "
-            f"whose shapes must agree; got {shapes}, bias {None if bias is None else tuple(bias.shape)}"
-        )
-
-
-def linear_math(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    left: torch.Tensor,
-    g: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    out_dtype: torch.dtype,
-    kept: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.triton.dispatch.dora_linear_forward`; the sum is None where it is not kept."""
-    with _compat.below_autocast():
-        base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
-    return forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
-
-
-class DoraLinear(torch.autograd.Function):
-    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves ``x·Wᵀ + s·h·Bᵀ`` where g is trained, and what plain LoRA saves."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
-    ) -> torch.Tensor:
-        of_x, of_weight, of_h, of_left, of_g, of_bias = ctx.needs_input_grad[:6]
-        kept = kept_dtype(x, h, out_dtype) if of_g else None
-        y, total = torch.ops.dorafx.dora_linear_forward.default(x, weight, h, left, g, bias, scale, out_dtype, kept)
-        ctx.save_for_backward(
-            g,
-            total if of_g else None,
-            x if of_weight else None,
-            weight if of_x else None,
-            h if of_left else None,
-            left if of_h else None,
-        )
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype if of_bias else None
-        ctx.base_dtype = x.dtype if of_x or of_weight else None
-        ctx.lora_dtype = h.dtype if of_h or of_left else None
-        return y  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("dora_linear")
-        g, total, x, weight, h, left = ctx.saved_tensors
-        dtypes = (ctx.base_dtype, ctx.lora_dtype, total is not None, ctx.bias_dtype)
-        d_base, d_lora, d_g, d_bias = torch.ops.dorafx.compose_backward.default(
-            grad, g, total, ctx.scale, False, *dtypes
-        )
-        return (
-            None if weight is None else d_base @ weight,
-            None if x is None else d_base.flatten(0, -2).mT @ x.flatten(0, -2),
-            None if left is None else d_lora @ left,
-            None if h is None else d_lora.flatten(0, -2).mT @ h.flatten(0, -2),
-            d_g if total is not None else None,
-            d_bias if ctx.bias_dtype is not None else None,
-            None,
-            None,
-        )
-
-
-def dora_linear(
-    x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """``torch.ops.dorafx.dora_linear``: ``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``."""
-    check_linear(x, weight, h, left, g, bias)
-    inputs = (x, weight, h, left, g, bias)
-    refuse_forward_mode("dora_linear", *inputs)
-    if _recorded(*inputs):
-        return DoraLinear.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
-    return torch.ops.dorafx.dora_linear_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]

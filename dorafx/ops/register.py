@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dorafx import _compat
 
-from . import composition, norm, quantized
+from . import composition, linear, norm, quantized
 from .composition import refuse_forward_mode, refuse_second_derivative
 from .triton import dispatch as cuda
 
@@ -60,6 +60,8 @@ for _schema in (
     "ScalarType out_dtype) -> Tensor",
     "dora_linear_forward(Tensor x, Tensor weight, Tensor h, Tensor left, Tensor g, Tensor? bias, float scale, "
     "ScalarType out_dtype, ScalarType? kept) -> (Tensor, Tensor)",
+    "cast_linear(Tensor x, Tensor weight) -> Tensor",
+    "cast_linear_backward(Tensor grad, Tensor weight) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -104,7 +106,8 @@ for _name, _function in (
     ("compose_delta", composition.compose_delta),
     ("compose_", composition.compose_into),
     ("compose_delta_", composition.compose_delta_into),
-    ("dora_linear", composition.dora_linear),
+    ("dora_linear", linear.dora_linear),
+    ("cast_linear", linear.cast_linear),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _function, "Autograd")
@@ -112,12 +115,14 @@ for _name, _function in (
 _LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("dora_linear_forward", cuda.dora_linear_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("cast_linear_backward", linear.cast_linear_backward, "CompositeExplicitAutograd")
 
 
 DECOMPOSITIONS: dict[Any, Any] = {
     torch.ops.dorafx.compose.default: composition.compose,
     torch.ops.dorafx.compose_delta.default: composition.compose_delta,
-    torch.ops.dorafx.dora_linear.default: composition.dora_linear,
+    torch.ops.dorafx.dora_linear.default: linear.dora_linear,
+    torch.ops.dorafx.cast_linear.default: linear.cast_linear,
 }
 
 
@@ -201,9 +206,14 @@ def _compose_backward_fake(
 def _dora_linear_forward_fake(
     x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: Any, kept: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    composition.check_linear(x, weight, h, left, g, bias)
+    linear.check_linear(x, weight, h, left, g, bias)
     shape = (*x.shape[:-1], left.shape[0])
     return x.new_empty(shape, dtype=out_dtype), x.new_empty(0 if kept is None else shape, dtype=kept or x.dtype)
+
+
+@torch.library.register_fake("dorafx::cast_linear_backward", lib=_LIBRARY)
+def _cast_linear_backward_fake(grad: Any, weight: Any) -> torch.Tensor:
+    return torch.empty((*grad.shape[:-1], weight.shape[1]), dtype=grad.dtype, device=grad.device)
 
 
 @register_flop_formula(torch.ops.dorafx.row_norm)
@@ -237,3 +247,8 @@ def _row_norm_backward_flops(
 @register_flop_formula(torch.ops.dorafx.dora_linear_forward)
 def _dora_linear_flops(x: Any, weight: Any, h: Any, left: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * int(math.prod(x[:-1])) * int(weight[0]) * (int(weight[1]) + int(left[1]))
+
+
+@register_flop_formula(torch.ops.dorafx.cast_linear_backward)
+def _cast_linear_backward_flops(grad: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * int(math.prod(grad[:-1])) * int(weight[0]) * int(weight[1])

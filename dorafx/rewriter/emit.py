@@ -15,6 +15,7 @@ from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
+from .cast_weight import base_product
 from .linear_kernel import linear_kernel
 from .nodes import CannotEmit, NodeEmitter
 from .shapes import sizes_of
@@ -270,7 +271,7 @@ class Emitter(NodeEmitter):
         gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]
         for gemm in gemms:
             if gemm.bias is None:
-                return self.copied[gemm.node], bias
+                return base_product(self, core, gemm), bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
             if vector is not None and (self._unreadable(gemm) or not dies(gemm.node, self.site, self.order)):

@@ -45,6 +45,12 @@ def test_models_take_presets_cut_to_the_layers() -> None:
     assert case.work["prefill"].flops == pytest.approx(1024 * per_token, rel=0.03)
 
 
+def test_every_case_comes_once() -> None:
+    memory = cases_of("memory", Settings(("memory",), layers=(2, 4)))
+    assert [c.label.split(",")[0] for c in memory] == ["2816x1024 r128", "hidden 1024", "hidden 1024"]
+    assert len(cases_of("norm", Settings(("norm",), shapes=("8x8", "8x8:8"), rank=(8,)))) == 1
+
+
 def test_the_least_work_is_what_the_formulas_say() -> None:
     (norm,) = cases_of("norm", Settings(("norm",), shapes=("8x16:4",)))
     assert norm.work["time"].flops == 2 * 8 * 16 * 4
@@ -97,6 +103,18 @@ def test_shapes_by_hand() -> None:
         (["norm", "--mode", "fast"], "'fast' is not one of default, reduce-overhead"),
         (["norm", "--mode", "max-autotune", "--codegen", "eager"], "give one of them"),
         (["layer", "--compose", "cuda"], "'cuda' is not one of auto, accumulated, epilogue, triton, triton_linear"),
+        (["norm", "--compose", "epilogue"], "--compose epilogue goes with the suites compose, layer"),
+        (["pass", "--checkpointing"], "--checkpointing goes with the suites model, memory, compile, not with pass"),
+        (
+            ["model", "decode", "--micro-batches", "2"],
+            "--micro-batches 2 goes with the suites model, memory, compile, not",
+        ),
+        (["norm", "--codegen", "eager"], "--codegen eager goes with the suites compose, layer"),
+        (["pass", "--mode", "max-autotune"], "--mode max-autotune goes with the suites norm, compose"),
+        (
+            ["generate", "--scope", "auto"],
+            "--scope auto goes with the suites model, decode, compile, not with generate",
+        ),
         (["compose", "--compose", "triton_linear"], "which has no products; allowed are auto, triton"),
         (["layer", "--compose", "triton", "--device", "cpu"], "--compose triton needs a CUDA device"),
         (["norm", "--codegen", "nonsense"], "unknown backend 'nonsense'; known are"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import dorafx
 from dorafx.bench import norms
 from dorafx.bench.clock import Clock
 from dorafx.bench.implementations import Task, build_layer, build_model
@@ -102,7 +105,7 @@ def test_every_adapter_has_the_models_dtype() -> None:
 
 @pytest.mark.parametrize("compose", ["auto", "epilogue"])
 def test_the_way_of_composing_reaches_the_compiler(compose: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[dict[str, str]] = []
+    given: list[dict[str, Any]] = []
     monkeypatch.setattr(torch, "compile", lambda call, **options: given.append(options))
     for name in ("dorafx", "lora"):
         Task(name, {}, Clock("cpu", 0, least=1), torch.float32, codegen="eager", compose=compose).compiled(lambda: None)
@@ -110,3 +113,20 @@ def test_the_way_of_composing_reaches_the_compiler(compose: str, monkeypatch: py
         {"dorafx.compose": compose} if compose != "auto" else {}
     )
     assert given[1]["options"] is None
+    for mode in ("reduce-overhead", "max-autotune"):  # with options, whose place a mode would take
+        Task("dorafx", {}, Clock("cpu", 0, least=1), torch.float32, mode=mode, compose=compose).compiled(lambda: None)
+        if compose == "auto":
+            assert (given[-1]["mode"], given[-1]["options"]) == (mode, None)
+        else:
+            asked = {**torch._inductor.list_mode_options(mode), "dorafx.compose": compose}
+            assert (given[-1]["mode"], given[-1]["options"]) == (None, asked)
+
+
+def test_options_reach_layers_that_are_compiled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``generate`` and ``--scope auto`` have them."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(dorafx, "optimize", lambda model, **options: given.update(options))
+    Task("dorafx", {}, Clock("cpu", 0, least=1), torch.float32, codegen="eager", compose="epilogue").compile_in_place(
+        torch.nn.Linear(2, 2)
+    )
+    assert given == {"codegen": "eager", "compose": "epilogue", "dynamic": None, "mode": None}

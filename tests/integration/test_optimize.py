@@ -42,6 +42,16 @@ def _optimize(model: Any, **changes: Any) -> Any:
 # -- in place ---------------------------------------------------------------------------------------------------------
 
 
+def test_norm_and_compose_reach_the_plan() -> None:
+    model = _optimize(peft_perceptron(), norm="factored", compose="triton")
+    model(torch.randn(3, 24))
+    assert {r.norm_algorithm for r in rewrite_log().rewrites} == {"factored"}
+    assert {r.decision for r in rewrite_log().rewrites} == {"composed without a kernel: the output is float32 on cpu"}
+    for wrong in ({"norm": "dense"}, {"compose": "fused"}):
+        with pytest.raises(ValueError, match=f"dorafx.{next(iter(wrong))}: .* is not one of 'auto'"):
+            dorafx.optimize(peft_perceptron(), **wrong)
+
+
 @pytest.mark.parametrize("scope", ["auto", "modules", "model"])
 @pytest.mark.parametrize("train", [False, True])
 def test_same_object_same_result(scope: str, train: bool) -> None:

@@ -63,6 +63,72 @@ def test_layer(trained: bool, dropout: float, dtype: torch.dtype) -> None:
     assert found["dorafx"] < found["stock"], found
 
 
+def with_fp32_adapters(module: Any) -> Any:
+    """PEFT's default for a half-precision base."""
+    for name, parameter in module.named_parameters():
+        if "lora" in name:
+            parameter.data = parameter.data.float()
+    return module
+
+
+def saved_by_fp32_adapters(codegen: str, autocast: bool, dropout: float, **options: Any) -> dict[str, int]:
+    """Bytes of plain LoRA and of dorafx, compiled alike, over a bf16 base. ``checkpointed``: all of the layer is."""
+    x = torch.randn(TOKENS, D_IN, dtype=torch.bfloat16, requires_grad=True)
+    found = {}
+    for name, backend in (("lora", codegen), ("dorafx", "dorafx")):
+        module = with_fp32_adapters(layer(name != "lora", dropout, torch.bfloat16))
+        if not options.get("trained", True):
+            freeze(module)
+        body = Checkpointed(module) if options.get("checkpointed") else module
+        call = compiled(body, backend, codegen)
+
+        def under_autocast(call: Any = call) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return call(x)
+
+        found[name] = saved(module, under_autocast)
+    return found
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(
+    ("codegen", "autocast", "dropout"),
+    [
+        *(
+            (codegen, autocast, p)
+            for codegen in ("eager", "aot_eager")
+            for autocast in (True, False)
+            for p in (0.0, 0.1)
+        ),
+        ("inductor", True, 0.1),
+        *(
+            pytest.param("inductor", *rest, marks=pytest.mark.slow)
+            for rest in ((True, 0.0), (False, 0.0), (False, 0.1))
+        ),
+    ],
+)
+def test_fp32_adapters_on_a_bf16_base(codegen: str, autocast: bool, dropout: float) -> None:
+    """One fp32 ``[tokens, d_out]`` more than LoRA, not both products of which it is the sum, and no copy of the weight."""
+    found = saved_by_fp32_adapters(codegen, autocast, dropout)
+    assert found["lora"] + 4 * TOKENS * D_OUT <= found["dorafx"], found
+    assert found["dorafx"] <= found["lora"] + (4 * TOKENS + VECTORS) * D_OUT, found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_nothing_is_kept_for_a_frozen_magnitude_or_in_a_checkpointed_region(dropout: float) -> None:
+    for options in ({"trained": False}, {"checkpointed": True}):
+        found = saved_by_fp32_adapters("aot_eager", False, dropout, **options)
+        assert found["dorafx"] <= found["lora"] + VECTORS * D_OUT, (options, found)
+
+
 def model_bytes(trained: bool, codegen: str) -> tuple[dict[str, int], int]:
     """Of a 4-layer Llama, and how much one ``[tokens, d_out]`` a module and its vectors are."""
     ids, found = tokens(2, 24), {}

@@ -183,3 +183,59 @@ def test_gradients_of_the_linear_in_fp64() -> None:
         for s in ((2, 3, 5), (7, 5), (2, 3, 2), (7, 2), (7,), (7,))
     ]
     assert torch.autograd.gradcheck(lambda *t: torch.ops.dorafx.dora_linear(*t, 1.3, torch.float64), leaves)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 5), (0,), ()])
+def test_a_linear_with_a_cast_weight(lead: tuple[int, ...]) -> None:
+    """``F.linear(x, W.to(x.dtype))``, also for a W that is trained, for a view of it, and under autocast."""
+    x, stored = torch.randn(*lead, 5), torch.randn(5, 7).bfloat16()
+    for weight in (stored.t(), stored.reshape(7, 5)):
+        upstream, found = torch.randn(*lead, 7), []
+        for linear in (torch.ops.dorafx.cast_linear, lambda x, w: torch.nn.functional.linear(x, w.to(x.dtype))):
+            leaves = [t.detach().requires_grad_() for t in (x, weight)]
+            y = linear(*leaves)
+            found.append((y.detach(), *torch.autograd.grad(y, leaves, upstream)))
+        for got, wanted in zip(*found):
+            assert got.dtype == wanted.dtype
+            torch.testing.assert_close(got, wanted)
+        torch.library.opcheck(
+            torch.ops.dorafx.cast_linear_backward, (upstream, weight), test_utils=("test_schema", "test_faketensor")
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.ops.dorafx.cast_linear(x, stored.t()).dtype == torch.float32
+    with pytest.raises(RuntimeError, match="cast_linear has no second derivative"):
+        leaf = x.clone().requires_grad_()
+        torch.autograd.grad(torch.ops.dorafx.cast_linear(leaf, stored.t()).sum(), leaf, create_graph=True)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "triton"])
+@pytest.mark.parametrize("lead", [(3,), (2, 5), ()])
+def test_batched_gradients(lead: tuple[int, ...], kernel: str) -> None:
+    """``is_grads_batched`` runs the backward under vmap."""
+    base, lora, result, g, bias = (t.requires_grad_() for t in tensors(*lead))
+    x, weight, h, left = (
+        torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((*lead, 5), (7, 5), (*lead, 2), (7, 2))
+    )
+    for y, exact, leaves in (
+        (
+            compose(base, lora, g, bias, 1.3, torch.float64, kernel),
+            reference.compose(base, lora, g, bias, 1.3),
+            (base, lora, g, bias),
+        ),
+        (
+            compose_delta(result, base, lora, g, 1.3, torch.float64, kernel),
+            reference.compose_delta(result, base, lora, g, 1.3),
+            (result, base, lora, g),
+        ),
+        (
+            torch.ops.dorafx.dora_linear(x, weight, h, left, g, bias, 1.3, torch.float64),
+            reference.compose(x @ weight.mT, h @ left.mT, g, bias, 1.3),
+            (x, weight, h, left, g, bias),
+        ),
+    ):
+        upstream = torch.randn(4, *y.shape, dtype=torch.float64)
+        found, wanted = (
+            torch.autograd.grad(v, leaves, upstream, is_grads_batched=True, retain_graph=True) for v in (y, exact)
+        )
+        for a, b in zip(found, wanted):
+            torch.testing.assert_close(a, b)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dorafx.ops import composition, norm, quantized
+from dorafx.ops import composition, linear, norm, quantized
 
 __all__ = [
     "available",
@@ -228,9 +228,9 @@ def dora_linear_forward(
     kept: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None."""
-    composition.check_linear(x, weight, h, left, g, bias)
+    linear.check_linear(x, weight, h, left, g, bias)
     if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
-        y, total = composition.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
+        y, total = linear.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
         return y.contiguous(), x.new_empty(0) if total is None else total.contiguous()
     from .linear import launch
 

@@ -143,7 +143,7 @@ def launch(
         out, total: ``[.., d_out]``, contiguous.
         config: block sizes; by default those of the table.
     """
-    x, h = x.flatten(0, -2), h.flatten(0, -2)
+    x, h = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (x, h))
     (tokens, d_in), (d_out, rank) = x.shape, left.shape
     operand = operand_type(x.dtype, weight.dtype, x.device.type == "cpu")
     if config is None:
