@@ -8,14 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from quantized_support import FORMATS, quantized, steps
+from quantized_support import FORMATS, quantized, steps, torchao_config
 
 import dorafx
 import dorafx.backend
 
 pytest.importorskip("bitsandbytes")
-pytest.importorskip("torchao")
 pytest.importorskip("hqq")
+quantize_ = pytest.importorskip("torchao.quantization").quantize_
 
 SLOW = ("nf4", "hqq 4 bit columns", "hqq 8 bit")
 EAGER = {"dorafx.codegen": "eager", "dorafx.strict": True}
@@ -80,6 +80,30 @@ def test_bitsandbytes_8_bit() -> None:
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         records = dorafx.rewrite_log().rewrites
         assert {(r.pattern, r.dtype, r.norm_placement) for r in records} == {("linear", "bnb8", "prologue")}
+
+
+@pytest.mark.parametrize(
+    "how", ["compile", *(pytest.param(h, marks=pytest.mark.slow) for h in ("optimize", "dynamic"))]
+)
+def test_bitsandbytes_8_bit_with_outliers(how: str) -> None:
+    """As transformers loads it: in half precision and with a threshold, the base layer breaks the graph, and what stands
+    around each of them is one code, whose second shape makes sizes symbols."""
+    model, dtype = quantized("bnb 8 bit outliers", torch.float16).eval(), torch.float16
+    call = model
+    if how == "optimize":
+        dorafx.optimize(model, codegen="eager")
+    else:
+        call = torch.compile(model, backend="dorafx", dynamic=how == "dynamic" or None, options=EAGER)
+    for tokens in (5, 5):
+        x = torch.randn(tokens, 64, dtype=dtype)
+        x[:, 3] = 20  # an outlier
+        stock = quantized("bnb 8 bit outliers", dtype).eval()
+        wanted = steps(stock, stock, x, False)
+        torch.testing.assert_close(steps(model, call, x, False), wanted, rtol=2e-3, atol=2e-3)
+    log = dorafx.rewrite_log()
+    assert {(r.d_out, r.d_in) for r in log.rewrites} == {(128, 64), (64, 128)} and not log.misses
+    assert {(r.pattern, r.dtype, r.norm_placement) for r in log.rewrites} == {("linear", "bnb8", "prologue")}
+    assert log.norms.reused
 
 
 def test_repacked_weights() -> None:
@@ -197,6 +221,39 @@ def test_scales_that_are_quantised_themselves_are_formed() -> None:
     for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"float32"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "reason"),
+    [
+        ("torchao int8, one scale", "linear", "its scales are not those of groups along a row (block size (128, 64))"),
+        ("torchao fp8", "norm_only", "this dequantisation of Float8Tensor is not known"),
+    ],
+)
+def test_torchao_weights_of_other_kinds_are_formed_with_a_reason(kind: str, pattern: str, reason: str) -> None:
+    model, x = quantized(kind).train(), torch.randn(5, 64)
+    wanted = steps(model, model, x, True)
+    for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    records = dorafx.rewrite_log().rewrites
+    assert [(r.pattern, r.dtype) for r in records] == [(pattern, "float32")] * 2
+    assert records[0].decision == f"the dequantised weight is formed: {reason}"
+
+
+@pytest.mark.parametrize("kind", ["torchao int8", "torchao intx", "torchao int8, one scale"])
+def test_a_merged_weight_of_torchao(kind: str) -> None:
+    linear = torch.nn.Linear(64, 128, bias=False)
+    quantize_(linear, torchao_config(kind))
+    weight, left, right, magnitude = linear.weight, torch.randn(128, 4), torch.randn(4, 64), torch.rand(128, 1) + 0.5
+
+    def merged(x: torch.Tensor) -> torch.Tensor:
+        dense = weight.dequantize() + left @ right
+        return torch.nn.functional.linear(x, magnitude * dense / dense.norm(dim=1, keepdim=True))
+
+    with torch.no_grad():
+        x = torch.randn(5, 64)
+        torch.testing.assert_close(compiled(merged)(x), merged(x), rtol=1e-4, atol=1e-5)
+    assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
 
 
 @pytest.mark.parametrize("kind", ["gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "eetq.EetqLoraLinear"])
