@@ -191,6 +191,19 @@ def test_norms_are_reused_and_never_stale(kind: str) -> None:
     change(replace)
 
 
+def test_a_model_that_decoded_can_be_moved() -> None:
+    """torchao's parameters are swapped when they are moved, which torch refuses of tensors that somebody refers to."""
+    model, x = quantized("torchao int8").eval(), torch.randn(1, 64)
+    call = compiled(model)
+    for _ in range(3):
+        steps(model, call, x, False)
+    assert dorafx.rewrite_log().norms.reused
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    model.to(torch.bfloat16)
+    found, wanted = (steps(model, f, x.bfloat16(), False)[0] for f in (call, model))
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
 def test_training_and_decoding_in_turns() -> None:
     """The fused optimizer moves no version counter."""
     model, x = quantized("nf4"), torch.randn(1, 64)
