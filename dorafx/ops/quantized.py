@@ -221,12 +221,12 @@ def dequantize(
     return dequantize_rows(weight, 0, weight.shape[0])
 
 
-def _block(weight: Packed, rank: int, casts_right: bool) -> tuple[int, int]:
+def _block(weight: Packed, rank: int, casts_right: bool, shrink: int) -> tuple[int, int]:
     """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
-    those of codes and values in fp32 included."""
+    those of codes and values in fp32 included. ``shrink``: by how much all of that is to be smaller."""
     d_out, d_in = weight.shape
-    limit = weight.numel * weight.dtype.itemsize // (9 * 4)
-    rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS, d_in)) // max(d_in, rank, 1)))
+    limit = weight.numel * weight.dtype.itemsize // (9 * 4 * shrink)
+    rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS // shrink, d_in)) // max(d_in, rank, 1)))
     return rows, max(1, min(d_in, limit // rank)) if casts_right and rank else d_in
 
 
@@ -264,22 +264,27 @@ def row_norm_quantized(
 
     Raises:
         ValueError, TypeError: operands that do not fit together.
+        RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
     weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
     check_operands(weight, left, right)
-    (d_out, d_in), rank = weight.shape, right.shape[0]
-    norms = torch.zeros(d_out, dtype=torch.float32, device=packed.device)
-    if not weight.numel:
-        return norms
-    rows, columns = _block(weight, rank, right.dtype != torch.float32)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
-        for first in range(0, d_out, rows):
-            last = min(first + rows, d_out)
-            block = dequantize_rows(weight, first, last).to(torch.float32)
-            side = left[first:last].to(torch.float32)
-            for start in range(0, d_in if rank else 0, columns):
-                chunk = slice(start, start + columns)
-                block[:, chunk].addmm_(side, right[:, chunk].to(torch.float32), alpha=scale)
-            torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
+        return norm.with_less_memory(lambda shrink: _tiled(weight, left, right, scale, shrink))
+
+
+def _tiled(weight: Packed, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int) -> torch.Tensor:
+    (d_out, d_in), rank = weight.shape, right.shape[0]
+    norms = torch.zeros(d_out, dtype=torch.float32, device=weight.packed.device)
+    if not weight.numel:
+        return norms
+    rows, columns = _block(weight, rank, right.dtype != torch.float32, shrink)
+    for first in range(0, d_out, rows):
+        last = min(first + rows, d_out)
+        block = dequantize_rows(weight, first, last).to(torch.float32)
+        side = left[first:last].to(torch.float32)
+        for start in range(0, d_in if rank else 0, columns):
+            chunk = slice(start, start + columns)
+            block[:, chunk].addmm_(side, right[:, chunk].to(torch.float32), alpha=scale)
+        torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
     return norms
