@@ -12,6 +12,7 @@ from quantized_support import FORMATS, quantized, steps, torchao_config
 
 import dorafx
 import dorafx.backend
+from dorafx.rewriter.lowering import _ALL_DECOMPOSITIONS
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("hqq")
@@ -202,6 +203,45 @@ def test_a_model_that_decoded_can_be_moved() -> None:
     model.to(torch.bfloat16)
     found, wanted = (steps(model, f, x.bfloat16(), False)[0] for f in (call, model))
     torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def operators(gm: Any) -> set[str]:
+    return {str(n.target) for n in gm.graph.nodes if "dorafx" in str(n.target)}
+
+
+@pytest.mark.parametrize(
+    "kind", ["nf4", *(pytest.param(k, marks=pytest.mark.slow) for k in ("torchao int8", "bnb 8 bit"))]
+)
+def test_portable_graphs_hold_no_operator_of_ours(kind: str) -> None:
+    model, twin, x = quantized(kind).eval(), quantized(kind).eval(), torch.randn(1, 64)
+
+    def rewritten(gm: Any, _: Any) -> Any:
+        before = str(gm.graph)
+        assert "dorafx.row_norm_quantized.default" in operators(dorafx.rewrite(gm))
+        new = dorafx.rewrite(gm, portable=True)
+        assert str(gm.graph) == before and not operators(new)
+        return new.forward
+
+    call = torch.compile(model, backend=rewritten, fullgraph=True)
+    torch.testing.assert_close(steps(model, call, x, False), steps(twin, twin, x, False), rtol=1e-4, atol=1e-5)
+    assert {(r.pattern, r.d_in) for r in dorafx.rewrite_log().rewrites} == {("linear", 64), ("linear", 128)}
+
+
+def test_portable_programs_of_hqq(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A polyfill stands for its dequantisation by an operator of dorafx's, which is written out as well."""
+    model, x = quantized("hqq 4 bit").eval(), torch.randn(5, 64)
+    with torch.no_grad():
+        wanted = model(x)
+        exported = torch.export.export(model, (x,), strict=True)
+        program = dorafx.rewrite(exported, portable=True)
+        assert operators(exported.graph_module) and not operators(program.graph_module)
+        for call in (program.module(), program.run_decompositions().module()):
+            torch.testing.assert_close(call(x), wanted, rtol=1e-4, atol=1e-5)
+        monkeypatch.delitem(_ALL_DECOMPOSITIONS, torch.ops.dorafx.dequantize.default)
+        with pytest.raises(
+            dorafx.DorafxError, match=r"holds dorafx\.dequantize\.default, which could not be written out"
+        ):
+            dorafx.rewrite(exported, portable=True)
 
 
 def test_training_and_decoding_in_turns() -> None:
