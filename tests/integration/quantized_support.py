@@ -50,6 +50,8 @@ def _bitsandbytes(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool
         # On a CPU with AVX512-BF16 evaluation brings the weight into another layout (see test_repacked_weights).
         made.support_avx512bf16_for_cpu = repack
     made.load_state_dict(linear.state_dict())
+    if dtype != torch.float32 and not kind.startswith("bnb 8 bit"):
+        made.to(dtype)  # before it is quantised: what it is dequantised to
     return made.to("cpu")  # type: ignore[no-any-return]
 
 
