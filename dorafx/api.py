@@ -296,13 +296,14 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     Raises:
         TypeError: anything else.
         ValueError: the graph carries no shapes, and there are no example inputs to find them with.
+        DorafxError: ``portable``, and the program holds an operator of dorafx's that could not be written out.
 
     >>> program = torch.export.export(layer, (x,))
     >>> type(dorafx.rewrite(program)).__name__
     'ExportedProgram'
     """
     from dorafx.backend import log_failure, rewrite_graph_module
-    from dorafx.rewriter.lowering import lower_to_aten, without_own_operators
+    from dorafx.rewriter.lowering import lower_to_aten, own_operators, without_own_operators
     from dorafx.rewriter.shapes import carries_shapes, with_shapes
 
     if not isinstance(program, (torch.export.ExportedProgram, fx.GraphModule)):
@@ -319,22 +320,25 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
             )
         graph_module = with_shapes(graph_module, example_inputs)
     log = RewriteLog()
+    result: Any = program
     try:
         named = _parameters_of(program) if isinstance(program, torch.export.ExportedProgram) else None
         new = rewrite_graph_module(graph_module, Options(), log=log, is_parameter=named)
-        if new is graph_module:
-            result = program
-        else:
-            if portable:
-                without_own_operators(new)
+        if portable and own_operators(new):
+            new = without_own_operators(new)
+        if new is not graph_module:
             if exported:
                 lower_to_aten(new)
             result = _compat.exported_program_with_graph(program, new) if exported else new
     except Exception as error:
         log_failure(error, Options(), rewrite_log())
-        return program
-    # Only now: a failure on the way may not leave a claim of rewrites behind.
-    rewrite_log().extend(log.records)
+    else:
+        # Only now: a failure on the way may not leave a claim of rewrites behind.
+        rewrite_log().extend(log.records)
+    left = own_operators(result.graph_module if exported else result) if portable else []
+    if left:
+        # A polyfill made it when the program was captured.
+        raise DorafxError(f"rewrite: the program holds {', '.join(left)}, which could not be written out in aten")
     return result
 
 

@@ -49,9 +49,12 @@ GRAPH_MODULE_ATTRIBUTES = (
 
 
 def carry_node_attributes(old: Any, new: Any) -> None:
-    """Dynamo's ``_dynamo_source`` is lost by ``Graph.graph_copy``; AOTAutograd asserts that placeholders have it."""
+    """Dynamo's ``_dynamo_source`` is lost by ``Graph.graph_copy``; AOTAutograd asserts that placeholders have it. Its
+    ``grapharg``, a weak reference to the input, is for Dynamo alone, which takes it from its own graph after compilation: a
+    parameter that is referred to so cannot be swapped, and a torchao weight not be moved."""
     if hasattr(old, "_dynamo_source"):
         new._dynamo_source = old._dynamo_source
+    new.meta.pop("grapharg", None)
 
 
 def input_source(node: Any) -> str:

@@ -127,8 +127,9 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
             state.SCB = weight.SCB
         scale = state.SCB.to(weight.device)
         # A forward of the base layer has made the weight's data the memory of these codes: the same values, but the graph knows
-        # that nobody writes them.
-        codes = weight.data if state.CB is None else state.CB
+        # that nobody writes them. Once two layers differ in shape, Dynamo makes the sizes of what is no parameter symbols; those
+        # of the weight are the same numbers.
+        codes = weight.data if state.CB is None else state.CB.reshape(weight.shape)
         if hasattr(bnb.functional, "int8_vectorwise_dequant"):
             return bnb.functional.int8_vectorwise_dequant(codes, scale)
         return codes * scale.view(-1, 1) * 7.874015718698502e-3

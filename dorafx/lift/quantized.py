@@ -46,7 +46,11 @@ def packed_weight(node: fx.Node) -> PackedWeight | str:
         return _torchao(node, value)
     name = str(node.target)
     if node.op != "call_function":
-        return f"{type(value).__name__} is not known" if name == "dequantize" else ""
+        source = node.args[0] if name == "dequantize" else None
+        if not isinstance(source, fx.Node):
+            return ""
+        kind = type(source.meta.get("example_value", source.meta.get("val"))).__name__
+        return f"this dequantisation of {kind} is not known"
     if name == "bitsandbytes.dequantize_4bit.default":
         args = arguments(node, "A", "absmax", "blocksize", "quant_type", "shape", "dtype")
         if (

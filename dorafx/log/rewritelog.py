@@ -142,7 +142,8 @@ class RewriteLog:
 
     @classmethod
     def from_json(cls, text: str) -> RewriteLog:
-        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects.
+        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. Of these, a last one that was cut
+        off, as where the process was killed, is left out, with a note.
 
         Raises:
             ValueError: text that is neither; the message says what was wrong and where.
@@ -150,12 +151,17 @@ class RewriteLog:
         log = cls()
         text = text.removeprefix("\ufeff")  # editors and shells on Windows put a byte order mark in front
         try:
-            data = json.loads(text)
+            data = _json_of(text)
         except RecursionError:
             raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
-            log.extend(*_from_lines(text, error))
+            records, drawings, cut = _from_lines(text, error)
+            log.extend(records, drawings)
+            if cut:
+                log.add_note(cut)
             return log
+        except ValueError as error:
+            raise ValueError(f"not a dorafx log: {error}") from None
         if isinstance(data, dict) and "dorafx_log" not in data and "status" in data:
             data = {"dorafx_log": SCHEMA_VERSION, "records": [data]}
         if not isinstance(data, dict) or "dorafx_log" not in data:
@@ -242,14 +248,17 @@ def drawings_from(values: Any) -> dict[str, Drawing]:
     return found
 
 
-def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing]]:
+def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing], str]:
+    """Records, drawings, and a note on a last line that was not finished, if there is one."""
     records: list[Record] = []
     drawings: dict[str, Drawing] = {}
-    for number, line in enumerate(text.split("\n"), 1):
+    cut = ""
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
+            data = _json_of(line)
             if isinstance(data, dict) and "before" in data:
                 drawings[str(data.get("drawing", ""))] = Drawing.from_dict(data)
             else:
@@ -259,12 +268,24 @@ def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], d
         except json.JSONDecodeError:
             if not records and not drawings:
                 raise ValueError(f"not a dorafx log: not JSON (line {whole.lineno}: {whole.msg})") from None
+            if number == len(lines):  # a finished line ends
+                cut = f"line {number} of the log was cut off, and is left out"
+                continue
             raise ValueError(f"dorafx log, line {number}: not JSON") from None
         except ValueError as error:
             raise ValueError(f"dorafx log, line {number}: {error}") from None
     if not records and not drawings:
         raise ValueError("not a dorafx log: empty")
-    return records, drawings
+    return records, drawings, cut
+
+
+def _json_of(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python's limit of digits
+        raise ValueError("a number of too many digits") from None
 
 
 _PROCESS_LOG = RewriteLog()

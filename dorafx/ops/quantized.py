@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -31,7 +32,16 @@ from dorafx import _compat
 
 from . import norm
 
-__all__ = ["FORMATS", "TABLES", "Packed", "dequantize", "dequantize_rows", "row_norm_quantized"]
+__all__ = [
+    "FORMATS",
+    "TABLES",
+    "Packed",
+    "dequantize",
+    "dequantize_rows",
+    "dequantize_unrolled",
+    "row_norm_quantized",
+    "row_norm_quantized_unrolled",
+]
 
 # bitsandbytes' tables by code, in fp32. NF4: quantiles of a normal distribution, as the paper's appendix E prints them. FP4:
 # a sign, two exponent bits and one of mantissa, divided by the largest value, 12.
@@ -59,6 +69,7 @@ class Packed:
 
     Attributes:
         dtype: what it is dequantised to: fp16, bf16 or fp32.
+        pairs: of 4-bit types, both values of each byte ``[256, 2]``, where they are not to be those that the process keeps.
     """
 
     packed: torch.Tensor
@@ -68,6 +79,7 @@ class Packed:
     shape: tuple[int, int]
     group: int
     dtype: torch.dtype
+    pairs: torch.Tensor | None = None
 
     @property
     def numel(self) -> int:
@@ -120,19 +132,27 @@ def _check_sizes(w: Packed) -> None:
             )
 
 
+def _both_values(table: torch.Tensor) -> torch.Tensor:
+    byte = torch.arange(256, device=table.device)
+    return torch.stack([table[byte >> 4], table[byte & 15]], 1)
+
+
 @functools.cache
-def _pairs(kind: str, device: torch.device) -> torch.Tensor:
+def _kept_pairs(kind: str, device: torch.device) -> torch.Tensor:
+    return _both_values(torch.tensor(TABLES[kind], dtype=torch.float32)).to(device)
+
+
+def _pairs(weight: Packed) -> torch.Tensor:
     """Both values of each byte: ``[256, 2]``."""
-    table = torch.tensor(TABLES[kind], dtype=torch.float32)
-    byte = torch.arange(256)
-    return torch.stack([table[byte >> 4], table[byte & 15]], 1).to(device)
+    kind = _CPU_TABLES.get(weight.format, weight.format)
+    return _kept_pairs(kind, weight.packed.device) if weight.pairs is None else weight.pairs
 
 
 def _four_bit(w: Packed, first: int, last: int) -> torch.Tensor:
     d_in = w.shape[1]
     start, end = first * d_in, last * d_in
     data = w.packed.reshape(-1).view(torch.uint8)[start // 2 : -(-end // 2)]
-    values = _pairs(w.format, data.device).index_select(0, data.int()).reshape(-1)[start % 2 :][: end - start]
+    values = _pairs(w).index_select(0, data.int()).reshape(-1)[start % 2 :][: end - start]
     scales = w.scales.reshape(-1)
     if start % w.group == 0 and (end - start) % w.group == 0:
         values.view(-1, w.group).mul_(scales[start // w.group : end // w.group, None])
@@ -148,7 +168,7 @@ def _four_bit_cpu(w: Packed, first: int, last: int) -> torch.Tensor:
     data = w.packed.reshape(-1)[start * 16 * d_in : end * 16 * d_in].view(-1, 32)
     codes = torch.cat([data & 15, data >> 4], 1).view(end - start, d_in // 2, 32, 2).transpose(1, 2)
     codes = codes.reshape(-1, d_in)[first - 32 * start : last - 32 * start].int()
-    values = _pairs(_CPU_TABLES[w.format], data.device)[:16, 1].index_select(0, codes.view(-1))
+    values = _pairs(w)[:16, 1].index_select(0, codes.view(-1))
     scales = w.scales.view(-1, w.shape[0])[:, first:last].t().to(torch.float32)
     return values.view(last - first, -1, w.group).mul_(scales[:, :, None]).view(-1, d_in).to(w.dtype)
 
@@ -221,12 +241,12 @@ def dequantize(
     return dequantize_rows(weight, 0, weight.shape[0])
 
 
-def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool) -> tuple[int, int]:
+def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool, shrink: int) -> tuple[int, int]:
     """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
-    those of codes and values in the wide dtype included."""
+    those of codes and values in the wide dtype included. ``shrink``: by how much all of that is to be smaller."""
     d_out, d_in = weight.shape
-    limit = weight.numel * weight.dtype.itemsize // (9 * wide.itemsize)
-    rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS, d_in)) // max(d_in, rank, 1)))
+    limit = weight.numel * weight.dtype.itemsize // (9 * wide.itemsize * shrink)
+    rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS // shrink, d_in)) // max(d_in, rank, 1)))
     return rows, max(1, min(d_in, limit // rank)) if casts_right and rank else d_in
 
 
@@ -264,23 +284,78 @@ def row_norm_quantized(
 
     Raises:
         ValueError, TypeError: operands that do not fit together.
+        RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
     weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
     check_operands(weight, left, right)
-    (d_out, d_in), rank = weight.shape, right.shape[0]
-    wide = norm.compute_dtype(left, right)
-    norms = torch.zeros(d_out, dtype=wide, device=packed.device)
-    if not weight.numel:
-        return norms
-    rows, columns = _block(weight, rank, wide, right.dtype != wide)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
-        for first in range(0, d_out, rows):
-            last = min(first + rows, d_out)
-            block = dequantize_rows(weight, first, last).to(wide)
-            side = left[first:last].to(wide)
-            for start in range(0, d_in if rank else 0, columns):
-                chunk = slice(start, start + columns)
-                block[:, chunk].addmm_(side, right[:, chunk].to(wide), alpha=scale)
-            torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
+        return norm.with_less_memory(lambda shrink: _tiled(weight, left, right, scale, shrink))
+
+
+def _tiled(weight: Packed, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int) -> torch.Tensor:
+    (d_out, d_in), rank = weight.shape, right.shape[0]
+    wide = norm.compute_dtype(left, right)
+    norms = torch.zeros(d_out, dtype=wide, device=weight.packed.device)
+    if not weight.numel:
+        return norms
+    rows, columns = _block(weight, rank, wide, right.dtype != wide, shrink)
+    for first in range(0, d_out, rows):
+        last = min(first + rows, d_out)
+        block = dequantize_rows(weight, first, last).to(wide)
+        side = left[first:last].to(wide)
+        for start in range(0, d_in if rank else 0, columns):
+            chunk = slice(start, start + columns)
+            block[:, chunk].addmm_(side, right[:, chunk].to(wide), alpha=scale)
+        torch.linalg.vector_norm(block, dim=1, out=norms[first:last])
     return norms
+
+
+def _to_trace(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+) -> Packed:
+    """A weight of whose dequantisation a tracer sees nothing but aten calls: a table that the process keeps would be a constant."""
+    kind, pairs = _CPU_TABLES.get(format, format), None
+    if kind in TABLES:
+        values = [torch.full((), value, dtype=torch.float32, device=packed.device) for value in TABLES[kind]]
+        pairs = _both_values(torch.stack(values))
+    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype, pairs)
+    weight.check()
+    return weight
+
+
+def dequantize_unrolled(
+    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *rest: Any
+) -> torch.Tensor:
+    """:func:`dequantize`, for graphs that may hold nothing but aten calls."""
+    weight = _to_trace(packed, scales, zeros, *rest)
+    return dequantize_rows(weight, 0, weight.shape[0])
+
+
+def row_norm_quantized_unrolled(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    *rest: Any,
+) -> torch.Tensor:
+    """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`)."""
+    weight = _to_trace(packed, scales, zeros, *rest)
+    d_out = weight.shape[0]
+    rows = max(1, -(-d_out // (10 if weight.dtype == torch.float32 else 20)))
+    wide = norm.compute_dtype(left, right)
+    wide_left, wide_right = left.to(wide) * scale, right.to(wide)
+    norms = []
+    for first in range(0, d_out, rows):
+        last = min(first + rows, d_out)
+        block = dequantize_rows(weight, first, last).to(wide)
+        norms.append(torch.linalg.vector_norm(torch.addmm(block, wide_left[first:last], wide_right), dim=1))
+    return torch.cat(norms) if norms else left.new_zeros(0, dtype=wide)

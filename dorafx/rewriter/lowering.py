@@ -13,15 +13,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dorafx import _compat
 from dorafx.lift import tensor_of
 from dorafx.ops.norm import row_norm_unrolled
+from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
 from dorafx.ops.register import DECOMPOSITIONS
 
+from .copying import copy_graph_module
 from .shapes import of_mode
 
-__all__ = ["lower_to_aten", "without_own_operators"]
+__all__ = ["lower_to_aten", "own_operators", "without_own_operators"]
 
 _ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **DECOMPOSITIONS,
     torch.ops.dorafx.row_norm.default: row_norm_unrolled,
+    torch.ops.dorafx.row_norm_quantized.default: row_norm_quantized_unrolled,
+    torch.ops.dorafx.dequantize.default: dequantize_unrolled,
 }
 
 
@@ -42,19 +46,29 @@ def _is_torch_function(target: Any) -> bool:
     return not _compat.is_overload(target) and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
 
 
-def without_own_operators(gm: fx.GraphModule) -> None:
-    """Write dorafx's operators out in aten, also in the bodies of higher-order operators.
+def own_operators(gm: fx.GraphModule) -> list[str]:
+    """The names of dorafx's operators that a graph and the bodies of its higher-order operators call."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
+    targets = {n.target for graph in graphs for n in graph.nodes if n.op == "call_function"}
+    return sorted(str(t) for t in targets if _compat.is_overload(t) and t.namespace == "dorafx")
+
+
+def without_own_operators(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy with dorafx's operators written out in aten, also in the bodies of higher-order operators.
 
     Args:
-        gm: changed in place. Its nodes carry fake values, as :func:`lower_to_aten` needs them.
+        gm: not changed. Its nodes carry fake values, as :func:`lower_to_aten` needs them.
     """
-    for module in gm.modules():
-        if isinstance(module, fx.GraphModule):
-            for node in list(module.graph.nodes):
-                if node.op == "call_function" and node.target in _ALL_DECOMPOSITIONS:
-                    _lower(module.graph, node, _ALL_DECOMPOSITIONS[node.target])
-            module.graph.lint()
-            module.recompile()
+    new, _ = copy_graph_module(gm)
+    for name, child in list(new.named_children()):
+        if isinstance(child, fx.GraphModule):
+            setattr(new, name, without_own_operators(child))
+    for node in list(new.graph.nodes):
+        if node.op == "call_function" and node.target in _ALL_DECOMPOSITIONS:
+            _lower(new.graph, node, _ALL_DECOMPOSITIONS[node.target])
+    new.graph.lint()
+    new.recompile()
+    return new
 
 
 def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None = None) -> None:
@@ -75,7 +89,7 @@ def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None =
     slots = [slot for slot in ("example_value", "val") if slot in node.meta] or ["val"]
     with mode or contextlib.nullcontext():
         values = [of_mode(value, mode) for value in found]
-    traced = make_fx(call, pre_dispatch=True)(*values)
+        traced = make_fx(call, pre_dispatch=True)(*values)
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,12 @@ class CannotEmit(Exception):
     site: fx.Node | None = None
 
 
+@functools.cache  # fake values are kept by what made them
+def _method(name: str) -> Callable[..., Any]:
+    """Calls the method of the tensor's own class: ``torch.Tensor.dequantize`` is not what a torchao weight has."""
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
 class NodeEmitter:
     """Makes nodes at a site of a copied graph, and reads the original's there.
 
@@ -48,7 +55,7 @@ class NodeEmitter:
         return self._created(self.graph.call_function(target, args, kwargs), target)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._created(self.graph.call_method(name, args, kwargs), getattr(torch.Tensor, name))
+        return self._created(self.graph.call_method(name, args, kwargs), _method(name))
 
     def _created(self, node: fx.Node, target: Callable[..., Any]) -> fx.Node:
         """Give a new node the provenance of the site and a fake value, as a tracer would have."""

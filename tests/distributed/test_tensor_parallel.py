@@ -66,6 +66,12 @@ def test_without_gradients(results: dict[str, Any]) -> None:
     assert found["sites"] == 2 and not found["misses"]
 
 
+def test_sequences_of_several_lengths(results: dict[str, Any]) -> None:
+    found = check(results, "lengths")
+    assert found["output"] < 1e-5
+    assert found["sites"] == 2 and found["patterns"] == ["linear"] and not found["misses"]
+
+
 def test_with_fsdp2(results: dict[str, Any]) -> None:
     found = check(results, "two dimensions")
     assert found["output"] < 1e-5 and found["gradients"] < 1e-5

@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import nn
 
-__all__ = ["FORMATS", "Block", "quantized", "steps"]
+__all__ = ["FORMATS", "Block", "quantized", "steps", "torchao_config"]
 
 FORMATS = {
     "nf4": "nf4",
@@ -40,8 +40,9 @@ def _bitsandbytes(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
     made: Any
-    if kind == "bnb 8 bit":
-        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=0.0)
+    if kind.startswith("bnb 8 bit"):
+        threshold = 6.0 if kind.endswith("outliers") else 0.0  # 6.0 is what transformers sets
+        made = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, threshold=threshold)
     else:
         made = bnb.nn.Linear4bit(
             *sizes, compute_dtype=dtype, quant_type=kind[:3], compress_statistics=kind.endswith("double")
@@ -49,6 +50,8 @@ def _bitsandbytes(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool
         # On a CPU with AVX512-BF16 evaluation brings the weight into another layout (see test_repacked_weights).
         made.support_avx512bf16_for_cpu = repack
     made.load_state_dict(linear.state_dict())
+    if dtype != torch.float32 and not kind.startswith("bnb 8 bit"):
+        made.to(dtype)  # before it is quantised: what it is dequantised to
     return made.to("cpu")  # type: ignore[no-any-return]
 
 
@@ -59,12 +62,16 @@ def _hqq(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
     return HQQLinear(linear, config, compute_dtype=dtype, device="cpu")  # type: ignore[no-any-return]
 
 
-def _torchao(model: nn.Module, kind: str) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
-    from torchao.quantization.granularity import PerGroup
+def torchao_config(kind: str) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization.granularity import PerGroup, PerTensor
 
-    intx = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
-    quantize_(model, intx if kind.endswith("intx") else Int8WeightOnlyConfig())
+    return {
+        "torchao int8": lambda: Int8WeightOnlyConfig(),
+        "torchao intx": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        "torchao int8, one scale": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
+        "torchao fp8": lambda: Float8WeightOnlyConfig(),
+    }[kind]()
 
 
 def quantized(
@@ -78,12 +85,14 @@ def quantized(
     torch.manual_seed(0)
     model = Block(**(block or {})).to(dtype)
     if kind.startswith("torchao"):
-        _torchao(model, kind)
+        from torchao.quantization import quantize_
+
+        quantize_(model, torchao_config(kind))
     else:
         for name, linear in list(model.named_children()):
             make = _hqq(linear, kind, dtype) if kind.startswith("hqq") else _bitsandbytes(linear, kind, dtype, repack)
             setattr(model, name, make)
-        model.is_loaded_in_8bit = kind == "bnb 8 bit"  # type: ignore[assignment]
+        model.is_loaded_in_8bit = kind.startswith("bnb 8 bit")  # type: ignore[assignment]
         model.is_loaded_in_4bit = kind[:3] in ("nf4", "fp4")  # type: ignore[assignment]
     config = {"r": 4, "use_dora": True, "init_lora_weights": False, "target_modules": ["up", "down"], **lora}
     return peft.get_peft_model(model, peft.LoraConfig(**config))

@@ -87,12 +87,21 @@ def test_text_folds_layers_and_gives_reasons() -> None:
         ('{"status": "missed", "d_out": 1' + "0" * 400 + "}", "'d_out' is not between"),
         ("[" * 100_000, "nested too deeply"),
         ('{"dorafx_log": 1, "records": {}}', "must be lists"),
-        ('{"status": "missed"}\n{"status": "mis', "line 2: not JSON"),
+        ('{"status": "missed"}\n{"status": "mis\n', "line 2: not JSON"),
+        ('{"status": "mis', "not JSON"),
+        ('{"status": "missed", "d_out": 1' + "0" * 5000 + "}", "not a dorafx log: a number of too many digits"),
+        ('{"status": "missed"}\n{"rank": 1' + "0" * 5000 + "}\n", "line 2: a number of too many digits"),
     ],
 )
 def test_what_is_no_log_is_said(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RewriteLog.from_json(text)
+
+
+def test_a_last_line_that_a_kill_cut_off_is_left_out() -> None:
+    log = RewriteLog.from_json('{"status": "missed", "site": "a"}\n{"status": "missed", "site": "b"}\n{"status": "mis')
+    assert [r.site for r in log.misses] == ["a", "b"]
+    assert log.notes == ["line 3 of the log was cut off, and is left out"]
 
 
 def test_html_is_escaped_and_self_contained(tmp_path: Path) -> None:

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_quantized import CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dorafx
 from dorafx import DorafxWarning
-from dorafx.ops import norm, reference
+from dorafx.ops import norm, quantized, reference
 from dorafx.ops.triton import dispatch
 
 
@@ -65,6 +66,34 @@ def test_smaller_blocks(dtype: torch.dtype, algorithm: str, error: Callable[[int
         found = norm.row_norm(weight, left, right, 0.5, algorithm)
     assert limited.failures
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+QUANTISED = ("nf4", "bnb8", "torchao int8", "torchao intx", "hqq4 axis 0", "hqq4 axis 1")
+
+
+@pytest.mark.parametrize("error", [on_device, on_cpu])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", QUANTISED)
+def test_smaller_blocks_of_a_quantised_weight(
+    case: str, factors: torch.dtype, error: Callable[[int], RuntimeError]
+) -> None:
+    w, dense = CASES[case](torch.randn(128, 128))
+    left, right = torch.randn(128, 12).to(factors), torch.randn(12, 128).to(factors)
+    exact = reference.row_norm(dense.double(), left.double(), right.double(), 0.5)
+
+    def compute() -> torch.Tensor:  # not by the operator, into which the limit would not see
+        return quantized.row_norm_quantized(
+            w.packed, w.scales, w.zeros, left, right, 0.5, w.format, w.shape, w.group, w.dtype
+        )
+
+    compute()  # tables are made once
+    limited = Limited(600, error)
+    with limited, pytest.warns(DorafxWarning, match="out of memory during a norm"):
+        found = compute()
+    assert limited.failures
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    with Limited(64, error), pytest.raises(type(error(1)), match=r"attempt 1$"):
+        compute()
 
 
 def test_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,11 +174,19 @@ class Launcher:
         self.calls: list[tuple[int, int | None]] = []
 
     def launch_group(self, norms: Any, scale: float, parts: int | None = None) -> list[torch.Tensor]:
-        self.calls.append((len(norms), parts))
+        self._launch(len(norms), parts)
+        return [reference.row_norm(*operands, scale) for operands in norms]
+
+    def launch(self, weight: Any, left: Any, right: Any, scale: float, parts: int | None = None) -> torch.Tensor:
+        self._launch(1, parts)
+        dense = quantized.dequantize_rows(weight, 0, weight.shape[0])
+        return reference.row_norm(dense, left, right, scale)
+
+    def _launch(self, count: int, parts: int | None) -> None:
+        self.calls.append((count, parts))
         if self.failures:
             self.failures -= 1
             raise on_device(len(self.calls))
-        return [reference.row_norm(*operands, scale) for operands in norms]
 
 
 @pytest.fixture
@@ -160,6 +197,10 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     module = types.ModuleType("dorafx.ops.triton.row_norm")
     module.launch_group = found.launch_group  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dorafx.ops.triton.row_norm", module)
+    module = types.ModuleType("dorafx.ops.triton.quantized")
+    module.launch = found.launch  # type: ignore[attr-defined]
+    module.serves = lambda weight: True  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dorafx.ops.triton.quantized", module)
     monkeypatch.setattr(dispatch, "available", lambda: True)
     return found
 
@@ -180,6 +221,20 @@ def test_launches_shrink_too(launcher: Launcher) -> None:
     launcher.calls.clear()
     with pytest.raises(torch.OutOfMemoryError, match=r"attempt 1$"):
         dispatch.row_norm(*operands(torch.float32), 0.5)
+
+
+def test_the_launch_of_a_quantised_weight_shrinks_too(launcher: Launcher) -> None:
+    w, dense = CASES["nf4"](torch.randn(64, 64))
+    left, right = torch.randn(64, 3), torch.randn(3, 64)
+    weight = (w.format, w.shape, w.group, w.dtype)
+    launcher.failures = 1
+    with pytest.warns(DorafxWarning, match="out of memory"):
+        found = dispatch.row_norm_quantized(w.packed, w.scales, w.zeros, left, right, 0.5, *weight)
+    assert launcher.calls == [(1, None), (1, 1)]
+    torch.testing.assert_close(found, reference.row_norm(dense, left, right, 0.5))
+    launcher.failures = 100
+    with pytest.raises(torch.OutOfMemoryError, match=r"attempt 3$"):
+        dispatch.row_norm_quantized(w.packed, w.scales, w.zeros, left, right, 0.5, *weight)
 
 
 def test_a_captured_group_is_launched_one_by_one(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:

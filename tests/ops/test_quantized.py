@@ -6,11 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import dorafx.ops  # noqa: F401
 from dorafx.bench.allocations import allocations
 from dorafx.ops import reference
-from dorafx.ops.quantized import TABLES, Packed, dequantize, dequantize_rows
+from dorafx.ops.quantized import (
+    TABLES,
+    Packed,
+    dequantize,
+    dequantize_rows,
+    dequantize_unrolled,
+    row_norm_quantized_unrolled,
+)
 
 row_norm_quantized = torch.ops.dorafx.row_norm_quantized
 
@@ -145,6 +153,27 @@ def test_neither_the_weight_nor_the_delta_exists(case: str, factors: torch.dtype
     size = dense.numel() * dense.element_size()
     assert found.largest < size / 8
     assert found.peak < size / 2
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unrolled_for_portable_graphs(case: str) -> None:
+    """A traced graph of aten calls alone, of blocks of rows that are dequantised one by one."""
+    torch.manual_seed(0)
+    w, dense = CASES[case](torch.randn(512, 128, dtype=torch.bfloat16))
+    left, right = torch.randn(512, 5), torch.randn(5, 128)
+
+    def program(packed: Any, scales: Any, zeros: Any, left: Any, right: Any) -> torch.Tensor:
+        return row_norm_quantized_unrolled(packed, scales, zeros, left, right, 0.3, w.format, w.shape, w.group, w.dtype)
+
+    operands = (w.packed, w.scales, w.zeros, left, right)
+    traced = make_fx(program, tracing_mode="fake")(*operands)
+    assert all(str(n.target).startswith("aten.") for n in traced.graph.nodes if n.op not in ("placeholder", "output"))
+    exact = reference.row_norm(dense.double(), left.double(), right.double(), 0.3)
+    torch.testing.assert_close(traced(*operands).double(), exact, rtol=1e-6, atol=0)
+    found = allocations(lambda: row_norm_quantized_unrolled(*operands, 0.3, w.format, w.shape, w.group, w.dtype), "cpu")
+    assert found.largest < dense.nbytes / 8
+    whole = make_fx(lambda *t: dequantize_unrolled(*t, w.format, w.shape, w.group, w.dtype), tracing_mode="fake")
+    assert torch.equal(whole(*operands[:3])(*operands[:3]), dense)
 
 
 def test_bad_operands() -> None:

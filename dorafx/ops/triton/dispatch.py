@@ -117,7 +117,8 @@ def row_norm_quantized(
         from .quantized import launch, serves
 
         if serves(weight):
-            return launch(weight, left, right, scale)
+            # As above: undivided, without partial sums.
+            return norm.with_less_memory(lambda shrink: launch(weight, left, right, scale, None if shrink == 1 else 1))
     return quantized.row_norm_quantized(packed, scales, zeros, left, right, scale, format, shape, group, dtype)
 
 
