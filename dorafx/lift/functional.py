@@ -61,6 +61,7 @@ def _twins() -> dict[Any, Callable[..., Any]]:
 
 
 _OUT_OF_PLACE = _twins()
+_PRODUCTS = (torch.addmm, torch.ops.aten.addmm.default)
 # Operators whose result is a fresh tensor, so that a write to it is seen by nobody else.
 _FRESH = frozenset(
     [
@@ -119,6 +120,8 @@ def private_writes(graph: fx.Graph) -> set[int]:
             known = node.target in _OUT_OF_PLACE and bool(node.args) and "out" not in node.kwargs
             # Written where no gradients are recorded, it keeps those that it has; what a twin returns there has none.
             known = known and (records[-1] or not tensor.requires_grad)
+            # Autocast rounds the operands of the twin of a product, and leaves those of one that writes as they are.
+            known = known and not (_OUT_OF_PLACE[node.target] in _PRODUCTS and _autocasts(graph, tensor.device))
             writes[storage] = writes.get(storage, True) and known
             last[storage] = i
     private = {storage for storage, known in writes.items() if known}
@@ -152,6 +155,11 @@ def _follow_grad_mode(node: fx.Node, records: list[bool]) -> None:
         records.append(records[-1] and not node.args[0])
     elif name == "exit_inference_mode" and len(records) > 1:
         records.pop()
+
+
+def _autocasts(graph: fx.Graph, device: torch.device) -> bool:
+    entered = any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph.nodes)
+    return entered or torch.is_autocast_enabled(device.type)
 
 
 def _shares(node: fx.Node) -> bool:

@@ -657,6 +657,22 @@ def test_modules_that_are_leaves_of_the_trace(leaf: nn.Module, written: bool) ->
     ]
 
 
+def test_a_product_written_under_autocast() -> None:
+    """In place it is computed as it is, while autocast would round the operands of a product that writes nothing."""
+    w, b, a, x = (t.float() for t in _factors((4, 5), (4, 2), (2, 5), (3, 5)))
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = w.clone().addmm_(b, a)
+        return (x @ w.T + x @ a.T @ b.T) / (w + b @ a).norm(dim=1), total
+
+    compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
+    with torch.autocast("cpu", torch.bfloat16):
+        (y, total), (wanted, wanted_total) = compiled(x), program(x)
+    torch.testing.assert_close(total, wanted_total)
+    torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02)
+    assert len(rewrite_log().rewrites) == 1
+
+
 @pytest.mark.parametrize("mode", ["real", "fake"])
 def test_a_view_written_in_a_graph_of_real_tensors(mode: str) -> None:
     """``make_fx`` of real tensors gives every value a storage of its own, views included."""
