@@ -1,6 +1,7 @@
 """Private torch API, and nothing else: one place to look when a torch release moves something.
 
-:mod:`.tensors` is about the identity of tensors, :mod:`.distributed` about programs of several processes."""
+:mod:`.tensors` is about the identity of tensors, :mod:`.autograd` about its engine, :mod:`.distributed` about programs of several
+processes."""
 
 from __future__ import annotations
 
