@@ -1,7 +1,7 @@
 """Private torch API, and nothing else: one place to look when a torch release moves something.
 
-:mod:`.operators` is about what operators write to, :mod:`.tensors` about the identity of tensors, :mod:`.compilers` about what
-compilers are told and say, :mod:`.distributed` about programs of several processes."""
+:mod:`.operators` is about what operators write to, :mod:`.tensors` about the identity of tensors, :mod:`.autograd` about its engine,
+:mod:`.compilers` about what compilers are told and say, :mod:`.distributed` about programs of several processes."""
 
 from __future__ import annotations
 

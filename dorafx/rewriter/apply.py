@@ -16,7 +16,7 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
-from .norm_operands import factor_operands, packed_operands, weight_operand
+from .norm_operands import factor_operands, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
 from .prologue import DENSE, SITE
 
@@ -47,11 +47,12 @@ class _Norms:
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
     if norm.packed is None:
-        weight = weight_operand(emit, norm.factors)
-        operands = factor_operands(emit, norm.factors)
-        if any(placements(tensor_of(operand)) is not None for operand in (weight, *operands[:2])):
+        weight, order = weight_operand(emit, norm.factors)
+        left, right, scale = factor_operands(emit, norm.factors)
+        right = in_order(emit, right, norm.factors, order)
+        if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
-        n = emit.call(torch.ops.dorafx.row_norm.default, weight, *operands, norm.algorithm)
+        n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
     else:
         w = norm.packed
         packed = packed_operands(emit, w)

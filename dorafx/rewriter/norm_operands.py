@@ -11,12 +11,51 @@ from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["factor_operands", "packed_operands", "weight_operand"]
+__all__ = ["factor_operands", "in_order", "packed_operands", "weight_operand"]
 
 
-def weight_operand(emit: Emitter, norm: NormFactors) -> fx.Node:
-    """The weight, ``[d_out, d_in]``."""
-    return _factor(emit, norm.weight)
+def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
+    """The weight ``[d_out, d_in]``, and in which order the axes of a filter make up its columns; empty for their own order.
+
+    Filters in ``channels_last`` are a matrix as they lie in memory, and flattening them in the order of their axes would copy all
+    of the weight. Norms do not depend on the order of columns, so that of the right factor is changed instead.
+    """
+    head = norm.weight[0]
+    if len(norm.weight) == 1 and isinstance(head, Mat) and not head.transposed:
+        info = emit.lift.atom_of(head.atom)
+        order = _order_in_memory(emit.tensor(info.node)) if info.kind == "filter" and info.node is not None else ()
+        if order and info.node is not None:
+            filters = emit.operand(info.node, head.atom.detached)
+            return emit.method("flatten", emit.method("permute", filters, (0, *order)), 1), order
+    return _factor(emit, norm.weight), ()
+
+
+def in_order(emit: Emitter, right: fx.Node, norm: NormFactors, order: tuple[int, ...]) -> fx.Node:
+    """The right factor ``[r, d_in]`` with its columns in the order that :func:`weight_operand` has them in."""
+    if not order:
+        return right
+    head = norm.weight[0]
+    assert isinstance(head, Mat)
+    filters = emit.lift.atom_of(head.atom).node
+    assert filters is not None
+    split = emit.method("unflatten", right, 1, tuple(emit.tensor(filters).shape[1:]))
+    return emit.method("flatten", emit.method("permute", split, (0, *order)), 1)
+
+
+def _order_in_memory(filters: torch.Tensor) -> tuple[int, ...]:
+    """The axes of filters ``[d_out, …]`` but the first, outermost in memory first, where they lie there without gaps and in another
+    order than their own; empty otherwise."""
+    sizes, strides = tuple(filters.shape), tuple(filters.stride())
+    if not all(isinstance(n, int) for n in (*sizes, *strides)):
+        return ()
+    axes = sorted(range(1, len(sizes)), key=lambda axis: (-strides[axis], axis))
+    expected = 1
+    for axis in reversed(axes):
+        if sizes[axis] > 1 and strides[axis] != expected:
+            return ()
+        expected *= sizes[axis]
+    wide = [axis for axis in axes if sizes[axis] > 1]
+    return tuple(axes) if wide != sorted(wide) else ()
 
 
 def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]:

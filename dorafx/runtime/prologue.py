@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat
+from dorafx._compat.autograd import in_backward, saved_tensors_are_packed
 from dorafx._compat.distributed import placements
 from dorafx.ops.composition import refuse_forward_mode
 from dorafx.ops.norm import compute_dtype, row_squares
@@ -40,8 +41,8 @@ def with_prologue(
         compiled: the main graph, whose last inputs are the norms.
         norms: how each is computed.
         reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse where no gradients are recorded and the
-            call has few tokens, where computing a norm would cost more than all the rest. ``"step"``: also while
-            gradients are recorded, until the optimizer steps.
+            call has few tokens, where computing a norm would cost more than all the rest, and where a checkpointed region
+            is recomputed. ``"step"``: also while gradients are recorded, until the optimizer steps.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
     """
@@ -60,7 +61,11 @@ def with_prologue(
         # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
         # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
         captured = being_captured()
-        may_reuse = not captured and (reuse == "step" or (reuse == "auto" and few_tokens and not recording))
+        # A forward that records gradients within a backward is the recomputation of a checkpointed region.
+        recomputing = reuse == "auto" and recording and in_backward()
+        may_reuse = not captured and (
+            reuse == "step" or recomputing or (reuse == "auto" and few_tokens and not recording)
+        )
         values: list[Any] = [None] * len(prologue)
         missing = []
         for i, inputs, scalars, signature, takes_apart in prologue:
@@ -72,25 +77,26 @@ def with_prologue(
                 ]
                 signature = f"{signature}{numbers}"
             watched = parts(tensors) if takes_apart else tensors
-            norm = kept_in.kept(signature, watched) if may_reuse else None
+            norm = kept_in.kept(signature, watched, recomputing) if may_reuse else None
             if norm is None:
                 missing.append((i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
         if missing:
-            keeping = not captured and (reuse == "step" or (reuse == "auto" and not recording))
+            for_anyone = not captured and (reuse == "step" or (reuse == "auto" and not recording))
+            for_recomputation = not captured and reuse == "auto" and recording and saved_tensors_are_packed()
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
             observed = [
-                kept_in.observe(signature, watched) if keeping else None for _, _, signature, watched in missing
+                kept_in.observe(signature, watched, for_recomputation) if for_anyone or for_recomputation else None
+                for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
             computed = _compute([wanted for _, wanted, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
+                if recording and not for_anyone:
+                    kept_in.drop(signature, watched)
                 kept_in.keep(state, norm)
-                if recording and not keeping:
-                    # Whoever trains writes the parameters next, and not every optimizer can be seen doing it.
-                    kept_in.drop(signature, watched, "a forward recorded gradients")
         kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
         return compiled(*args, *values)
 

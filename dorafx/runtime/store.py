@@ -6,7 +6,10 @@ A norm is reused only where all of this still holds of every tensor that it was 
 - its version counter did not move (in-place operators, ``load_state_dict`` and most optimizers move it);
 - no ``torch.optim`` optimizer stepped since (``fused=True`` writes without moving the counter);
 - sampled elements are what they were, bit for bit (``p.data.copy_(…)`` writes without moving the counter). Samples
-  are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait.
+  are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait;
+- it serves what it was kept for: a norm of a forward that recorded gradients serves the recomputation of that forward in the
+  backward (activation checkpointing) and nothing else, since whoever trains writes the parameters next, and not every
+  optimizer can be seen doing it.
 
 The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers: only a step of one
 that has the weight counts. They serve forwards that compute their norms, so they are kept where samples are read.
@@ -15,7 +18,7 @@ that has the weight counts. They serve forwards that compute their norms, so the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from .watch import SAMPLES, TensorState, watchable
 
 __all__ = ["NormStore", "Observed", "norm_store"]
 
+_RECORDED = "a forward recorded gradients"
 # Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
 _SQUARE_SAMPLES = 4096
 
@@ -37,6 +41,7 @@ class Observed:
     key: tuple[Any, ...]
     states: tuple[TensorState, ...]
     optimizer_steps: int
+    recorded: bool
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class _Entry:
     norm: torch.Tensor
     states: tuple[TensorState, ...]
     optimizer_steps: int
+    recorded: bool = False
 
 
 class NormStore:
@@ -63,31 +69,47 @@ class NormStore:
         self._steps = 0
         self._watching = False
 
-    def kept(self, signature: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-        """The norm of these tensors, if there is one that cannot be stale. The caller counts what it reuses."""
+    def kept(self, signature: str, tensors: Sequence[torch.Tensor], recomputing: bool = False) -> torch.Tensor | None:
+        """The norm of these tensors, if there is one that cannot be stale. The caller counts what it reuses.
+
+        Args:
+            signature: how it is computed.
+            tensors: what it is computed from.
+            recomputing: whether it is wanted by a forward that records gradients within a backward.
+        """
         key = (signature, *map(id, tensors))
         entry = self._entries.get(key)
         if entry is None:
             return None
-        reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else _change(entry, tensors)
+        if entry.recorded and not recomputing:
+            reason = _RECORDED
+        else:
+            reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else _change(entry, tensors)
         if not reason:
+            if recomputing and not entry.recorded:  # the region's forward, which is reentrant, recorded nothing itself
+                self._entries[key] = replace(entry, recorded=True)
             return entry.norm
         self.counters.count_invalidated(reason)
         self._entries.pop(key, None)
         return None
 
-    def observe(self, signature: str, tensors: Sequence[torch.Tensor]) -> Observed | None:
-        """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched."""
+    def observe(self, signature: str, tensors: Sequence[torch.Tensor], recorded: bool = False) -> Observed | None:
+        """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched.
+
+        Args:
+            signature, tensors: as for :meth:`kept`.
+            recorded: whether the forward records gradients, so that the norm may serve its recomputation only.
+        """
         self._watch_optimizers()
         if not watchable(tensors):
             return None
         key = (signature, *map(id, tensors))
-        return Observed(key, _states(self._entries, key, tensors), self._steps)
+        return Observed(key, _states(self._entries, key, tensors), self._steps, recorded)
 
     def keep(self, observed: Observed | None, norm: torch.Tensor) -> None:
         """Keep a norm that was computed since; nothing happens if the tensors cannot be watched."""
         if observed is not None:
-            self._entries[observed.key] = _Entry(norm, observed.states, observed.optimizer_steps)
+            self._entries[observed.key] = _Entry(norm, observed.states, observed.optimizer_steps, observed.recorded)
 
     def squares(
         self,
@@ -117,10 +139,11 @@ class NormStore:
         self._squares[key] = entry
         return entry.norm
 
-    def drop(self, signature: str, tensors: Sequence[torch.Tensor], reason: str) -> None:
-        """Forget the norm of these tensors, if it is kept."""
-        if self._entries and self._entries.pop((signature, *map(id, tensors)), None) is not None:
-            self.counters.count_invalidated(reason)
+    def drop(self, signature: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Forget the norm of these tensors, if it is kept: a forward records gradients."""
+        entry = self._entries.pop((signature, *map(id, tensors)), None) if self._entries else None
+        if entry is not None and not entry.recorded:
+            self.counters.count_invalidated(_RECORDED)
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
         """Forget every norm that was computed from one of these tensors; returns how many."""

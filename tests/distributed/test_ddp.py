@@ -20,14 +20,14 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return launch_once("worker_ddp.py", tmp_path_factory, "more")
 
 
-def _assert_trained_alike(found: dict[str, Any], forwards: int = 1) -> None:
+def _assert_trained_alike(found: dict[str, Any], recomputed: bool = False) -> None:
     assert found["losses"] < 1e-6
     assert found["gradients"] < 1e-5
     assert found["parameters"] < 1e-4  # Adam divides by the gradients' size
     assert found["patterns"] == ["linear"] and not found["misses"]
     assert found["sites"] == SITES
     assert found["placements"] == ["prologue"]
-    assert found["computed"] == SITES * STEPS * forwards and found["reused"] == 0
+    assert found["computed"] == SITES * STEPS and found["reused"] == SITES * STEPS * recomputed
 
 
 def test_ddp(quick: dict[str, Any]) -> None:
@@ -45,8 +45,8 @@ def test_ddp(quick: dict[str, Any]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["inner", "model", "inductor", "outer checkpointed", "modules checkpointed"])
 def test_ddp_in_every_way(more: dict[str, Any], how: str) -> None:
-    # Layers that are compiled by themselves within a checkpointed region run again in the backward, their prologues too.
-    _assert_trained_alike(check(more, how), 2 if how == "modules checkpointed" else 1)
+    # Layers that are compiled by themselves within a checkpointed region run again in the backward, and reuse their norms.
+    _assert_trained_alike(check(more, how), how == "modules checkpointed")
 
 
 @pytest.mark.slow

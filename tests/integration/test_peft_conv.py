@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dorafx import rewrite_log
 from dorafx.bench.allocations import allocations
+from dorafx.runtime import prologue
 
 CONVS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -204,6 +205,32 @@ def test_no_dense_delta_is_formed() -> None:
         torch.ops.dorafx.row_norm(layer.weight.detach().flatten(1), b.flatten(1), a.flatten(1), 1.0)
 
     assert allocations(norm, "cpu").largest < weight * 4 / 8
+
+
+def test_filters_in_channels_last_are_not_copied_for_their_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a matrix as they lie in memory, with the columns in another order, which the right factor is brought to."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, use_dora=True, target_modules=["0"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convolution = nn.Conv2d(48, 64, (3, 2)).to(memory_format=torch.channels_last)
+        model = get_peft_model(nn.Sequential(convolution), config).eval()
+    weight = convolution.weight
+    x = torch.randn(1, 48, 5, 5).to(memory_format=torch.channels_last)
+    largest: list[int] = []
+    compute = prologue._compute
+
+    def watched(*args: Any) -> Any:
+        found: list[Any] = []
+        largest.append(allocations(lambda: found.append(compute(*args)), "cpu").largest)
+        return found[0]
+
+    monkeypatch.setattr(prologue, "_compute", watched)
+    call = compiled(model)
+    with torch.no_grad():
+        torch.testing.assert_close(call(x), model(x), rtol=1e-5, atol=1e-5)
+    assert len(largest) == 1 and largest[0] < weight.numel() * 4 / 8
+    assert [r.norm_placement for r in rewrite_log().rewrites] == ["prologue"]
 
 
 def test_another_norm_is_rewritten_alone_or_not_at_all() -> None:
