@@ -14,6 +14,7 @@ from dorafx.options import COMPOSE
 
 from .plan import ANCHORS, DTYPES, SUITES, Settings
 from .plot import FORMATS, plot
+from .quantized import WEIGHTS
 from .results import Results
 from .run import run_bench
 from .shapes import PRESETS, parse_shape
@@ -63,6 +64,7 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
         default="model",
         help="what dorafx compiles as one graph: model (default), or auto, its adapter layers",
     )
+    bench.add_argument("--weights", default="dense", help=f"the suite norm's: {', '.join(WEIGHTS)} (default dense)")
     bench.add_argument(
         "--tune", action="store_true", help="search launch configurations on this GPU and print a table to paste"
     )
@@ -131,7 +133,9 @@ def _settings(options: argparse.Namespace) -> Settings:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
     plain: tuple[str, ...] = ("tokens", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
-    fields: dict[str, Any] = {name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose", "scope")}
+    fields: dict[str, Any] = {
+        name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose", "scope", "weights")
+    }
     for name in ("suites", "against", "shapes", "hidden", "rank", "layers"):
         fields[name] = tuple(dict.fromkeys(getattr(options, name)))
     return Settings(**fields, device=device, dtype=dtype)

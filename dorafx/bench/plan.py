@@ -14,6 +14,7 @@ from dorafx.options import COMPOSE
 
 from . import work
 from .models import Size
+from .quantized import GROUPS, WEIGHTS, packed_bytes
 from .shapes import PRESETS, Shape, parse_shape
 from .work import Work
 
@@ -131,6 +132,7 @@ class Settings:
     codegen: str = "inductor"
     compose: str = "auto"
     scope: str = "model"
+    weights: str = "dense"
 
     def __post_init__(self) -> None:
         if not self.suites:
@@ -172,6 +174,11 @@ class Settings:
             if wrong and value != defaults[name]:
                 given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                 raise ValueError(f"{given} goes with the suites {', '.join(served)}, not with {wrong[0]}")
+        _one_of("--weights", self.weights, WEIGHTS)
+        if self.weights != "dense" and (self.suites != ("norm",) or self.dtype == "float64"):
+            raise ValueError(
+                f"--weights {self.weights} goes with the suite norm alone, and with a dtype other than float64"
+            )
         _check_device(self.device)
         kernel = self.compose in ("triton", "triton_linear")
         if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
@@ -215,7 +222,8 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
     itemsize = DTYPES[settings.dtype].itemsize
     tokens = settings.tokens
     if suite in ("norm", "compose", "layer"):
-        return _distinct(_operator_case(suite, shape, tokens, itemsize) for shape in _weights(suite, settings))
+        shapes = _weights(suite, settings)
+        return _distinct(_operator_case(suite, shape, tokens, itemsize, settings.weights) for shape in shapes)
     if suite == "pass":
         sizes = (Size(hidden=64, layers=layers, rank=8, tokens=16) for layers in PASS_LAYERS)
         return [Case(suite, f"{size.layers} layers", {"size": asdict(size)}) for size in sizes]
@@ -242,7 +250,7 @@ def _distinct(cases: Iterable[Case]) -> list[Case]:
     return list(found.values())
 
 
-def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int) -> Case:
+def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int, weights: str) -> Case:
     d_out, d_in, rank = shape.d_out, shape.d_in, shape.rank
     suffix = f" ({shape.label})" if shape.label else ""
     if suite == "compose":
@@ -250,8 +258,15 @@ def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int) -> Case
         return Case(suite, label, {"tokens": tokens, "d_out": d_out}, work.compose_work(tokens, d_out, itemsize))
     parameters = {"d_out": d_out, "d_in": d_in, "rank": rank}
     if suite == "norm":
-        metrics = {"time": work.norm_work(d_out, d_in, rank, itemsize)}
-        return Case(suite, f"{d_out}x{d_in} r{rank}{suffix}", parameters, metrics)
+        label = f"{d_out}x{d_in} r{rank}{suffix}"
+        if weights == "dense":
+            return Case(suite, label, parameters, {"time": work.norm_work(d_out, d_in, rank, itemsize)})
+        if d_in % (GROUPS[weights] or 1):
+            raise ValueError(
+                f"--weights {weights} has groups of {GROUPS[weights]} in a row, which do not divide {d_in}"
+            )
+        metrics = {"time": work.norm_work(d_out, d_in, rank, itemsize, packed_bytes(weights, d_out, d_in, itemsize))}
+        return Case(suite, f"{label}, {weights}", {**parameters, "weights": weights}, metrics)
     label = f"{d_out}x{d_in} r{rank}, {tokens} tokens{suffix}"
     return Case(suite, label, {**parameters, "tokens": tokens}, work.layer_work(tokens, d_out, d_in, rank, itemsize))
 

@@ -58,7 +58,7 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
     """
     configurations: list[Configuration] = []
     for suite in settings.suites:
-        _check_installed(suite)
+        _check_installed(suite, settings.weights)
         names = ("dorafx", *anchors_of(suite, settings.against))
         for case in cases_of(suite, settings):
             configurations += [(case, Row(suite, case.label, name, case.parameters)) for name in names]
@@ -112,7 +112,9 @@ def _measure(settings: Settings, case: Case, row: Row, run: Run) -> None:
         known.rounds.append(samples)
 
 
-def _check_installed(suite: str) -> None:
+def _check_installed(suite: str, weights: str) -> None:
+    if weights == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise DorafxError("bench --weights nf4 compares with bitsandbytes' dequantisation: pip install bitsandbytes")
     needed = ("peft", "transformers") if SUITES[suite].needs_peft else ()
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:

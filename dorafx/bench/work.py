@@ -22,9 +22,10 @@ class Work:
     bytes: float
 
 
-def norm_work(d_out: int, d_in: int, rank: int, itemsize: int) -> Work:
-    """The product ``B·A`` once, every operand read once, the norms written in fp32."""
-    return Work(2.0 * d_out * d_in * rank, itemsize * (d_out * d_in + rank * (d_out + d_in)) + 4.0 * d_out)
+def norm_work(d_out: int, d_in: int, rank: int, itemsize: int, packed: float | None = None) -> Work:
+    """The product ``B·A`` once, every operand read once (a quantised weight has ``packed`` bytes), the norms written in fp32."""
+    weight = itemsize * d_out * d_in if packed is None else packed
+    return Work(2.0 * d_out * d_in * rank, weight + itemsize * rank * (d_out + d_in) + 4.0 * d_out)
 
 
 def compose_work(tokens: int, d_out: int, itemsize: int) -> dict[str, Work]:

@@ -155,8 +155,8 @@ class RewriteLog:
         except RecursionError:
             raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
-            lines, drawings, cut = _from_lines(text, error)
-            log.extend(lines, drawings)
+            found, drawings, cut = _from_lines(text, error)
+            log.extend(found, drawings)
             if cut:
                 log.add_note(cut)
             return log

@@ -55,6 +55,9 @@ def test_the_least_work_is_what_the_formulas_say() -> None:
     (norm,) = cases_of("norm", Settings(("norm",), shapes=("8x16:4",)))
     assert norm.work["time"].flops == 2 * 8 * 16 * 4
     assert norm.work["time"].bytes == 4 * (8 * 16 + 4 * (8 + 16)) + 4 * 8
+    for weights, packed in (("nf4", 64 * 64 / 2 + 64 * 4), ("bnb8", 64 * 64 + 64 * 4), ("affine", 64 * 64 + 128 * 3)):
+        (norm,) = cases_of("norm", Settings(("norm",), shapes=("64x64:4",), dtype="bfloat16", weights=weights))
+        assert norm.work["time"].bytes == packed + 2 * 4 * 128 + 4 * 64
     (layer,) = cases_of("layer", Settings(("layer",), shapes=("8x16:4",), tokens=3))
     assert layer.work["forward"].flops == 2 * 3 * (8 * 16 + 4 * (8 + 16))
     (compose,) = cases_of("compose", Settings(("compose",), hidden=(8,), tokens=3, dtype="bfloat16"))
@@ -117,6 +120,10 @@ def test_shapes_by_hand() -> None:
         ),
         (["compose", "--compose", "triton_linear"], "which has no products; allowed are auto, triton"),
         (["layer", "--compose", "triton", "--device", "cpu"], "--compose triton needs a CUDA device"),
+        (["norm", "--weights", "int4"], "'int4' is not one of dense, nf4, bnb8, affine"),
+        (["layer", "--weights", "nf4"], "--weights nf4 goes with the suite norm alone"),
+        (["norm", "--weights", "nf4", "--dtype", "float64"], "a dtype other than float64"),
+        (["norm", "--weights", "nf4", "--hidden", "96"], "groups of 64 in a row, which do not divide 96"),
         (["norm", "--codegen", "nonsense"], "unknown backend 'nonsense'; known are"),
         (["norm", "-o", "no/such/folder/x.json"], "no/such/folder/x.json"),
         (["--plot", "absent.json"], "absent.json"),

@@ -12,9 +12,13 @@ import pytest
 import torch
 
 from dorafx.bench import plan, run
+from dorafx.bench.clock import Clock
+from dorafx.bench.implementations import Task
 from dorafx.bench.plan import SUITES, Settings, cases_of
 from dorafx.bench.processes import JobError
+from dorafx.bench.quantized import WEIGHTS
 from dorafx.bench.results import Results
+from dorafx.bench.suites import norm
 from dorafx.bench.worker import configuration, request_for
 from dorafx.cli import main
 from dorafx.errors import DorafxError
@@ -52,6 +56,26 @@ def test_norm_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert results.environment["threads"] == 1
     assert results.environment["versions"]["torch"] == torch.__version__
     assert results.settings["hidden"] == [64]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[1:])
+def test_norm_of_a_quantised_weight(weights: str) -> None:
+    """Every implementation computes the same norm, dorafx without the dense weight that the others form first."""
+    if weights == "nf4":
+        pytest.importorskip("bitsandbytes")
+    (case,) = cases_of("norm", tiny("norm", weights=weights))
+    assert case.label == f"64x64 r4, {weights}"
+    found = {}
+    for name in ("dorafx", "dense", "chunked", "peft"):
+        torch.manual_seed(0)
+        task = Task(name, case.parameters, Clock("cpu", 0), torch.float32)
+        left, right = task.random(64, 4), task.random(4, 64)
+        found[name] = norm._of_quantised(task, weights, left, right)()
+        torch.testing.assert_close(found[name], found["dorafx"], rtol=1e-4, atol=1e-4)
+    assert found["dorafx"].std() > 0
+    ours, dense = (configuration(request_for(tiny("norm"), n, case), print)["figures"] for n in ("dorafx", "dense"))
+    assert set(ours) == FIGURES["norm"]
+    assert ours["largest allocation"][1][0] < 64 * 64 * 4 / 8 < dense["largest allocation"][1][0]
 
 
 class Fake:
