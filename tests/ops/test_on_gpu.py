@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import dorafx.ops  # noqa: F401
-from dorafx.ops import reference
+from dorafx.ops import norm, reference
 from dorafx.ops.quantized import Packed, dequantize_rows
+from dorafx.ops.triton import configs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,6 +32,50 @@ def test_row_norm(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         tolerance = 1e-12 if dtype == torch.float64 else 2e-5
         torch.testing.assert_close(got.double(), exact, rtol=tolerance, atol=1e-6)
         assert transient <= max(d_out * d_in * weight.element_size() // 8, 1 << 20)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_row_norms_in_one_launch(dtype: torch.dtype) -> None:
+    """Three equal norms with few rows, so that d_in is divided, and one of another shape; sums that do not change between runs."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(64, 8192, 16), (64, 8192, 16), (130, 257, 17), (64, 8192, 16)]
+    made = [
+        [torch.randn(s, generator=generator).to(dtype).cuda() for s in ((o, i), (o, r), (r, i))] for o, i, r in shapes
+    ]
+    lists = [list(column) for column in zip(*made)]
+    scales = [0.1, 0.1, 0.7, 0.1]
+    if dtype != torch.float64:
+        processors = configs.multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+        assert configs.splits(3, 64, processors) > 1
+    found = torch.ops.dorafx.row_norms(*lists, scales, "auto", [])
+    again = torch.ops.dorafx.row_norms(*lists, scales, "auto", [])
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    for n, same, operands, scale in zip(found, again, made, scales, strict=True):
+        exact = reference.row_norm(*(t.double() for t in operands), scale)
+        torch.testing.assert_close(n.double(), exact, rtol=tolerance, atol=1e-6)
+        assert torch.equal(n, same)
+
+
+def test_a_group_is_one_launch() -> None:
+    operands = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((4096, 512), (4096, 8), (8, 512))]
+    lists = [[t.clone() for _ in range(3)] for t in operands]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        torch.ops.dorafx.row_norms(*lists, [0.5] * 3, "auto", [])
+    assert [e.name for e in profile.events() if "row_norm" in e.name] == ["grouped_row_norm_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kept_squares(dtype: torch.dtype) -> None:
+    """The factored form with ``‖W‖²`` given, on a device; of a wide factor on a narrow weight, too."""
+    generator = torch.Generator().manual_seed(0)
+    for factors in {dtype, torch.float64}:
+        weight = torch.randn(300, 500, generator=generator).to(dtype).cuda()
+        left, right = (torch.randn(s, generator=generator).to(factors).cuda() for s in ((300, 9), (9, 500)))
+        squares = norm.row_squares(weight, norm.compute_dtype(weight, left, right))
+        (n,) = torch.ops.dorafx.row_norms([weight], [left], [right], [0.7], "factored", [squares])
+        exact = reference.row_norm(weight.double(), left.double(), right.double(), 0.7)
+        tolerance = 1e-12 if torch.float64 in (dtype, factors) else 2e-5
+        torch.testing.assert_close(n.double(), exact, rtol=tolerance, atol=1e-6)
 
 
 def test_gradients() -> None:

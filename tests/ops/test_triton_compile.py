@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,12 +51,33 @@ def compiled(architecture: int, source: ASTSource, warps: int, stages: int) -> t
     return registers, spills, int(kernel.metadata.shared)
 
 
-TYPES = {"bf16": triton.language.bfloat16, "fp32": triton.language.float32}
+TYPES = {
+    "bf16": triton.language.bfloat16,
+    "fp16": triton.language.float16,
+    "fp32": triton.language.float32,
+}
+ALONG_ROWS = ("stride_wi", "stride_lr", "stride_ri")
+DOWN_COLUMNS = ("stride_wo", "stride_lo", "stride_rr")
 
 
-def row_norm_source(config: configs.RowNormConfig, split: bool, grouped: bool = False) -> ASTSource:
+def row_norm_source(
+    config: configs.RowNormConfig,
+    split: bool,
+    grouped: bool = False,
+    weight: str = "",
+    half: str = "bf16",
+    transposed: bool = False,
+) -> ASTSource:
+    """
+    Args:
+        weight: its dtype; by default that of ``OPERANDS``.
+        half: the dtype of narrow factors.
+        transposed: whether rows lie apart and columns side by side in memory, of all three operands.
+    """
     kernel = grouped_row_norm_kernel if grouped else row_norm_kernel
-    weight, factor = OPERANDS[config.factor_bytes]
+    narrow = config.factor_bytes == 2
+    weight, factor = weight or OPERANDS[config.factor_bytes][0], half if narrow else "fp32"
+    apart, beside = (ALONG_ROWS, DOWN_COLUMNS) if transposed else (DOWN_COLUMNS, ALONG_ROWS)
     pointers = {
         "pointers": "*i64",
         "weight": f"*{weight}",
@@ -64,18 +86,16 @@ def row_norm_source(config: configs.RowNormConfig, split: bool, grouped: bool = 
         "out": "*fp32",
         "scale": "fp32",
     }
-    integers = ("d_out", "d_in", "rank", "part", "stride_wo", "stride_lo", "stride_rr")
+    integers = ("d_out", "d_in", "rank", "part", *apart)
     constants = {
-        "stride_wi": 1,  # the launcher specialises strides of one, as contiguous operands have them
-        "stride_lr": 1,
-        "stride_ri": 1,
+        **dict.fromkeys(beside, 1),  # the launcher specialises strides of one
         "ROWS": config.rows,
         "COLUMNS": config.columns,
         "DEPTH": config.depth,
         "SINGLE": config.single,
         "SPLIT": split,
-        "OPERAND": triton.language.bfloat16 if config.factor_bytes == 2 else triton.language.float32,
-        "PRECISION": "tf32" if config.factor_bytes == 2 else "tf32x3",
+        "OPERAND": TYPES[factor],
+        "PRECISION": "tf32" if narrow else "tf32x3",
         "STAGES": config.num_stages,
         "WEIGHT": TYPES[weight],
         "LEFT": TYPES[factor],
@@ -90,15 +110,51 @@ def row_norm_source(config: configs.RowNormConfig, split: bool, grouped: bool = 
     return ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items() if k in names}, aligned)
 
 
-@pytest.mark.parametrize("architecture", SHARED)
-@pytest.mark.parametrize("config", configs.ROW_NORM, ids=lambda c: f"{8 * c.factor_bytes}bit-rank{c.max_rank}")
-@pytest.mark.parametrize("grouped", [False, True], ids=["one", "group"])
-def test_row_norm(config: configs.RowNormConfig, architecture: int, grouped: bool) -> None:
-    source = row_norm_source(config, False, grouped)
+def _tables() -> list[Any]:
+    """Every configuration that ships, with the architecture whose table has it: one that is pasted in comes, too."""
+    return [
+        pytest.param(architecture, config, id=f"sm{architecture}-{8 * config.factor_bytes}bit-rank{config.max_rank}")
+        for architecture, table in configs.TABLES.items()
+        for config in table
+    ]
+
+
+def _fits(architecture: int, config: configs.RowNormConfig, source: ASTSource) -> None:
     registers, spills, shared = compiled(architecture, source, config.num_warps, config.num_stages)
     assert spills == 0
     assert registers <= 255
     assert shared <= SHARED[architecture]
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("architecture", "config"), _tables())
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({"split": False}, id="whole"),
+        pytest.param({"split": True, "weight": "fp32"}, id="split, fp32 weight"),
+        pytest.param({"split": True, "transposed": True}, id="transposed", marks=slow),
+        pytest.param({"split": True, "transposed": True, "weight": "fp32"}, id="transposed, fp32 weight", marks=slow),
+    ],
+)
+def test_row_norm(variant: dict[str, Any], config: configs.RowNormConfig, architecture: int) -> None:
+    _fits(architecture, config, row_norm_source(config, **variant))
+
+
+@pytest.mark.parametrize(("architecture", "config"), [t for t in _tables() if t.values[1].factor_bytes == 2])
+@pytest.mark.slow
+def test_row_norm_of_fp16(config: configs.RowNormConfig, architecture: int) -> None:
+    _fits(architecture, config, row_norm_source(config, True, weight="fp16", half="fp16"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [t if t.values[0] == 90 else pytest.param(*t.values, id=t.id, marks=slow) for t in _tables()],
+)
+def test_row_norm_of_a_group(config: configs.RowNormConfig, architecture: int) -> None:
+    _fits(architecture, config, row_norm_source(config, False, grouped=True))
 
 
 def test_a_group_loads_as_wide_vectors_as_one_norm() -> None:
