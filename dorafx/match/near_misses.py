@@ -13,7 +13,7 @@ from dorafx.lift.algebra import Chain, Expr, Poly
 from dorafx.lift.targets import arguments, canonical_name
 from dorafx.lift.values import VectorValue
 
-__all__ = ["Reason", "hidden_delta", "operator_name", "source_of", "unknown_consumer", "unknown_norms"]
+__all__ = ["Reason", "described", "hidden_delta", "operator_name", "source_of", "unknown_consumer", "unknown_norms"]
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
@@ -54,6 +54,11 @@ def operator_name(node: fx.Node) -> str:
 
 def _at(node: fx.Node) -> str:
     return source_of(node) or node.name
+
+
+def described(node: fx.Node) -> str:
+    """An operand as a person would find it: an input by its name, a value by its operator and where it is made."""
+    return f"`{node.name}`" if _is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
 
 
 def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:

@@ -10,7 +10,7 @@ from torch import fx
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 
-from .near_misses import Reason, hidden_delta, source_of, unknown_delta
+from .near_misses import Reason, described, hidden_delta, source_of, unknown_delta
 
 __all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
 
@@ -84,7 +84,9 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             dense.append((chain, c))
             continue
         if len(mats) < 2:
-            return Reason("the norm's operand has a scaled or diagonal part besides the weight", _site(info))
+            made = _made(lift, [chain], scalars)
+            what = f" ({made})" if made else ""
+            return Reason(f"the norm's operand has a scaled or diagonal part{what} besides the weight", _site(info))
         part = _cut(lift, chain, c, scalars)
         if part is None:
             return Reason("a factor of the delta has a symbolic or non-matrix shape", _site(info))
@@ -94,7 +96,8 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         hidden = hidden_delta(lift, info, chains)
         return hidden or (unknown_delta(lift, chains) if lift.is_made_of_weights(expr) else None)
     if len(dense) != 1:
-        what = "no dense weight" if not dense else f"{len(dense)} dense matrices"
+        made = _made(lift, [chain for chain, _ in dense])
+        what = f"{len(dense)} dense matrices ({made})" if dense else "no dense weight"
         return Reason(f"the norm is of a sum with {what} beside the low-rank product; one is supported", _site(info))
     ((weight, c),) = dense
     if any(isinstance(f, Diag) for f in weight):
@@ -107,6 +110,15 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
         return None  # activations: a residual stream plus a layer's output, normalised
     return NormFactors(atom, info, weight, c, tuple(delta), *size)
+
+
+def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
+    """What chains are made of: the graph's inputs by name, everything else with its operator and where it is computed."""
+    atoms = [
+        atom for chain in chains for f in chain for atom in ([f.atom] if isinstance(f, Mat) else [a for a, _ in f.mono])
+    ]
+    nodes = [lift.atom_of(atom).node for atom in (*(a for a, _ in scalars), *atoms)]
+    return ", ".join(dict.fromkeys(described(node) for node in nodes if node is not None))
 
 
 def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:

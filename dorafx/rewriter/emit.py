@@ -274,9 +274,12 @@ class Emitter(NodeEmitter):
                 return base_product(self, core, gemm), bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
-            if vector is not None and (self._unreadable(gemm) or not dies(gemm.node, self.site, self.order)):
-                return self.copied[gemm.node], bias + (vector.poly * scaling).scaled(-1.0)
-            if vector is not None and bias == vector.poly * scaling:
+            if vector is None:
+                continue
+            inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
+            if self._unreadable(gemm) or not dies(gemm.node, self.site, self.order):
+                return self.copied[gemm.node], bias + (inside * scaling).scaled(-1.0)
+            if bias == inside * scaling:
                 return self.copied[gemm.node], Poly(())
         if existing is not None and not gemms:
             return existing, bias

@@ -30,20 +30,31 @@ _ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
 
 
 def lower_to_aten(gm: fx.GraphModule) -> None:
-    """Replace Tensor methods and torch functions by the aten operators that they call, and leave the rest as it is.
+    """Replace Tensor methods and torch functions by the aten operators that they call, also in the bodies of higher-order operators,
+    and leave the rest as it is.
 
     Args:
         gm: changed in place. Its nodes carry fake values (``meta["val"]``), as those of exported programs do.
     """
-    for node in list(gm.graph.nodes):
-        if node.op == "call_method" or (node.op == "call_function" and _is_torch_function(node.target)):
-            _lower(gm.graph, node)
-    gm.graph.lint()
-    gm.recompile()
+    for module in gm.modules():
+        nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
+        found = [
+            n for n in nodes if n.op == "call_method" or (n.op == "call_function" and _is_torch_function(n.target))
+        ]
+        if not found or not isinstance(module, fx.GraphModule):
+            continue
+        for node in found:
+            _lower(module.graph, node)
+        module.graph.lint()
+        module.recompile()
 
 
 def _is_torch_function(target: Any) -> bool:
-    return not _compat.is_overload(target) and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
+    return (
+        not _compat.is_higher_order(target)
+        and not _compat.is_overload(target)
+        and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
+    )
 
 
 def own_operators(gm: fx.GraphModule) -> list[str]:

@@ -25,6 +25,8 @@ NORMS: dict[str, Callable[..., torch.Tensor]] = {
     "pow": lambda w, d, k: w.pow(2).sum(d, keepdim=k).sqrt(),
     "square": lambda w, d, k: torch.square(w).sum(d, k) ** 0.5,
     "mean": lambda w, d, k: (w.square().mean(d, keepdim=k) * w.shape[d]).sqrt(),
+    "absolute values": lambda w, d, k: w.abs().pow(2).sum(d, keepdim=k).sqrt(),
+    "keywords": lambda w, d, k: torch.norm(input=w, p=2, dim=d, keepdim=k),
     "einsum": lambda w, d, k: (
         torch.einsum("oi,oi->o" if d == 1 else "oi,oi->i", w, w).sqrt().view(((-1, 1), (1, -1))[1 - d] if k else (-1,))
     ),
@@ -40,6 +42,9 @@ DELTAS: dict[str, Callable[..., torch.Tensor]] = {
     "einsum": lambda b, a: torch.einsum("or,ri->oi", b, a),
     "einsum backwards": lambda b, a: torch.einsum("ri,or->oi", a, b),
     "concatenated": lambda b, a: torch.cat([b, 0.5 * b], 1) @ torch.cat([0.5 * a, a], 0),
+    "block diagonal": lambda b, a: torch.cat([b, b], 1) @ torch.block_diag(a, a)[:, : a.shape[1]],
+    "stacked": lambda b, a: torch.stack([0.5 * (b @ a), (b * 0.5) @ a]).sum(0),
+    "keywords": lambda b, a: torch.matmul(input=b, other=a),
     "gathered": lambda b, a: b[:, list(range(b.shape[1]))[::-1]] @ a.flip(0),
     "two halves": lambda b, a: 0.5 * (b @ a) + (b * 0.5) @ a,
     "columns times rows": lambda b, a: (
@@ -63,7 +68,9 @@ WRITTEN = "in place"
 """A sum formed by writing to the delta: some of its programs are left alone without a record, none is rewritten wrongly."""
 
 EPSILONS = ("none", "added", "inside", "clamp", "clamp_min")
-DETACHED = ("nothing", "delta", "norm", "both", "no_grad", "weight", "sum")
+DETACHED = ("nothing", "delta", "norm", "both", "no_grad", "weight", "sum", "base", "scaling")
+"""``no_grad``, ``base`` and ``scaling``: the norm, the base product or g is computed under ``no_grad``."""
+
 COMPOSITIONS = (
     "direct",
     "delta form",
@@ -80,7 +87,11 @@ COMPOSITIONS = (
     "F.normalize",
     "weight_norm",
     "columns",
+    "einsum",
+    "broadcast",
+    "from the left",
     "convolution",
+    "strided convolution",
     "embedding",
 )
 MERGED = (
@@ -94,11 +105,16 @@ MERGED = (
 BIASES = ("none", "inside", "after", "taken off first")
 VECTORS = ("plain", "view", "unsqueeze", "index", "reshape")
 CASTS = ("none", "norm", "factor", "input")
-ROUNDED = ("norm in fp32", "input in fp32", "magnitude in fp32")
+ROUNDED = ("norm in fp32", "input in fp32", "magnitude in fp32", "factors in fp32")
 """Casts that round: the rewrite leaves out what only loses accuracy, so values agree as fp32's do."""
 
 CHAINS = ("B A", "B M A", "D(b) B D(d) A")
 DROPOUTS = ("none", "both", "adapter", "two masks", "after the adapter", "correction")
+SHARED = ("nothing", "x", "x and W", "x and A")
+"""What a second layer of the program shares with the first."""
+
+SCALINGS = ("same", "another in the output")
+CAPTURES = ("make_fx", "make_fx without gradients", "dynamo", "symbolic_trace", "export")
 INPUTS = ("plain", "flat", "clone", "dropout off", "scaled dropout off")
 WEIGHTS = ("rows", "transposed", "view")
 
@@ -182,6 +198,8 @@ class Spec:
     capture: str
     chain: str = "B A"
     dropout: str = "none"
+    shared: str = "nothing"
+    scaling: str = "same"
 
     def __repr__(self) -> str:
         return "Spec(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
@@ -189,14 +207,14 @@ class Spec:
 
 def specs(perturbed: bool) -> st.SearchStrategy[Spec]:
     """Sizes are small and often equal: an axis taken for another shows where shapes do not tell them apart."""
-    size = st.sampled_from([4, 4, 4, 3, 5, 1, 2])
+    size = st.sampled_from([4, 4, 4, 4, 4, 4, 3, 3, 5, 5, 2, 2, 1])
     some = st.lists(st.sampled_from(PERTURBATIONS), min_size=1, max_size=2, unique=True).map(tuple)
     return st.builds(
         Spec,
         d_out=size,
         d_in=size,
         rank=st.sampled_from([2, 1, 3, 4, 6]),
-        leading=st.sampled_from([(4,), (2, 3), (1,), (1, 1), (2, 1, 4), (5,), (0,)]),
+        leading=st.sampled_from([(4,), (4,), (2, 3), (1,), (1, 1), (), (2, 1, 4), (5,), (0,)]),
         norm=st.sampled_from(sorted(NORMS)),
         delta=st.sampled_from(sorted(DELTAS)),
         scaled_sum=st.sampled_from(sorted(SCALED_SUMS if perturbed else set(SCALED_SUMS) - {WRITTEN})),
@@ -210,23 +228,38 @@ def specs(perturbed: bool) -> st.SearchStrategy[Spec]:
         weight=st.sampled_from(WEIGHTS),
         trained=st.booleans(),
         perturbations=some if perturbed else st.just(()),
-        capture=st.sampled_from(["make_fx", "dynamo"]),
+        capture=st.sampled_from(["make_fx"] * 5 + ["dynamo"] * 5 + list(CAPTURES)),
         chain=st.sampled_from(CHAINS),
         dropout=st.sampled_from(("none",) * 5 + DROPOUTS[1:]),
+        shared=st.sampled_from(("nothing",) * 5 + SHARED[1:]),
+        scaling=st.sampled_from(("same", *SCALINGS)),
     )
 
 
-def is_recognised(spec: Spec) -> bool:
-    """Whether a program must be rewritten whole; of the others the norm alone is, or a reason is given. Not wholly recognised:
-    a side of one or a single token, where a matrix is a vector by its shape; a sum formed by writes; a weight merged with the norm of
-    rows picked out of a product, where a graph of ``make_fx`` does not say that they are parameters and no activations."""
-    picked = spec.chain == "B M A" and spec.delta in ("columns times rows", "gathered", "concatenated")
-    return not (
-        spec.scaled_sum == WRITTEN
-        or 1 in (spec.d_out, spec.d_in)
-        or math.prod(spec.leading) == 1
-        or (picked and spec.capture == "make_fx" and spec.composition in MERGED)
+def exemption(spec: Spec) -> str:
+    """Why a program need not be rewritten whole; then the norm alone is, or a reason is given. Empty where it must be."""
+    picked = spec.chain == "B M A" and spec.delta in (
+        "columns times rows",
+        "gathered",
+        "concatenated",
+        "block diagonal",
     )
+    if spec.scaled_sum == WRITTEN:
+        return "a sum formed by writes"
+    if 1 in (spec.d_out, spec.d_in):
+        return "a side of one, which is a vector by its shape"
+    if not spec.leading and spec.vector != "plain":
+        return "one token without an axis, scaled by a matrix of one row"
+    if math.prod(spec.leading) == 1 and spec.composition == "einsum" and spec.capture != "dynamo":
+        return "one token scaled by an einsum that the tracer takes apart"
+    if spec.capture == "export" and spec.scaled_sum == "tensor":
+        return "a constant tensor in an exported program, which detaches it in place"
+    if spec.capture == "export" and spec.detached in ("no_grad", "base", "scaling"):
+        return "a part under no_grad in an exported program, which is a graph of its own"
+    if picked and spec.capture not in ("dynamo", "export") and spec.composition in MERGED:
+        # No activations have a product in front of their rows; the graph does not say that these are parameters.
+        return "a merged weight with the norm of rows picked out of a product, in a graph that names no parameters"
+    return ""
 
 
 class Operands(torch.nn.Module):
@@ -244,6 +277,7 @@ class Operands(torch.nn.Module):
         self.A, self.A2 = parameter(spec.rank, spec.d_in), parameter(spec.rank, spec.d_in)
         self.B, self.B2 = parameter(spec.d_out, spec.rank), parameter(spec.d_out, spec.rank)
         self.m, self.bias = parameter(spec.d_out), parameter(spec.d_out)
+        self.K, self.D = parameter(spec.d_out, spec.d_in, 3), parameter(spec.rank, spec.d_in, 3)
         self.M, self.b, self.d = parameter(spec.rank, spec.rank), parameter(spec.d_out), parameter(spec.rank)
         self.W.requires_grad_(spec.trained)
 
@@ -287,6 +321,8 @@ def program(spec: Spec, p: Operands, x: torch.Tensor) -> torch.Tensor:
     down = p.A2 if has("another A in the output") else down
     up = p.B2 if has("another B in the output") else up
     y = _composed(spec, p, x, norm, out_weight, down, up)
+    if spec.shared != "nothing":
+        y = y + _second(spec, p, x)
     if has("sum used elsewhere"):
         y = y + adapted.sum()
     if has("norm used elsewhere"):
@@ -296,6 +332,15 @@ def program(spec: Spec, p: Operands, x: torch.Tensor) -> torch.Tensor:
     if has("output used twice"):
         y = y + torch.relu(y) * 0.5
     return y
+
+
+def _second(spec: Spec, p: Operands, x: torch.Tensor) -> torch.Tensor:
+    """Another layer of the program."""
+    own = (p.W.T if spec.weight == "transposed" else p.W) if spec.shared == "x and W" else p.W2
+    down = p.A if spec.shared == "x and A" else p.A2
+    n = torch.linalg.norm(own + S * (p.B2 @ down), dim=1)
+    # Summed: a program may have another shape than its layers, as an embedding's has.
+    return ((p.b / n) * (F.linear(x, own) + S * F.linear(F.linear(x, down), p.B2))).sum()
 
 
 def _norm(
@@ -318,7 +363,9 @@ def _norm(
             a = p.M @ a
         elif spec.chain == "D(b) B D(d) A":
             b, a = p.b[:, None] * b, p.d.unsqueeze(-1) * a
-        delta = DELTAS[spec.delta](b, a)
+        if spec.cast == "factors in fp32":
+            b, a = b.float(), a.float()
+        delta = DELTAS[spec.delta](b, a).to(weight.dtype)
         if has("relu of the delta"):
             delta = torch.relu(delta)
         if has("delta dropped"):
@@ -384,9 +431,9 @@ def _composed(
         x_low = F.dropout(x_low, 0.0, True)
     elif spec.input == "clone":
         x_low = x_low.clone()
-    shape = (*x.shape[:-1], spec.d_out)
+    shape = (*spec.leading, spec.d_out)
     if spec.input == "flat":
-        x_base, x_low = x_base.reshape(-1, spec.d_in), x_low.flatten(0, -2)
+        x_base, x_low = x_base.reshape(-1, spec.d_in), x_low.reshape(-1, spec.d_in)
     if spec.cast == "input":
         x_base = x_base.to(weight.dtype)
     x_dropped = x_base
@@ -394,7 +441,7 @@ def _composed(
         x_dropped = F.dropout(x_base, 0.5, True)
         x_low = F.dropout(x_low, 0.5, True) if spec.dropout == "two masks" else x_dropped
     s = S
-    if has("another scaling in the output"):
+    if has("another scaling in the output") or spec.scaling == "another in the output":
         s = 0.6
     if has("opposite sign in the output"):
         s = -s
@@ -417,10 +464,15 @@ def _composed(
     bias = p.bias if spec.bias in ("inside", "taken off first") else None
     if spec.composition == "embedding":
         return _embedded(spec, p, m, weight, down, up)
+    if spec.composition == "strided convolution" and math.prod(spec.leading):
+        return _strided(spec, p, x, m)
     if spec.composition == "convolution" and math.prod(spec.leading):  # torch refuses to convolve nothing
         y = _convolved(spec, p, x_dropped, x_low, m / n, weight, *_effective(spec, p, up, down))
         return y.reshape(shape)
-    base = F.linear(x_base, weight, bias)
+    if spec.composition == "from the left":
+        return _from_the_left(spec, p, x_dropped, m / n, weight, *_effective(spec, p, up, down))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.detached != "base"):
+        base = F.linear(x_base, weight, bias)
     low = _low_rank(spec, p, x_low, down, up)
     if has("relu of the low-rank product"):
         low = torch.relu(low)
@@ -439,6 +491,8 @@ def _composed(
         base = base * 1.0
         F.leaky_relu(input=base, inplace=True)
     g = _shaped(spec, m / n)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.detached != "scaling"):
+        g = g.expand_as(base) if spec.composition == "broadcast" else g.clone()
     if has("unscaled adapter"):
         low = low / g
     if has("unscaled base"):
@@ -463,6 +517,10 @@ def _composed(
         y *= _shaped(spec, m)
     elif spec.composition == "g - 1 on the sum":
         y = bracket + (g - 1) * bracket
+    elif spec.composition == "einsum":
+        y = torch.einsum("...o,o->...o", bracket, m / n)
+    elif spec.composition == "broadcast":
+        y = bracket * g
     elif spec.composition == "addcmul":
         y = torch.addcmul(torch.addcmul(base, g - 1, base), g, low, value=s)
     elif spec.composition == "lerp":
@@ -480,8 +538,8 @@ def _composed(
         y = y + torch.relu(x_base)
     if has("scaled twice"):
         y = y * g
-    tokens = y.shape[-2]
-    if has("scaled along the tokens") and tokens == spec.d_out:
+    tokens = spec.leading[-1:] if spec.input != "flat" else (math.prod(spec.leading),)
+    if has("scaled along the tokens") and tokens == (spec.d_out,):
         y = y * (p.m / n)[:, None]
     return y.view(shape) if spec.input == "flat" else y
 
@@ -517,7 +575,32 @@ def _convolved(
     low = F.conv1d(F.conv1d(other, down[..., None]), up[..., None])
     y = g.view(1, -1, 1) * (base + S * low)
     y = y + p.bias[:, None] if spec.bias == "after" else y
-    return y.transpose(1, 2).reshape(*x.shape[:-1], spec.d_out)
+    return y.transpose(1, 2).reshape(*spec.leading, spec.d_out)
+
+
+def _strided(spec: Spec, p: Operands, x: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+    """The tokens as the pixels of one image, the layer as a convolution with stride and padding."""
+    image = x.reshape(1, -1, spec.d_in).transpose(1, 2)
+    delta = torch.mm(p.B.flatten(1), p.D.flatten(1)).view(p.K.shape)
+    n = (p.K + S * delta.detach()).norm(p=2, dim=(1, 2), keepdim=True).transpose(1, 0)
+    low = F.conv1d(F.conv1d(image, p.D, stride=2, padding=1), p.B[..., None])
+    return (m.view(1, -1, 1) / n) * (F.conv1d(image, p.K, None, 2, 1) + S * low)
+
+
+def _from_the_left(
+    spec: Spec,
+    p: Operands,
+    x: torch.Tensor,
+    g: torch.Tensor,
+    weight: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+) -> torch.Tensor:
+    """The weight before the tokens, which are columns."""
+    tokens = x.reshape(-1, spec.d_in).T
+    y = g.unsqueeze(-1) * (weight @ tokens + S * (up @ (down @ tokens)))
+    y = y + p.bias[:, None] if spec.bias == "after" else y
+    return y.T.reshape(*spec.leading, spec.d_out)
 
 
 def _embedded(

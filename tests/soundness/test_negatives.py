@@ -313,9 +313,15 @@ def running_sum_of_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
-@negative(["missed"], "2 dense matrices")
+@negative(["missed"], "sin at ")
 def two_dense_weights(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (p.W + torch.sin(p.W) + p.B @ p.A).norm(dim=1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@negative(["missed"], "scaled or diagonal part (sum at ")
+def weight_scaled_by_a_computed_number(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.d.sum() * p.W + p.B @ p.A).norm(dim=1)
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
