@@ -55,6 +55,9 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
         yield node.all_input_nodes
         return
     yield from _given(node, operators.writes(target))
+    name = getattr(target, "__name__", "")
+    if "batch_norm" in name or "instance_norm" in name:  # their running statistics, of which few schemas say it
+        yield from (node.args[1:], tuple(node.kwargs.values()))
     if operators.schemas(target):
         return
     if target in _INPLACE_OPERATORS:
@@ -62,11 +65,8 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
     elif operators.is_higher_order(target):
         yield from _written_by_bodies(node)
     elif getattr(target, "__module__", "") != "_operator":  # and_, or_ and not_ are named after keywords
-        name = getattr(target, "__name__", "")
         if name in _RESCALE_THEIR_TABLE and _rescales(node):
             yield node.kwargs.get("weight", node.args[1] if len(node.args) > 1 else None)
-        elif "batch_norm" in name or "instance_norm" in name:  # their running statistics
-            yield from (node.args[1:], tuple(node.kwargs.values()))
         elif _is_named_after_a_write(name) or _asks_inplace(node):
             yield first_argument(node)
         out = _position(target, "out")

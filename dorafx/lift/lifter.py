@@ -233,13 +233,16 @@ class Lifter:
         key = (layout, self._attribute_of(node) or node) if node not in self.written else None
         return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
 
-    def as_filters(self, expr: Expr) -> Expr | None:
-        """A sum of tensors that nothing is known of, in the layout of a convolution's weight."""
+    def as_filters(self, expr: Expr, like: torch.Tensor) -> Expr | None:
+        """A sum of tensors of this shape that nothing is known of, in the layout of a convolution's weight."""
         total: Expr | None = None
         for (scalars, chain), c in expr.items:
-            node = self.atom_of(chain[0].atom).node if len(chain) == 1 and isinstance(chain[0], Mat) else None
-            filters = self.laid_out(node, "filter") if node is not None and not scalars else None
-            if filters is None or chain[0] != Mat(chain[0].atom):  # type: ignore[union-attr]
+            factor = chain[0] if len(chain) == 1 and not scalars else None
+            plain = isinstance(factor, Mat) and factor == Mat(Atom(factor.atom.id))
+            node = self.atom_of(factor.atom).node if plain else None  # type: ignore[union-attr]
+            alike = (tensor := tensor_of(node)) is not None and str(tensor.shape) == str(like.shape)
+            filters = self.laid_out(node, "filter") if alike else None
+            if filters is None:
                 return None
             total = filters.scaled(c) if total is None else total + filters.scaled(c)
         return total

@@ -181,7 +181,7 @@ class Emitter(NodeEmitter):
             return self.call(torch.mul, node, self.cast(vector, self.tensor(node).dtype))
         if isinstance(prefix[-1], Diag) and len(prefix) == 1:
             vector = self.vector(Poly(((prefix[-1].mono, 1.0),)))
-            node = self.product((last,))
+            node = self.flat(self.product((last,)))
             column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
             return self.call(torch.mul, column, node)
         left = self.product(prefix)

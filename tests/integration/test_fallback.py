@@ -118,12 +118,12 @@ def test_failure_after_a_body_was_rewritten_is_no_rewrite_in_the_log(monkeypatch
     calls = 0
     original = dorafx.backend.match_graph
 
-    def fail_on_the_outer_graph(graph: fx.Graph) -> Any:
+    def fail_on_the_outer_graph(graph: fx.Graph, *rest: Any) -> Any:
         nonlocal calls
         calls += 1
         if any("checkpoint" in str(n.target) for n in graph.nodes):
             raise InjectedError("outer graph")
-        return original(graph)
+        return original(graph, *rest)
 
     x = torch.randn(3, 24)
     expected = run(model, lambda: checkpointed(x))
@@ -160,8 +160,8 @@ def test_strict_names_the_first_miss(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = dorafx.backend.match_graph
 
-    def refuse_all(graph: fx.Graph) -> Any:
-        matches = original(graph)
+    def refuse_all(graph: fx.Graph, *rest: Any) -> Any:
+        matches = original(graph, *rest)
         for atom_id in list(matches.norms):
             matches.misses[atom_id] = Reason("not on a Sunday", None)
             del matches.norms[atom_id]

@@ -695,6 +695,15 @@ def test_a_view_written_in_a_graph_of_real_tensors(mode: str) -> None:
     assert [(r.status, "written in place" in r.reason) for r in rewrite_log().records] == [("missed", True)]
 
 
+def test_running_statistics_are_written() -> None:
+    """By operators whose schemas do not say so."""
+    graph = fx.Graph()
+    x, mean, var = map(graph.placeholder, ("x", "mean", "var"))
+    normed = graph.call_function(torch.ops.aten.native_batch_norm.default, (x, None, None, mean, var, True, 0.1, 1e-5))
+    graph.output(normed)
+    assert {mean, var} <= written_nodes(graph) and x not in written_nodes(graph)
+
+
 def test_a_triton_kernel_may_write_to_its_operands() -> None:
     """Without a device, as a graph alone: nothing that a kernel takes is read before and after it as one value."""
     kernels = pytest.importorskip("torch._higher_order_ops.triton_kernel_wrap")

@@ -83,7 +83,13 @@ def _heads(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return p.m / (weight + p.B @ p.A).norm(dim=1) * (x @ weight.T + lora(p, x))
 
 
-@pytest.mark.parametrize("program", [_stacked, _stacked_merged, _heads])
+def _stacked_and_scaled(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    scale = torch.cat([p.d, p.d])
+    adapted = p.W + (p.b[:, None] * p.B6) @ (scale[:, None] * p.A3.view(6, 12))
+    return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True)) + p.A3.view(6, 2, 6).sum()
+
+
+@pytest.mark.parametrize("program", [_stacked, _stacked_merged, _stacked_and_scaled, _heads])
 def test_parameters_of_three_axes(program: Program) -> None:
     """Factors of several adapters in one parameter, a weight by heads: the layer takes a view of two axes."""
     layer = Layer()

@@ -46,7 +46,7 @@ def _reduction(
     side = _reduced_side(tensor.dim(), dim)
     axis = -1 if not keepdim or side == "col" else -2
     if tensor.dim() > 2 and _all_but_first(tensor.dim(), dim):
-        filters = value.expr if value.layout == "filter" else lift.as_filters(value.expr)
+        filters = value.expr if value.layout == "filter" else lift.as_filters(value.expr, tensor)
         if filters is None:
             return None
         value, side, axis = replace(value, expr=filters), "row", -tensor.dim() if keepdim else -1
