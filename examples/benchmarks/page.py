@@ -40,7 +40,8 @@ UNMEASURED = Verdict("", None)
 def rows(files: Files, suite: str, name: str, case: str = "") -> list[Row]:
     """The rows of a suite's implementation, of all files (of one case: where its name begins so)."""
     found = [row for results in files.values() if isinstance(results, Results) for row in results.rows]
-    return [r for r in found if (r.suite, r.name) == (suite, name) and r.case.startswith(case) and not r.error]
+    dense = [row for row in found if row.parameters.get("weights", "dense") == "dense"]
+    return [r for r in dense if (r.suite, r.name) == (suite, name) and r.case.startswith(case) and not r.error]
 
 
 def ratio(files: Files, suite: str, metric: str, peer: str, most: float, least: float = 0.0) -> Verdict:

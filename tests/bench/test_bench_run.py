@@ -215,6 +215,7 @@ def test_suites_for_real(suite: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_suites_on_a_gpu(suite: str, tmp_path: Path) -> None:
     out = tmp_path / "x.json"

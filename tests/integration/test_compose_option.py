@@ -49,6 +49,7 @@ def test_on_a_cpu_the_kernels_are_left_out_and_the_log_says_so(compose: str, mon
 @pytest.mark.parametrize(
     ("compose", "dropout", "operator", "said"),
     [
+        ("auto", 0.0, "dorafx.compose.default", ""),  # the layer in one kernel is for those who ask for it
         ("triton", 0.0, "dorafx.compose.default", "composed by a Triton kernel"),
         ("triton", 0.3, "dorafx.compose_delta.default", "composed by a Triton kernel"),
         ("triton_linear", 0.0, "dorafx.dora_linear.default", "the whole layer is one Triton kernel"),

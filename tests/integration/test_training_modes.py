@@ -23,6 +23,7 @@ from integration_support import (
 import dorafx
 from dorafx import rewrite_log
 
+COMPILED = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 Step = Callable[[Callable[..., Any], list[torch.nn.Parameter]], Any]
 
 
@@ -30,21 +31,24 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def train(make: Callable[[], Any], ours: bool, program: Step) -> tuple[dict[str, torch.Tensor], Any]:
-    """The trained parameters after a training program, and what it returned."""
+def train(make: Callable[[], Any], codegen: str, program: Step) -> tuple[dict[str, torch.Tensor], Any]:
+    """The trained parameters after a training program, and what it returned; stock's where there is no codegen."""
     torch.compiler.reset()
     model = make().train()
     torch.manual_seed(5)
-    result = program(compile_eagerly(model) if ours else model, trainable(model))
-    if ours:
+    call = compile_eagerly(model, **{"dorafx.codegen": codegen}) if codegen else model
+    result = program(call, trainable(model))
+    if codegen:
         assert not rewrite_log().misses
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, result
 
 
-def assert_trained_alike(make: Callable[[], Any], program: Step, tolerance: float) -> tuple[Any, Any]:
-    expected, told = train(make, False, program)
+def assert_trained_alike(
+    make: Callable[[], Any], program: Step, tolerance: float, codegen: str = "eager"
+) -> tuple[Any, Any]:
+    expected, told = train(make, "", program)
     start = {n: p for n, p in make().named_parameters() if p.requires_grad}
-    actual, tells = train(make, True, program)
+    actual, tells = train(make, codegen, program)
     assert any((expected[n] - start[n]).abs().max() > 0 for n in start)
     for name, parameter in expected.items():
         assert_close(actual[name], parameter, tolerance, name)
@@ -67,8 +71,16 @@ def inputs(step: int, width: int = 24) -> torch.Tensor:
 # -- mixed precision --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_grad_scaler_under_autocast(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "codegen"),
+    [
+        (torch.bfloat16, "eager"),
+        (torch.float16, "eager"),
+        (torch.float16, "aot_eager"),
+        pytest.param(torch.float16, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_grad_scaler_under_autocast(dtype: torch.dtype, codegen: str) -> None:
     """Four steps in ``torch.autocast`` with a scaler; in the third a gradient overflows: that step is left out and the
     scale halved, for stock and dorafx alike."""
 
@@ -88,15 +100,38 @@ def test_grad_scaler_under_autocast(dtype: torch.dtype) -> None:
             scales.append(scaler.get_scale())
         return scales
 
-    ours, stocks = assert_trained_alike(peft_perceptron, program, 2e-3)
+    ours, stocks = assert_trained_alike(peft_perceptron, program, 2e-3, codegen)
     assert ours == stocks == [128.0, 128.0, 64.0, 64.0]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_fp32_adapters_on_a_bf16_base(autocast: bool) -> None:
+class Squashed(torch.nn.Module):
+    """In place of dropout, so that the base product is made twice: the same for every dtype and draw."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x)
+
+
+def with_second_input(model: Any) -> Any:
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = Squashed()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("autocast", "second_input", "codegen"),
+    [
+        *((autocast, second, "eager") for autocast in (False, True) for second in (False, True)),
+        (True, True, "aot_eager"),
+        pytest.param(False, True, "aot_eager", marks=pytest.mark.slow),
+        pytest.param(True, True, "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_fp32_adapters_on_a_bf16_base(autocast: bool, second_input: bool, codegen: str) -> None:
     """Gradients of fp32 adapters have fp32's dtype, and are as near to fp64's as stock's are."""
-    model = half_base_fp32_adapters()
-    exact_model = peft_perceptron(dtype=torch.float64)
+    change = with_second_input if second_input else lambda model: model
+    model = change(half_base_fp32_adapters())
+    exact_model = change(peft_perceptron(dtype=torch.float64).double())
     exact_model.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
     x = inputs(0)
 
@@ -104,7 +139,7 @@ def test_fp32_adapters_on_a_bf16_base(autocast: bool) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return run(model, lambda: function(x if autocast else x.bfloat16()))
 
-    stock, ours = region(model), region(compile_eagerly(model))
+    stock, ours = region(model), region(compile_eagerly(model, **{"dorafx.codegen": codegen}))
     exact = run(exact_model, lambda: exact_model(x.bfloat16().double()))
     assert {g.dtype for g in ours.gradients.values()} == {torch.float32}
     assert ours.output.dtype == stock.output.dtype
@@ -178,6 +213,8 @@ def test_gradient_checkpointing(reentrant: bool, dropout: float) -> None:
 
 def warm(codegen: str) -> tuple[Any, Any]:
     """A perceptron and its compiled call, after a first call."""
+    torch.compiler.reset()
+    rewrite_log().clear()
     model = peft_perceptron().train()
     compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": codegen, "dorafx.strict": True})
     compiled(inputs(0))
@@ -185,12 +222,38 @@ def warm(codegen: str) -> tuple[Any, Any]:
     return model, compiled
 
 
-@pytest.mark.parametrize("codegen", ["eager", "aot_eager"])
+@pytest.mark.parametrize("codegen", ["eager", *COMPILED])
 def test_a_second_derivative_is_refused(codegen: str) -> None:
+    """By dorafx where its own backward runs; by torch, with the words that README quotes, where a compiled one does."""
     model, compiled = warm(codegen)
-    with pytest.raises(RuntimeError, match=r"no second derivative|does not currently support double backward"):
+    refusal = "does not currently support double backward" if codegen != "eager" else "compose has no second derivative"
+    with pytest.raises(RuntimeError, match=refusal):
         first = torch.autograd.grad(compiled(inputs(0)).sin().sum(), trainable(model), create_graph=True)
         torch.autograd.grad(sum(g.sum() for g in first), trainable(model))
+    if codegen == "eager":
+        return
+    model, compiled = warm(codegen)
+    compiled(inputs(0)).sum().backward()  # which decides that the backward may write over what was saved for it
+    # Inductor's caches may hold the backward that was compiled above, which does not.
+    donated = "compiled with non-empty donated buffers" + (f"|{refusal}" if codegen == "inductor" else "")
+    with pytest.raises(RuntimeError, match=donated):
+        first = torch.autograd.grad(compiled(inputs(0)).sin().sum(), trainable(model), create_graph=True)
+        torch.autograd.grad(sum(g.sum() for g in first), trainable(model))
+
+
+@pytest.mark.parametrize("compose", ["auto", "triton"])
+def test_batched_gradients(compose: str) -> None:
+    model = peft_perceptron(dtype=torch.float64).double().train()
+    compiled, x = compile_eagerly(model, **{"dorafx.compose": compose}), inputs(0).double()
+    upstream = torch.randn(3, *x.shape, dtype=x.dtype)
+    found, wanted = (
+        torch.autograd.grad(call(x), trainable(model), upstream, is_grads_batched=True) for call in (compiled, model)
+    )
+    for got, gradient in zip(found, wanted):
+        torch.testing.assert_close(got, gradient)
+    jacobians = [torch.autograd.functional.jacobian(call, x, vectorize=True) for call in (model, compiled)]
+    torch.testing.assert_close(*jacobians)
+    assert_all_rewritten(model, times=2)  # the jacobian records gradients of x, too
 
 
 @pytest.mark.parametrize("warmed", [True, False])

@@ -64,6 +64,15 @@ def test_no_worse_than_the_stable_form_near_unity(form: str, dtype: torch.dtype)
     check_near_unity(form, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_near_unity_compiled(backend: str) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for form in ("direct", "delta"):
+            torch.compiler.reset()
+            check_near_unity(form, dtype, backend)
+
+
 def saved_bytes(run) -> list[int]:  # type: ignore[no-untyped-def]
     sizes: list[int] = []
     seen: set[int] = set()
