@@ -126,7 +126,11 @@ def test_repacked_weights() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "codegen"),
-    [pytest.param("nf4 double", "inductor", marks=pytest.mark.slow), ("torchao int8", "eager"), ("hqq 4 bit", "eager")],
+    [
+        *(pytest.param(k, "inductor", marks=pytest.mark.slow) for k in ("nf4 double", "torchao int8")),
+        ("torchao int8", "eager"),
+        ("hqq 4 bit", "eager"),
+    ],
 )
 def test_as_many_graphs_as_plain_lora(kind: str, codegen: str) -> None:
     counts = []
