@@ -16,6 +16,7 @@ from torch import fx
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
 from .effects import written_nodes
 from .inputs import attribute_id, looks_like_parameter
+from .quantized import quantizes_activations
 from .targets import canonical_name
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, vector_axis
 
@@ -143,7 +144,7 @@ class Lifter:
             return None
         if node in self.written:
             return self.atom_value(node)
-        fn = TRANSFER.get(name) if name is not None else None
+        fn = TRANSFER.get(name) if name is not None and not quantizes_activations(node, name) else None
         if fn is not None:
             try:
                 value = fn(self, node)

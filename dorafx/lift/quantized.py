@@ -10,10 +10,12 @@ from torch import fx
 
 from .targets import arguments
 
-__all__ = ["PackedWeight", "is_torchao", "packed_weight"]
+__all__ = ["PackedWeight", "is_torchao", "packed_weight", "quantizes_activations"]
 
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
 _TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
+# Their attributes that say how activations are quantised; None where they are not.
+_OF_ACTIVATIONS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ def is_torchao(tensor: Any) -> bool:
     """Whether a tensor is one of the classes of torchao that are known here."""
     kind = type(tensor)
     return kind.__name__ in _TORCHAO and kind.__module__.startswith("torchao.")
+
+
+def quantizes_activations(node: fx.Node, name: str) -> bool:
+    """Whether a node reads a torchao weight that quantises what it is multiplied with: no product with what it stands for, nor linear
+    in its other operand. (Its dequantised value has nothing of that.)"""
+    if name == "dequantize":
+        return False
+    values = (source.meta.get("example_value", source.meta.get("val")) for source in node.all_input_nodes)
+    return any(is_torchao(v) and any(getattr(v, a, None) is not None for a in _OF_ACTIVATIONS) for v in values)
 
 
 def packed_weight(node: fx.Node) -> PackedWeight | str:

@@ -61,3 +61,11 @@ def test_zero3_is_left_alone(more: dict[str, Any]) -> None:
     found = check(more, "zero3")
     assert found["output"] < 1e-6 and found["rewrites"] == 0
     assert len(found["misses"]) == 1 and "DeepSpeed ZeRO-3" in found["misses"][0]
+
+
+@pytest.mark.slow
+def test_a_quantised_base(more: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    found = check(more, "quantised")
+    assert found["gradients"] < 1e-5 and found["formats"] == ["nf4"]
+    assert found["sites"] == 2 and found["placements"] == ["prologue"] and not found["misses"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed_support import EAGER, Training, batch, loss_of, model, named, reference, relative, run_checks, seen
+from quantized_support import quantized
 from torch.nn.parallel import DistributedDataParallel
 
 import dorafx
@@ -99,6 +100,21 @@ def zero3() -> dict[str, Any]:
         return {"output": relative(compiled(batch(0)), adapted(batch(0))), **seen()}
 
 
+def quantised() -> dict[str, Any]:
+    """A base in 4 bits: what is trained has the gradients of stock in both processes."""
+    stock, adapted = (quantized("nf4").train() for _ in range(2))
+    calls = wrapped(stock), _outer(adapted, "eager")
+    worst = 0.0
+    for step in range(2):
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
+        for one, call in zip((stock, adapted), calls):
+            one.zero_grad()
+            call(x).sin().sum().backward()
+        pairs = zip(stock.parameters(), adapted.parameters())
+        worst = max(worst, *(relative(two.grad, one.grad) for one, two in pairs if one.requires_grad))
+    return {"gradients": worst, "formats": sorted({r.dtype for r in dorafx.rewrite_log().rewrites}), **seen()}
+
+
 QUICK = {"outer": lambda: train("outer"), "modules": lambda: train("modules"), "decode": decode}
 MORE = {
     "inner": lambda: train("inner"),
@@ -108,6 +124,7 @@ MORE = {
     "modules checkpointed": lambda: train("modules", checkpointed=True),
     "explained": explained,
     "zero3": zero3,
+    "quantised": quantised,
 }
 
 if __name__ == "__main__":

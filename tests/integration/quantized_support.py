@@ -63,7 +63,13 @@ def _hqq(linear: nn.Linear, kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def torchao_config(kind: str) -> Any:
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig
+    from torchao.quantization import (
+        Float8WeightOnlyConfig,
+        Int8DynamicActivationInt8WeightConfig,
+        Int8DynamicActivationIntxWeightConfig,
+        Int8WeightOnlyConfig,
+        IntxWeightOnlyConfig,
+    )
     from torchao.quantization.granularity import PerGroup, PerTensor
 
     return {
@@ -71,6 +77,10 @@ def torchao_config(kind: str) -> Any:
         "torchao intx": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
         "torchao int8, one scale": lambda: Int8WeightOnlyConfig(granularity=PerTensor()),
         "torchao fp8": lambda: Float8WeightOnlyConfig(),
+        "torchao int8, activations too": lambda: Int8DynamicActivationInt8WeightConfig(),
+        "torchao intx, activations too": lambda: Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=PerGroup(32)
+        ),
     }[kind]()
 
 

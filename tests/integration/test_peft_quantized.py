@@ -126,7 +126,11 @@ def test_repacked_weights() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "codegen"),
-    [pytest.param("nf4 double", "inductor", marks=pytest.mark.slow), ("torchao int8", "eager"), ("hqq 4 bit", "eager")],
+    [
+        *(pytest.param(k, "inductor", marks=pytest.mark.slow) for k in ("nf4 double", "torchao int8")),
+        ("torchao int8", "eager"),
+        ("hqq 4 bit", "eager"),
+    ],
 )
 def test_as_many_graphs_as_plain_lora(kind: str, codegen: str) -> None:
     counts = []
@@ -331,6 +335,36 @@ def test_a_merged_weight_of_torchao(kind: str) -> None:
         x = torch.randn(5, 64)
         torch.testing.assert_close(compiled(merged)(x), merged(x), rtol=1e-4, atol=1e-5)
     assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
+
+
+@pytest.mark.parametrize("kind", ["torchao int8, activations too", "torchao intx, activations too"])
+def test_a_product_that_quantises_activations_is_not_that_of_the_dequantised_weight(kind: str) -> None:
+    """They differ by a per cent, so that neither may stand for the other, nor be split into sums."""
+    linear = torch.nn.Linear(64, 128, bias=False)
+    quantize_(linear, torchao_config(kind))
+    weight, a, b, magnitude = linear.weight, torch.randn(4, 64), torch.randn(128, 4), torch.rand(128) + 0.5
+    product = torch.nn.functional.linear
+
+    def base_first(x: torch.Tensor) -> torch.Tensor:
+        dense = weight.dequantize()
+        g = magnitude / (dense + b @ a).norm(dim=1)
+        return product(x, weight) + (g - 1) * product(x, dense) + g * product(product(x, a), b)
+
+    def dense_first(x: torch.Tensor) -> torch.Tensor:
+        dense = weight.dequantize()
+        g = magnitude / (dense + b @ a).norm(dim=1)
+        return product(x, dense) + (g - 1) * product(x, weight) + g * product(product(x, a), b)
+
+    def of_a_sum(x: torch.Tensor) -> torch.Tensor:
+        g = magnitude / (weight.dequantize() + b @ a).norm(dim=1)
+        return g * (product(x + x.flip(0), weight) + product(product(x, a), b))
+
+    x = torch.randn(50, 64)
+    assert (product(x, weight) - product(x, weight.dequantize())).abs().max() > 3e-3
+    with torch.no_grad():
+        for program in (base_first, dense_first, of_a_sum):
+            torch.testing.assert_close(compiled(program)(x), program(x), rtol=1e-4, atol=1e-5)
+            assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"affine"}
 
 
 @pytest.mark.parametrize("kind", ["gptq.GPTQLoraLinear", "awq.AwqLoraLinear", "eetq.EetqLoraLinear"])
