@@ -17,7 +17,8 @@ shift || true
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 mkdir -p "$folder"
-python=${PYTHON:-python}
+python=$(command -v "${PYTHON:-python}") || { echo "gpu.sh: there is no ${PYTHON:-python}; set PYTHON" >&2; exit 2; }
+[[ $python = /* ]] || python=$PWD/$python
 device=${DEVICE:-cuda}
 status=0
 kernels=()
