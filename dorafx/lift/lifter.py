@@ -144,8 +144,7 @@ class Lifter:
             return None
         if node in self.written:
             return self.atom_value(node)
-        fn = TRANSFER.get(name) if name is not None and not quantizes_activations(node, name) else None
-        if fn is not None:
+        if name is not None and (fn := TRANSFER.get(name)) is not None and not quantizes_activations(node, name):
             try:
                 value = fn(self, node)
             except TooComplex:
