@@ -238,12 +238,14 @@ class Lifter:
         total: Expr | None = None
         for (scalars, chain), c in expr.items:
             factor = chain[0] if len(chain) == 1 and not scalars else None
-            plain = isinstance(factor, Mat) and factor == Mat(Atom(factor.atom.id))
-            node = self.atom_of(factor.atom).node if plain else None  # type: ignore[union-attr]
-            alike = (tensor := tensor_of(node)) is not None and str(tensor.shape) == str(like.shape)
+            if not isinstance(factor, Mat) or factor.transposed:
+                return None
+            tensor = tensor_of(node := self.atom_of(factor.atom).node)
+            alike = tensor is not None and str(tensor.shape) == str(like.shape)
             filters = self.laid_out(node, "filter") if alike else None
             if filters is None:
                 return None
+            filters = self.detached(filters) if factor.atom.detached else filters
             total = filters.scaled(c) if total is None else total + filters.scaled(c)
         return total
 

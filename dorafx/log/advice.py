@@ -64,7 +64,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "Nothing is wrong, and the layer runs as it was: see examples/distributed.md for ways of sharding that are rewritten.",
     ),
     (
-        r"is of order|is of the whole weight",
+        r"is of order|is of the whole weight|is over dimensions",
         "Not DoRA as published: its norm is the 2-norm of each row (or column). Check `ord` and `dim`.",
     ),
     (
