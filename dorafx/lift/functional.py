@@ -37,7 +37,9 @@ _NAMES = (
     "rsqrt",
     "sqrt",
     "square",
+    "squeeze",  # with which a tracer takes apart the product of a matrix and a vector
     "sub",
+    "unsqueeze",
 )
 
 
