@@ -183,12 +183,16 @@ class Lifter:
     # -- atoms --------------------------------------------------------------------------------------------------------
 
     def atom_value(self, node: fx.Node) -> Value | None:
-        """The node as an indeterminate; None where it is no floating tensor (or symbolic scalar)."""
+        """The node as an indeterminate; None where it is no floating tensor (or symbolic scalar, or size of a parameter)."""
         tensor = tensor_of(node)
         if tensor is None:
             example = node.meta.get("example_value", node.meta.get("val"))
             if isinstance(example, (torch.SymFloat, torch.SymInt)):
                 return VectorValue(Poly.var(self._node_atom(node, False)), None)
+            if type(example) is int and self._param_node.get(node):
+                return VectorValue(
+                    Poly.const(example), None
+                )  # a size of a parameter; an activation may have another next time
             return None
         if tensor.dtype not in FLOAT_DTYPES:
             return None

@@ -53,7 +53,7 @@ class _Propagation(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, (torch.Tensor, int)):  # a size, of which a norm by way of a mean is made
             n.meta["val"] = result
         return result
 
