@@ -161,8 +161,15 @@ def test_accumulation_sees_writes_between_micro_batches() -> None:
     assert counts() == (2 * LAYERS, 2 * LAYERS)
 
 
-@pytest.mark.parametrize(("scope", "blocks", "steps"), [("auto", 2, 2), ("model", 1, 1)])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("use_reentrant", "scope", "blocks", "steps"),
+    [
+        (False, "auto", 2, 2),
+        (True, "auto", 2, 2),
+        (False, "model", 1, 1),
+        pytest.param(True, "model", 1, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_checkpointing_does_not_compute_norms_again(use_reentrant: bool, scope: str, blocks: int, steps: int) -> None:
     """Neither where the blocks' bodies are in the graph, nor where each layer is a graph and is run again in the backward."""
     model = peft_model(layers=blocks).train()
