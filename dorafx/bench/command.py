@@ -27,7 +27,7 @@ __all__ = ["add_arguments", "run_command"]
 def add_arguments(bench: argparse.ArgumentParser) -> None:
     """The arguments of ``dorafx bench``."""
     bench.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
-    bench.add_argument("--against", nargs="+", default=[], metavar="NAME", help=", ".join(ANCHORS))
+    bench.add_argument("--against", nargs="+", default=[], metavar="NAME", help=f"{', '.join(ANCHORS)}, or none")
     bench.add_argument(
         "--shapes",
         nargs="+",

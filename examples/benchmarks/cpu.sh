@@ -39,8 +39,8 @@ for part in "${parts[@]}"; do
         memory) bench memory memory --layers 2 --against peft lora --rounds 1 --seconds 0.1 ;;
         compile)
             small=(--hidden 256 --rank 16 --tokens 64 --rounds 1 --seconds 0.1)
-            bench compile compile --layers 4 --against peft-inductor lora "${small[@]}"
-            bench compile-scope-auto compile --scope auto --layers 4 16 64 --against lora "${small[@]}"
+            bench compile compile --layers 4 --against lora "${small[@]}"
+            bench compile-scope-auto compile --scope auto --layers 4 16 64 --against none "${small[@]}"
             ;;
         pass) bench pass pass --rounds 1 ;;
         parity) "$python" "$here/parity.py" --rate 2e-4 --out "$folder/cpu-parity.json" || status=1 ;;

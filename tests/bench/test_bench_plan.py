@@ -67,7 +67,7 @@ def test_the_least_work_is_what_the_formulas_say() -> None:
 def test_every_suite_says_what_it_can_be_compared_with() -> None:
     for name, suite in SUITES.items():
         assert set(suite.default) <= set(suite.allowed) <= set(ANCHORS)
-        assert anchors_of(name, ()) == suite.default
+        assert anchors_of(name, ()) == suite.default and anchors_of(name, ["none"]) == ()
         refused = set(ANCHORS) - set(suite.allowed)
         assert bool(suite.why) == bool(refused)
         for anchor in refused:
