@@ -32,7 +32,7 @@ for part in "${parts[@]}"; do
         compose) bench compose compose --rounds 1 ;;
         layer) bench layer layer --against peft dense chunked lora --rounds 1 ;;
         model)
-            bench model model decode --layers 2 --against peft lora --seconds 2
+            bench model model decode --layers 2 --against peft lora --rounds 4 --seconds 2
             "$python" -m dorafx bench --plot "$folder/cpu-model.json" -o "$folder/cpu-model.png" || status=1
             ;;
         generate) bench generate generate --layers 2 --tokens 64 --rounds 1 --seconds 4 ;;
