@@ -35,7 +35,7 @@ for part in "${parts[@]}"; do
             bench model model decode --layers 2 --against peft lora --rounds 4 --seconds 2
             "$python" -m dorafx bench --plot "$folder/cpu-model.json" -o "$folder/cpu-model.png" || status=1
             ;;
-        generate) bench generate generate --layers 2 --tokens 64 --rounds 1 --seconds 4 ;;
+        generate) bench generate generate --layers 2 --tokens 64 --rounds 3 --seconds 4 ;;
         memory) bench memory memory --layers 2 --against peft lora --rounds 1 --seconds 0.1 ;;
         compile)
             small=(--hidden 256 --rank 16 --tokens 64 --rounds 1 --seconds 0.1)
