@@ -69,11 +69,6 @@ def mark_new_input(node: Any) -> None:
     node._dynamo_source = None
 
 
-def is_higher_order(target: Any) -> bool:
-    """Whether a call target is an operator that calls a graph among its arguments."""
-    return isinstance(target, torch._ops.HigherOrderOperator)
-
-
 def takes_operands_for_body(target: Any) -> bool:
     """Whether a call target is a higher-order operator whose body takes one more input for one more operand."""
     return target in (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)

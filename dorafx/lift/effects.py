@@ -16,6 +16,7 @@ from dorafx import _compat
 from dorafx._compat import operators
 
 from .targets import first_argument
+from .values import tensor_of
 
 __all__ = ["attribute_of", "nodes_in", "written_arguments", "written_nodes"]
 
@@ -126,7 +127,7 @@ def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
         yield node.all_input_nodes
     for body in bodies:
         # Of what the body did not make itself, as far as its nodes have tensors on them to tell.
-        written = [n for n in written_nodes(body.graph) if n.op in _INPUTS or (_tensor(n) is None and n.users)]
+        written = [n for n in written_nodes(body.graph) if n.op in _INPUTS or (tensor_of(n) is None and n.users)]
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         operands = node.args[_compat.body_operands_start(node.target) :]
         known = _compat.takes_operands_for_body(node.target) and len(operands) == len(inputs)
@@ -220,11 +221,6 @@ def nodes_in(argument: Any) -> Iterator[fx.Node]:
             yield from nodes_in(item)
 
 
-def _tensor(node: fx.Node) -> torch.Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _storage(node: fx.Node) -> int | None:
-    tensor = _tensor(node)
+    tensor = tensor_of(node)
     return _compat.storage_id(tensor) if tensor is not None else None

@@ -16,7 +16,9 @@ from torch import fx
 from dorafx import _compat
 
 from .effects import nodes_in, written_arguments
+from .grad_mode import GradMode
 from .targets import canonical_name
+from .values import tensor_of
 
 __all__ = ["private_writes", "without_private_writes"]
 
@@ -93,11 +95,6 @@ _FRESH = frozenset(
 )
 
 
-def _tensor(node: Any) -> torch.Tensor | None:
-    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _is_fresh(node: fx.Node) -> bool:
     if node.target in ("clone", torch.clone) or (
         _compat.is_overload(node.target) and _compat.aten_name(node.target) == "clone"
@@ -111,17 +108,17 @@ def private_writes(graph: fx.Graph) -> set[int]:
     and that no view shares before the last write."""
     writes: dict[int, bool] = {}
     last: dict[int, int] = {}
-    records = [True]
+    mode = GradMode()
     for i, node in enumerate(graph.nodes):
-        _follow_grad_mode(node, records)
+        mode.follow(node, canonical_name(node))
         for argument in (a for given in written_arguments(node) for a in nodes_in(given)):
-            tensor = _tensor(argument)
+            tensor = tensor_of(argument)
             if tensor is None:
                 continue
             storage = _compat.storage_id(tensor)
             known = node.target in _OUT_OF_PLACE and bool(node.args) and "out" not in node.kwargs
             # Written where no gradients are recorded, it keeps those that it has; what a twin returns there has none.
-            known = known and (records[-1] or not tensor.requires_grad)
+            known = known and (mode.records or not tensor.requires_grad)
             # Autocast rounds the operands of the twin of a product, and leaves those of one that writes as they are.
             known = known and not (_OUT_OF_PLACE[node.target] in _PRODUCTS and _autocasts(graph, tensor.device))
             writes[storage] = writes.get(storage, True) and known
@@ -130,7 +127,7 @@ def private_writes(graph: fx.Graph) -> set[int]:
     if not private:
         return private
     for i, node in enumerate(graph.nodes):
-        tensor = _tensor(node)
+        tensor = tensor_of(node)
         if tensor is None or _compat.storage_id(tensor) not in private:
             continue
         if node.target in _OUT_OF_PLACE or _owns(node):
@@ -148,17 +145,6 @@ def _owns(node: fx.Node) -> bool:
     return _is_fresh(node) and not _shares(node)
 
 
-def _follow_grad_mode(node: fx.Node, records: list[bool]) -> None:
-    """Keep up with the modes that a graph enters; the last one is whether gradients are recorded."""
-    name = canonical_name(node)
-    if name == "set_grad_enabled":
-        records[-1] = bool(node.args[0])
-    elif name == "enter_inference_mode":
-        records.append(records[-1] and not node.args[0])
-    elif name == "exit_inference_mode" and len(records) > 1:
-        records.pop()
-
-
 def _autocasts(graph: fx.Graph, device: torch.device) -> bool:
     entered = any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph.nodes)
     return entered or torch.is_autocast_enabled(device.type)
@@ -166,10 +152,10 @@ def _autocasts(graph: fx.Graph, device: torch.device) -> bool:
 
 def _shares(node: fx.Node) -> bool:
     """Whether a result lies in the storage of one of its inputs (a cast that changes nothing returns its input)."""
-    tensor = _tensor(node)
+    tensor = tensor_of(node)
     assert tensor is not None
     mine = _compat.storage_id(tensor)
-    return any((t := _tensor(a)) is not None and _compat.storage_id(t) == mine for a in node.all_input_nodes)
+    return any((t := tensor_of(a)) is not None and _compat.storage_id(t) == mine for a in node.all_input_nodes)
 
 
 def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
@@ -184,7 +170,7 @@ def without_private_writes(graph: fx.Graph, private: set[int]) -> None:
         if version:
             node.args = fx.node.map_arg(node.args, current)
             node.kwargs = fx.node.map_arg(node.kwargs, current)
-        tensor = _tensor(node)
+        tensor = tensor_of(node)
         if tensor is None or _compat.storage_id(tensor) not in private:
             continue
         if node.target in _OUT_OF_PLACE:

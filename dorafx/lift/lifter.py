@@ -15,10 +15,11 @@ from torch import fx
 
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
 from .effects import written_nodes
+from .grad_mode import GradMode
 from .inputs import attribute_id, looks_like_parameter
 from .quantized import quantizes_activations
 from .targets import canonical_name
-from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, vector_axis
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, tensor_of, vector_axis
 
 __all__ = ["TRANSFER", "Lifter", "tensor_of", "transfer"]
 
@@ -27,6 +28,7 @@ _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 T = TypeVar("T", Expr, Poly)
+V = TypeVar("V", bound=MatrixValue | VectorValue)
 TRANSFER: dict[str, Transfer] = {}
 
 _CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
@@ -42,14 +44,6 @@ def transfer(*names: str) -> Callable[[Transfer], Transfer]:
         return fn
 
     return register
-
-
-def tensor_of(node: Any) -> torch.Tensor | None:
-    """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""
-    if not isinstance(node, fx.Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
 
 
 class Lifter:
@@ -96,9 +90,8 @@ class Lifter:
         self._param_node: dict[fx.Node, bool] = {}
         self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
-        self.records_gradients = True
         self.unrecorded: set[fx.Node] = set()
-        self._before_inference: list[bool] = []
+        self._grad_mode = GradMode()
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -133,14 +126,13 @@ class Lifter:
 
     def _lift_here(self, node: fx.Node) -> Value | None:
         value = self._lift(node)
-        if self.records_gradients:
-            return value
-        self.unrecorded.add(node)
-        return self.detach(value) if value is not None else None
+        if not self.records_gradients:
+            self.unrecorded.add(node)
+        return self.recorded(value) if value is not None else None
 
     def _lift(self, node: fx.Node) -> Value | None:
         name = canonical_name(node)
-        if self._changes_grad_mode(name, node):
+        if self._grad_mode.follow(node, name):
             return None
         if node in self.written:
             return self.atom_value(node)
@@ -160,18 +152,6 @@ class Lifter:
         _logger.debug("%s is left as an unknown value", node.format_node(), exc_info=error)
         return None
 
-    def _changes_grad_mode(self, name: str | None, node: fx.Node) -> bool:
-        if name == "set_grad_enabled":
-            self.records_gradients = bool(node.args[0])
-        elif name == "enter_inference_mode":
-            self._before_inference.append(self.records_gradients)
-            self.records_gradients = self.records_gradients and not node.args[0]
-        elif name == "exit_inference_mode":
-            self.records_gradients = self._before_inference.pop() if self._before_inference else True
-        else:
-            return False
-        return True
-
     def _depends_on_parameters_only(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
             return self.is_parameter(node)
@@ -190,9 +170,8 @@ class Lifter:
             if isinstance(example, (torch.SymFloat, torch.SymInt)):
                 return VectorValue(Poly.var(self._node_atom(node, False)), None)
             if type(example) is int and self._param_node.get(node):
-                return VectorValue(
-                    Poly.const(example), None
-                )  # a size of a parameter; an activation may have another next time
+                # A size of a parameter; an activation may have another the next time.
+                return VectorValue(Poly.const(example), None)
             return None
         if tensor.dtype not in FLOAT_DTYPES:
             return None
@@ -359,11 +338,20 @@ class Lifter:
         terms = [t for t in (info.expr, info.poly) if t is not None]
         return all(self._is_weight_like(a, accepts) for t in terms for a in t.atoms())
 
-    def detach(self, value: Value) -> Value:
+    @property
+    def records_gradients(self) -> bool:
+        """Whether gradients are recorded at the node that is lifted."""
+        return self._grad_mode.records
+
+    def recorded(self, value: V) -> V:
+        """A value as it is here: without gradients, where none are recorded."""
+        return value if self.records_gradients else self.detach(value)
+
+    def detach(self, value: V) -> V:
         if isinstance(value, MatrixValue):
             return replace(value, expr=self.detached(value.expr))
         row = self.detached(value.row) if value.row is not None else None
-        return VectorValue(self.detached(value.poly), value.axis, row)
+        return replace(value, poly=self.detached(value.poly), row=row)
 
     def detached(self, term: T) -> T:
         """A term without gradients; what has none is no twin of itself."""

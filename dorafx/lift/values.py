@@ -11,7 +11,7 @@ from torch import fx
 
 from .algebra import Expr, Poly
 
-__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue", "vector_axis"]
+__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue", "tensor_of", "vector_axis"]
 
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
@@ -86,6 +86,14 @@ class Gemm:
     options: tuple[Any, ...] = ()
     detached: bool = False
     """Whether it is computed where no gradients are recorded, of operands that have some."""
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:

@@ -11,6 +11,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from dorafx import _compat
+from dorafx._compat.operators import is_higher_order
 from dorafx.lift import tensor_of
 from dorafx.ops.norm import row_norm_unrolled
 from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
@@ -51,7 +52,7 @@ def lower_to_aten(gm: fx.GraphModule) -> None:
 
 def _is_torch_function(target: Any) -> bool:
     return (
-        not _compat.is_higher_order(target)
+        not is_higher_order(target)
         and not _compat.is_overload(target)
         and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
     )

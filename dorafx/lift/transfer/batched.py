@@ -8,14 +8,10 @@ from dataclasses import replace
 from torch import fx
 
 from ..lifter import TRANSFER, Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..targets import arguments, first_argument
 from ..values import MatrixValue, Value
 from .arithmetic import Operand, added, same_shape
 from .products import product_of
-
-
-def _remembered(lift: Lifter, value: MatrixValue) -> MatrixValue:
-    return value if lift.records_gradients else replace(value, expr=lift.detached(value.expr))
 
 
 @transfer("stack")
@@ -33,7 +29,7 @@ def stack(lift: Lifter, node: fx.Node) -> Value | None:
         part = Operand(value, tuple(tensor.shape), None)
         total = part if total is None else part._replace(value=added(total, part, 1.0))
     if total is not None and isinstance(total.value, MatrixValue):
-        lift.stacked[node] = (_remembered(lift, total.value), len(tensors))
+        lift.stacked[node] = (lift.recorded(total.value), len(tensors))
     return None
 
 
@@ -61,8 +57,8 @@ for _name in ("sum", "mean"):
 
 def _repeating(otherwise: Callable[[Lifter, fx.Node], Value | None]) -> Callable[[Lifter, fx.Node], Value | None]:
     def expand(lift: Lifter, node: fx.Node) -> Value | None:
-        before, after = tensor_of(node.args[0]), tensor_of(node)
-        value = lift.matrix(node.args[0])
+        source, after = first_argument(node), tensor_of(node)
+        before, value = tensor_of(source), lift.matrix(source)
         if (
             before is not None
             and after is not None
@@ -72,7 +68,7 @@ def _repeating(otherwise: Callable[[Lifter, fx.Node], Value | None]) -> Callable
         ):
             one = before.dim() == 2 or str(before.shape[0]) == "1"
             if one and same_shape(tuple(before.shape[-2:]), tuple(after.shape[-2:])):
-                lift.repeated[node] = _remembered(lift, value)
+                lift.repeated[node] = lift.recorded(value)
         return otherwise(lift, node)
 
     return expand

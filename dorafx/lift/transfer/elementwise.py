@@ -28,9 +28,9 @@ def neg(lift: Lifter, node: fx.Node) -> Value | None:
 @transfer("abs")
 def absolute(lift: Lifter, node: fx.Node) -> Value | None:
     """No term, but its square is that of the argument, and so are the square's derivatives."""
-    value = lift.matrix(node.args[0] if node.args else node.kwargs.get("input"))
+    value = lift.matrix(first_argument(node))
     if value is not None:
-        lift.absolute[node] = value if lift.records_gradients else replace(value, expr=lift.detached(value.expr))
+        lift.absolute[node] = lift.recorded(value)
     return None
 
 

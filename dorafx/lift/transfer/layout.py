@@ -70,8 +70,7 @@ def expand(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if after.dim() >= 2:
         # To an elementwise operator it is still the vector; to any other a matrix.
-        poly = vector.poly if lift.records_gradients else lift.detached(vector.poly)
-        lift.expanded[node] = VectorValue(poly, vector.axis)
+        lift.expanded[node] = lift.recorded(VectorValue(vector.poly, vector.axis))
     return MatrixValue(Expr.broadcast(vector.poly)) if vector.axis == -1 and after.dim() >= 2 else None
 
 

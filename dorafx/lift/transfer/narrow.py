@@ -10,6 +10,7 @@ from torch import fx
 
 from ..algebra import Expr, Poly
 from ..lifter import TRANSFER, Lifter, tensor_of
+from ..targets import first_argument
 from ..values import MatrixValue, Value, VectorValue
 from .arithmetic import same_shape, same_size
 
@@ -18,7 +19,7 @@ def _restoring(otherwise: Callable[[Lifter, fx.Node], Value | None]) -> Callable
     def view(lift: Lifter, node: fx.Node) -> Value | None:
         value, after = otherwise(lift, node), tensor_of(node)
         if value is None and after is not None and after.dim() == 1:
-            return _row(lift, node, node.args[0], after.shape[0])
+            return _row(lift, node, first_argument(node), after.shape[0])
         if not isinstance(value, VectorValue) or after is None or after.dim() != 2 or not value.poly.is_monomial:
             return value
         for atom in value.poly.atoms():
