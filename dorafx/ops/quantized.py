@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,20 @@ class Packed:
     group: int
     dtype: torch.dtype
     pairs: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        format: str,
+        shape: Sequence[int],
+        group: int,
+        dtype: torch.dtype,
+    ) -> Packed:
+        """A weight of an operator's arguments, whose shape is a list."""
+        return cls(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
 
     @property
     def numel(self) -> int:
@@ -236,7 +250,7 @@ def dequantize(
     Raises:
         ValueError, TypeError: see :meth:`Packed.check`.
     """
-    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     weight.check()
     return dequantize_rows(weight, 0, weight.shape[0])
 
@@ -286,7 +300,7 @@ def row_norm_quantized(
         ValueError, TypeError: operands that do not fit together.
         RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
-    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     check_operands(weight, left, right)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
@@ -325,7 +339,7 @@ def _to_trace(
     if kind in TABLES:
         values = [torch.full((), value, dtype=torch.float32, device=packed.device) for value in TABLES[kind]]
         pairs = _both_values(torch.stack(values))
-    weight = Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype, pairs)
+    weight = replace(Packed.of(packed, scales, zeros, format, shape, group, dtype), pairs=pairs)
     weight.check()
     return weight
 

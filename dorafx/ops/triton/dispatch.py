@@ -111,7 +111,7 @@ def row_norm_quantized(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.quantized.row_norm_quantized`."""
-    weight = quantized.Packed(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
+    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     if available() and takes(left, right):
         from .quantized import launch, serves
