@@ -205,39 +205,44 @@ def targets(files: Files) -> Iterable[str]:
         yield ""
 
 
+def section(title: str, said: str, heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Iterable[str]:
+    """A heading, a paragraph, and a table whose columns but the first are numbers."""
+    first, *numbers = heads
+    yield from (f"### {title}", "", said, "")
+    yield f"| {' | '.join((first, *numbers))} |".replace("|  |", "| |")
+    yield f"|---|{'---:|' * len(numbers)}"
+    for cells in rows:
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
 def demo(document: dict[str, Any]) -> Iterable[str]:
     size = document["size"]
-    yield "### `dorafx demo`"
-    yield ""
-    yield (
+    said = (
         f"One stock PEFT Llama layer, hidden {size['hidden']}, rank {size['rank']}, {size['tokens']} tokens, fp32, {document['threads']} threads, "
         f"torch {document['torch']}."
     )
-    yield ""
-    yield "| | one token | prefill | training step | peak memory | graphs | graph breaks | difference of logits from stock |"
-    yield "|---|---:|---:|---:|---:|---:|---:|---:|"
+    heads = ("", "one token", "prefill", "training step", "peak memory", "graphs", "graph breaks")
+    rows = []
     for r in document["results"]:
         times = [human(r[key], "s") for key in ("decode", "prefill", "step")]
         apart = f"{r['max_difference']:.1e}" if r.get("max_difference") else ""
-        cells = (r["name"], *times, human(r["peak_memory"], "B"), r["graphs"], r["breaks"], apart)
-        yield f"| {' | '.join(map(str, cells))} |"
+        rows.append((r["name"], *times, human(r["peak_memory"], "B"), r["graphs"], r["breaks"], apart))
+    return section("`dorafx demo`", said, (*heads, "difference of logits from stock"), rows)
 
 
 def parity(document: dict[str, Any]) -> Iterable[str]:
     settings = document["settings"]
-    yield "### Training losses beside stock PEFT's"
-    yield ""
-    yield (
+    said = (
         f"`python examples/benchmarks/parity.py --rate {settings['rate']:g}`: {settings['steps']} steps of DoRA from one trained base model of "
         f"{document['seeds'][0]['parameters'] / 1e6:.1f} million parameters, {settings['dtype']}, by stock PEFT and by dorafx "
         "([plot](cpu-parity.png))."
     )
-    yield ""
-    yield "| seed | mean difference of a step's losses | largest | of the last hundred steps' means |"
-    yield "|---|---:|---:|---:|"
-    for seed in document["seeds"]:
-        d = seed["difference"]
-        yield f"| {seed['seed']} | {d['mean']:.1e} | {d['largest']:.1e} | {d['of the end']:.1e} |"
+    heads = ("seed", "mean difference of a step's losses", "largest", "of the last hundred steps' means")
+    rows = [
+        (seed["seed"], *(f"{seed['difference'][key]:.1e}" for key in ("mean", "largest", "of the end")))
+        for seed in document["seeds"]
+    ]
+    return section("Training losses beside stock PEFT's", said, heads, rows)
 
 
 def page(folder: Path) -> str:
@@ -250,9 +255,9 @@ def page(folder: Path) -> str:
     for stem, content in files.items():
         if isinstance(content, Results):
             lines += [f"## {stem}.json", "", markdown(content)]
-    for stem, section in (("cpu-demo", demo), ("cpu-parity", parity)):
+    for stem, told in (("cpu-demo", demo), ("cpu-parity", parity)):
         if stem in files:
-            lines += [f"## {stem}.json", "", *section(files[stem]), ""]
+            lines += [f"## {stem}.json", "", *told(files[stem]), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
