@@ -41,10 +41,16 @@ class Embedding:
         head = base[0] if base else None
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
             return Reason("the layer's input is no index", candidate.node, specific=False)
-        if not isinstance(base[1], Mat) or base[1].atom.id != candidate.norm.dense_atom.id:
+        if not isinstance(base[1], Mat) or not self._is_its_table(candidate, base[1]):
             return Reason("the table that is looked up is another layer's", candidate.node, specific=False)
         result = forms()["linear"].check(candidate)
         return replace(result, pattern=self.name) if isinstance(result, Match) else result
+
+    @staticmethod
+    def _is_its_table(candidate: Candidate, factor: Mat) -> bool:
+        """Whether a factor is the norm's own table, in whatever dtype."""
+        table = candidate.lift.unrounded(Mat(candidate.norm.dense_atom))
+        return candidate.lift.unrounded(factor).atom.id == table.atom.id
 
     def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
         made: fx.Node = forms()["linear"].rewrite(match, emit)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from dorafx.lift import Poly
 from dorafx.match import Candidate, Match, Part, Reason, base_core, part_scale, pattern
 
 if TYPE_CHECKING:
@@ -82,11 +81,11 @@ class Linear:
 
     def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
         g = emit.vector(match.scaling)
-        whole = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias != Poly(()) else None)
+        whole = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
         if whole is not None:
             return whole
         base, bias = emit.base(match.base, match.bias, match.scaling)
-        bias_node = emit.vector(bias) if bias != Poly(()) else None
+        bias_node = emit.vector(bias) if bias.items else None
         if emit.accumulate:
             for part in match.parts:
                 base = emit.accumulated(base, part)

@@ -39,10 +39,16 @@ class LinearColumns:
         return F.linear(x, m * adapted / torch.linalg.norm(adapted, dim=0))
 
     def check(self, candidate: Candidate) -> Match | Reason:
-        lift, weight = candidate.lift, candidate.norm.dense_atom.id
+        lift = candidate.lift
+        weight = lift.unrounded(Mat(candidate.norm.dense_atom)).atom.id
         cores = candidate.composition.cores
         base = next(
-            (c for c in cores if c and isinstance(c[-1], Mat) and c[-1].atom.id == weight and self._head(c)), None
+            (
+                c
+                for c in cores
+                if c and isinstance(c[-1], Mat) and lift.unrounded(c[-1]).atom.id == weight and self._head(c)
+            ),
+            None,
         )
         head = self._head(base) if base is not None else None
         if base is None or head is None or candidate.norm.atom not in lift.norms_in(Poly(((head[-1].mono, 1.0),))):

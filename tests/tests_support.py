@@ -36,6 +36,68 @@ def check_same(program: Any, layer: Any, x: torch.Tensor, tolerance: float = 1e-
             torch.testing.assert_close(got, wanted, rtol=tolerance * 100, atol=tolerance * 100)
 
 
+def check_everything(
+    program: Any, layer: Any, x: torch.Tensor, codegen: str = "eager", grad: bool = True, tolerance: float = 1e-9
+) -> None:
+    """All that a caller can see of ``program(layer, x)`` (one tensor or a tuple), original against rewritten: values, strides, dtypes,
+    which results share memory, and gradients (None against zeros), NaN and infinities included."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda value: program(layer, value),
+        backend=backend,
+        fullgraph=True,
+        dynamic=False,
+        options={"dorafx.codegen": codegen},
+    )
+    leaves = [x.detach().clone().requires_grad_(), *layer.trainable()]
+    with torch.set_grad_enabled(grad):
+        expected = _observed(lambda: program(layer, leaves[0]), leaves)
+        for _ in range(2):
+            actual = _observed(lambda: compiled(leaves[0]), leaves)
+            _assert_alike(actual, expected, tolerance)
+
+
+def _observed(run: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
+    made = run()
+    results = list(made) if isinstance(made, tuple) else [made]
+    differentiable = [r for r in results if r.requires_grad]
+    if not differentiable:
+        return results, [None] * len(leaves)
+    weights = [torch.arange(1, r.numel() + 1, dtype=r.dtype).cos().view(r.shape) for r in differentiable]
+    return results, list(torch.autograd.grad(differentiable, leaves, weights, allow_unused=True))
+
+
+def _assert_alike(actual: Any, expected: Any, tolerance: float) -> None:
+    (results, gradients), (wanted_results, wanted_gradients) = actual, expected
+    assert len(results) == len(wanted_results)
+    for i, (got, wanted) in enumerate(zip(results, wanted_results)):
+        assert (got.dtype, got.shape, got.requires_grad) == (wanted.dtype, wanted.shape, wanted.requires_grad), i
+        long = [axis for axis, size in enumerate(got.shape) if size > 1]
+        assert [got.stride(a) for a in long] == [wanted.stride(a) for a in long], (i, got.stride(), wanted.stride())
+        _assert_values(got.detach(), wanted.detach(), tolerance)
+        for j in range(i):
+            shares, shared = (
+                t.untyped_storage().data_ptr() == u.untyped_storage().data_ptr()
+                for t, u in ((got, results[j]), (wanted, wanted_results[j]))
+            )
+            assert shares == shared, f"results {j} and {i} share memory: {shares}, in the original {shared}"
+    for i, (got, wanted) in enumerate(zip(gradients, wanted_gradients)):
+        assert (got is None) == (wanted is None), f"leaf {i}: gradient {got}, in the original {wanted}"
+        if got is not None:
+            _assert_values(got, wanted, tolerance)
+
+
+def _assert_values(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    """Equal where the original is finite; elsewhere not finite, either. (``inf + (g - 1)·inf`` is NaN, and ``g·inf`` is not.)"""
+    finite = wanted.isfinite()
+    assert torch.equal(got.isfinite(), finite), (
+        f"{(~finite).sum()} not finite, of the rewrite {(~got.isfinite()).sum()}"
+    )
+    if finite.any():
+        size = float(wanted[finite].abs().max())
+        torch.testing.assert_close(got[finite], wanted[finite], rtol=tolerance, atol=tolerance * max(size, 1e-3))
+
+
 @torch.library.custom_op("dorafx_tests::scale", mutates_args=("t",))
 def scale(t: torch.Tensor, by: float) -> None:
     """An operator of somebody's own that writes to its argument: ``torch.ops.dorafx_tests.scale`` in a graph."""

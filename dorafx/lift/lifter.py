@@ -19,7 +19,17 @@ from .grad_mode import GradMode
 from .inputs import attribute_id, looks_like_parameter
 from .quantized import quantizes_activations
 from .targets import canonical_name
-from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, tensor_of, vector_axis
+from .values import (
+    FLOAT_DTYPES,
+    AtomInfo,
+    Gemm,
+    MatrixValue,
+    Value,
+    VectorValue,
+    loses_accuracy,
+    tensor_of,
+    vector_axis,
+)
 
 __all__ = ["TRANSFER", "Lifter", "tensor_of", "transfer"]
 
@@ -27,7 +37,8 @@ _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 Observer = Callable[["Lifter", fx.Node, Value], Any]
 Transfer = Callable[["Lifter", fx.Node], "Value | None"]
-T = TypeVar("T", Expr, Poly)
+T = TypeVar("T")
+E = TypeVar("E", Expr, Poly)
 V = TypeVar("V", bound=MatrixValue | VectorValue)
 TRANSFER: dict[str, Transfer] = {}
 
@@ -79,8 +90,8 @@ class Lifter:
         """Nodes that are several matrices along a new first axis: the sum of these, and how many."""
         self.repeated: dict[fx.Node, MatrixValue] = {}
         """Nodes that are one matrix for each entry of a batch, and the matrix."""
-        self.site_scales: dict[fx.Node, float] = {}
-        """Sites of norms that are a multiple of the norm."""
+        self.roundings: dict[fx.Node, torch.dtype] = {}
+        """Nodes whose term leaves out that something in it was cast to this dtype, which holds fewer values."""
         self.subscripts: dict[fx.Node, Any] = {}
         """Nodes whose axes are known by letters (see ``transfer.rearranged``)."""
         self.written = written_nodes(graph)
@@ -90,6 +101,8 @@ class Lifter:
         self._param_node: dict[fx.Node, bool] = {}
         self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
+        self._lifted: fx.Node | None = None
+        self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
         self._grad_mode = GradMode()
 
@@ -123,9 +136,16 @@ class Lifter:
     def seal(self, node: fx.Node) -> None:
         """Make the node's value an atom for everything downstream of here."""
         self.values[node] = self.atom_value(node)
+        self.roundings.pop(node, None)
 
     def _lift_here(self, node: fx.Node) -> Value | None:
+        self._lifted, self._unrounded = node, set()
         value = self._lift(node)
+        self._lifted = None
+        aside: tuple[dict[fx.Node, Any], ...] = (self.expanded, self.absolute, self.stacked, self.repeated)
+        if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
+            dtypes = {self.roundings[argument] for argument in self._unrounded}
+            self.roundings[node] = max({*dtypes, self.roundings.get(node, torch.float64)}, key=_spacing)
         if not self.records_gradients:
             self.unrecorded.add(node)
         return self.recorded(value) if value is not None else None
@@ -213,8 +233,25 @@ class Lifter:
                 return expr
         node: fx.Node = arg
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
-        key = (layout, self._attribute_of(node) or node) if node not in self.written else None
+        key: Any = (layout, self._attribute_of(node) or node) if node not in self.written else None
+        rounded = self._single(value) if isinstance(value, MatrixValue) else None
+        rounds = self.atom_of(rounded.atom).rounds if rounded is not None and not rounded.transposed else None
+        if rounds is not None and rounded is not None and key is not None:
+            source = self.atom_of(next(rounds.atoms())).node
+            whole = self.laid_out(source, layout) if self.atom_of(rounded.atom).node is not None else None
+            dtype = self.atom_of(rounded.atom).dtype
+            same = source is not None and str(tensor_of(source).shape) == str(tensor.shape)  # type: ignore[union-attr]
+            if whole is not None and same:
+                key, at = ("rounded", whole, dtype), replace(at, dtype=dtype, rounds=whole)
         return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
+
+    @staticmethod
+    def _single(value: MatrixValue) -> Mat | None:
+        """The one matrix that a value is; None where it is anything else."""
+        if value.squared or value.expr.vanished or len(value.expr.items) != 1:
+            return None
+        ((scalars, chain), c) = value.expr.items[0]
+        return chain[0] if not scalars and c == 1.0 and len(chain) == 1 and isinstance(chain[0], Mat) else None
 
     def as_filters(self, expr: Expr, like: torch.Tensor) -> Expr | None:
         """A sum of tensors of this shape that nothing is known of, in the layout of a convolution's weight."""
@@ -239,7 +276,46 @@ class Lifter:
 
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
-        return self._intern((info.kind, info.expr, info.poly, info.side, info.eps), info)
+        if info.poly is not None and info.poly.vanished:
+            raise TooComplex  # it would not be read again, gradients and NaN of what vanished included
+        key = (info.kind, info.expr, info.poly, info.side, info.eps, info.double, info.rooted, info.dtype)
+        return self._intern(key, info)
+
+    def rounded(self, node: fx.Node, value: V, dtype: torch.dtype) -> V:
+        """A value that a node casts to a dtype which does not hold all of its values.
+
+        A vector, or a matrix that is one value, is rounded: an indeterminate of its own. The rounding of a sum or product of
+        matrices is left out of the term and noted, and the term serves results that have no more digits than that.
+        """
+        if isinstance(value, VectorValue):
+            if value.row is None:
+                return replace(value, poly=self.rounded_vector(value.poly, dtype))
+        elif (one := self._single(value)) is not None:
+            at = self.atom_of(self._node_atom(node, self.requires_grad(value.expr)))
+            kind = self.atom_of(one.atom).kind
+            if kind in ("node", "filter", "channels"):
+                info = replace(at, kind=kind, dtype=dtype, rounds=value.expr, sites=[])
+                key = ("rounded", value.expr, dtype) if node not in self.written else None
+                return replace(value, expr=Expr.mat(self._intern(key, info)))
+        self.roundings[node] = max(dtype, self.roundings.get(node, dtype), key=_spacing)
+        return value
+
+    def rounded_vector(self, poly: Poly, dtype: torch.dtype) -> Poly:
+        """A vector in a dtype which does not hold all of its values."""
+        constant = poly.constant
+        if constant is not None:
+            return Poly.const(float(torch.tensor(constant, dtype=dtype)))
+        info = AtomInfo("rounded", self.requires_grad(poly), self.is_parameter_term(poly), poly=poly, dtype=dtype)
+        return Poly.var(self.intern(info))
+
+    def unrounded(self, mat: Mat) -> Mat:
+        """The matrix that a factor was rounded from; itself where it was not."""
+        rounds = self.atom_of(mat.atom).rounds
+        if rounds is None:
+            return mat
+        ((_, (source,)), _) = rounds.items[0]
+        assert isinstance(source, Mat)
+        return self.unrounded(Mat(source.atom, source.transposed != mat.transposed))
 
     def _intern(self, key: Any, info: AtomInfo) -> Atom:
         if key is not None and key in self._interned:
@@ -272,7 +348,29 @@ class Lifter:
             return None
         if arg in self.written:
             return self.atom_value(arg)
-        return self.values.get(arg)
+        value = self.values.get(arg)
+        if not self._shows_rounding(arg):
+            return value
+        tensor = tensor_of(arg)
+        if tensor is not None and isinstance(value, VectorValue) and value.row is None:
+            return replace(value, poly=self.rounded_vector(value.poly, tensor.dtype))
+        return self.atom_value(arg)
+
+    def aside(self, table: dict[fx.Node, T], arg: Any) -> T | None:
+        """What one of the side tables knows of an argument."""
+        known = table.get(arg) if isinstance(arg, fx.Node) else None
+        return None if known is not None and self._shows_rounding(arg) else known
+
+    def _shows_rounding(self, arg: fx.Node) -> bool:
+        """Whether the node that is lifted reads an argument with more digits than something in it was rounded to."""
+        dtype = self.roundings.get(arg)
+        if dtype is None or self._lifted is None:
+            return False
+        tensor = tensor_of(self._lifted)
+        if tensor is None or loses_accuracy(tensor.dtype, dtype):
+            return True
+        self._unrounded.add(arg)
+        return False
 
     def vector(self, arg: Any) -> VectorValue | None:
         """The argument as a vector: a vector, or a matrix atom with a single row or column."""
@@ -311,6 +409,7 @@ class Lifter:
         accepts = self._has_no_product_behind if weight else _refuses
         if len(value.expr.items) > 1 and not all(self._is_weight_like(a, accepts) for a in value.expr.atoms()):
             sealed = self.atom_value(arg)
+            self._unrounded.discard(arg)
             return sealed.expr if isinstance(sealed, MatrixValue) else None
         return value.expr
 
@@ -353,7 +452,7 @@ class Lifter:
         row = self.detached(value.row) if value.row is not None else None
         return replace(value, poly=self.detached(value.poly), row=row)
 
-    def detached(self, term: T) -> T:
+    def detached(self, term: E) -> E:
         """A term without gradients; what has none is no twin of itself."""
         return term.detached(frozenset(self._no_grad_ids))
 
@@ -393,3 +492,8 @@ def _is_leaf(node: fx.Node) -> bool:
 
 def _refuses(_: fx.Node) -> bool:
     return False
+
+
+def _spacing(dtype: torch.dtype) -> float:
+    """How far apart the values of a dtype lie."""
+    return float(torch.finfo(dtype).eps)

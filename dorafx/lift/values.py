@@ -11,10 +11,25 @@ from torch import fx
 
 from .algebra import Expr, Poly
 
-__all__ = ["FLOAT_DTYPES", "AtomInfo", "Gemm", "MatrixValue", "Value", "VectorValue", "tensor_of", "vector_axis"]
+__all__ = [
+    "FLOAT_DTYPES",
+    "AtomInfo",
+    "Gemm",
+    "MatrixValue",
+    "Value",
+    "VectorValue",
+    "loses_accuracy",
+    "tensor_of",
+    "vector_axis",
+]
 
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
+
+
+def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
+    """Whether a cast from one floating dtype to another rounds: not every value of the first is one of the second."""
+    return torch.promote_types(before, after) != after
 
 
 Layout = Literal["last", "filter", "channels"]
@@ -55,11 +70,25 @@ class AtomInfo:
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
     or columns. ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed. ``filter`` and
     ``channels``: ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies; never formed.
     """
 
-    kind: Literal["ones", "node", "norm", "sumsq", "reciprocal", "clamp_min", "onehot", "filter", "channels", "unfold"]
+    kind: Literal[
+        "ones",
+        "node",
+        "norm",
+        "sumsq",
+        "reciprocal",
+        "clamp_min",
+        "maximum",
+        "rounded",
+        "onehot",
+        "filter",
+        "channels",
+        "unfold",
+    ]
     requires_grad: bool = True
     parameter: bool = False
     """Known to depend on parameters and buffers only."""
@@ -68,8 +97,16 @@ class AtomInfo:
     side: Literal["row", "col"] = "row"
     eps: float = 0.0
     poly: Poly | None = None
+    double: bool = False
+    """For a norm or sum of squares: whether it is one of fp64, whatever it is made of."""
+    rooted: bool = False
+    """For a norm: whether it is the root of a sum of squares, whose gradient is NaN where the sum is zero."""
+    dtype: torch.dtype | None = None
+    """What a ``rounded`` vector, or a node that rounds a matrix (see ``rounds``), is rounded to."""
+    rounds: Expr | None = None
+    """Of a node that casts a matrix to a dtype which cannot hold all of its values: the matrix."""
     sites: list[fx.Node] = field(default_factory=list, compare=False)
-    """For a norm: the nodes that compute it, in graph order."""
+    """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
 
 
 @dataclass(frozen=True)

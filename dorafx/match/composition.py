@@ -120,14 +120,14 @@ def base_core(candidate: Candidate) -> Chain | None:
         for core, poly in candidate.composition.cores.items()
         if candidate.norm.atom in candidate.lift.norms_in(poly)
     ]
+    whole = candidate.lift.unrounded(mat)
     for core in scaled:
         last = core[-1] if core else None
-        if (
-            len(core) > 1
-            and isinstance(last, Mat)
-            and last.atom.id == mat.atom.id
-            and last.transposed != mat.transposed
-        ):
+        if len(core) < 2 or not isinstance(last, Mat):
+            continue
+        # The output may have the weight in another dtype than the norm has it in.
+        last = candidate.lift.unrounded(last)
+        if last.atom.id == whole.atom.id and last.transposed != whole.transposed:
             return core
     # A product with the weight as its library forms it, which is a value of its own (HQQ unpacks its codes in place).
     gemms = [

@@ -11,7 +11,7 @@ from torch import fx
 from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue, tensor_of
 
 from .composition import Candidate, Match, group
-from .near_misses import Reason, unknown_consumer, unknown_norms
+from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
 from .registry import forms
 
@@ -134,8 +134,12 @@ class _Matcher:
         norms = [f for atom in sorted(lift.norms_in(expr)) if (f := self._classify(lift, atom)) is not None]
         if not norms:
             return None
-        composition = group(expr)
         assert self.matches is not None
+        if expr.vanished:
+            for norm in norms:
+                self.matches.composition_misses.setdefault(norm.atom.id, vanished(lift, expr.vanished, node))
+            return None
+        composition = group(expr)
         for norm in norms:
             candidate = Candidate(lift, node, expr, composition, norm)
             for form in self._forms.values():

@@ -9,11 +9,20 @@ import torch
 from torch import fx
 
 from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value, tensor_of
-from dorafx.lift.algebra import Chain, Expr, Poly
+from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
 from dorafx.lift.targets import arguments, canonical_name
 from dorafx.lift.values import VectorValue
 
-__all__ = ["Reason", "described", "hidden_delta", "operator_name", "source_of", "unknown_consumer", "unknown_norms"]
+__all__ = [
+    "Reason",
+    "described",
+    "hidden_delta",
+    "operator_name",
+    "source_of",
+    "unknown_consumer",
+    "unknown_norms",
+    "vanished",
+]
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
@@ -77,6 +86,17 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                     node,
                 )
     return None
+
+
+def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Reason:
+    """Terms that are zero, and whose gradients (of zeros) and NaN a rewrite would leave out."""
+    nodes = sorted({n.name: n for v in lost if (n := lift.atom_of(v.atom).node) is not None}.items())
+    what = ", ".join(described(n) for _, n in nodes) or "a part of it"
+    return Reason(
+        f"{what} is multiplied by zero, or cancels out: without it the rewrite would lose its gradient (of zeros) and its NaN; "
+        "leave the term out of the program where neither is needed",
+        node,
+    )
 
 
 def _cuts_rows(node: fx.Node) -> str:

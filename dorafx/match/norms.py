@@ -10,7 +10,7 @@ from torch import fx
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
 from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
 
-from .near_misses import Reason, described, hidden_delta, source_of, unknown_delta
+from .near_misses import Reason, described, hidden_delta, source_of, unknown_delta, vanished
 
 __all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
 
@@ -69,6 +69,11 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     info = lift.atom_of(atom)
     assert info.expr is not None
     expr = info.expr if info.side == "row" else info.expr.transposed()
+    if expr.vanished:
+        adapted = (
+            expr.items and lift.is_parameter_term(expr) and all(lift.atom_of(v.atom).parameter for v in expr.vanished)
+        )
+        return vanished(lift, expr.vanished, _site(info)) if adapted else None
     if len(expr.items) < 2:
         chains: list[Chain] = [chain for (_, chain), _ in expr.items if len(chain) == 1]
         return hidden_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
@@ -89,7 +94,9 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             return Reason(f"the norm's operand has a scaled or diagonal part{what} besides the weight", _site(info))
         part = _cut(lift, chain, c, scalars)
         if part is None:
-            return Reason("a factor of the delta has a symbolic or non-matrix shape", _site(info))
+            repeated = any(isinstance(f, Mat) and f.atom == ONES for f in chain)
+            what = "is one row repeated" if repeated else "has a symbolic or non-matrix shape"
+            return Reason(f"a factor of the delta {what}", _site(info))
         delta.append(part)
     if not delta:
         chains = [chain for chain, _ in dense]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import fx
 
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx._compat.distributed import placements
-from dorafx.lift import Atom, tensor_of
+from dorafx.lift import Atom, VectorValue, tensor_of
 from dorafx.lift.targets import canonical_name
 from dorafx.lift.transfer.layout import drops_nothing
 from dorafx.match import Matches, forms
@@ -16,11 +18,14 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
+from .memory import laid_out_like, separate_outputs
 from .norm_operands import factor_operands, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
 from .prologue import DENSE, SITE
 
 __all__ = ["apply_plan"]
+
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
 class _Norms:
@@ -50,13 +55,18 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
         weight, order = weight_operand(emit, norm.factors)
         left, right, scale = factor_operands(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
+        if norm.factors.info.double:
+            right = emit.cast(
+                right, torch.float64
+            )  # the smallest of the three: one decides what the norm is computed in
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
         n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
     else:
         w = norm.packed
         packed = packed_operands(emit, w)
-        operands = factor_operands(emit, norm.factors)
+        left, right, scale = factor_operands(emit, norm.factors)
+        operands = left, emit.cast(right, torch.float64) if norm.factors.info.double else right, scale
         n = emit.call(
             torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
         )
@@ -69,6 +79,8 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     if norm.factors.info.eps:
         n = emit.call(torch.sqrt, emit.call(torch.add, emit.call(torch.mul, n, n), norm.factors.info.eps))
+    elif norm.factors.info.rooted:
+        n = emit.call(torch.sqrt, emit.call(torch.mul, n, n))
     return n
 
 
@@ -102,10 +114,9 @@ def apply_plan(
                 composition = plan.compositions[index]
                 emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
-                made = placed_like(emit, node, made)
-        except CannotEmit as reason:
-            reason.site = node
-            raise
+                made = laid_out_like(emit, node, placed_like(emit, node, made))
+        except Exception as reason:
+            raise _refusal(reason, node) from reason
         old.replace_all_uses_with(made)
         copied[node] = made
         dead.append(old)
@@ -118,26 +129,40 @@ def apply_plan(
         with graph.inserting_before(old):
             emit.begin(node, False)
             try:
-                copied[node] = placed_like(emit, node, _norm_in_place_of(node, sites[node], norms, emit))
-            except CannotEmit as reason:
-                reason.site = node
-                raise
+                made = placed_like(emit, node, _norm_in_place_of(node, sites[node], emit))
+                copied[node] = laid_out_like(emit, node, made)
+            except Exception as reason:
+                raise _refusal(reason, node) from reason
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
     _erase_dead(graph, list(norms.made.values()))
+    separate_outputs(gm.graph, graph, copied)
     graph.lint()
     alive = set(graph.nodes)
     return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}
 
 
-def _norm_in_place_of(node: fx.Node, norm: NormPlan, norms: _Norms, emit: Emitter) -> fx.Node:
-    """The factored norm with the dtype and shape of the node that computed it."""
-    tensor = tensor_of(node)
+def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
+    """Why a site is left alone: what an emission that failed said of it, or an error that nobody foresaw. Other sites of the graph
+    are rewritten all the same."""
+    refusal = error
+    if not isinstance(refusal, CannotEmit):
+        _logger.debug("%s is left alone", site.format_node(), exc_info=error)
+        text = str(error).strip().splitlines()
+        refusal = CannotEmit(
+            f"its replacement failed ({type(error).__name__}: {text[0] if text else ''}): please report it"
+        )
+    refusal.site = site
+    return refusal
+
+
+def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:
+    """What a node made of a norm (a multiple, a power), of the factored one, in the dtype and shape that the node has."""
+    tensor, value = tensor_of(node), emit.lift.values.get(node)
     assert tensor is not None
-    made = norms(Atom(norm.factors.atom.id), emit)
-    scale = emit.lift.site_scales.get(node, 1.0)
-    if scale != 1.0:
-        made = emit.call(torch.mul, made, scale)
+    if not isinstance(value, VectorValue):
+        raise CannotEmit(f"{node.name} is not known as a vector")
+    made = emit.vector(value.poly)
     if not norm.factors.info.requires_grad:
         made = emit.method("detach", made)
     made = emit.cast(made, tensor.dtype)

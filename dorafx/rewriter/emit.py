@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -75,15 +76,15 @@ class Emitter(NodeEmitter):
                 if term is None:
                     term = c
                 elif c != 1.0:
-                    term = self.call(torch.mul, term, c)
+                    term = self._arithmetic("mul", term, c)
                 if total is None:
                     total = term
                 elif isinstance(total, float) and isinstance(term, float):
                     total += term
                 elif isinstance(total, float):
-                    total = self.call(torch.add, term, total)
+                    total = self._arithmetic("add", term, total)
                 else:
-                    total = self.call(torch.add, total, term)
+                    total = self._arithmetic("add", total, term)
             if not isinstance(total, fx.Node):
                 raise CannotEmit("a scaling is a constant")
             self._vectors[key] = total
@@ -94,11 +95,22 @@ class Emitter(NodeEmitter):
         for atom, exponent in sorted(mono, key=lambda item: -item[1]):
             factor = self._vector_atom(atom)
             for _ in range(abs(exponent)):
-                if product is None:
-                    product = factor if exponent > 0 else self.call(torch.reciprocal, factor)
+                if product is not None:
+                    product = self._arithmetic("mul" if exponent > 0 else "truediv", product, factor)
+                elif exponent > 0:
+                    product = factor
                 else:
-                    product = self.call(torch.mul if exponent > 0 else torch.div, product, factor)
+                    product = self._arithmetic("truediv", 1.0, factor)
         return product
+
+    def _arithmetic(self, name: str, *operands: Any) -> fx.Node:
+        """Of tensors, or of numbers that are symbols: torch would make of these a tensor of fp32."""
+        if not any(tensor_of(o) is not None for o in operands):
+            return self.call(getattr(operator, name), *operands)
+        if name == "truediv":
+            numerator, divisor = operands
+            return self.call(torch.reciprocal, divisor) if numerator == 1.0 else self.call(torch.div, *operands)
+        return self.call(getattr(torch, name), *operands)
 
     def _vector_atom(self, atom: Atom) -> fx.Node:
         key = ("atom", atom)
@@ -107,15 +119,22 @@ class Emitter(NodeEmitter):
         info = self.lift.atom_of(atom)
         if info.kind == "norm":
             node = self._norms(atom, self)
-            node = self.method("detach", node) if atom.detached else node
         elif info.kind == "reciprocal":
             assert info.poly is not None
-            node = self.call(torch.reciprocal, self.vector(info.poly))
-            node = self.method("detach", node) if atom.detached else node
+            node = self._arithmetic("truediv", 1.0, self.vector(info.poly))
         elif info.kind == "clamp_min":
             assert info.poly is not None
             node = self.call(torch.clamp_min, self.vector(info.poly), info.eps)
-            node = self.method("detach", node) if atom.detached else node
+        elif info.kind == "maximum":
+            assert info.poly is not None
+            value = self.vector(info.poly)
+            node = self.call(torch.maximum, value, self.call(torch.full_like, value, info.eps))
+        elif info.kind == "rounded":
+            assert info.poly is not None and info.dtype is not None
+            value = self.vector(info.poly)
+            if tensor_of(value) is None:
+                raise CannotEmit("a number that is a symbol is rounded")
+            node = self._wide(self.cast(value, info.dtype))
         elif info.kind == "node":
             node = self.atom(atom)
             if tensor_of(node) is not None:
@@ -124,6 +143,8 @@ class Emitter(NodeEmitter):
                 node = self._wide(node)
         else:
             raise CannotEmit("a sum of squares is used without its root")
+        if info.kind != "node" and atom.detached and tensor_of(node) is not None:
+            node = self.method("detach", node)
         self._vectors[key] = node
         return node
 
@@ -157,7 +178,7 @@ class Emitter(NodeEmitter):
     def _product(self, chain: Chain) -> fx.Node:
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
-            return existing
+            return self._precise(existing) if len(chain) == 1 else existing
         flipped = self._existing(Expr.chain(transpose_chain(chain))) if self.transposed and len(chain) > 1 else None
         if flipped is not None:
             return self.method("t", flipped)
@@ -169,7 +190,9 @@ class Emitter(NodeEmitter):
         if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
             raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
         if len(chain) == 1 and isinstance(chain[0], Mat):
-            return self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
+            return self._precise(
+                self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
+            )
         if not chain or chain == (Mat(ONES),):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
         prefix, last = chain[:-1], chain[-1]
@@ -186,6 +209,10 @@ class Emitter(NodeEmitter):
             return self.call(torch.mul, column, node)
         left = self.product(prefix)
         return self._multiply(left, last)
+
+    def _precise(self, factor: fx.Node) -> fx.Node:
+        """A factor of a product, in fp64 where the site's value is."""
+        return self._wide(factor) if self.compute_dtype == torch.float64 else factor
 
     def _again(self, gemm: Gemm) -> fx.Node:
         """A product of the graph, without its bias."""

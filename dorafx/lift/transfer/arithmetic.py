@@ -35,7 +35,7 @@ def operand(lift: Lifter, arg: Any) -> Operand:
     tensor = tensor_of(arg)
     # What is no tensor is a number, or a symbol that stands for one.
     shape = tuple(tensor.shape) if tensor is not None else ()
-    expanded = lift.expanded.get(arg) if isinstance(arg, fx.Node) else None
+    expanded = lift.aside(lift.expanded, arg)
     if expanded is not None:
         return Operand(lift.value(arg), shape, expanded, True)
     return Operand(lift.value(arg), shape, lift.vector(arg), filters=lambda: lift.laid_out(arg, "filter"))
@@ -135,8 +135,8 @@ def _biased(
     """``matrix + 𝟙·D(vector)`` for a vector along the last axis, or a number 0."""
     if not isinstance(v, VectorValue) or m.squared or not same_shape(shape, matrix.shape):
         return None
-    if v.poly.constant == 0.0:
-        return m
+    if not v.poly.items:  # nothing is added, but what makes nothing may have a gradient, or be no number
+        return replace(m, expr=m.expr.without(v.poly.vanished))
     if _lies(m, matrix, vector, v) != "columns":
         return None
     return replace(m, expr=m.expr + Expr.broadcast(v.poly).scaled(sign))
@@ -252,7 +252,7 @@ def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operan
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
     """``1/v``: of a monomial a monomial, of a sum an indeterminate of its own."""
-    if not v.poly.items:
+    if not v.poly.items or v.poly.vanished:
         return None
     inverse = v.poly.reciprocal()
     if inverse is None:

@@ -40,7 +40,7 @@ def _over_the_stack(name: str) -> Callable[[Lifter, fx.Node], Value | None]:
     def reduced(lift: Lifter, node: fx.Node) -> Value | None:
         args = arguments(node, "input", "dim", "keepdim")
         source, dim = args.get("input"), args.get("dim")
-        known, tensor = lift.stacked.get(source) if isinstance(source, fx.Node) else None, tensor_of(source)
+        known, tensor = lift.aside(lift.stacked, source), tensor_of(source)
         dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
         first = tensor is not None and dims in ([0], [-tensor.dim()])
         if known is None or not first or args.get("keepdim") or args.get("dtype") is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..algebra import Expr, Poly
@@ -64,7 +65,9 @@ def _squared_sum(lift: Lifter, subscripts: list[str], result: str, operands: Seq
         return None
     side = "row" if result == subscripts[0][0] else "col"
     grad, parameter = lift.requires_grad(left.expr), lift.is_parameter_term(left.expr)
-    info = AtomInfo("sumsq", grad, parameter, expr=left.expr, side="row" if side == "row" else "col")
+    tensor = tensor_of(operands[0])
+    double = tensor is not None and tensor.dtype == torch.float64
+    info = AtomInfo("sumsq", grad, parameter, expr=left.expr, side="row" if side == "row" else "col", double=double)
     return VectorValue(Poly.var(lift.intern(info)), -1)
 
 

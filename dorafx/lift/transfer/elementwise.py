@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -54,7 +54,7 @@ def power(lift: Lifter, node: fx.Node) -> Value | None:
 def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
     if not isinstance(exponent, (int, float)):
         return None
-    value = lift.absolute.get(base) or lift.value(base)
+    value = lift.aside(lift.absolute, base) or lift.value(base)
     if isinstance(value, MatrixValue):
         return replace(value, squared=True) if exponent == 2 and not value.squared else None
     if isinstance(value, VectorValue):
@@ -77,6 +77,8 @@ def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
     """``sqrt(c·Σ w² + eps) = √c · sqrt(Σ w² + eps/c)`` is a norm; any other square root is not known."""
     eps, scale = 0.0, 1.0
     sumsq = None
+    if value.poly.vanished:
+        return None
     for mono, c in value.poly.items:
         if not mono:
             eps = c
@@ -89,13 +91,20 @@ def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
     info = lift.atom_of(sumsq)
     if info.kind != "sumsq":
         return None
-    norm = AtomInfo("norm", info.requires_grad, info.parameter, expr=info.expr, side=info.side, eps=eps / scale)
+    norm = AtomInfo(
+        "norm",
+        info.requires_grad,
+        info.parameter,
+        expr=info.expr,
+        side=info.side,
+        eps=eps / scale,
+        double=info.double,
+        # Without an eps, and where somebody may ask for the gradient.
+        rooted=not eps and info.requires_grad and not sumsq.detached and lift.records_gradients,
+    )
     atom = lift.intern(norm)
     lift.atom_of(atom).sites.append(node)
-    poly = Poly.var(atom)
-    if scale != 1.0:
-        lift.site_scales[node] = scale**0.5
-        poly = poly.scaled(scale**0.5)
+    poly = Poly.var(atom).scaled(scale**0.5)
     if sumsq.detached:
         poly = poly.detached(frozenset())
     return VectorValue(poly, value.axis)
@@ -114,11 +123,11 @@ def rsqrt(lift: Lifter, node: fx.Node) -> Value | None:
     return inverse_of(lift, rooted) if rooted is not None else None
 
 
-def at_least(lift: Lifter, value: VectorValue, low: float) -> VectorValue:
-    """``max(value, low)`` by element."""
-    info = AtomInfo(
-        "clamp_min", lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=low, poly=value.poly
-    )
+def at_least(
+    lift: Lifter, value: VectorValue, low: float, kind: Literal["clamp_min", "maximum"] = "clamp_min"
+) -> VectorValue:
+    """``max(value, low)`` by element; of the two kinds, gradients differ where value and bound are equal."""
+    info = AtomInfo(kind, lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=low, poly=value.poly)
     return VectorValue(Poly.var(lift.intern(info)), value.axis)
 
 
@@ -141,7 +150,7 @@ def maximum(lift: Lifter, node: fx.Node) -> Value | None:
             continue
         low = b.poly.constant
         if low is not None and (b.axis is None or b.axis == v.axis):
-            return at_least(lift, v, low)
+            return at_least(lift, v, low, "maximum")
     return None
 
 

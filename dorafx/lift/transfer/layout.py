@@ -11,7 +11,7 @@ from torch import fx
 from ..algebra import Expr
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments, first_argument
-from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, vector_axis
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
 
 
 @transfer("view")
@@ -152,13 +152,16 @@ def attribute(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("cast")
 def cast(lift: Lifter, node: fx.Node) -> Value | None:
-    """A cast between floating dtypes on one device keeps the term: it can only lose accuracy."""
+    """A cast between floating dtypes on one device keeps the term, but where it rounds (see :meth:`Lifter.rounded`)."""
     before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or before.device != after.device:
         return None
     if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES:
         return None
-    return lift.value(first_argument(node))
+    value = lift.value(first_argument(node))
+    if value is None or not loses_accuracy(before.dtype, after.dtype):
+        return value
+    return lift.rounded(node, value, after.dtype)
 
 
 @transfer("identity")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from ..algebra import Poly
 from ..lifter import Lifter, tensor_of, transfer
 from ..targets import arguments
-from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue
+from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least
 
@@ -41,6 +43,8 @@ def _reduction(
         return None
     if out is None or out.dtype not in FLOAT_DTYPES or node.kwargs.get("dtype") not in (None, *FLOAT_DTYPES):
         return None  # summed in integers, for one
+    if loses_accuracy(tensor.dtype, out.dtype):
+        return None  # rounded before it is squared or summed
     if value.squared != (kind == "sumsq"):
         return None
     side = _reduced_side(tensor.dim(), dim)
@@ -55,7 +59,12 @@ def _reduction(
     if side is None:
         return None
     info = AtomInfo(
-        kind, lift.requires_grad(value.expr), lift.is_parameter_term(value.expr), expr=value.expr, side=side
+        kind,
+        lift.requires_grad(value.expr),
+        lift.is_parameter_term(value.expr),
+        expr=value.expr,
+        side=side,
+        double=out.dtype == torch.float64,
     )
     atom = lift.intern(info)
     if kind == "norm":
@@ -85,16 +94,18 @@ def norm(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("mean")
 def mean_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
-    """``Σ w² / d`` along an axis of d elements."""
+    """``Σ w² / d`` along axes of d elements."""
     args = arguments(node, "input", "dim", "keepdim")
     dim, tensor = args.get("dim"), tensor_of(args.get("input"))
     made = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
     if made is None or tensor is None or args.get("dtype") is not None:
         return None
-    axis = dim[0] if isinstance(dim, (tuple, list)) else dim
-    assert isinstance(made, VectorValue) and isinstance(axis, int)
-    size = tensor.shape[axis]
-    return VectorValue(made.poly.scaled(1.0 / size), made.axis) if isinstance(size, int) and size else None
+    axes: Any = dim if isinstance(dim, (tuple, list)) else [dim]
+    assert isinstance(made, VectorValue)
+    sizes = [tensor.shape[axis] for axis in axes]
+    if not all(isinstance(size, int) and size for size in sizes):
+        return None
+    return VectorValue(made.poly.scaled(1.0 / math.prod(sizes)), made.axis)
 
 
 @transfer("normalize")
@@ -128,7 +139,9 @@ def _over_its_norm(
     if side is None:
         return None
     grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
-    divisor = VectorValue(Poly.var(lift.intern(AtomInfo("norm", grad, parameter, expr=value.expr, side=side))), -1)
+    double = tensor is not None and tensor.dtype == torch.float64
+    info = AtomInfo("norm", grad, parameter, expr=value.expr, side=side, double=double)
+    divisor = VectorValue(Poly.var(lift.intern(info)), -1)
     if eps is not None:
         divisor = at_least(lift, divisor, eps)
     inverse = inverse_of(lift, divisor)

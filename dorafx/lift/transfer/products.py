@@ -21,7 +21,7 @@ def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool
     x = tensor_of(lhs)
     if weight is None or x is None or not x.dim():
         return None
-    repeated = lift.repeated.get(rhs) if x.dim() == 3 and str(x.shape[0]) == str(weight.shape[0]) else None
+    repeated = lift.aside(lift.repeated, rhs) if x.dim() == 3 and str(x.shape[0]) == str(weight.shape[0]) else None
     if weight.dim() != 2 and repeated is None:
         return None
     if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
@@ -198,7 +198,7 @@ def diag(lift: Lifter, node: fx.Node) -> Value | None:
     vector = lift.value(args.get("input"))
     if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
         return None
-    if len(node.args) > 2 or node.kwargs.get("offset", 0) != 0 or len(vector.poly.items) != 1:
+    if len(node.args) > 2 or node.kwargs.get("offset", 0) != 0 or not vector.poly.is_monomial:
         return None
     ((mono, c),) = vector.poly.items
     return MatrixValue(Expr.chain((Diag(mono),), c))

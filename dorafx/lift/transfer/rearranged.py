@@ -17,7 +17,7 @@ from torch import fx
 from ..algebra import Mat
 from ..lifter import TRANSFER, Lifter, tensor_of
 from ..targets import arguments, first_argument
-from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import same_shape, same_size
 from .einsum import by_letters
 from .indexing import takes_everything
@@ -116,7 +116,9 @@ def _kept(lift: Lifter, node: fx.Node) -> Subscripts | None:
     before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or not same_shape(before.shape, after.shape) or before.device != after.device:
         return None
-    return _of(lift, first_argument(node)) if before.dtype in FLOAT_DTYPES and after.dtype in FLOAT_DTYPES else None
+    if before.dtype not in FLOAT_DTYPES or after.dtype not in FLOAT_DTYPES or loses_accuracy(before.dtype, after.dtype):
+        return None
+    return _of(lift, first_argument(node))
 
 
 def _selected(lift: Lifter, node: fx.Node) -> Subscripts | None:
