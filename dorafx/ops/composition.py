@@ -92,9 +92,9 @@ def check_compose(
     if any(t.device != base.device and (t.dim() > 0 or t.device.type != "cpu") for t in (*activations, *vectors)):
         devices = ", ".join(str(t.device) for t in (*activations, *vectors))
         raise ValueError(f"compose's operands are on {devices}; one device is needed")
-    if base.dim() and all(t.shape == base.shape for t in activations):
-        if all(v.shape == base.shape[-1:] for v in vectors):
-            return base.shape
+    agree = base.dim() > 0 and all(t.shape == base.shape for t in activations)
+    if agree and all(v.shape == base.shape[-1:] for v in vectors):
+        return base.shape
     try:
         return torch.broadcast_shapes(*(t.shape for t in (*activations, *vectors)))
     except RuntimeError as error:

@@ -51,9 +51,9 @@ LAYOUTS: dict[str, Layout] = {
     "channels last": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.dim() > 2 else _reversed(t),
     "with gaps": lambda t: torch.stack([t, t], -1)[..., 0],
     "columns of more": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]] if t.dim() else t,
-    "transposed rows of more": lambda t: torch.cat([t, t]).transpose(0, -1).contiguous().transpose(0, -1)[: t.shape[0]]
-    if t.dim()
-    else t,
+    "transposed rows of more": lambda t: (
+        torch.cat([t, t]).transpose(0, -1).contiguous().transpose(0, -1)[: t.shape[0]] if t.dim() else t
+    ),
     "expanded": _first_expanded,
     "one element": lambda t: t.reshape(-1)[:1].reshape([1] * t.dim()).expand(t.shape) if t.numel() else t,
     "with an offset": _with_offset,
@@ -89,7 +89,9 @@ def row_norm(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple[Any,
 
 
 def row_norms(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple[Any, ...]]:
-    lists = [list(tensors) for tensors in zip(_norm(lay, dtype, size), _norm(lay, dtype, size), _norm(lay, dtype, size))]
+    lists = [
+        list(tensors) for tensors in zip(_norm(lay, dtype, size), _norm(lay, dtype, size), _norm(lay, dtype, size))
+    ]
     yield *lists, [0.7, 0.7, 1.0], "auto", []
     squares = [torch.ones(size[1], dtype=_wide(dtype)), None, None]
     yield *lists, [0.7, 0.7, 1.0], "factored", squares
@@ -180,6 +182,8 @@ def compose_delta(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple
 
 def compose_(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple[Any, ...]]:
     for base, lora, g, bias, scale, _ in compose(lay, dtype, size, kernels=False):
+        if base.shape != (*size[0], size[1]):
+            continue
         # What is overwritten is dense, or has gaps.
         yield torch.empty_like(base).copy_(base), lora, g, bias, scale
         yield LAYOUTS["with gaps"](base), None, g, None, scale
