@@ -85,12 +85,12 @@ def test_every_operator_has_a_row() -> None:
 @pytest.mark.parametrize("symbolic", [False, True], ids=["static", "symbolic"])
 @pytest.mark.parametrize("name", ROWS)
 def test_fake_is_real(name: str, symbolic: bool) -> None:
-    """A sample: every size, layout and dtype, not each with each."""
+    """A sample of sizes, layouts and dtypes; the slow test takes each with each."""
     chance = random.Random(name)
-    for i in range(8 if symbolic else 20):
+    for i in range(3 if symbolic else 14):
         lay = contracts.mixed(i) if i % 2 else list(LAYOUTS.values())[i // 2 % len(LAYOUTS)]
         rows = list(ROWS[name](lay, DTYPES[i % 4], SIZES[i * 3 % len(SIZES)]))
-        for arguments in chance.sample(rows, min(2, len(rows))):
+        for arguments in chance.sample(rows, min(1 if symbolic else 2, len(rows))):
             check(name, arguments, symbolic)
 
 
