@@ -285,6 +285,15 @@ def forward_mode() -> bool:
     return int(torch.autograd.forward_ad._current_level) >= 0
 
 
+def is_known(condition: Any) -> bool:
+    """Whether a condition holds; where sizes that only running tells decide about it, no. Other symbolic sizes are guarded."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(condition))
+
+
 def graph_statistics() -> tuple[int, int]:
     """Graphs captured and graph breaks met in this process so far."""
     from torch._dynamo.utils import counters

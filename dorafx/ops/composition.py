@@ -8,6 +8,7 @@ eagerly on a CUDA device or the plan says so, one operator call that is one Trit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,10 +16,15 @@ import torch
 from dorafx import _compat
 from dorafx._compat.compilers import save_for_backward
 
+from . import layout
+
 __all__ = [
     "KERNELS",
     "Compose",
     "backward_math",
+    "check_compose",
+    "check_compose_backward",
+    "check_overwritten",
     "compose",
     "compose_delta",
     "compose_delta_into",
@@ -64,6 +70,76 @@ def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
             f"dorafx.{operator} has no forward-mode derivative (torch.autograd.forward_ad, jvp); call dorafx.restore(model) "
             "where one is needed"
         )
+
+
+def check_compose(
+    result: torch.Tensor | None,
+    base: torch.Tensor,
+    lora: torch.Tensor | None,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> tuple[int, ...]:
+    """The shape of a composition: that to which its operands broadcast.
+
+    Raises:
+        ValueError: operands that do not broadcast, or lie on several devices.
+    """
+    activations = [t for t in (result, base, lora) if t is not None]
+    vectors = [t for t in (g, bias) if t is not None]
+    if result is not None and lora is None:
+        raise ValueError("compose: the delta form has a low-rank term; got none")
+    # A scalar may lie on the CPU, as ATen has it.
+    if any(t.device != base.device and (t.dim() > 0 or t.device.type != "cpu") for t in (*activations, *vectors)):
+        devices = ", ".join(str(t.device) for t in (*activations, *vectors))
+        raise ValueError(f"compose's operands are on {devices}; one device is needed")
+    agree = base.dim() > 0 and all(t.shape == base.shape for t in activations)
+    if agree and all(v.shape == base.shape[-1:] for v in vectors):
+        return base.shape
+    try:
+        return torch.broadcast_shapes(*(t.shape for t in (*activations, *vectors)))
+    except RuntimeError as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (*activations, *vectors))
+        raise ValueError(
+            f"compose takes activations [.., d_out], and vectors [d_out], whose shapes must agree; got {shapes}"
+        ) from error
+
+
+def check_overwritten(tensor: torch.Tensor, shape: Sequence[int]) -> None:
+    """Raise what stands against writing a composition of this shape into a tensor.
+
+    Raises:
+        ValueError: the tensor has another shape.
+        RuntimeError: several of its elements share memory.
+    """
+    if tensor.shape != shape:
+        raise ValueError(f"compose_ writes a result {tuple(shape)} over a tensor {tuple(tensor.shape)}")
+    if any(_compat.is_known(s == 0) and _compat.is_known(n > 1) for n, s in zip(tensor.shape, tensor.stride())):
+        raise RuntimeError("compose_ overwrites a tensor of which several elements share memory; clone it first")
+
+
+def check_compose_backward(
+    grad: torch.Tensor, g: torch.Tensor, total: torch.Tensor | None, needs_g: bool, bias_shape: Sequence[int] | None
+) -> tuple[int, ...]:
+    """The shape of the bias, which is ``[d_out]`` where none is given.
+
+    Raises:
+        ValueError: shapes that do not belong to one composition, or no sum where g needs a gradient.
+    """
+    if needs_g and total is None:
+        raise ValueError("compose_backward: the gradient of g takes the sum that the forward kept; got none")
+    bias = grad.shape[-1:] if bias_shape is None else tuple(bias_shape)
+    shapes = [g.shape, *([] if total is None else [total.shape]), bias]
+    if any(shape not in ((), grad.shape[-1:], grad.shape) for shape in shapes):
+        try:
+            fits = torch.broadcast_shapes(grad.shape, *shapes) == grad.shape
+        except RuntimeError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"compose_backward takes operands that broadcast to the gradient {tuple(grad.shape)}; got "
+                f"{', '.join(str(tuple(s)) for s in shapes)}"
+            )
+    return bias
 
 
 def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
@@ -148,9 +224,18 @@ def forward_math(
     return y if into is None else into.copy_(y), total
 
 
-def _token_sum(values: torch.Tensor) -> torch.Tensor:
+def _sum_to(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The sum over what was broadcast, as a gradient of an operand of this shape."""
     # Not by way of ``flatten``, for which vmap has no rule (``is_grads_batched``).
-    return values.sum(tuple(range(values.dim() - 1))) if values.dim() > 1 else values
+    lead = values.dim() - len(shape)
+    spread = [
+        lead + i
+        for i, n in enumerate(shape)
+        if _compat.is_known(n == 1) and not _compat.is_known(values.shape[lead + i] == 1)
+    ]
+    if spread:
+        values = values.sum(spread, keepdim=True)
+    return values.sum(tuple(range(lead))) if lead else values
 
 
 def backward_math(
@@ -163,8 +248,10 @@ def backward_math(
     lora_dtype: torch.dtype | None,
     needs_g: bool,
     bias_dtype: torch.dtype | None,
+    bias_shape: Sequence[int],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of base, lora, g and bias; None where there is no dtype for them."""
+    """Gradients of base, lora, g and bias; None where there is no dtype for them. Those of base and lora have the gradient's
+    shape, also where these were broadcast."""
     wide = _wide(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
@@ -177,9 +264,9 @@ def backward_math(
         d_lora = None if lora_dtype is None else (scaled * scale).to(lora_dtype)
     if needs_g:
         assert total is not None
-        d_g = _token_sum(dy * total.to(wide)).to(g.dtype)
+        d_g = _sum_to(dy * total.to(wide), g.shape).to(g.dtype)
     if bias_dtype is not None:
-        d_bias = _token_sum(dy).to(bias_dtype)
+        d_bias = layout.owned(_sum_to(dy, bias_shape).to(bias_dtype), grad)
     return d_base, d_lora, d_g, d_bias
 
 
@@ -220,6 +307,7 @@ class Compose(torch.autograd.Function):
         kept = kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
         forward = torch.ops.dorafx.compose_forward.default if fused else forward_math
         y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
+        y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
             # The two products exist anyway, so that saving both of them looks cheap to the partitioner.
             save_for_backward(total)
@@ -228,6 +316,7 @@ class Compose(torch.autograd.Function):
         ctx.save_for_backward(g, total)
         ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
+        ctx.bias_shape = () if bias is None else tuple(bias.shape)
         return y
 
     @staticmethod
@@ -239,7 +328,7 @@ class Compose(torch.autograd.Function):
         needs = (needs_base, needs_lora, needs_bias)
         of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else backward_math
-        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias)
+        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
         wanted = (needs_base, needs_lora, needs_g, needs_bias)
         return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
 
@@ -251,8 +340,14 @@ def records_gradients(*tensors: torch.Tensor | None) -> bool:
 def compose(
     base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
-    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``."""
+    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout that :mod:`dorafx.ops.layout` gives.
+
+    Raises:
+        ValueError: see :func:`check_compose`; or an unknown kernel.
+        RuntimeError: forward-mode differentiation.
+    """
     inputs = (base, lora, g, bias)
+    check_compose(None, *inputs)
     fused = _fused(kernel, *inputs)
     recorded = records_gradients(*inputs)
     if fused or recorded:
@@ -261,14 +356,15 @@ def compose(
         return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return compose_math(*inputs, scale, out_dtype)
+    return layout.settled(compose_math(*inputs, scale, out_dtype), *inputs)
 
 
 def compose_delta(
     result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
-    """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``."""
+    """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``, otherwise as :func:`compose`."""
     inputs = (result, base, lora, g)
+    check_compose(*inputs, None)
     fused = _fused(kernel, *inputs)
     recorded = records_gradients(*inputs)
     if fused or recorded:
@@ -277,14 +373,15 @@ def compose_delta(
         return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return delta_math(*inputs, scale, out_dtype)
+    return layout.settled(delta_math(*inputs, scale, out_dtype), *inputs)
 
 
 def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
     """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
 
     Raises:
-        RuntimeError: gradients are recorded, for which ``base`` would be needed.
+        RuntimeError: gradients are recorded, for which ``base`` would be needed; or see :func:`check_overwritten`.
+        ValueError: see :func:`check_compose`, :func:`check_overwritten`.
     """
     _refuse_recording("compose_", base, lora, g, bias)
     from .triton.dispatch import compose_forward
@@ -296,7 +393,7 @@ def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) 
     """``torch.ops.dorafx.compose_delta_``: the delta form, written over ``result``.
 
     Raises:
-        RuntimeError: gradients are recorded.
+        RuntimeError, ValueError: as :func:`compose_into`.
     """
     _refuse_recording("compose_delta_", result, base, lora, g)
     from .triton.dispatch import compose_forward

@@ -11,6 +11,7 @@ import torch
 
 from dorafx import _compat
 
+from . import layout
 from .composition import forward_math, kept_dtype, records_gradients, refuse_forward_mode, refuse_second_derivative
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DoraLinear",
     "cast_linear",
     "cast_linear_backward",
+    "check_cast_linear",
     "check_linear",
     "dora_linear",
     "linear_math",
@@ -30,7 +32,8 @@ def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> N
     """Raise what is wrong with the operands of a DoRA linear.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or several devices.
+        TypeError: factors of a product that differ in dtype.
     """
     vectors = [v for v in (g, bias) if v is not None]
     fits = (
@@ -45,6 +48,15 @@ def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> N
         raise ValueError(
             "dora_linear takes x [.., d_in], weight [d_out, d_in], h [.., r], left [d_out, r], g and bias [d_out], "
             f"whose shapes must agree; got {shapes}, bias {None if bias is None else tuple(bias.shape)}"
+        )
+    if x.dtype != weight.dtype or h.dtype != left.dtype:
+        raise TypeError(
+            f"dora_linear multiplies operands of one dtype; x is {x.dtype}, weight {weight.dtype}, h {h.dtype}, left {left.dtype}"
+        )
+    tensors = (x, weight, h, left, *vectors)
+    if any(t.device != x.device for t in tensors):
+        raise ValueError(
+            f"dora_linear's operands are on {', '.join(str(t.device) for t in tensors)}; one device is needed"
         )
 
 
@@ -152,14 +164,40 @@ def _cast_linear_math(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def cast_linear(x: Any, weight: Any) -> torch.Tensor:
     """``torch.ops.dorafx.cast_linear``: ``x·Wᵀ``, x ``[.., d_in]``, W ``[d_out, d_in]`` of any floating dtype; the result has
-    the dtype of x, also under autocast."""
+    the dtype of x, also under autocast.
+
+    Raises:
+        ValueError: see :func:`check_cast_linear`.
+        RuntimeError: forward-mode differentiation.
+    """
+    check_cast_linear(x, weight)
     refuse_forward_mode("cast_linear", x, weight)
     if records_gradients(x, weight):
         return CastLinear.apply(x, weight)  # type: ignore[no-any-return]
     return _cast_linear_math(x, weight)
 
 
+def check_cast_linear(x: torch.Tensor, weight: torch.Tensor, backward: bool = False) -> None:
+    """Raise what is wrong with the operands of a linear whose weight is cast, or of its backward, where ``x`` is the gradient.
+
+    Raises:
+        ValueError: shapes or devices that do not fit together.
+    """
+    fits = weight.dim() == 2 and x.dim() >= 1 and x.shape[-1] == weight.shape[0 if backward else 1]
+    if not fits or x.device != weight.device:
+        takes = "cast_linear_backward takes grad [.., d_out]" if backward else "cast_linear takes x [.., d_in]"
+        raise ValueError(
+            f"{takes} and a weight [d_out, d_in] on one device; got {tuple(x.shape)} on {x.device}, weight "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+
+
 def cast_linear_backward(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``grad·W``, contiguous."""
+    """``grad·W``, contiguous.
+
+    Raises:
+        ValueError: see :func:`check_cast_linear`.
+    """
+    check_cast_linear(grad, weight, backward=True)
     with _compat.below_autocast():
-        return (grad @ weight.to(grad.dtype)).contiguous()
+        return layout.settled(grad @ weight.to(grad.dtype))

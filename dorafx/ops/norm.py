@@ -16,7 +16,12 @@ import torch
 from dorafx import _compat
 from dorafx.errors import DorafxWarning
 
+from . import layout
+
 __all__ = [
+    "check_algorithm",
+    "check_backward",
+    "check_lists",
     "check_operands",
     "compute_dtype",
     "factored",
@@ -68,6 +73,14 @@ def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
         raise ValueError(
             f"row_norm's operands are on {weight.device}, {left.device} and {right.device}; one device is needed"
         )
+
+
+def check_algorithm(algorithm: str) -> None:
+    """Raises:
+    ValueError: an unknown algorithm.
+    """
+    if algorithm not in ("auto", "tiled", "factored"):
+        raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -204,12 +217,11 @@ def row_norm(
         ``[d_out]`` in fp32, in fp64 where an operand is fp64. A zero row gives 0; NaN and inf propagate.
 
     Raises:
-        ValueError, TypeError: see :func:`check_operands`; or an unknown algorithm.
+        ValueError, TypeError: see :func:`check_operands`, :func:`check_algorithm`.
         RuntimeError: out of memory, with the smallest blocks too (see :func:`with_less_memory`).
     """
     check_operands(weight, left, right)
-    if algorithm not in ("auto", "tiled", "factored"):
-        raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
+    check_algorithm(algorithm)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
     with _compat.below_autocast():
         if algorithm == "factored":
@@ -261,13 +273,12 @@ def row_norms(
         squares: for the factored algorithm: ``‖W‖²`` by row of each weight, or None; empty for none at all.
 
     Raises:
-        ValueError, TypeError: see :func:`row_norm`; or lists of different lengths.
+        ValueError, TypeError: see :func:`check_lists`.
     """
-    check_lists(weights, lefts, rights, scales, squares)
+    check_lists(weights, lefts, rights, scales, algorithm, squares)
     norms = []
     for i, operands in enumerate(zip(weights, lefts, rights, scales)):
         if algorithm == "factored" and squares and squares[i] is not None:
-            check_operands(*operands[:3])
             with _compat.below_autocast():
                 norms.append(with_less_memory(functools.partial(factored, *operands, squares[i])))
         else:
@@ -280,10 +291,14 @@ def check_lists(
     lefts: Sequence[torch.Tensor],
     rights: Sequence[torch.Tensor],
     scales: Sequence[float],
+    algorithm: str,
     squares: Sequence[torch.Tensor | None],
 ) -> None:
-    """Raises:
-    ValueError: lists of different lengths, or squares that are none of their weight.
+    """Raise what is wrong with the operands of several row norms.
+
+    Raises:
+        ValueError, TypeError: see :func:`check_operands`, :func:`check_algorithm`; or lists of different lengths, or squares
+            that are none of their weight.
     """
     lengths = [len(weights), len(lefts), len(rights), len(scales)]
     if len(set(lengths)) != 1 or len(squares) not in (0, len(weights)):
@@ -291,13 +306,48 @@ def check_lists(
             f"row_norms takes lists of one length; got {lengths[0]} weights, {lengths[1]} lefts, {lengths[2]} rights, "
             f"{lengths[3]} scales and {len(squares)} squares"
         )
+    check_algorithm(algorithm)
+    for operands in zip(weights, lefts, rights):
+        check_operands(*operands)
     for weight, left, right, square in zip(weights, lefts, rights, squares):
         dtype = compute_dtype(weight, left, right)
-        if square is not None and (square.shape != weight.shape[:1] or square.dtype != dtype):
+        if square is not None and (
+            square.shape != weight.shape[:1] or square.dtype != dtype or square.device != weight.device
+        ):
             raise ValueError(
-                f"row_norms: squares {tuple(square.shape)} of {square.dtype} do not belong to a weight "
-                f"{tuple(weight.shape)} of {weight.dtype} whose norm is computed in {dtype}"
+                f"row_norms: squares {tuple(square.shape)} of {square.dtype} on {square.device} do not belong to a weight "
+                f"{tuple(weight.shape)} of {weight.dtype} on {weight.device} whose norm is computed in {dtype}"
             )
+
+
+def check_backward(
+    grad: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, norm: torch.Tensor
+) -> None:
+    """Raise what is wrong with the operands of a row norm's backward.
+
+    Raises:
+        ValueError: see :func:`check_operands`; or a gradient or norm that is none of this weight's.
+        TypeError: see :func:`check_operands`; or a norm of another dtype than :func:`row_norm` returns.
+    """
+    check_operands(weight, left, right)
+    for name, tensor in (("grad", grad), ("norm", norm)):
+        if tensor.shape != weight.shape[:1] or tensor.device != weight.device:
+            raise ValueError(
+                f"row_norm_backward takes grad and norm [d_out] on the weight's device; {name} is {tuple(tensor.shape)} on "
+                f"{tensor.device}, the weight {tuple(weight.shape)} on {weight.device}"
+            )
+    if norm.dtype != compute_dtype(weight, left, right) or grad.dtype not in FLOATS:
+        raise TypeError(
+            f"row_norm_backward takes the norm as row_norm returns it, and a floating gradient; got {norm.dtype}, {grad.dtype}"
+        )
+
+
+def gradient_buffer(needed: bool, operand: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A new tensor for the gradient of an operand, in its layout (see :mod:`dorafx.ops.layout`), and in its dtype unless
+    another is named; an empty one where the gradient is not needed."""
+    if not needed:
+        return operand.new_empty(0)
+    return layout.empty(operand.shape, operand, dtype=dtype or operand.dtype, device=operand.device)
 
 
 def row_norm_backward(
@@ -316,8 +366,12 @@ def row_norm_backward(
     ``dW = c ⊙ (W + s·L·R)``, ``dL = s·c ⊙ (W·Rᵀ + s·L·(R·Rᵀ))``, ``dR = s·(c ⊙ L)ᵀ·W + s²·(Lᵀ·(c ⊙ L))ᵀ·R``.
 
     Returns:
-        Gradients in the dtypes of weight, left and right; an empty tensor for each that is not needed.
+        Gradients in the dtypes and layouts of weight, left and right; an empty tensor for each that is not needed.
+
+    Raises:
+        ValueError, TypeError: see :func:`check_backward`.
     """
+    check_backward(grad, weight, left, right, norm)
     needs = needs_weight, needs_left, needs_right
     with _compat.below_autocast():
         return with_less_memory(lambda shrink: _gradients(grad, weight, left, right, norm, scale, *needs, shrink))
@@ -339,9 +393,9 @@ def _gradients(
     c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
     wide_left, wide_right = left.to(dtype), right.to(dtype)
     scaled_left = c * wide_left
-    d_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
-    d_left = torch.empty_like(wide_left) if needs_left else left.new_empty(0)
-    d_right = torch.zeros_like(wide_right) if needs_right else right.new_empty(0)
+    d_weight = gradient_buffer(needs_weight, weight)
+    d_left = gradient_buffer(needs_left, left, dtype)
+    d_right = gradient_buffer(needs_right, right, dtype).zero_()
     gram = wide_right @ wide_right.mT if needs_left else None
     rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
     for first in range(0, weight.shape[0], rows):
@@ -356,4 +410,10 @@ def _gradients(
             d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
     if needs_right:
         d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
-    return d_weight, d_left.to(left.dtype), d_right.to(right.dtype)
+    return d_weight, _rounded(d_left, needs_left, left), _rounded(d_right, needs_right, right)
+
+
+def _rounded(gradient: torch.Tensor, needed: bool, operand: torch.Tensor) -> torch.Tensor:
+    if not needed or gradient.dtype == operand.dtype:
+        return gradient
+    return gradient_buffer(True, operand).copy_(gradient)

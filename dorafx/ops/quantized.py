@@ -30,7 +30,7 @@ import torch
 
 from dorafx import _compat
 
-from . import norm
+from . import layout, norm
 
 __all__ = [
     "FORMATS",
@@ -103,7 +103,7 @@ class Packed:
         """Raise what is wrong with it.
 
         Raises:
-            ValueError: an unknown format, or sizes that do not belong to the shape.
+            ValueError: an unknown format, or sizes that do not belong to the shape, or several devices.
             TypeError: a dtype that the format does not have.
         """
         if self.format not in FORMATS:
@@ -115,6 +115,10 @@ class Packed:
         if self.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise TypeError(f"a weight is dequantised to fp16, bf16 or fp32, not to {self.dtype}")
         _check_sizes(self)
+        if self.format in _HQQ_BITS and self.zeros is None:
+            raise ValueError(f"a {self.format} weight has zeros; got none")
+        if any(t is not None and t.device != self.packed.device for t in (self.scales, self.zeros)):
+            raise ValueError("the codes, scales and zeros of a quantised weight lie on one device")
 
 
 def _check_sizes(w: Packed) -> None:
@@ -165,7 +169,7 @@ def _pairs(weight: Packed) -> torch.Tensor:
 def _four_bit(w: Packed, first: int, last: int) -> torch.Tensor:
     d_in = w.shape[1]
     start, end = first * d_in, last * d_in
-    data = w.packed.reshape(-1).view(torch.uint8)[start // 2 : -(-end // 2)]
+    data = w.packed.reshape(-1).contiguous().view(torch.uint8)[start // 2 : -(-end // 2)]
     values = _pairs(w).index_select(0, data.int()).reshape(-1)[start % 2 :][: end - start]
     scales = w.scales.reshape(-1)
     if start % w.group == 0 and (end - start) % w.group == 0:
@@ -181,24 +185,26 @@ def _four_bit_cpu(w: Packed, first: int, last: int) -> torch.Tensor:
     start, end = first // 32, -(-last // 32)
     data = w.packed.reshape(-1)[start * 16 * d_in : end * 16 * d_in].view(-1, 32)
     codes = torch.cat([data & 15, data >> 4], 1).view(end - start, d_in // 2, 32, 2).transpose(1, 2)
-    codes = codes.reshape(-1, d_in)[first - 32 * start : last - 32 * start].int()
+    codes = codes.reshape(32 * (end - start), d_in)[first - 32 * start : last - 32 * start].int()
     values = _pairs(w)[:16, 1].index_select(0, codes.view(-1))
-    scales = w.scales.view(-1, w.shape[0])[:, first:last].t().to(torch.float32)
-    return values.view(last - first, -1, w.group).mul_(scales[:, :, None]).view(-1, d_in).to(w.dtype)
+    groups = d_in // w.group
+    scales = w.scales.reshape(groups, w.shape[0])[:, first:last].t().to(torch.float32)
+    values = values.view(last - first, groups, w.group).mul_(scales[:, :, None])
+    return values.view(last - first, d_in).to(w.dtype)
 
 
 def _bnb8(w: Packed, first: int, last: int) -> torch.Tensor:
     scales = w.scales.reshape(-1, 1)[first:last]
-    return ((w.packed[first:last] * scales) * _BNB8).to(w.dtype)
+    return ((w.packed.reshape(w.shape)[first:last] * scales) * _BNB8).to(w.dtype)
 
 
 def _affine(w: Packed, first: int, last: int) -> torch.Tensor:
     groups = w.shape[1] // w.group
-    values = w.packed[first:last].to(w.dtype).view(last - first, groups, w.group)
+    values = w.packed.reshape(w.shape)[first:last].to(w.dtype).reshape(last - first, groups, w.group)
     if w.zeros is not None:
-        values = values - w.zeros.view(w.shape[0], groups, 1)[first:last].to(w.dtype)
-    values = values * w.scales.view(w.shape[0], groups, 1)[first:last]
-    return values.view(last - first, w.shape[1]).to(w.dtype)
+        values = values - w.zeros.reshape(w.shape[0], groups, 1)[first:last].to(w.dtype)
+    values = values * w.scales.reshape(w.shape[0], groups, 1)[first:last]
+    return values.reshape(last - first, w.shape[1]).to(w.dtype)
 
 
 def _hqq(w: Packed, first: int, last: int) -> torch.Tensor:
@@ -245,14 +251,14 @@ def dequantize(
     group: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The whole weight, ``[d_out, d_in]`` in ``dtype``.
+    """The whole weight, ``[d_out, d_in]`` in ``dtype``, contiguous.
 
     Raises:
         ValueError, TypeError: see :meth:`Packed.check`.
     """
     weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     weight.check()
-    return dequantize_rows(weight, 0, weight.shape[0])
+    return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
 
 def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool, shrink: int) -> tuple[int, int]:
@@ -349,7 +355,7 @@ def dequantize_unrolled(
 ) -> torch.Tensor:
     """:func:`dequantize`, for graphs that may hold nothing but aten calls."""
     weight = _to_trace(packed, scales, zeros, *rest)
-    return dequantize_rows(weight, 0, weight.shape[0])
+    return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
 
 def row_norm_quantized_unrolled(

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from dorafx import _compat
 
-from . import composition, linear, norm, quantized
+from . import composition, layout, linear, norm, quantized
 from .composition import refuse_forward_mode, refuse_second_derivative
 from .triton import dispatch as cuda
 
@@ -55,7 +55,7 @@ for _schema in (
     "compose_forward(Tensor? result, Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, "
     "ScalarType out_dtype, ScalarType? kept) -> (Tensor, Tensor)",
     "compose_backward(Tensor grad, Tensor g, Tensor? total, float scale, bool delta, ScalarType? base_dtype, "
-    "ScalarType? lora_dtype, bool needs_g, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "ScalarType? lora_dtype, bool needs_g, ScalarType? bias_dtype, SymInt[]? bias_shape=None) -> (Tensor, Tensor, Tensor, Tensor)",
     "dora_linear(Tensor x, Tensor weight, Tensor h, Tensor left, Tensor g, Tensor? bias, float scale, "
     "ScalarType out_dtype) -> Tensor",
     "dora_linear_forward(Tensor x, Tensor weight, Tensor h, Tensor left, Tensor g, Tensor? bias, float scale, "
@@ -126,9 +126,18 @@ DECOMPOSITIONS: dict[Any, Any] = {
 }
 
 
+# What a compiler is told. A fake kernel raises what the kernel raises, by the same checks, and describes results in the layout
+# in which the kernel allocates them, by the same rule.
+
+
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
 def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
     norm.check_operands(weight, left, right)
+    norm.check_algorithm(algorithm)
+    return _norms_of(weight, left, right)
+
+
+def _norms_of(weight: Any, left: Any, right: Any) -> torch.Tensor:
     return torch.empty(weight.shape[0], dtype=norm.compute_dtype(weight, left, right), device=weight.device)
 
 
@@ -136,8 +145,8 @@ def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: 
 def _row_norms_fake(
     weights: Any, lefts: Any, rights: Any, scales: Any, algorithm: str, squares: Any
 ) -> list[torch.Tensor]:
-    norm.check_lists(weights, lefts, rights, scales, squares)
-    return [_row_norm_fake(*operands) for operands in zip(weights, lefts, rights, scales)]
+    norm.check_lists(weights, lefts, rights, scales, algorithm, squares)
+    return [_norms_of(*operands) for operands in zip(weights, lefts, rights)]
 
 
 @torch.library.register_fake("dorafx::row_norm_quantized", lib=_LIBRARY)
@@ -153,7 +162,7 @@ def _row_norm_quantized_fake(
     group: int,
     dtype: Any,
 ) -> torch.Tensor:
-    weight = quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype)
+    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=packed.device)
 
@@ -162,8 +171,9 @@ def _row_norm_quantized_fake(
 def _dequantize_fake(
     packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
 ) -> torch.Tensor:
-    quantized.Packed(packed, scales, zeros, format, tuple(shape), group, dtype).check()
-    return torch.empty(tuple(shape), dtype=dtype, device=packed.device)
+    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
+    weight.check()
+    return torch.empty(weight.shape, dtype=dtype, device=packed.device)
 
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
@@ -177,29 +187,44 @@ def _row_norm_backward_fake(
     needs_weight: bool,
     needs_left: bool,
     needs_right: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return (
-        torch.empty_like(weight) if needs_weight else weight.new_empty(0),
-        torch.empty(left.shape, dtype=left.dtype, device=left.device) if needs_left else left.new_empty(0),
-        torch.empty(right.shape, dtype=right.dtype, device=right.device) if needs_right else right.new_empty(0),
-    )
+) -> tuple[torch.Tensor, ...]:
+    norm.check_backward(grad, weight, left, right, n)
+    needs = (needs_weight, needs_left, needs_right)
+    return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
 
 
 @torch.library.register_fake("dorafx::compose_forward", lib=_LIBRARY)
 def _compose_forward_fake(
     result: Any, base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: Any, kept: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(base, dtype=out_dtype)
-    return y, base.new_empty(0) if kept is None else torch.empty_like(base, dtype=kept)
+    shape = composition.check_compose(result, base, lora, g, bias)
+    y = layout.empty(shape, result, base, lora, g, bias, dtype=out_dtype, device=base.device)
+    if kept is None:
+        return y, base.new_empty(0)
+    summed = base.shape if lora is None else torch.broadcast_shapes(base.shape, lora.shape)
+    return y, layout.empty(summed, base, lora, dtype=kept, device=base.device)
 
 
 @torch.library.register_fake("dorafx::compose_backward", lib=_LIBRARY)
 def _compose_backward_fake(
-    grad: Any, g: Any, total: Any, scale: float, delta: bool, of_base: Any, of_lora: Any, needs_g: bool, of_bias: Any
+    grad: Any,
+    g: Any,
+    total: Any,
+    scale: float,
+    delta: bool,
+    of_base: Any,
+    of_lora: Any,
+    needs_g: bool,
+    of_bias: Any,
+    bias_shape: Any = None,
 ) -> tuple[torch.Tensor, ...]:
-    d_base, d_lora = (grad.new_empty(0) if d is None else torch.empty_like(grad, dtype=d) for d in (of_base, of_lora))
+    bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
+    d_base, d_lora = (
+        grad.new_empty(0) if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
+        for d in (of_base, of_lora)
+    )
     d_g = g.new_empty(g.shape) if needs_g else grad.new_empty(0)
-    return d_base, d_lora, d_g, grad.new_empty(0) if of_bias is None else g.new_empty(g.shape, dtype=of_bias)
+    return d_base, d_lora, d_g, grad.new_empty(0) if of_bias is None else grad.new_empty(bias, dtype=of_bias)
 
 
 @torch.library.register_fake("dorafx::dora_linear_forward", lib=_LIBRARY)
@@ -213,6 +238,7 @@ def _dora_linear_forward_fake(
 
 @torch.library.register_fake("dorafx::cast_linear_backward", lib=_LIBRARY)
 def _cast_linear_backward_fake(grad: Any, weight: Any) -> torch.Tensor:
+    linear.check_cast_linear(grad, weight, backward=True)
     return torch.empty((*grad.shape[:-1], weight.shape[1]), dtype=grad.dtype, device=grad.device)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dorafx.ops import composition, linear, norm, quantized
+from dorafx.ops import composition, layout, linear, norm, quantized
 
 __all__ = [
     "available",
@@ -63,10 +63,8 @@ def row_norms(
     squares: Sequence[torch.Tensor | None],
 ) -> list[torch.Tensor]:
     """See :func:`dorafx.ops.norm.row_norms`; what has one shape, dtypes and strides takes one launch."""
-    norm.check_lists(weights, lefts, rights, scales, squares)
+    norm.check_lists(weights, lefts, rights, scales, algorithm, squares)
     operands = list(zip(weights, lefts, rights))
-    for group in operands:
-        norm.check_operands(*group)
     if algorithm not in ("auto", "tiled") or not available():
         return norm.row_norms(weights, lefts, rights, scales, algorithm, squares)
     groups: dict[Any, list[int]] = {}
@@ -157,13 +155,6 @@ def _served_linear(matrices: Sequence[torch.Tensor], vectors: Sequence[torch.Ten
     )
 
 
-def _as_layout_of(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The values in the layout that a compiler was told: that of ``empty_like``."""
-    if tensor.stride() == like.stride() or tensor.stride() == torch.empty_like(like, device="meta").stride():
-        return tensor
-    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
-
-
 def compose_forward(
     result: torch.Tensor | None,
     base: torch.Tensor,
@@ -175,18 +166,29 @@ def compose_forward(
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The composition, and ``base + s·lora`` in the dtype ``kept``, which is empty where that is None.
+    """The composition, and ``base + s·lora`` in the dtype ``kept``, which is empty where that is None; new tensors, in the
+    layouts that :mod:`dorafx.ops.layout` gives.
 
     Args:
         into: ``base`` or ``result`` itself, to be overwritten by the composition; its dtype is ``out_dtype`` then.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`dorafx.ops.composition.check_compose` and
+            :func:`dorafx.ops.composition.check_overwritten`.
     """
+    shape = composition.check_compose(result, base, lora, g, bias)
+    if into is not None:
+        composition.check_overwritten(into, shape)
+    operands = (result, base, lora, g, bias)
     if not _served([base, result, lora], [g, bias], out_dtype, kept):
-        y, total = composition.forward_math(result, base, lora, g, bias, scale, out_dtype, kept, into)
-        return _as_layout_of(base, y), base.new_empty(0) if total is None else _as_layout_of(base, total)
+        y, total = composition.forward_math(*operands, scale, out_dtype, kept, into)
+        if into is None:
+            y = layout.settled(y, *operands)
+        return y, base.new_empty(0) if total is None else layout.settled(layout.owned(total, base), base, lora)
     from .compose import launch_forward
 
-    y = torch.empty_like(base, dtype=out_dtype) if into is None else into
-    total = None if kept is None else torch.empty_like(base, dtype=kept)
+    y = layout.empty(shape, *operands, dtype=out_dtype, device=base.device) if into is None else into
+    total = None if kept is None else layout.empty(shape, base, lora, dtype=kept, device=base.device)
     launch_forward(result, base, lora, g, bias, scale, y, total)
     return y, base.new_empty(0) if total is None else total
 
@@ -201,18 +203,34 @@ def compose_backward(
     lora_dtype: torch.dtype | None,
     needs_g: bool,
     bias_dtype: torch.dtype | None,
+    bias_shape: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of base, lora, g and bias; those that are not needed (no dtype) are empty."""
+    """Gradients of base, lora, g and bias: new tensors, empty where they are not needed (no dtype). Those of base and lora have
+    the shape and layout of ``grad``, also where these were broadcast; those of g and bias are contiguous.
+
+    Args:
+        bias_shape: that of the bias; ``[d_out]`` where it is None.
+
+    Raises:
+        ValueError: see :func:`dorafx.ops.composition.check_compose_backward`.
+    """
+    bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
     dtypes = (base_dtype, lora_dtype, bias_dtype)
-    if not _served([grad, total], [g], *dtypes):
-        found = composition.backward_math(grad, g, total, scale, delta, base_dtype, lora_dtype, needs_g, bias_dtype)
-        d_base, d_lora = (None if t is None else _as_layout_of(grad, t) for t in found[:2])
-        return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, *found[2:]))  # type: ignore[return-value]
+    if not _served([grad, total], [g], *dtypes) or (bias_dtype is not None and bias != grad.shape[-1:]):
+        found = composition.backward_math(
+            grad, g, total, scale, delta, base_dtype, lora_dtype, needs_g, bias_dtype, bias
+        )
+        d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in found[:2])
+        d_g, d_bias = (None if t is None else layout.settled(t) for t in found[2:])
+        return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
     from .compose import launch_backward
 
-    d_base, d_lora = (None if d is None else torch.empty_like(grad, dtype=d) for d in (base_dtype, lora_dtype))
+    d_base, d_lora = (
+        None if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
+        for d in (base_dtype, lora_dtype)
+    )
     d_g = g.new_empty(g.shape) if needs_g else None
-    d_bias = None if bias_dtype is None else g.new_empty(g.shape, dtype=bias_dtype)
+    d_bias = None if bias_dtype is None else g.new_empty(bias, dtype=bias_dtype)
     launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
     return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
 
@@ -228,11 +246,15 @@ def dora_linear_forward(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None."""
+    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None; both contiguous.
+
+    Raises:
+        ValueError, TypeError: see :func:`dorafx.ops.linear.check_linear`.
+    """
     linear.check_linear(x, weight, h, left, g, bias)
     if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
         y, total = linear.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
-        return y.contiguous(), x.new_empty(0) if total is None else total.contiguous()
+        return layout.settled(y), x.new_empty(0) if total is None else layout.settled(total)
     from .linear import launch
 
     shape = (*x.shape[:-1], left.shape[0])

@@ -221,7 +221,7 @@ def launch_group(
         parts = configs.splits(row_blocks * len(norms), column_blocks, processors)
     part = triton.cdiv(column_blocks, parts) * config.columns
     parts = triton.cdiv(d_in, part)
-    out = torch.empty(len(norms), d_out, dtype=torch.float32, device=weight.device)
+    out = torch.empty((len(norms), d_out) if len(norms) > 1 else d_out, dtype=torch.float32, device=weight.device)
     sums = torch.empty(len(norms), parts, d_out, dtype=torch.float32, device=weight.device) if parts > 1 else out
     sizes = (scale, d_out, d_in, rank, part, *weight.stride(), *left.stride(), *right.stride())
     constants = {
@@ -252,7 +252,8 @@ def launch_group(
             )
         if parts > 1:
             finish_kernel[(triton.cdiv(d_out, 256), len(norms))](sums, out, d_out, parts, ROWS=256, num_warps=4)
-    return list(out.unbind())
+    # Copies: results of an operator share no memory, and one that is kept does not keep the others.
+    return list(torch.unbind_copy(out)) if len(norms) > 1 else [out]
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
