@@ -134,6 +134,10 @@ _FRESH = frozenset(
         "maximum",
     ]
 )
+# Operators whose result may be a view of their first operand.
+_VIEWS = frozenset(
+    ("cast", "detach", "expand", "getitem", "identity", "permute", "select", "slice", "t", "transpose", "view")
+)
 
 
 class _Refused(Exception):
@@ -237,8 +241,9 @@ def _private(memory: Memory, order: dict[fx.Node, int]) -> _Private | None:
 
 
 def _takes_over(view: fx.Node, names: set[fx.Node], earlier: list[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether a view of a whole value is all that is left of it: nothing that shares its memory is read later."""
-    if view.all_input_nodes[:1] != [view.args[0]] or view.args[0] not in names or tensor_of(view) is None:
+    """Whether a view of a whole value is all that is left of it: nothing that shares its memory is read later. (Autograd sees a
+    write to ``x.detach()``, but none to ``x.data``: there, what was saved for a backward pass before is read as it was written.)"""
+    if canonical_name(view) not in _VIEWS or view.all_input_nodes[:1] != [view.args[0]] or view.args[0] not in names:
         return False
     return all(order[reader] <= order[view] for node in earlier for reader in node.users)
 

@@ -30,7 +30,14 @@ def seen(run: Callable[[torch.Tensor], Any], p: Factors, strides: bool = True) -
     objects = [id(y) for y in outputs]
     facts = [
         [
-            (tuple(y.shape), y.dtype, y.requires_grad, y.stride() if strides else None, storages.index(s), objects.index(id(y)))
+            (
+                tuple(y.shape),
+                y.dtype,
+                y.requires_grad,
+                y.stride() if strides else None,
+                storages.index(s),
+                objects.index(id(y)),
+            )
             for y, s in zip(outputs, storages)
         ],
         [y.detach().clone() for y in outputs],
@@ -161,9 +168,260 @@ def test_many_random_programs(capture: str) -> None:
     fuzz(range(1000, 1000 + 50 * COUNTS[capture]), capture)
 
 
-def compose(p: Factors, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-    return p.m / n * (F.linear(x, p.W) + 0.7 * F.linear(F.linear(x, p.A), p.B)) + p.b
+WHOLE, PART, NONE = ["linear"], ["norm_only"], list[str]()
+PROGRAMS: dict[str, tuple[Program, list[str]]] = {}
+
+
+def writes(expected: list[str]) -> Callable[[Program], Program]:
+    """Register a program, with the patterns of its records."""
+
+    def register(fn: Program) -> Program:
+        PROGRAMS[fn.__name__] = fn, expected
+        return fn
+
+    return register
 
 
 def norm(p: Factors) -> torch.Tensor:
     return (p.W + 0.7 * (p.B @ p.A)).norm(dim=1)
+
+
+def base(p: Factors, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, p.W)
+
+
+def lora(p: Factors, x: torch.Tensor) -> torch.Tensor:
+    return 0.7 * F.linear(F.linear(x, p.A), p.B)
+
+
+@writes(WHOLE)
+def detached_before_between_and_after(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    first = y.detach().sum()
+    y.add_(lora(p, x))
+    second = y.detach().pow(2).mean()
+    y.mul_(p.m / norm(p).detach())
+    return y, y.detach(), first, second, y + p.b
+
+
+@writes(WHOLE)
+def detached_on_the_way(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    y.add_(lora(p, x))
+    logged = y.detach().pow(2).mean()
+    return p.m / norm(p).detach() * y + p.b, logged
+
+
+@writes(PART)
+def detached_alias_read_after_the_write(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    alias = y.detach()
+    y.add_(lora(p, x))
+    return p.m / norm(p) * y, alias.sum()
+
+
+@writes(PART)
+def written_through_the_detached(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    y.detach().mul_(0.5)
+    return (p.m / norm(p) * y,)
+
+
+@writes(WHOLE)
+def detached_alone_goes_on(p: Factors, x: torch.Tensor) -> Any:
+    g = (p.m / norm(p)).detach()
+    g *= 2.0
+    return (g * (base(p, x) + lora(p, x)),)
+
+
+@writes(WHOLE)
+def magnitude_detached_in_place(p: Factors, x: torch.Tensor) -> Any:
+    g = p.m.clamp(0, 5)
+    g.detach_()
+    return (g / norm(p) * (base(p, x) + lora(p, x)),)
+
+
+@writes(WHOLE)
+def read_before_it_is_detached_in_place(p: Factors, x: torch.Tensor) -> Any:
+    g = p.m * 2.0 + 1.0
+    before = g.sum()
+    g.detach_()
+    return g / norm(p) * (base(p, x) + lora(p, x)), before
+
+
+@writes(PART)
+def view_of_what_is_detached_in_place(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    view = y[0]
+    y.detach_()
+    return p.m / norm(p) * y, view.sum()
+
+
+@writes(WHOLE)
+def transposed_in_place(p: Factors, x: torch.Tensor) -> Any:
+    adapted = p.A.T @ p.B.T
+    adapted.t_()
+    adapted.mul_(0.7).add_(p.W)
+    return (p.m / adapted.norm(dim=1) * (base(p, x) + lora(p, x)),)
+
+
+@writes(WHOLE)
+def axis_added_in_place(p: Factors, x: torch.Tensor) -> Any:
+    g = p.m / norm(p)
+    total = g.sum()
+    g.unsqueeze_(0)
+    return g * (base(p, x) + lora(p, x)), total
+
+
+@writes(PART)
+def view_read_after_the_write(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    view = y[0]
+    y += lora(p, x)
+    return p.m / norm(p) * y, view.sin()
+
+
+@writes(WHOLE)
+def view_read_before_the_write(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    read = y[0].sum()
+    y += lora(p, x)
+    return p.m / norm(p) * y, read
+
+
+@writes(WHOLE)
+def view_goes_on(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x).view(-1, 6)
+    y += lora(p, x).view(-1, 6)
+    y *= p.m / norm(p)
+    return (y,)
+
+
+@writes(WHOLE)
+def one_tensor_returned_twice(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    y *= p.m / norm(p)
+    again = y.add_(p.b)
+    return y, again, y.clone(), again[0]
+
+
+@writes(PART)
+def written_in_part(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    y[0] += 1
+    y[..., :3].mul_(2.0)
+    y[..., 3:] = 0.25
+    return (p.m / norm(p) * y,)
+
+
+@writes(WHOLE)
+def added_to_itself(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x)
+    y += lora(p, x)
+    y.add_(y)
+    return (p.m / norm(p) * y,)
+
+
+@writes(PART)
+def written_without_gradients(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    with torch.no_grad():
+        y.mul_(2.0)
+    return (p.m / norm(p) * y,)
+
+
+@writes(WHOLE)
+def written_without_gradients_where_there_are_none(p: Factors, x: torch.Tensor) -> Any:
+    with torch.no_grad():
+        n = norm(p)
+        n.add_(1e-3)
+    return (p.m / n * (base(p, x) + lora(p, x)),)
+
+
+@writes(NONE)
+def written_behind_autograds_back(p: Factors, x: torch.Tensor) -> Any:
+    adapted = p.B @ p.A
+    adapted.mul_(0.7).add_(p.W)
+    n = adapted.norm(dim=1)
+    adapted.data.mul_(1.5)
+    return (p.m / n * (base(p, x) + lora(p, x)),)
+
+
+@writes(PART)
+def written_to_be_given(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    torch.mul(y.detach(), 2.0, out=y.detach())
+    return (p.m / norm(p) * y,)
+
+
+@writes(PART)
+def written_with_others(p: Factors, x: torch.Tensor) -> Any:
+    y = base(p, x) + lora(p, x)
+    torch._foreach_mul_([y], 1.5)
+    return (p.m / norm(p) * y,)
+
+
+@writes(WHOLE)
+def layout_kept(p: Factors, x: torch.Tensor) -> Any:
+    bias = (p.b.expand(5, 6) * p.A.sum()).T * 2.0
+    other = (p.W.T * 2.0).T
+    other.addmm_(p.B, p.A)
+    bias.addmm_(p.B, p.A)
+    return p.m / norm(p) * (base(p, x) + lora(p, x)), bias, other
+
+
+@writes(WHOLE)
+def dtype_kept(p: Factors, x: torch.Tensor) -> Any:
+    total = p.b.float()
+    total += p.m
+    total *= 2.0
+    return p.m / norm(p) * (base(p, x) + lora(p, x)), total
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_is_written(name: str, codegen: str) -> None:
+    program, expected = PROGRAMS[name]
+    assert wrong(program, codegen) == ""
+    records = rewrite_log().records
+    assert [r.pattern if r.rewritten else "missed" for r in records] == expected, records
+
+
+def test_writes_where_no_gradients_are_recorded() -> None:
+    p = Factors()
+    x = torch.randn(2, 3, 5, dtype=torch.float64)
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        y = base(p, x)
+        y += lora(p, x)
+        y *= p.m / norm(p)
+        return y
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch._dynamo.reset()
+        rewrite_log().clear()
+        compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
+        with mode():
+            torch.testing.assert_close(compiled(x), program(x))
+        assert [r.pattern for r in rewrite_log().rewrites] == ["linear"]
+        assert rewrite_log().rewrites[0].norm_placement == "prologue"
+
+
+def test_writes_under_autocast() -> None:
+    p = Factors().float()
+    x = torch.randn(2, 3, 5)
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = base(p, x)
+        y += lora(p, x)
+        total = p.m * 2.0
+        total.reciprocal_()
+        total.pow_(2)
+        return y * (p.m / norm(p).detach()), total
+
+    torch._dynamo.reset()
+    compiled = torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, wanted in zip(compiled(x), program(x)):
+            assert got.dtype == wanted.dtype
+            torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)

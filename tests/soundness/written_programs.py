@@ -28,7 +28,18 @@ COMPOSITIONS = (
     ["y = F.linear(x, W) + 0.7 * (x @ A.T @ B.T)", "g = m.clone()", "g.div_(n)", "y *= g"],
     ["g = m.clamp(0, 5)", "g /= n", "y = g * (F.linear(x, W) + 0.7 * F.linear(F.linear(x, A), B))"],
 )
-OPERANDS = ("0.5", "m", "b", "n", "m.detach()", "base", "{v}", "{v}.detach()", "base[0]", "torch.ones(6, dtype=x.dtype)")
+OPERANDS = (
+    "0.5",
+    "m",
+    "b",
+    "n",
+    "m.detach()",
+    "base",
+    "{v}",
+    "{v}.detach()",
+    "base[0]",
+    "torch.ones(6, dtype=x.dtype)",
+)
 WRITES = (
     "{v}.add_({e})",
     "{v}.mul_({e})",
