@@ -32,6 +32,12 @@ _RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
 # Packages whose functions say by their names that they write. Anything else that stands in a graph as one call (a function that
 # was wrapped for a tracer, or allowed in the graph) may do so without a word.
 _NAME_THEIR_WRITES = frozenset({"torch", "_operator", "builtins", "math", "einops", "dorafx"})
+# Operators of aten whose result may be an operand, or a view of one, without a word in their schemas. Where a tracer of fake tensors
+# was at work, the storages tell; ``make_fx`` of real tensors makes a fake mode, and a storage, for each value.
+_MAY_RETURN_THEIR_OPERAND = frozenset(
+    ("_unsafe_view", "alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "chain_matmul", "dropout", "einsum",
+     "feature_alpha_dropout", "feature_dropout", "linalg_multi_dot", "meshgrid", "type_as")
+)  # fmt: skip
 
 
 def written_arguments(node: fx.Node) -> Iterator[Any]:
@@ -219,12 +225,15 @@ def memories(graph: fx.Graph) -> list[Memory]:
 
 
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
-    """The arguments that a node's result may be a view of, by its operator's schema."""
+    """The arguments that a node's result may be a view of, by its operator's schema, and where neither that nor the storages tell."""
     if node.target is operator.getitem:  # out of the results of a split
         yield from nodes_in(node.args[0])
     elif node.op == "call_function" and _names_its_writes(node.target):
         for argument in _given(node, operators.views(node.target)):
             yield from nodes_in(argument)
+        if _compat.aten_name(node.target) in _MAY_RETURN_THEIR_OPERAND:
+            mode = _compat.fake_mode_of(tensor_of(node))
+            yield from (n for n in node.all_input_nodes if _compat.fake_mode_of(tensor_of(n)) is not mode)
 
 
 def nodes_in(argument: Any) -> Iterator[fx.Node]:
