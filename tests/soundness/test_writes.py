@@ -151,21 +151,21 @@ def fuzz(seeds: range, capture: str) -> tuple[int, int]:
     return checked, rewritten
 
 
-COUNTS = {"eager": 40, "inductor": 2, "real": 20, "fake": 30, "export": 10}
+COUNTS = {"eager": 25, "real": 12, "fake": 20, "export": 6}
 
 
 @pytest.mark.parametrize("capture", COUNTS)
 def test_random_programs(capture: str) -> None:
     checked, rewritten = fuzz(range(COUNTS[capture]), capture)
     assert checked >= COUNTS[capture] // 3, "most programs raise"
-    assert rewritten > 0 or capture == "inductor", "nothing was rewritten, so nothing was checked"
+    assert rewritten > 0, "nothing was rewritten, so nothing was checked"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("capture", COUNTS)
-def test_many_random_programs(capture: str) -> None:
-    fuzz(range(1000, 1000 + 50 * COUNTS[capture]), capture)
+@pytest.mark.parametrize(("capture", "count"), [*((c, 60 * n) for c, n in COUNTS.items()), ("inductor", 100)])
+def test_many_random_programs(capture: str, count: int) -> None:
+    fuzz(range(1000, 1000 + count), capture)
 
 
 WHOLE, PART, NONE = ["linear"], ["norm_only"], list[str]()
@@ -378,8 +378,15 @@ def dtype_kept(p: Factors, x: torch.Tensor) -> Any:
     return p.m / norm(p) * (base(p, x) + lora(p, x)), total
 
 
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", PROGRAMS)
+THROUGH_INDUCTOR = ("detached_on_the_way", "magnitude_detached_in_place")
+CASES = [
+    *((name, "eager") for name in PROGRAMS),
+    *((name, "inductor") for name in THROUGH_INDUCTOR),
+    *(pytest.param(n, "inductor", marks=pytest.mark.slow) for n in PROGRAMS if n not in THROUGH_INDUCTOR),
+]
+
+
+@pytest.mark.parametrize(("name", "codegen"), CASES)
 def test_what_is_written(name: str, codegen: str) -> None:
     program, expected = PROGRAMS[name]
     assert wrong(program, codegen) == ""
