@@ -19,7 +19,7 @@ from dorafx import _compat, capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift import leaves_of
-from dorafx.lift.functional import private_writes, without_private_writes
+from dorafx.lift.functional import has_writes, without_private_writes
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
@@ -386,11 +386,11 @@ def _with_bodies(new: fx.GraphModule, original: fx.GraphModule, bodies: dict[str
 
 def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
     """``gm``, or a copy without the in-place arithmetic that nobody else can see."""
-    private = private_writes(gm.graph)
-    if not private:
+    if not has_writes(gm.graph):
         return gm
     copy, _ = copy_graph_module(gm)
-    without_private_writes(copy.graph, private)
+    if not without_private_writes(copy.graph):
+        return gm
     copy.graph.lint()
     copy.recompile()
     return copy

@@ -7,6 +7,7 @@ import inspect
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dorafx._compat import operators
 from .targets import first_argument
 from .values import tensor_of
 
-__all__ = ["attribute_of", "nodes_in", "written_arguments", "written_nodes"]
+__all__ = ["Memory", "attribute_of", "memories", "nodes_in", "written_arguments", "written_nodes"]
 
 _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
@@ -31,6 +32,12 @@ _RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
 # Packages whose functions say by their names that they write. Anything else that stands in a graph as one call (a function that
 # was wrapped for a tracer, or allowed in the graph) may do so without a word.
 _NAME_THEIR_WRITES = frozenset({"torch", "_operator", "builtins", "math", "einops", "dorafx"})
+# Operators of aten whose result may be an operand, or a view of one, without a word in their schemas. Where a tracer of fake tensors
+# was at work, the storages tell; ``make_fx`` of real tensors makes a fake mode, and a storage, for each value.
+_MAY_RETURN_THEIR_OPERAND = frozenset(
+    ("_unsafe_view", "alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "chain_matmul", "dropout", "einsum",
+     "feature_alpha_dropout", "feature_dropout", "linalg_multi_dot", "meshgrid", "type_as")
+)  # fmt: skip
 
 
 def written_arguments(node: fx.Node) -> Iterator[Any]:
@@ -176,40 +183,57 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
                 if renames or _storage(node) in (None, _storage(target)):
                     written.add(node)
     if spreading:
-        written |= _sharing(graph, spreading)
+        seeds = set(spreading)
+        written.update(n for memory in memories(graph) if not seeds.isdisjoint(memory.values) for n in memory.values)
     return frozenset(written)
 
 
-def _sharing(graph: fx.Graph, seeds: list[fx.Node]) -> set[fx.Node]:
-    """The nodes that share memory with some of the seeds."""
-    of_storage: dict[int, list[fx.Node]] = defaultdict(list)
-    related: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+@dataclass(frozen=True)
+class Memory:
+    """Values of a graph that may share memory.
+
+    Attributes:
+        values: their nodes in the order of the graph; the first made the memory, or received it.
+        writers: the nodes that write to some of them, in the order of the graph.
+    """
+
+    values: list[fx.Node]
+    writers: list[fx.Node]
+
+
+def memories(graph: fx.Graph) -> list[Memory]:
+    """Every node of a graph, by the memory that it may share with others (see :func:`written_nodes` for how that is known)."""
+    parents: dict[fx.Node, fx.Node] = {}
+    of_storage: dict[int, fx.Node] = {}
+
+    def root(node: fx.Node) -> fx.Node:
+        while (parent := parents[node]) is not node:
+            parents[node] = node = parents[parent]
+        return node
+
     for node in graph.nodes:
-        storage = _storage(node)
-        if storage is not None:
-            of_storage[storage].append(node)
-        for source in _viewed(node):
-            related[node].append(source)
-            related[source].append(node)
-    found = set(seeds)
-    stack = list(found)
-    while stack:
-        node = stack.pop()
-        storage = _storage(node)
-        for other in (*related.pop(node, ()), *(of_storage.pop(storage, ()) if storage is not None else ())):
-            if other not in found:
-                found.add(other)
-                stack.append(other)
-    return found
+        parents[node] = node
+        others = [of_storage.setdefault(storage, node) for storage in _storages(node)]
+        for other in (*others, *_viewed(node)):
+            parents[root(node)] = root(other)
+    found: dict[fx.Node, Memory] = defaultdict(lambda: Memory([], []))
+    for node in graph.nodes:
+        found[root(node)].values.append(node)
+        for target in dict.fromkeys(root(n) for argument in written_arguments(node) for n in nodes_in(argument)):
+            found[target].writers.append(node)
+    return list(found.values())
 
 
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
-    """The arguments that a node's result may be a view of, by its operator's schema."""
+    """The arguments that a node's result may be a view of, by its operator's schema, and where neither that nor the storages tell."""
     if node.target is operator.getitem:  # out of the results of a split
         yield from nodes_in(node.args[0])
     elif node.op == "call_function" and _names_its_writes(node.target):
         for argument in _given(node, operators.views(node.target)):
             yield from nodes_in(argument)
+        if _compat.aten_name(node.target) in _MAY_RETURN_THEIR_OPERAND:
+            mode = _compat.fake_mode_of(tensor_of(node))
+            yield from (n for n in node.all_input_nodes if _compat.fake_mode_of(tensor_of(n)) is not mode)
 
 
 def nodes_in(argument: Any) -> Iterator[fx.Node]:
@@ -224,3 +248,14 @@ def nodes_in(argument: Any) -> Iterator[fx.Node]:
 def _storage(node: fx.Node) -> int | None:
     tensor = tensor_of(node)
     return _compat.storage_id(tensor) if tensor is not None else None
+
+
+def _storages(node: fx.Node) -> Iterator[int]:
+    """The storages of what a node returns, which may be several tensors."""
+    stack: list[Any] = [node.meta.get("example_value", node.meta.get("val"))]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            yield _compat.storage_id(value)
+        elif type(value) in (list, tuple):
+            stack.extend(value)

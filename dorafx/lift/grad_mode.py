@@ -11,18 +11,27 @@ class GradMode:
     """Follows a graph from its beginning, where gradients are recorded."""
 
     def __init__(self) -> None:
-        self.records = True
-        self._before_inference: list[bool] = []
+        self._enabled = True
+        self._inference = False
+        self._outside: list[tuple[bool, bool]] = []
+
+    @property
+    def records(self) -> bool:
+        """Whether gradients are recorded at the node that was followed last."""
+        return self._enabled and not self._inference
 
     def follow(self, node: fx.Node, name: str | None) -> bool:
         """Keep up with the next node, whose canonical name is given; returns whether it switches the mode."""
         if name == "set_grad_enabled":
-            self.records = bool(node.args[0])
+            self._enabled = bool(node.args[0])
         elif name == "enter_inference_mode":
-            self._before_inference.append(self.records)
-            self.records = self.records and not node.args[0]
+            # ``inference_mode(False)`` enables gradients, also below ``no_grad``; ``set_grad_enabled(True)`` does not below
+            # ``inference_mode()``.
+            self._outside.append((self._enabled, self._inference))
+            self._inference = bool(node.args[0])
+            self._enabled = not self._inference
         elif name == "exit_inference_mode":
-            self.records = self._before_inference.pop() if self._before_inference else True
+            self._enabled, self._inference = self._outside.pop() if self._outside else (True, False)
         else:
             return False
         return True
