@@ -17,6 +17,7 @@ from torch import fx
 
 from dorafx import _compat, capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
+from dorafx._compat.hooks import guard_on_hooks
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift import leaves_of
 from dorafx.lift.functional import private_writes, without_private_writes
@@ -79,6 +80,7 @@ def dorafx(
     except ValueError as error:
         raise _compat.through_dynamo(error) from None
     capture.install()
+    guard_on_hooks()
     program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
     if (
