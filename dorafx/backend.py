@@ -17,6 +17,8 @@ from torch import fx
 
 from dorafx import _compat, capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
+from dorafx._compat.hooks import guard_on_hooks
+from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift import leaves_of
 from dorafx.lift.functional import has_writes, without_private_writes
@@ -79,6 +81,7 @@ def dorafx(
     except ValueError as error:
         raise _compat.through_dynamo(error) from None
     capture.install()
+    guard_on_hooks()
     program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
     if (
@@ -239,6 +242,9 @@ def _rewrite_program(
     prologue: bool,
     is_parameter: Callable[[fx.Node], bool] | None = None,
 ) -> Program:
+    transform = transform_around_products(gm)
+    if transform is not None:
+        return _under_transform(gm, options, graph_id, members, log, *transform)
     found = _Found(is_parameter)
     with _unseen_by_saved_tensors_hooks(), _garbage_kept():
         new = _rewrite(gm, options, graph_id, found)
@@ -255,6 +261,33 @@ def _rewrite_program(
             f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {missed[0].site or 'the graph'}: {missed[0].reason}"
         )
     return Program(new, norms, bool(found.few_tokens) and all(found.few_tokens), found.checks, own)
+
+
+def _under_transform(
+    gm: fx.GraphModule,
+    options: Options,
+    graph_id: int,
+    members: tuple[str, ...],
+    log: RewriteLog,
+    transform: str,
+    norms: bool,
+) -> Program:
+    """The graph as it is, with a logged miss where it might hold DoRA."""
+    program = Program(gm)
+    if not norms:
+        return program
+    reason = (
+        f"the program is transformed ({transform} of torch.func or torch.autograd.forward_ad), and dorafx has no rule for what "
+        "its operators are under a transform; the graph is left as it was. Transform outside of what is compiled, or write the batch "
+        "or the derivative without the transform"
+    )
+    if options.strict:
+        raise RewriteMissError(f"dorafx.strict: {reason}")
+    program.log.extend(
+        Record(status="missed", site=member, reason=reason, codegen=options.codegen, graph=graph_id) for member in members
+    )
+    log.extend(program.log.records)
+    return program
 
 
 def _placed(record: Record, inside: dict[str, str]) -> Record:
