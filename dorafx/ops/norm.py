@@ -361,7 +361,7 @@ def row_norm_backward(
     needs_left: bool,
     needs_right: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the row norm, without a dense delta. With ``c = grad / n`` (0 where n is 0, as ATen has it):
+    """Gradients of the row norm, without a dense delta. With ``c = grad / n`` (``0·grad`` where n is 0, as ATen has it):
 
     ``dW = c ⊙ (W + s·L·R)``, ``dL = s·c ⊙ (W·Rᵀ + s·L·(R·Rᵀ))``, ``dR = s·(c ⊙ L)ᵀ·W + s²·(Lᵀ·(c ⊙ L))ᵀ·R``.
 
@@ -390,7 +390,9 @@ def _gradients(
     shrink: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(weight, left, right)
-    c = torch.where(norm == 0, 0.0, grad.to(dtype) / norm)[:, None]
+    # Of a zero row 0, as ATen has it; but of an infinite gradient of one (of ``1/n``, or of a root) NaN.
+    wide_grad = grad.to(dtype)
+    c = torch.where(norm == 0, wide_grad * 0.0, wide_grad / norm)[:, None]
     wide_left, wide_right = left.to(dtype), right.to(dtype)
     scaled_left = c * wide_left
     d_weight = gradient_buffer(needs_weight, weight)
