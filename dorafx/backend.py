@@ -284,7 +284,8 @@ def _under_transform(
     if options.strict:
         raise RewriteMissError(f"dorafx.strict: {reason}")
     program.log.extend(
-        Record(status="missed", site=member, reason=reason, codegen=options.codegen, graph=graph_id) for member in members
+        Record(status="missed", site=member, reason=reason, codegen=options.codegen, graph=graph_id)
+        for member in members
     )
     log.extend(program.log.records)
     return program

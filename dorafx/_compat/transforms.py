@@ -44,7 +44,7 @@ def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
         if not isinstance(module, fx.GraphModule):
             continue
         open_transforms: list[str] = []
-        for node, name in _named(module.graph):
+        for _, name in _named(module.graph):
             norms = norms or "norm" in name or "sqrt" in name or "pow" in name
             if name in _ENTERS:
                 open_transforms.append(_ENTERS[name])

@@ -96,7 +96,8 @@ def check_compose(
     if agree and all(v.shape == base.shape[-1:] for v in vectors):
         return base.shape
     try:
-        return torch.broadcast_shapes(*(t.shape for t in (*activations, *vectors)))
+        shape: tuple[int, ...] = torch.broadcast_shapes(*(t.shape for t in (*activations, *vectors)))
+        return shape
     except RuntimeError as error:
         shapes = ", ".join(str(tuple(t.shape)) for t in (*activations, *vectors))
         raise ValueError(

@@ -253,7 +253,7 @@ def launch_group(
         if parts > 1:
             finish_kernel[(triton.cdiv(d_out, 256), len(norms))](sums, out, d_out, parts, ROWS=256, num_warps=4)
     # Copies: results of an operator share no memory, and one that is kept does not keep the others.
-    return list(torch.unbind_copy(out)) if len(norms) > 1 else [out]
+    return [row.clone() for row in out] if len(norms) > 1 else [out]
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
