@@ -77,6 +77,14 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
             node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
+            rounding = lift.roundings.get(node)
+            if rounding is not None and _holds_product(lift.values.get(node)):
+                dtype = str(rounding).removeprefix("torch.")
+                return Reason(
+                    f"the low-rank product made at {_at(node)} is rounded to {dtype} and then read with more digits; a rewrite "
+                    "would leave the rounding out: cast the factors, or nothing",
+                    node,
+                )
             if _reaches_product(lift, node, _DEPTH):
                 if node in lift.written:
                     return Reason(f"the sum made at {_at(node)} is written in place before the norm is taken", node)
@@ -162,12 +170,17 @@ def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
     if depth == 0:
         return False
     for arg in node.all_input_nodes:
-        value = lift.matrix(arg)
-        if value is not None and any(sum(isinstance(f, Mat) for f in ch) >= 2 for (_, ch), _ in value.expr.items):
+        if _holds_product(lift.matrix(arg)):
             return True
         if _reaches_product(lift, arg, depth - 1):
             return True
     return False
+
+
+def _holds_product(value: Value | None) -> bool:
+    return isinstance(value, MatrixValue) and any(
+        sum(isinstance(f, Mat) for f in chain) >= 2 for (_, chain), _ in value.expr.items
+    )
 
 
 def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | None:
