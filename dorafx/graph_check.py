@@ -149,7 +149,7 @@ class GraphCheck:
     def _values(self, run: Run) -> list[tuple[str, Any]]:
         """Name and value of every input, of the tensors that the graph holds, and of dequantised weights."""
         generator = torch.Generator().manual_seed(run.draw)
-        draw = _Draw(_DRAWS[run.draw], generator, _bounds(self.gm))
+        draw = _Draw(_DRAWS[run.draw], generator, _bounds(self.gm), _factor_width(self.gm))
         values: dict[str, Any] = {}
         storages: dict[int, torch.Tensor] = {}
         written = {n for node in self.gm.graph.nodes for n in node.all_input_nodes if _writes(node)}
@@ -253,7 +253,8 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
             return f"{how}: {found.differences[0]}", found.error
         with torch.no_grad():
             for i, output in enumerate(flattened(results[0])[0]):
-                if _is_floating(output) and not any(f"output {i}" in pair and name in tensors for pair in actual.aliases for name in pair):
+                shared = [name for pair in actual.aliases if f"output {i}" in pair for name in pair]
+                if _is_floating(output) and not any(name in tensors for name in shared):
                     output.detach().mul_(2.0)
     return "", worst
 
@@ -288,10 +289,21 @@ def _bounds(gm: fx.GraphModule) -> list[float]:
     return sorted(found)
 
 
+def _factor_width(gm: fx.GraphModule) -> float:
+    """Matrices whose shorter side is below it are taken for the factors of a delta, whose rank is small."""
+    sides = [
+        min(int(_compat.size_hint(size)) for size in tensor.shape)
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr") and (tensor := tensor_of(node)) is not None and tensor.dim() >= 2
+    ]
+    return math.sqrt(max(min(sides), 1) * max(sides)) if sides else 0.0
+
+
 class _Draw:
     """Random values of one kind, in fp64."""
 
-    def __init__(self, kind: str, generator: torch.Generator, bounds: list[float]) -> None:
+    def __init__(self, kind: str, generator: torch.Generator, bounds: list[float], width: float) -> None:
+        self.width = width
         self.kind = kind
         self.generator = generator
         self.bounds = bounds
@@ -308,12 +320,12 @@ class _Draw:
         if self.kind == "zeros":
             if value.dim() < 2 or self._heads():
                 value.view(-1)[self._index(value.numel())] = 0.0
-            elif self._heads():
+            elif min(shape) < self.width:
                 value.zero_()
             else:
                 value[self._index(len(value))] = 0.0
         elif self.kind == "ties" and value.dim() >= 2:
-            if self._heads():
+            if min(shape) < self.width:
                 value.zero_()
             else:
                 rows = value.flatten(1)
