@@ -71,8 +71,8 @@ def optimize(
         norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
             nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
             training until the optimizer steps (gradient accumulation).
-        verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
-            a graph is compiled, and leave alone what differs.
+        verify: run every region that is rewritten, and the whole graph, and their replacements on random data, forward and
+            backward, when a graph is compiled, and leave alone what differs (see :func:`verify`).
         strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.

@@ -170,7 +170,7 @@ def test_observations_differ() -> None:
         "no longer shares memory": lambda v: (v @ p.t(), v.clone()),
         "no gradient": lambda v: ((v @ p.detach().t()).requires_grad_(), v),
         "other random numbers": lambda v: (torch.rand(1), (v @ p.t(), v))[1],
-        "input 0 after the run": lambda v: (v @ p.t(), v.mul_(2)),
+        "input 0 after the run": lambda v: (v.clone() @ p.t(), v.mul_(2)),
         "has strides": lambda v: ((p @ v.t()).t(), v),
         "dtype": lambda v: ((v @ p.t()).double(), v),
         "where the original raises no error": lambda v: v @ p,
