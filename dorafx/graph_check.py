@@ -457,6 +457,8 @@ class _Runner:
         return value
 
     def _call(self, gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], contexts: list[Any]) -> Any:
+        args: Any
+        kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if _compat.takes_operands_for_body(node.target):
             start = _compat.body_operands_start(node.target)

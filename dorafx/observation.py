@@ -171,7 +171,7 @@ def _copied(inputs: Sequence[Any]) -> list[Any]:
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in storages:
-            storages[address] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage.clone())
+            storages[address] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage.clone())  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         copy.set_(
             storages[address].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
