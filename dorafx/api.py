@@ -7,9 +7,10 @@ must change nothing about how anything else is compiled.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import fx
@@ -20,7 +21,9 @@ from dorafx.explanation import Explanation, graph_breaks_of
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
-from dorafx.validation import Check
+
+if TYPE_CHECKING:
+    from dorafx.validation import Check
 
 __all__ = ["Explanation", "VerifyReport", "explain", "invalidate", "optimize", "restore", "rewrite", "verify"]
 
@@ -68,8 +71,8 @@ def optimize(
         norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
             nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
             training until the optimizer steps (gradient accumulation).
-        verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
-            a graph is compiled, and leave alone what differs.
+        verify: run every region that is rewritten, and the whole graph, and their replacements on random data, forward and
+            backward, when a graph is compiled, and leave alone what differs (see :func:`verify`).
         strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
@@ -162,8 +165,9 @@ class VerifyReport:
     """What the validation of every rewrite of a model found. ``str()`` is a table; true if all of them passed.
 
     Attributes:
-        checks: one for each rewritten region: ``site``, ``pattern``, ``error`` (largest difference of outputs and gradients
-            in fp64, relative to the largest value) and ``reason`` (empty where it passed).
+        checks: one for each rewritten region, one for each whole graph and one for its norm prologue: ``site``, ``pattern``,
+            ``error`` (largest difference of outputs and gradients in fp64, relative to the largest value) and ``reason``
+            (what differs; empty where it passed).
         log: the records.
     """
 
@@ -192,14 +196,19 @@ class VerifyReport:
         return "\n".join(
             [
                 *lines,
-                f"{len(self.checks)} rewrites checked, {len(self.failures)} failed, largest difference {worst:.1e}",
+                f"{len(self.checks)} checks, {len(self.failures)} failed, largest difference {worst:.1e}",
             ]
         )
 
 
 def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport:
-    """Translation validation: trace one call of ``model`` and compare every region that dorafx would rewrite with its
-    replacement, on random data in fp64, outputs and gradients. Compiles nothing; like :func:`explain` otherwise.
+    """Translation validation: trace one call of ``model`` and compare every region that dorafx would rewrite, and every whole
+    graph, with its replacement. Compiles nothing; like :func:`explain` otherwise.
+
+    A region is compared on random data in fp64, outputs and gradients. A graph is compared in all that a caller can see (values,
+    gradients, None apart from zeros, strides, dtypes, shared memory, writes to inputs, random numbers), on several draws
+    with zeros, ties, infinities and NaN among them, in fp64 and in its own dtypes; and by repeated calls with parameters
+    and outputs written between them.
 
     Args:
         model: a module or function.
@@ -212,14 +221,19 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     >>> report.passed, report.checks[0].error < 1e-12
     (True, True)
     """
-    from dorafx.backend import rewrite_graph_module
+    from dorafx.backend import log_failure, validate_graph_module
+    from dorafx.validation import Check
 
     _check_callable("verify", model)
     capture.install()
     report = VerifyReport([])
 
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        rewrite_graph_module(gm, Options(verify=True), log=report.log, checks=report.checks)
+        try:
+            report.checks.extend(validate_graph_module(gm, report.log))
+        except Exception as error:
+            log_failure(error, Options(), report.log)
+            report.checks.append(Check("", "whole graph", math.inf, report.log.records[-1].reason))
         return gm.forward
 
     with torch.random.fork_rng(), _compat.whole_graphs():

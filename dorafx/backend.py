@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -20,13 +20,11 @@ from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, 
 from dorafx._compat.hooks import guard_on_hooks
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
-from dorafx.lift import leaves_of
 from dorafx.lift.functional import has_writes, without_private_writes
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
 from dorafx.plan import RewritePlan, make_plan
-from dorafx.provenance import site_of
 from dorafx.rewriter import (
     CannotEmit,
     HoistedNorm,
@@ -38,9 +36,11 @@ from dorafx.rewriter import (
     reuse_buffers,
 )
 from dorafx.runtime import with_prologue
-from dorafx.validation import Check, Region
 
-__all__ = ["dorafx", "log_failure", "rewrite_graph_module"]
+if TYPE_CHECKING:
+    from dorafx.validation import Check
+
+__all__ = ["dorafx", "log_failure", "rewrite_graph_module", "validate_graph_module"]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
@@ -233,6 +233,16 @@ def rewrite_graph_module(
     return program.graph
 
 
+def validate_graph_module(gm: fx.GraphModule, log: RewriteLog) -> list[Check]:
+    """Rewrite a graph as the backend does, with its norm prologue, and say what the validation found. The result is thrown away.
+
+    Args:
+        gm: the graph module; it is not changed.
+        log: where the records go.
+    """
+    return _rewrite_program(gm, Options(verify=True), 0, ("",), log, prologue=True).checks
+
+
 def _rewrite_program(
     gm: fx.GraphModule,
     options: Options,
@@ -249,6 +259,8 @@ def _rewrite_program(
     with _unseen_by_saved_tensors_hooks(), _garbage_kept():
         new = _rewrite(gm, options, graph_id, found)
         norms = hoist_norms(new) if prologue and new is not gm else ()
+        if norms and options.verify:
+            new, norms = _verified_prologue(gm, new, norms, options, graph_id, found, members[0])
     # Only now: a failure half-way leaves the whole graph as it was, bodies that were rewritten before it included.
     inside = norms_inside(new) if new is not gm else {}
     records = [_placed(r, inside) if r.rewritten else r for r in found.records]
@@ -291,6 +303,39 @@ def _under_transform(
     return program
 
 
+def _verified_prologue(
+    gm: fx.GraphModule,
+    new: fx.GraphModule,
+    norms: tuple[HoistedNorm, ...],
+    options: Options,
+    graph_id: int,
+    found: _Found,
+    site: str,
+) -> tuple[fx.GraphModule, tuple[HoistedNorm, ...]]:
+    """The rewritten graph and its prologue; with all norms in the graph, and a logged miss, where repeated calls show that they
+    may not leave it."""
+    from dorafx.validation import check_prologue
+
+    check = check_prologue(gm, new, norms, options.norm_reuse, bool(found.few_tokens) and all(found.few_tokens))
+    found.checks.append(check)
+    if check.passed:
+        return new, norms
+    again = _Found(found.is_parameter)
+    new = _rewrite(gm, options, graph_id, again)  # what takes the norms out changes the graph
+    found.records, found.few_tokens, found.drawings = again.records, again.few_tokens, again.drawings
+    found.records.append(
+        Record(
+            status="missed",
+            site=site,
+            pattern="norm prologue",
+            reason=f"the norms stay in the graph: {check.reason}",
+            codegen=options.codegen,
+            graph=graph_id,
+        )
+    )
+    return new, ()
+
+
 def _placed(record: Record, inside: dict[str, str]) -> Record:
     """The record with the place of its norm, and what keeps it in the graph where that is an operator."""
     if record.site not in inside:
@@ -325,6 +370,12 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
     matches = match_graph(pure.graph, found.is_parameter)
     new, plan = gm, make_plan(matches, options, graph_id)
     copied: dict[fx.Node, fx.Node] = {}
+    validation = None
+    if options.verify and not plan.empty:
+        # Who does not ask for it does not pay for its import either.
+        from dorafx.validation import Validation
+
+        validation = Validation(gm, found.checks)
     while not plan.empty:
         try:
             new, copied = apply_plan(pure, matches, plan)
@@ -332,7 +383,7 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
             # Leave out the one candidate that cannot be emitted and carry the rest out.
             refused = [(failed.site, str(failed))]
         else:
-            refused = _failed_checks(matches, plan, copied, found.checks) if options.verify else []
+            refused = validation.failures(pure, matches, plan, new, copied) if validation is not None else []
         if not refused:
             break
         new, copied = gm, {}
@@ -361,26 +412,6 @@ def _drawn(
             drawings[drawing.key] = drawing
         records.append(replace(record, drawing=keys[layer]))
     return records
-
-
-def _failed_checks(
-    matches: Matches, plan: RewritePlan, copied: dict[fx.Node, fx.Node], checks: list[Check]
-) -> list[tuple[fx.Node | None, str]]:
-    """Validate every rewrite of a graph; those that failed, with the reason. ``checks`` receives what was found."""
-    regions = [(c.match.node, c.match.pattern, [c.match.expr]) for c in plan.compositions]
-    for norm in plan.norms.values():
-        info = norm.factors.info
-        regions += [(node, "norm_only", [info.expr]) for node in info.sites if info.expr is not None]
-    failed: list[tuple[fx.Node | None, str]] = []
-    for node, pattern, terms in regions:
-        if node not in copied:
-            continue  # nobody reads it any more
-        region = Region(node, copied[node], leaves_of(matches.lift, terms), copied)
-        check = region.check(site_of(node), pattern)
-        checks.append(check)
-        if not check.passed:
-            failed.append((node, check.reason))
-    return failed
 
 
 @contextlib.contextmanager

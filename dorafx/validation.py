@@ -3,6 +3,10 @@
 The region of a rewrite reaches from the values that its term is made of (activations, parameters) to the rewritten node.
 Both sides are computed from the same random values of these; every cast to a floating dtype is read as one to fp64, so that
 what remains of a difference is a difference of the programs.
+
+The whole graph is run as well, from before anything was done to it (:mod:`dorafx.graph_check`): layouts, aliases, writes, random numbers
+and dropped terms show there only. A graph that differs where no region does is cut into its rewrites, and those that
+differ by themselves are refused.
 """
 
 from __future__ import annotations
@@ -16,15 +20,23 @@ import torch
 from torch import fx
 
 from dorafx import _compat
+from dorafx.graph_check import TOLERANCE, GraphCheck, Run, compare_calls
+from dorafx.lift import leaves_of
 from dorafx.lift.targets import canonical_name
 from dorafx.lift.values import FLOAT_DTYPES
+from dorafx.log import NormCounters
+from dorafx.match import Matches
+from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
+from dorafx.provenance import site_of
+from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan
 from dorafx.rewriter.prologue import DENSE
+from dorafx.runtime import with_prologue
+from dorafx.runtime.store import NormStore
 
-__all__ = ["TOLERANCE", "Check", "Region"]
+__all__ = ["Check", "Region", "Validation", "check_prologue"]
 
-TOLERANCE = 1e-9
-"""Largest difference of outputs and gradients, relative to the largest value. fp64 rounds at 1e-16; a norm of a hundred
-million elements in another order of summation stays below 1e-12."""
+Refused = tuple[fx.Node | None, str]
+"""A node that a candidate is refused by, and the reason."""
 
 _TO_DOUBLE = frozenset(("double", "float", "half", "bfloat16", "dequantize"))
 
@@ -35,7 +47,8 @@ class Check:
 
     Attributes:
         site: the module's name; empty for a plain function.
-        pattern: the canonical form, or ``"norm_only"``.
+        pattern: the canonical form, or ``"norm_only"``; ``"whole graph"`` for all rewrites of a graph together, and ``"norm
+            prologue"`` for repeated calls with the norms taken before the graph.
         error: largest difference of outputs and gradients relative to the largest value, in fp64; inf if the two could
             not be compared.
         reason: what was wrong; empty where nothing was.
@@ -49,6 +62,139 @@ class Check:
     @property
     def passed(self) -> bool:
         return not self.reason
+
+
+class Validation:
+    """Validates the rewrites of one graph, in the grad mode that is active.
+
+    Args:
+        gm: the graph as it was captured.
+        checks: receives what is found.
+    """
+
+    def __init__(self, gm: fx.GraphModule, checks: list[Check]) -> None:
+        self.checks = checks
+        self._graph = GraphCheck(gm)
+
+    def failures(
+        self,
+        pure: fx.GraphModule,
+        matches: Matches,
+        plan: RewritePlan,
+        new: fx.GraphModule,
+        copied: dict[fx.Node, fx.Node],
+    ) -> list[Refused]:
+        """The candidates that are to be refused, each with the reason.
+
+        Args:
+            pure: what was matched.
+            matches, plan: its candidates, and what was done about them.
+            new: the rewritten graph.
+            copied: node of ``pure`` -> the node that stands for it in ``new``.
+        """
+        failed: list[Refused] = []
+        for node, pattern, terms in _regions(plan):
+            if node not in copied:
+                continue  # nobody reads it any more
+            check = Region(node, copied[node], leaves_of(matches.lift, terms), copied).check(site_of(node), pattern)
+            self.checks.append(check)
+            if not check.passed:
+                failed.append((node, check.reason))
+        return failed or self._graph_failures(pure, matches, plan, new)
+
+    def _graph_failures(
+        self, pure: fx.GraphModule, matches: Matches, plan: RewritePlan, new: fx.GraphModule
+    ) -> list[Refused]:
+        if any(DENSE in node.meta for node in new.graph.nodes):
+            # A library may multiply by the codes, which are not those of the random weight: the regions stand for the graph.
+            self.checks.append(Check("", "whole graph (not run: quantised weights)", 0.0))
+            return []
+        reason, error, run = self._compared(new)
+        if not reason:
+            self.checks.append(Check("", "whole graph", error))
+            return []
+        candidates = _candidates(matches, plan)
+        guilty: list[tuple[fx.Node, str, str]] = []
+        for node, pattern, part in candidates if run is not None and len(candidates) > 1 else ():
+            try:
+                alone, _ = apply_plan(pure, matches, part)
+            except CannotEmit as refused:
+                guilty.append((node, pattern, str(refused)))
+                continue
+            of_part, _, _ = self._compared(alone, [run] if run is not None else None)
+            if of_part:
+                guilty.append((node, pattern, of_part))
+        if any(pattern == "norm_only" for _, pattern, _ in guilty):
+            # Their compositions read them, and fall with them where they are wrong by themselves: that shows next time.
+            guilty = [g for g in guilty if g[1] == "norm_only"]
+        guilty = guilty or [(node, pattern, reason) for node, pattern, _ in candidates]
+        self.checks.extend(Check(site_of(node), pattern, error, why) for node, pattern, why in guilty)
+        return [(node, why) for node, _, why in guilty]
+
+    def _compared(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[str, float, Run | None]:
+        """Why a graph may not replace the original (empty if it may), the largest difference, and the run that shows it."""
+        try:
+            found, run = self._graph.compare(new, runs)
+        except Exception as failed:
+            return f"not verified: the graph cannot be run on random values: {_line(failed)}", math.inf, None
+        return (f"verification: {run}, {found.differences[0]}" if found.differences else ""), found.error, run
+
+
+def _regions(plan: RewritePlan) -> list[tuple[fx.Node, str, list[Any]]]:
+    """End, pattern and terms of the region of each rewrite."""
+    regions = [(c.match.node, c.match.pattern, [c.match.expr]) for c in plan.compositions]
+    for norm in plan.norms.values():
+        info = norm.factors.info
+        regions += [(node, "norm_only", [info.expr]) for node in info.sites if info.expr is not None]
+    return regions
+
+
+def _candidates(matches: Matches, plan: RewritePlan) -> list[tuple[fx.Node, str, RewritePlan]]:
+    """Each rewrite that can be refused, and a plan of it alone. A composition has its norms with it."""
+
+    def alone(norms: dict[int, NormPlan], compositions: list[CompositionPlan]) -> RewritePlan:
+        return RewritePlan(norms, compositions, sites=plan.sites)
+
+    found: list[tuple[fx.Node, str, RewritePlan]] = []
+    for atom_id, norm in plan.norms.items():
+        if norm.factors.info.sites:
+            found.append((norm.factors.info.sites[0], "norm_only", alone({atom_id: norm}, [])))
+    for c in plan.compositions:
+        used = {atom.id for atom in matches.lift.norms_in(c.match.expr)} | {c.match.norm.atom.id}
+        norms = {atom_id: norm for atom_id, norm in plan.norms.items() if atom_id in used}
+        found.append((c.match.node, c.match.pattern, alone(norms, [c])))
+    return found
+
+
+def check_prologue(
+    gm: fx.GraphModule, new: fx.GraphModule, norms: tuple[HoistedNorm, ...], reuse: str, few_tokens: bool
+) -> Check:
+    """Compare repeated calls of a program whose norms are computed before its graph with the original.
+
+    Args:
+        gm: the graph as it was captured.
+        new: the rewritten one, whose last inputs are the norms.
+        norms, reuse, few_tokens: as for :func:`dorafx.runtime.with_prologue`.
+    """
+
+    def run(*inputs: Any) -> Any:
+        # Interpreted: a graph with bodies does not run as it stands.
+        return fx.Interpreter(new).run(*inputs)
+
+    if any(node.target is torch.ops.dorafx.row_norm_quantized.default for n in norms for node in n.graph.nodes):
+        return Check("", "norm prologue (not run: quantised weights)", 0.0)
+    call = with_prologue(run, norms, reuse, few_tokens, NormStore(NormCounters()))
+    try:
+        difference, error = compare_calls(gm, call)
+    except Exception as failed:
+        return Check(
+            "", "norm prologue", math.inf, f"not verified: the graph cannot be run on random values: {_line(failed)}"
+        )
+    return Check("", "norm prologue", 0.0 if not difference else error, difference and f"verification: {difference}")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 class Region:

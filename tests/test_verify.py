@@ -33,7 +33,8 @@ def test_peft(kind: str, dtype: torch.dtype) -> None:
     model = peft_model(kind, dtype=dtype, lora_dropout=0.1).train()
     report = dorafx.verify(model, input_ids=tokens())
     assert report.passed, str(report)
-    assert len(report.checks) == len(report.log.rewrites) > 3
+    assert [c.pattern for c in report.checks[-2:]] == ["whole graph", "norm prologue"]
+    assert len(report.checks) - 2 == len(report.log.rewrites) > 3
     assert str(report).endswith(f"0 failed, largest difference {max(c.error for c in report.checks):.1e}")
 
 
@@ -46,6 +47,13 @@ def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
             return emit.call(torch.mul, made, 1.001)
         if how == "gradient":
             return emit.method("detach", made)
+        if how == "strides":
+            return emit.method("t", emit.method("contiguous", emit.method("t", made)))
+        if how == "random":
+            emit.call(torch.rand_like, made)
+            return made
+        if how == "nan":
+            return emit.call(torch.nan_to_num, made)
         return emit.call(torch.add, made, emit.method("sum", made))
 
     monkeypatch.setattr(Linear, "rewrite", rewrite)
@@ -112,3 +120,62 @@ def test_the_generators_are_left_alone() -> None:
     state = torch.get_rng_state()
     assert dorafx.verify(model, torch.ones(3, 24))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("strides", "has strides"), ("random", "other random numbers were drawn"), ("nan", "where the original gives")],
+)
+def test_what_only_a_whole_graph_shows(how: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = Layer(), torch.randn(5, 12, dtype=torch.float64)
+    assert dorafx.verify(lambda value: _plain(layer, value), x)
+    _sabotage(monkeypatch, how)
+    report = dorafx.verify(lambda value: _plain(layer, value), x)
+    assert any(c.pattern == "linear" and reason in c.reason for c in report.failures), str(report)
+    assert not any(r.pattern == "linear" for r in report.log.rewrites)
+
+
+def _plain(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    return next(iter(LINEAR.values()))(layer, x)
+
+
+def test_a_stale_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dorafx.runtime.store import NormStore
+
+    entries: dict[Any, torch.Tensor] = {}
+
+    def kept(self: Any, signature: str, tensors: Any, recomputing: bool = False) -> torch.Tensor | None:
+        return entries.get(signature)
+
+    def keep(self: Any, observed: Any, norm: torch.Tensor) -> None:
+        if observed is not None:
+            entries[observed.key[0]] = norm
+
+    monkeypatch.setattr(NormStore, "kept", kept)
+    monkeypatch.setattr(NormStore, "keep", keep)
+    layer, x = Layer(), torch.randn(1, 12, dtype=torch.float64)
+    with torch.no_grad():
+        report = dorafx.verify(lambda value: _plain(layer, value), x)
+    assert any(c.pattern == "norm prologue" and "after parameters were written" in c.reason for c in report.failures)
+    assert any(r.pattern == "norm prologue" for r in report.log.misses)
+
+
+def test_observations_differ() -> None:
+    from dorafx.observation import differences, observe
+
+    p = torch.nn.Parameter(torch.randn(3, 4))
+    x = torch.randn(2, 4)
+    original = observe(lambda v: (v @ p.t(), v), (x,), [p])
+    wrong = {
+        "no longer shares memory": lambda v: (v @ p.t(), v.clone()),
+        "no gradient": lambda v: ((v @ p.detach().t()).requires_grad_(), v),
+        "other random numbers": lambda v: (torch.rand(1), (v @ p.t(), v))[1],
+        "input 0 after the run": lambda v: (v.clone() @ p.t(), v.mul_(2)),
+        "has strides": lambda v: ((p @ v.t()).t(), v),
+        "dtype": lambda v: ((v @ p.t()).double(), v),
+        "where the original raises no error": lambda v: v @ p,
+    }
+    assert not differences(original, observe(lambda v: (v @ p.t(), v), (x,), [p]))
+    for sentence, program in wrong.items():
+        found = differences(original, observe(program, (x,), [p]))
+        assert any(sentence in f for f in found), (sentence, found)

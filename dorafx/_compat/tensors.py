@@ -7,7 +7,16 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["FakeLayout", "is_wrapper", "storage_address", "weak_storage", "weak_storage_id", "wrapped"]
+__all__ = [
+    "FakeLayout",
+    "flattened",
+    "is_wrapper",
+    "storage_address",
+    "unflattened",
+    "weak_storage",
+    "weak_storage_id",
+    "wrapped",
+]
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:
@@ -35,6 +44,21 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
 def wrapped(tensor: Any) -> list[torch.Tensor]:
     """What a :func:`is_wrapper` is made of."""
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+
+def flattened(tree: Any) -> tuple[list[Any], Any]:
+    """The leaves of nested containers, those of other libraries that are registered as pytrees included, and the structure around
+    them, whose ``str()`` is equal for equal structures."""
+    from torch.utils._pytree import tree_flatten
+
+    return tree_flatten(tree)
+
+
+def unflattened(leaves: list[Any], structure: Any) -> Any:
+    """Undo :func:`flattened`."""
+    from torch.utils._pytree import tree_unflatten
+
+    return tree_unflatten(leaves, structure)
 
 
 class FakeLayout(NamedTuple):

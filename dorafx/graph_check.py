@@ -1,0 +1,526 @@
+"""Translation validation of whole graphs: run the original, as it was captured, and its replacement, and compare all that they show.
+
+A region shows which rewrite is wrong; only the whole graph shows what became of writes, aliases, layouts, random numbers and
+dead terms. Both sides run on several draws of the inputs, in three readings of their dtypes:
+
+- *exact*: every floating tensor, and every cast, is fp64, so that what remains of a difference is one of the programs;
+- *rounded*: fp64, but casts round as they say, so that one that was left out shows;
+- *native*: in the program's own dtypes, so that arithmetic in too low a precision shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+from dorafx._compat.tensors import flattened, is_wrapper
+from dorafx.lift.effects import written_arguments
+from dorafx.lift.targets import canonical_name
+from dorafx.lift.values import FLOAT_DTYPES, tensor_of
+from dorafx.observation import Comparison, Observation, compare, observe
+from dorafx.rewriter.prologue import DENSE
+
+__all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls"]
+
+_CASTS = {
+    "double": torch.float64,
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+_DRAWS = ("random values", "zeros", "ties", "an infinity", "a NaN")
+_FINITE_DRAWS = 3
+
+TOLERANCE = 1e-9
+"""Largest difference of values, relative to the largest. fp64 rounds at 1e-16; a norm of a hundred million elements in another
+order of summation stays below 1e-12."""
+
+_LOW_TOLERANCE = 1e-2
+"""The same for a program that runs in its own dtypes only, of which nobody knows how well."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to run both sides.
+
+    Attributes:
+        draw: which values the inputs have, an index of the draws.
+        reading: ``"exact"``, ``"rounded"`` or ``"native"``.
+        mode: of gradients: ``"grad"``, ``"no_grad"`` or ``"inference"``.
+    """
+
+    draw: int
+    reading: str
+    mode: str
+
+    def __str__(self) -> str:
+        reading = {"exact": "in fp64", "rounded": "in fp64 with the program's own casts", "native": "in its own dtypes"}
+        mode = {"grad": "", "no_grad": ", under no_grad", "inference": ", under inference_mode"}
+        return f"on {_DRAWS[self.draw]} {reading[self.reading]}{mode[self.mode]}"
+
+
+class GraphCheck:
+    """Compares replacements of one graph with it. Nothing of the graph is changed; what the original shows is found once.
+
+    Args:
+        gm: the original, from before anything was done to it. It is run in the grad mode that is active now, in which a
+            Dynamo graph begins, and without gradients too.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        own = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+        modes = (own, "no_grad") if own == "grad" else (own,)
+        self.runs = [Run(draw, "exact", own) for draw in range(len(_DRAWS))]
+        self.runs += [Run(0, "exact", mode) for mode in modes[1:]]
+        self.runs.append(Run(0, "native", own))
+        # Where values are in low precision by themselves, that a cast was left out cannot be told from another rounding.
+        if not _low_precision(gm):
+            self.runs.append(Run(0, "rounded", own))
+        self._wanted: dict[Run, Observation] = {}
+        self._leaves: list[fx.Node] | None = None
+        self._dense: tuple[str, ...] = ()
+
+    def compare(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[Comparison, Run | None]:
+        """Compare a replacement with the original, until something differs.
+
+        Args:
+            new: a graph of the same inputs; norms of quantised weights in it are those of random weights.
+            runs: some of :attr:`runs`; all of them by default.
+
+        Returns:
+            What differs, and in which run; None where nothing does.
+
+        Raises:
+            RuntimeError: the original cannot be run on random values; the message says why.
+        """
+        dense = tuple(sorted({node.meta[DENSE] for node in new.graph.nodes if DENSE in node.meta}))
+        if dense != self._dense:
+            self._wanted.clear()
+            self._dense = dense
+        error = 0.0
+        done: list[Run] = []
+        failure = ""
+        for run in self.runs if runs is None else runs:
+            if dense and (run.mode != self.runs[0].mode or run.reading == "native"):
+                continue  # a library may multiply by the codes there, which are not those of the random weight
+            wanted = self._original(run)
+            if wanted.raised:
+                # The values of a draw may be none that the program accepts, or an operator none that computes in fp64.
+                failure = f"{wanted.raised}: {wanted.message}"
+                continue
+            actual = self._observe(new, run)
+            exact = self._original(Run(run.draw, "exact", run.mode)) if run.reading == "native" else None
+            dtypes = self._original(Run(run.draw, "native", run.mode)) if run.reading == "rounded" else None
+            found = compare(
+                wanted,
+                actual,
+                TOLERANCE if exact is None or not exact.raised else _LOW_TOLERANCE,
+                _whole(exact),
+                _whole(dtypes),
+                nan_gradients=run.draw < _FINITE_DRAWS,
+            )
+            done.append(run)
+            if found.differences:
+                return found, run
+            if run.reading == "exact":
+                error = max(error, found.error)
+        if not any(run.draw == 0 for run in done) and runs is None:
+            raise RuntimeError(failure or "there is nothing to run")
+        return Comparison((), error), None
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def _original(self, run: Run) -> Observation:
+        if run not in self._wanted:
+            self._wanted[run] = self._observe(self.gm, run)
+        return self._wanted[run]
+
+    def _observe(self, gm: fx.GraphModule, run: Run) -> Observation:
+        with torch.inference_mode(False), torch.no_grad():
+            values = self._values(run)
+        program = _Runner(gm, run.reading, [name for name, _ in values], self._dense)
+        names = [name for name, _ in values]
+        with _default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
+            return observe(program, [value for _, value in values], grad_mode=run.mode, seed=1, names=names)
+
+    def _values(self, run: Run) -> list[tuple[str, Any]]:
+        """Name and value of every input, of the tensors that the graph holds, and of dequantised weights."""
+        generator = torch.Generator().manual_seed(run.draw)
+        draw = _Draw(_DRAWS[run.draw], generator, _bounds(self.gm), _factor_width(self.gm))
+        values: dict[str, Any] = {}
+        storages: dict[int, torch.Tensor] = {}
+        written = {n for node in self.gm.graph.nodes for n in node.all_input_nodes if _writes(node)}
+        for node in self.gm.graph.nodes:
+            name = node.name if node.op == "placeholder" or node.name in self._dense else f"self.{node.target}"
+            traced: Any = node.meta.get("example_value", node.meta.get("val"))
+            if node.op == "get_attr":
+                traced = _attribute(self.gm, str(node.target))
+                if not isinstance(traced, torch.Tensor):
+                    continue
+            elif node.op != "placeholder" and node.name not in self._dense:
+                continue
+            if name in values:
+                continue
+            if not isinstance(traced, torch.Tensor):
+                values[name] = _compat.size_hint(traced)
+                continue
+            # A write made it the result of one: before it, it recorded none.
+            recorded = traced.requires_grad and (traced.is_leaf or node not in written)
+            values[name] = _placed(draw(traced), traced, run.reading, storages, recorded)
+        return list(values.items())
+
+
+def _whole(observation: Observation | None) -> Observation | None:
+    return None if observation is None or observation.raised else observation
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _writes(node: fx.Node) -> bool:
+    return any(True for _ in written_arguments(node))
+
+
+def _attribute(gm: torch.nn.Module, target: str) -> Any:
+    value: Any = gm
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+# -- the prologue -----------------------------------------------------------------------------------------------------
+
+
+def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, float]:
+    """Call a rewritten program again and again, as a training or decoding loop does, and compare every call with the original: with
+    the outputs written between the calls, with parameters written in the ways that a version counter sees and does
+    not, and with square parameters transposed in place.
+
+    Args:
+        gm: the original graph, whose inputs ``call`` takes.
+        call: the program with its norm prologue, over a store of norms of its own.
+
+    Returns:
+        What differs first, and the largest difference of the program's own dtypes; an empty text where nothing does.
+
+    Raises:
+        RuntimeError: the original cannot be run on random values; the message says why.
+    """
+    check = GraphCheck(gm)
+    own = check.runs[0].mode
+    placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    with torch.inference_mode(False), torch.no_grad():
+        values = [value for name, value in check._values(Run(0, "native", own)) if name in placeholders]
+    tensors = {name: value for name, value in zip(placeholders, values) if isinstance(value, torch.Tensor)}
+    worst = 0.0
+    for how, write in _BETWEEN_CALLS.items():
+        with torch.no_grad():
+            for tensor in tensors.values():
+                if tensor.is_floating_point():
+                    write(tensor)
+        results: list[Any] = []
+
+        def once(results: list[Any] = results) -> Any:
+            results.append(call(*values))
+            return results[-1]
+
+        original = _Runner(gm, "native", placeholders, ())
+        wanted = observe(original, values, grad_mode=own, seed=1, names=placeholders)
+        if wanted.raised:
+            raise RuntimeError(f"{wanted.raised}: {wanted.message}")
+        with _default_dtype(torch.float64), torch.no_grad():
+            wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
+        with _default_dtype(torch.float64):
+            exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
+        actual = observe(once, (), tensors, grad_mode=own, seed=1)
+        found = compare(wanted, actual, TOLERANCE if not exact.raised else _LOW_TOLERANCE, _whole(exact))
+        worst = max(worst, found.error)
+        if found.differences:
+            return f"{how}: {found.differences[0]}", found.error
+        with torch.no_grad():
+            for i, output in enumerate(flattened(results[0])[0]):
+                shared = [name for pair in actual.aliases if f"output {i}" in pair for name in pair]
+                if _is_floating(output) and not any(name in tensors for name in shared):
+                    output.detach().mul_(2.0)
+    return "", worst
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _transposed(tensor: torch.Tensor) -> None:
+    if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]:
+        tensor.data = tensor.data.t()
+
+
+_BETWEEN_CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "at the first call": lambda t: None,
+    "at the second call, with the first's outputs written": lambda t: None,
+    "after parameters were written": lambda t: t.mul_(1.5),
+    "after parameters were written through .data": lambda t: t.data.copy_(t.data * 0.5),
+    "after square parameters were transposed": _transposed,
+}
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def _bounds(gm: fx.GraphModule) -> list[float]:
+    """Numbers that a norm may tie with: bounds of clamps, and one."""
+    found = {1.0}
+    for node in gm.graph.nodes:
+        if canonical_name(node) in ("clamp", "clamp_min", "maximum"):
+            found |= {float(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (int, float))}
+    return sorted(found)
+
+
+def _low_precision(gm: fx.GraphModule) -> bool:
+    tensors = [tensor_of(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
+    return any(
+        t is not None and t.dtype in FLOAT_DTYPES and torch.finfo(t.dtype).eps > torch.finfo(torch.float32).eps
+        for t in tensors
+    )
+
+
+def _factor_width(gm: fx.GraphModule) -> float:
+    """Matrices whose shorter side is below it are taken for the factors of a delta, whose rank is small."""
+    sides = [
+        min(int(_compat.size_hint(size)) for size in tensor.shape)
+        for node in gm.graph.nodes
+        if node.op in ("placeholder", "get_attr") and (tensor := tensor_of(node)) is not None and tensor.dim() >= 2
+    ]
+    return math.sqrt(max(min(sides), 1) * max(sides)) if sides else 0.0
+
+
+class _Draw:
+    """Random values of one kind, in fp64."""
+
+    def __init__(self, kind: str, generator: torch.Generator, bounds: list[float], width: float) -> None:
+        self.width = width
+        self.kind = kind
+        self.generator = generator
+        self.bounds = bounds
+
+    def __call__(self, traced: torch.Tensor) -> torch.Tensor:
+        shape = [int(_compat.size_hint(size)) for size in traced.shape]
+        if traced.dtype not in FLOAT_DTYPES:
+            return torch.ones(shape, dtype=traced.dtype)
+        # Away from zero: a magnitude or a scaling near it would hide what it multiplies.
+        value = torch.randn(shape, dtype=torch.float64, generator=self.generator)
+        value = value + 0.5 * value.sign()
+        if not value.numel():
+            return value
+        if self.kind == "zeros":
+            if value.dim() < 2 or self._heads():
+                value.view(-1)[self._index(value.numel())] = 0.0
+            elif self._left_factor(shape):
+                value.zero_()
+            else:
+                value[self._index(len(value))] = 0.0
+        elif self.kind == "ties" and value.dim() >= 2:
+            if self._left_factor(shape):
+                value.zero_()
+            elif min(shape) >= self.width:
+                rows = value.flatten(1)
+                bound = self.bounds[self._index(len(self.bounds))]
+                rows.zero_()
+                rows[torch.arange(len(rows)), torch.arange(len(rows)) % rows.shape[1]] = bound
+                value = rows.view(shape)
+        elif self.kind == "ties":
+            value = value.sign()
+        elif self.kind in ("an infinity", "a NaN") and value.dim() != 2 and self._heads():
+            value.view(-1)[self._index(value.numel())] = math.inf if self.kind == "an infinity" else math.nan
+        return value
+
+    def _left_factor(self, shape: list[int]) -> bool:
+        """Whether it may be the factor that begins as zeros."""
+        return min(shape) < self.width and shape[0] >= shape[-1]
+
+    def _heads(self) -> bool:
+        return bool(torch.rand((), generator=self.generator) < 0.5)
+
+    def _index(self, size: int) -> int:
+        return int(torch.randint(size, (), generator=self.generator))
+
+
+def _placed(
+    value: torch.Tensor, traced: torch.Tensor, reading: str, storages: dict[int, torch.Tensor], recorded: bool
+) -> torch.Tensor:
+    """The value with the layout, the shared memory and the requires_grad of what was traced."""
+    dtype = traced.dtype if reading == "native" or traced.dtype not in FLOAT_DTYPES else torch.float64
+    if reading == "rounded" and traced.dtype in FLOAT_DTYPES:
+        value = value.to(traced.dtype).to(torch.float64)
+    device = traced.device
+    value = value.to(device, dtype)
+    if traced.layout is torch.strided and not is_wrapper(traced):
+        strides = [int(_compat.size_hint(stride)) for stride in traced.stride()]
+        offset = int(_compat.size_hint(traced.storage_offset()))
+        length = offset + 1 + sum((size - 1) * stride for size, stride in zip(value.shape, strides))
+        key = _compat.storage_id(traced)
+        base = storages.get(key)
+        if base is None or base.dtype != dtype or len(base) < length:
+            shared = base
+            base = torch.zeros(max(length, 0) if value.numel() else 0, dtype=dtype, device=device)
+            if shared is None or shared.dtype == dtype:
+                storages[key] = base
+        if value.numel():
+            placed = base.as_strided(value.shape, strides, offset)
+            if all(stride for size, stride in zip(value.shape, strides) if size > 1):
+                placed.copy_(value)
+            else:
+                base.fill_(1.5)
+            value = placed
+    if value.is_floating_point() and recorded:
+        value = value.detach().requires_grad_()
+    return value
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+class _Runner:
+    """A graph as a callable of all that it reads, in one reading of its dtypes."""
+
+    def __init__(self, gm: fx.GraphModule, reading: str, names: list[str], dense: tuple[str, ...]) -> None:
+        self.gm = gm
+        self.reading = reading
+        self.names = names
+        self.dense = dense
+
+    def __call__(self, *values: Any) -> Any:
+        given = dict(zip(self.names, values))
+        contexts: list[Any] = []
+        try:
+            if self.reading == "native":
+                return self._run(self.gm, given, None, contexts)
+            with _compat.below_autocast():
+                return self._run(self.gm, given, None, contexts)
+        finally:
+            for context in reversed(contexts):  # an exception left them open
+                context.__exit__(None, None, None)
+
+    def _run(self, gm: fx.GraphModule, given: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
+        """Args:
+        given: values by name.
+        operands: those of a body's inputs, in their order; None where the graph is the whole.
+        """
+        values: dict[fx.Node, Any] = {}
+        unneeded = _unneeded(gm.graph, self.dense)
+        inputs = iter(operands or ())
+        for node in gm.graph.nodes:
+            if node in unneeded:
+                continue
+            if node.op == "placeholder":
+                values[node] = given[node.name] if operands is None else next(inputs)
+            elif node.op == "get_attr":
+                key = f"self.{node.target}"
+                values[node] = given[key] if operands is None and key in given else self._read(gm, str(node.target))
+            elif node.op == "output":
+                return fx.map_arg(node.args[0], values.__getitem__)
+            elif node.name in self.dense and DENSE not in node.meta:
+                values[node] = given[node.name]
+            elif DENSE in node.meta:
+                left, right = (values[a] for a in node.args[3:5])
+                values[node] = torch.ops.dorafx.row_norm.default(given[node.meta[DENSE]], left, right, node.args[5])
+            else:
+                values[node] = self._call(gm, node, values, contexts)
+        raise RuntimeError("a graph without an output")
+
+    def _read(self, gm: fx.GraphModule, target: str) -> Any:
+        value = _attribute(gm, target)
+        if isinstance(value, torch.Tensor):
+            value = value.detach().clone()
+            if self.reading != "native" and value.dtype in FLOAT_DTYPES:
+                value = value.to(torch.float64)
+        return value
+
+    def _call(self, gm: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], contexts: list[Any]) -> Any:
+        args: Any
+        kwargs: Any
+        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+        if _compat.takes_operands_for_body(node.target):
+            start = _compat.body_operands_start(node.target)
+            return self._run(args[0], {}, list(args[start:]), contexts)
+        rounds = None
+        if self.reading != "native":
+            rounds = _cast_to(node, args, kwargs) if self.reading == "rounded" else None
+            args, kwargs = _in_double(args), _in_double(kwargs)
+        if node.op == "call_method":
+            name = str(node.target)
+            if self.reading != "native" and name in (*_CASTS, "dequantize"):
+                name = "double"
+            result = getattr(args[0], name)(*args[1:], **kwargs)
+        elif node.op == "call_module":
+            result = _attribute(gm, str(node.target))(*args, **kwargs)
+        else:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            name = getattr(node.target, "__name__", "")
+            if name == "_enter_autocast":
+                contexts.append(result)
+            elif name == "_exit_autocast":
+                contexts.pop()
+        if rounds is not None and isinstance(result, torch.Tensor) and result.is_floating_point():
+            result = result.to(rounds).to(torch.float64)
+        return result
+
+
+def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
+    """Nodes that only what is not run reads: the parts of a quantised weight, whose norm and value stand in for them."""
+    found: set[fx.Node] = set()
+    if not dense:
+        return found
+
+    def reads(user: fx.Node, node: fx.Node) -> bool:
+        if user in found or user.name in dense:
+            return False
+        return node in user.args[3:5] if DENSE in user.meta else True
+
+    for node in reversed(graph.nodes):
+        if (
+            node.op != "output"
+            and node.name not in dense
+            and node.users
+            and not any(reads(u, node) for u in node.users)
+        ):
+            found.add(node)
+    return found
+
+
+def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The dtype that a cast rounds to; None where a node is no cast, or one that widens."""
+    if canonical_name(node) != "cast":
+        return None
+    dtype = _CASTS.get(str(node.target)) if node.op == "call_method" else None
+    for argument in (*args, *kwargs.values()):
+        if isinstance(argument, torch.dtype):
+            dtype = argument
+    source = tensor_of(node.args[0])
+    if dtype not in FLOAT_DTYPES or source is None or not source.is_floating_point():
+        return None
+    return dtype if torch.finfo(dtype).eps > torch.finfo(source.dtype).eps else None
+
+
+def _in_double(argument: Any) -> Any:
+    if isinstance(argument, torch.dtype) and argument in FLOAT_DTYPES:
+        return torch.float64
+    if type(argument) in (list, tuple):
+        return type(argument)(_in_double(a) for a in argument)
+    if isinstance(argument, dict):
+        return {k: _in_double(v) for k, v in argument.items()}
+    return argument
