@@ -21,6 +21,7 @@ from dorafx._compat.hooks import guard_on_hooks
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import has_writes, without_private_writes
+from dorafx.lift.grad_mode import switches_gradients_on
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
@@ -98,7 +99,8 @@ def dorafx(
 
     split = bucket_splitter()
     compiled = compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
-    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens)
+    records = switches_gradients_on(program.graph)
+    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
 
 
 @dataclass

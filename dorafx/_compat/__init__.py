@@ -178,10 +178,19 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
+    _make_known(backend)
     own = types.FunctionType(
         call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
     )
     return torch.compile(own, backend=backend, dynamic=dynamic)
+
+
+def _make_known(backend: Any) -> None:
+    """Give a callable the name of the registered backend that it stands for, which is what Dynamo goes by. After compiling by a
+    registered one, Dynamo drops its weak references to the inputs; by any other, it leaves them to a fake mode that lives as
+    long as the compiled code, and ``torch.utils.swap_tensors``, with it ``.to()`` of torchao's parameters, refuses what
+    somebody refers to."""
+    backend.__name__ = "dorafx"
 
 
 def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
@@ -206,6 +215,7 @@ def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]
     compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
     if compiled is not None:
         return functools.partial(compiled, model)
+    _make_known(backend)
     return torch.compile(model, backend=backend)
 
 

@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = [
-    "FakeLayout",
-    "flattened",
-    "is_wrapper",
-    "storage_address",
-    "unflattened",
-    "weak_storage",
-    "weak_storage_id",
-    "wrapped",
-]
+__all__ = ["FakeLayout", "Geometry", "flattened", "is_wrapper", "unflattened", "weak_storage", "wrapped"]
 
 
-def storage_address(storage: torch.UntypedStorage) -> int:
-    """:func:`dorafx._compat.storage_id`, of a storage that one has already."""
-    return int(storage._cdata)
+def weak_storage(tensor: torch.Tensor, on_death: Callable[[Any], None]) -> weakref.ref[torch.UntypedStorage]:
+    """A weak reference to a tensor's storage, which torch keeps as one Python object while the memory lives: calling it gives
+    what ``tensor.untyped_storage()`` gives. Nobody looks for references to storages where they refuse those to tensors."""
+    return weakref.ref(tensor.untyped_storage(), on_death)
 
 
-def weak_storage(tensor: torch.Tensor) -> Any:
-    """A weak reference to a tensor's storage: no other storage has the same address while it is kept."""
-    from torch.multiprocessing.reductions import StorageWeakRef
+class Geometry:
+    """How tensors read their memory: shapes, strides, dtypes, and whether signs are flipped on the way (a lazy negation).
 
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    Dynamo's own check of its inputs compares all of that in one call; what it takes for a difference may be one of the mode
+    that it runs in (inference mode, autocast), so that is looked at again, tensor by tensor.
+    """
+
+    __slots__ = ("_check", "_exact")
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._exact = list(map(_geometry, tensors))
+        self._check = _geometry_check(tensors)
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing of it differs."""
+        if self._check is not None and self._check(*tensors):
+            return True
+        if list(map(_geometry, tensors)) != self._exact:
+            return False
+        self._check = _geometry_check(tensors)
+        return True
 
 
-def weak_storage_id(reference: Any) -> int:
-    """What :func:`dorafx._compat.storage_id` gives for tensors of the storage that a :func:`weak_storage` stands for."""
-    return int(reference.cdata)
+def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg(), tensor.is_conj()
+
+
+def _geometry_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
+    """Dynamo's check that tensors are like these; None where this torch has none that takes the same arguments."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        check: Callable[..., bool] = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        ).check
+    except (ImportError, TypeError, ValueError, RuntimeError, SystemError):
+        return None
+    return check
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import fx
 
-__all__ = ["GradMode"]
+from .targets import canonical_name
+
+__all__ = ["GradMode", "switches_gradients_on"]
+
+
+def switches_gradients_on(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or one inside it, has gradients recorded somewhere, whatever the mode in which it is called."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(canonical_name(n) == "set_grad_enabled" and n.args[0] is True for graph in graphs for n in graph.nodes)
 
 
 class GradMode:

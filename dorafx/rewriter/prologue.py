@@ -19,6 +19,7 @@ from dorafx.lift import tensor_of
 from dorafx.lift.effects import written_nodes
 
 from .closures import NORMS, closure_of, is_number
+from .escapes import copy_escaping
 from .placements import is_redistribution
 
 __all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
@@ -56,7 +57,8 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     """Take the norms out of a rewritten graph, and out of the bodies of its checkpointed regions.
 
     Args:
-        gm: changed in place: each norm taken out becomes an input after the others.
+        gm: changed in place: each norm taken out becomes an input after the others, of which nothing that could reach an
+            output reads more than a copy.
 
     Returns:
         How to compute the new inputs, in their order.
@@ -68,6 +70,7 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
     last = placeholders[-1] if placeholders else None
     written = written_nodes(gm.graph)
     hoisted: list[HoistedNorm] = []
+    entered: list[fx.Node] = []
     for norm in norms:
         closure = _leaving(norm, written)
         if closure is None or last is None:
@@ -76,10 +79,12 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
             last = _new_placeholder(gm.graph, "outer_norm")
         read = _reduced(norm)
         _become_input(last, read)
+        entered.append(last)
         hoisted.append(_extracted(norm, closure, position, tensor_of(last)))
         read.replace_all_uses_with(last)
         _erase_unused(gm.graph, read)
     if hoisted:
+        copy_escaping(gm, entered)
         gm.graph.lint()
         gm.recompile()
     return tuple(hoisted)

@@ -34,8 +34,9 @@ def with_prologue(
     reuse: str,
     few_tokens: bool,
     store: NormStore | None = None,
+    records: bool = False,
 ) -> Callable[..., Any]:
-    """A callable of the original inputs.
+    """A callable of the original inputs. To be called in the gradient mode in which the graph will run.
 
     Args:
         compiled: the main graph, whose last inputs are the norms.
@@ -45,16 +46,25 @@ def with_prologue(
             is recomputed. ``"step"``: also while gradients are recorded, until the optimizer steps.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
+        records: whether the graph records gradients even where the caller has them disabled.
     """
-    if not norms:
-        return compiled
     kept_in = norm_store() if store is None else store
+    if not norms:
+        if reuse == "step" or not (records or torch.is_grad_enabled()):
+            return compiled
+
+        def run_without_norms(*args: Any) -> Any:
+            if records or torch.is_grad_enabled():
+                kept_in.recorded(args)
+            return compiled(*args)
+
+        return run_without_norms
     prologue = [(i, norm.inputs, norm.scalars, norm.signature, _takes_apart(norm)) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
 
     def run(*args: Any) -> Any:
-        recording = torch.is_grad_enabled()
+        recording = records or torch.is_grad_enabled()
         if _compat.forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
             # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
             refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
@@ -82,6 +92,8 @@ def with_prologue(
                 missing.append((i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
+        if recording and reuse != "step":  # after a recomputation has taken what was kept for it
+            kept_in.recorded(args)
         if missing:
             for_anyone = not captured and (reuse == "step" or (reuse == "auto" and not recording))
             for_recomputation = not captured and reuse == "auto" and recording and saved_tensors_are_packed()

@@ -2,21 +2,28 @@
 
 A norm is reused only where all of this still holds of every tensor that it was computed from:
 
-- it is the same tensor object, on the same storage (``p.data = …``, ``.to(…)`` and merging replace the storage);
+- it is the same tensor (not merely the same object: ``torch.utils.swap_tensors`` gives that another content), on the same
+  storage (``p.data = …``, ``.to(…)`` and merging replace the storage);
+- it reads it in the same way, with the same offset, shape, strides, dtype and sign (``p.data = p.data.t()``);
 - its version counter did not move (in-place operators, ``load_state_dict`` and most optimizers move it);
 - no ``torch.optim`` optimizer stepped since (``fused=True`` writes without moving the counter);
 - sampled elements are what they were, bit for bit (``p.data.copy_(…)`` writes without moving the counter). Samples
   are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait;
+- no graph that takes it recorded gradients since, whether that graph computes the norm itself, or none: whoever trains writes the
+  parameters next, and not every optimizer can be seen doing it;
 - it serves what it was kept for: a norm of a forward that recorded gradients serves the recomputation of that forward in the
-  backward (activation checkpointing) and nothing else, since whoever trains writes the parameters next, and not every
-  optimizer can be seen doing it.
+  backward (activation checkpointing) and nothing else.
 
-The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers: only a step of one
-that has the weight counts. They serve forwards that compute their norms, so they are kept where samples are read.
+A kept norm is never handed out: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
+
+The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers and the recorded gradients:
+only a step of an optimizer that has the weight counts. They serve forwards that compute their norms, so they are kept where samples
+are read.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,13 +32,15 @@ import torch
 
 from dorafx.log import NormCounters, rewrite_log
 
-from .watch import SAMPLES, TensorState, watchable
+from .watch import SAMPLES, Watch, parts, watchable, without_tensor
 
 __all__ = ["NormStore", "Observed", "norm_store"]
 
 _RECORDED = "a forward recorded gradients"
 # Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
 _SQUARE_SAMPLES = 4096
+# So many entries are not looked through for dead ones.
+_FEW_ENTRIES = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Observed:
     """What the tensors of a norm were before it was computed; a write that comes later makes it stale."""
 
     key: tuple[Any, ...]
-    states: tuple[TensorState, ...]
+    watch: Watch
     optimizer_steps: int
     recorded: bool
 
@@ -47,7 +56,7 @@ class Observed:
 @dataclass(frozen=True)
 class _Entry:
     norm: torch.Tensor
-    states: tuple[TensorState, ...]
+    watch: Watch
     optimizer_steps: int
     recorded: bool = False
 
@@ -55,8 +64,8 @@ class _Entry:
 class NormStore:
     """Norms by what they are computed from.
 
-    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: an entry goes when the first of its
-    tensors does.
+    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: an entry goes when the memory of the first
+    of its tensors does. Those of a tensor that is gone while another has its memory go when as many again were added.
 
     Args:
         counters: counts what happens.
@@ -66,6 +75,10 @@ class NormStore:
         self.counters = counters
         self._entries: dict[Any, _Entry] = {}
         self._squares: dict[Any, _Entry] = {}
+        # By the id of a tensor: the norms that read it and serve any forward. Those that are gone may be among them.
+        self._readers: dict[int, set[Any]] = {}
+        self._lock = threading.RLock()
+        self._purge_at = _FEW_ENTRIES
         self._steps = 0
         self._watching = False
 
@@ -84,7 +97,7 @@ class NormStore:
         if entry.recorded and not recomputing:
             reason = _RECORDED
         else:
-            reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else _change(entry, tensors)
+            reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else entry.watch.change(tensors)
         if not reason:
             if recomputing and not entry.recorded:  # the region's forward, which is reentrant, recorded nothing itself
                 self._entries[key] = replace(entry, recorded=True)
@@ -104,12 +117,32 @@ class NormStore:
         if not watchable(tensors):
             return None
         key = (signature, *map(id, tensors))
-        return Observed(key, _states(self._entries, key, tensors), self._steps, recorded)
+        return Observed(key, _watch(self._entries, key, tensors), self._steps, recorded)
 
     def keep(self, observed: Observed | None, norm: torch.Tensor) -> None:
         """Keep a norm that was computed since; nothing happens if the tensors cannot be watched."""
-        if observed is not None:
-            self._entries[observed.key] = _Entry(norm, observed.states, observed.optimizer_steps, observed.recorded)
+        if observed is None:
+            return
+        with self._lock:
+            self._purge()
+            if not observed.recorded:
+                for tensor in observed.key[1:]:
+                    self._readers.setdefault(tensor, set()).add(observed.key)
+            self._entries[observed.key] = _Entry(norm, observed.watch, observed.optimizer_steps, observed.recorded)
+
+    def _purge(self) -> None:
+        """Forget what is left of tensors that are gone, whenever there are twice as many entries as were left last time."""
+        if len(self._entries) + len(self._squares) < self._purge_at:
+            return
+        for entries in (self._entries, self._squares):
+            for key in without_tensor([(key, entry.watch) for key, entry in list(entries.items())]):
+                entries.pop(key, None)
+        readers: dict[int, set[Any]] = {}
+        for key, entry in list(self._entries.items()):
+            for tensor in () if entry.recorded else key[1:]:
+                readers.setdefault(tensor, set()).add(key)
+        self._readers = readers
+        self._purge_at = max(_FEW_ENTRIES, 2 * (len(self._entries) + len(self._squares)))
 
     def squares(
         self,
@@ -131,13 +164,33 @@ class NormStore:
             self._squares.pop(key, None)
             return None
         entry = self._squares.get(key)
-        if entry is not None and not _change(entry, [weight]):
+        if entry is not None and not entry.watch.change([weight]):
             return entry.norm
         self._watch_optimizers()
-        states = _states(self._squares, key, [weight], _SQUARE_SAMPLES)
-        entry = _Entry(compute(weight), states, 0)
-        self._squares[key] = entry
+        watch = _watch(self._squares, key, [weight], _SQUARE_SAMPLES)
+        entry = _Entry(compute(weight), watch, 0)
+        with self._lock:
+            self._purge()
+            self._squares[key] = entry
         return entry.norm
+
+    def recorded(self, values: Sequence[Any]) -> None:
+        """Forget the norms that read one of a graph's inputs, but those that were kept for a recomputation: a forward of that graph
+        records gradients, so that an optimizer will write to them."""
+        if not self._readers:
+            return
+        tensors = [id(tensor) for tensor in parts(values)]
+        if self._readers.keys().isdisjoint(tensors):
+            return
+        dropped = 0
+        with self._lock:
+            for tensor in tensors:
+                for key in self._readers.pop(tensor, ()):
+                    entry = self._entries.get(key)
+                    if entry is not None and not entry.recorded:
+                        dropped += self._entries.pop(key, None) is not None
+        if dropped:
+            self.counters.count_invalidated(_RECORDED, dropped)
 
     def drop(self, signature: str, tensors: Sequence[torch.Tensor]) -> None:
         """Forget the norm of these tensors, if it is kept: a forward records gradients."""
@@ -146,8 +199,8 @@ class NormStore:
             self.counters.count_invalidated(_RECORDED)
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Forget every norm that was computed from one of these tensors; returns how many."""
-        wanted = set(map(id, tensors))
+        """Forget every norm that was computed from one of these tensors, or their parts; returns how many."""
+        wanted = set(map(id, parts(tensors)))
         stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
         for key in stale:
             self._entries.pop(key, None)
@@ -159,8 +212,10 @@ class NormStore:
 
     def clear(self) -> None:
         """Forget all norms."""
-        self._entries.clear()
-        self._squares.clear()
+        with self._lock:
+            self._entries.clear()
+            self._squares.clear()
+            self._readers.clear()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -181,24 +236,15 @@ class NormStore:
         register_optimizer_step_post_hook(stepped)
 
 
-def _states(
+def _watch(
     entries: dict[Any, _Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
-) -> tuple[TensorState, ...]:
-    """The state of each tensor; its entry goes when the tensor does."""
+) -> Watch:
+    """What the tensors are; their entry goes when the memory of one does."""
 
     def forget(_: Any) -> None:
         entries.pop(key, None)
 
-    return tuple(TensorState(t, forget, samples) for t in tensors)
-
-
-def _change(entry: _Entry, tensors: Sequence[torch.Tensor]) -> str:
-    """Why an entry is stale; empty if it is not."""
-    for state, tensor in zip(entry.states, tensors):
-        reason = state.change(tensor)
-        if reason:
-            return reason
-    return ""
+    return Watch(tensors, forget, samples)
 
 
 _PROCESS_STORE = NormStore(rewrite_log().norms)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 
 from dorafx._compat.distributed import fully_sharded_process
-from dorafx._compat.tensors import is_wrapper, storage_address, weak_storage, weak_storage_id, wrapped
+from dorafx._compat.tensors import Geometry, is_wrapper, weak_storage, wrapped
 
-__all__ = ["SAMPLES", "TensorState", "parts", "watchable"]
+__all__ = ["SAMPLES", "TensorState", "Watch", "parts", "watchable", "without_tensor"]
 
 SAMPLES = 8
 
@@ -22,37 +25,102 @@ class TensorState:
 
     Checked before every decoding step and for every layer, when the step has just washed the caches: few objects are
     touched, and samples are compared where they lie.
+
+    A version counter says that nothing was written through *this* tensor and its views, so the tensor has to be the one that
+    was seen: another object on the same memory (``nn.Parameter(p.data)``) has a counter of its own, which may well stand where
+    the first one's stood, and an address that is free again when the first is gone. A weak reference would tell them apart, but
+    ``torch.utils.swap_tensors``, which is how torch moves and casts the parameters of quantised models, refuses a tensor that has
+    one. So what is held is the dictionary of the tensor's attributes. It belongs to one tensor and goes where its content goes:
+    while it is held no other tensor can have it, and after a swap the object that a program still calls by the same name has the
+    other tensor's. It does not hold the tensor, unless an attribute does: where one is anything that may refer to others
+    (bitsandbytes' ``quant_state``), there is a weak reference after all.
     """
 
-    __slots__ = ("pointer", "reference", "samples", "storage", "storage_id", "storage_size", "version")
+    __slots__ = ("attributes", "pointer", "reference", "samples", "storage", "storage_size", "version")
 
     def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None], samples: int = SAMPLES) -> None:
-        self.reference = weakref.ref(tensor, on_death)
+        self.attributes: dict[str, Any] | None = None
+        self.reference: weakref.ref[torch.Tensor] | None = None
+        if any(map(gc.is_tracked, tensor.__dict__.values())):
+            self.reference = weakref.ref(tensor, on_death)
+        else:
+            self.attributes = tensor.__dict__
         self.version = tensor._version
         self.pointer = tensor.data_ptr()
-        self.storage = weak_storage(tensor)
-        self.storage_id = weak_storage_id(self.storage)
+        self.storage = weak_storage(tensor, on_death)
         self.storage_size = tensor.untyped_storage().nbytes()
         self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, samples)]
 
     def change(self, tensor: torch.Tensor) -> str:
-        """What differs now; empty if nothing does."""
-        if self.reference() is not tensor:
+        """What differs now, but for the geometry; empty if nothing does."""
+        if tensor.__dict__ is not self.attributes and (self.reference is None or self.reference() is not tensor):
             return "another parameter"
         if tensor._version != self.version:
             return "a parameter was written"
         storage = tensor.untyped_storage()
-        if (
-            tensor.data_ptr() != self.pointer
-            or storage_address(storage) != self.storage_id
-            or storage.nbytes() != self.storage_size
-        ):
+        if self.storage() is not storage or tensor.data_ptr() != self.pointer or storage.nbytes() != self.storage_size:
             return "a parameter's data was replaced"
         # From here on the memory is known to be the tensor's still.
         for view, sample in self.samples:
             if view != sample:
                 return "a parameter's data was overwritten"
         return ""
+
+
+class Watch:
+    """What several tensors were when something was computed from them."""
+
+    __slots__ = ("geometry", "states")
+
+    def __init__(
+        self, tensors: Sequence[torch.Tensor], on_death: Callable[[Any], None], samples: int = SAMPLES
+    ) -> None:
+        """
+        Args:
+            tensors: that :func:`watchable` allows.
+            on_death: called when the memory of one is gone.
+            samples: how many elements of each are compared, at least.
+        """
+        self.states = [TensorState(t, on_death, samples) for t in tensors]
+        self.geometry = Geometry(tensors)
+
+    def change(self, tensors: Sequence[torch.Tensor]) -> str:
+        """Why what was computed is stale; empty if it is not."""
+        for state, tensor in zip(self.states, tensors):
+            reason = state.change(tensor)
+            if reason:
+                return reason
+        # `p.data = p.data.t()` has the same memory and the same version.
+        return "" if self.geometry.holds(tensors) else "a parameter's shape, strides or dtype changed"
+
+
+class _Alone:
+    """Holds a dictionary that nobody else does, as a state does when its tensor is gone."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self) -> None:
+        self.attributes: dict[str, Any] = {}
+
+
+_alone = _Alone()
+_OTHERS = sys.getrefcount(_alone.attributes) - 1
+"""References to a dictionary that are counted beside those of its holders."""
+
+
+def without_tensor(watches: Iterable[tuple[Any, Watch]]) -> list[Any]:
+    """The keys of the watches of which a tensor is gone, though another may have its memory still."""
+    known = list(watches)
+    holders = Counter(id(state.attributes) for _, watch in known for state in watch.states)
+    return [
+        key
+        for key, watch in known
+        if any(
+            state.attributes is not None
+            and sys.getrefcount(state.attributes) <= holders[id(state.attributes)] + _OTHERS
+            for state in watch.states
+        )
+    ]
 
 
 _INTEGERS: dict[int, Literal["b", "h", "i", "q"]] = {1: "b", 2: "h", 4: "i", 8: "q"}
@@ -109,14 +177,17 @@ def _of(buffer: Any, size: int) -> memoryview[int]:
     return memoryview(buffer).cast("B").cast(_INTEGERS[size])
 
 
-def parts(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def parts(tensors: Sequence[Any]) -> list[torch.Tensor]:
+    """The tensors among some values, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
     found: list[torch.Tensor] = []
     for tensor in tensors:
-        if is_wrapper(tensor):
-            found.extend(parts(wrapped(tensor)))
-        else:
+        if type(tensor) in _PLAIN:
             found.append(tensor)
+        elif isinstance(tensor, torch.Tensor):
+            found.extend(parts(wrapped(tensor)) if is_wrapper(tensor) else (tensor,))
     return found
 
 
@@ -134,4 +205,4 @@ def _own_memory(kind: type) -> bool:
     """Whether a tensor of this class is its own storage: bitsandbytes' parameters only carry attributes besides."""
     if kind.__module__.startswith("bitsandbytes."):
         return kind.__name__ in ("Params4bit", "Int8Params")
-    return kind in (torch.Tensor, torch.nn.Parameter)
+    return kind in _PLAIN

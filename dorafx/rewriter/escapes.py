@@ -1,0 +1,135 @@
+"""Norms that leave a program: a kept norm is never handed out, the program gets a copy where it could return it.
+
+Whoever receives a tensor may write to it. Where a norm that enters a graph as an input, or a view of it, can reach an output,
+what leads there reads a copy, made in the graph: in the body of an activation checkpoint, too, so that the recomputation makes
+its own. All other readers, which are those of a usual layer, read the norm itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from dorafx import _compat
+from dorafx._compat import operators
+from dorafx.lift.effects import attribute_of, nodes_in, written_arguments
+from dorafx.lift.targets import canonical_name
+
+from .closures import is_number
+
+__all__ = ["copy_escaping"]
+
+# Operators whose result is memory of its own whatever they are given, by canonical name.
+_FRESH = frozenset(
+    ("add", "addcmul", "addmm", "bmm", "div", "lerp", "linear", "matmul", "maximum", "mul", "outer", "pow", "reciprocal",
+     "rsqrt", "rsub", "sqrt", "square", "sub")
+)  # fmt: skip
+_PACKAGES = frozenset({"torch", "_operator", "builtins", "math"})
+
+
+def copy_escaping(gm: fx.GraphModule, inputs: Iterable[fx.Node]) -> None:
+    """Let no input in question reach an output of a graph, nor anything that might keep or change it.
+
+    Args:
+        gm: changed in place, with the bodies of its higher-order operators.
+        inputs: placeholders of the graph.
+    """
+    changed = False
+    for tensor in inputs:
+        leaking = [user for user in tensor.users if _leaks(gm, tensor, user)]
+        if not leaking:
+            continue
+        with gm.graph.inserting_before(_after_inputs(gm.graph)):
+            copy = gm.graph.call_method("clone", (tensor,))
+        for key, value in tensor.meta.items():
+            if key in ("nn_module_stack", "stack_trace"):
+                copy.meta[key] = value
+            elif key in ("example_value", "val"):
+                copy.meta[key] = value.clone()
+        for user in leaking:
+            user.replace_input_with(tensor, copy)
+        changed = True
+    if changed:
+        gm.graph.lint()
+        gm.recompile()
+
+
+def _after_inputs(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")
+
+
+def _leaks(gm: fx.GraphModule, tensor: fx.Node, user: fx.Node) -> bool:
+    """Whether what one reader of an input makes of it, sharing its memory, goes out of the program's hands."""
+    seen: set[fx.Node] = set()
+    stack = [(tensor, user)]
+    while stack:
+        alias, reader = stack.pop()
+        if _takes(gm, alias, reader):
+            return True
+        if reader in seen or _is_other_memory(tensor, alias, reader):
+            continue
+        seen.add(reader)
+        stack.extend((reader, further) for further in reader.users)
+    return False
+
+
+def _takes(gm: fx.GraphModule, alias: fx.Node, reader: fx.Node) -> bool:
+    """Whether a reader hands a tensor out, writes to it, or may do either. Bodies get copies of their own, and take nothing."""
+    if reader.op in ("output", "call_module"):
+        return True
+    if operators.is_higher_order(reader.target):
+        return not _protected_in_body(gm, alias, reader)
+    if reader.op == "call_function" and not _is_torchs(reader.target):
+        return True
+    return any(alias is written for argument in written_arguments(reader) for written in nodes_in(argument))
+
+
+def _is_torchs(target: object) -> bool:
+    """Whether a function is an operator of torch's or dorafx's, and keeps nothing of what it is given."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return True
+    owner = getattr(target, "__objclass__", target)
+    module = getattr(owner, "__module__", None) or type(owner).__module__
+    return str(module).partition(".")[0] in _PACKAGES
+
+
+def _protected_in_body(gm: fx.GraphModule, alias: fx.Node, call: fx.Node) -> bool:
+    """Whether the body of a higher-order operator is known, and lets an operand no further."""
+    if not _compat.takes_operands_for_body(call.target) or not isinstance(call.args[0], fx.Node):
+        return False
+    body = attribute_of(call.args[0])
+    operands = call.args[_compat.body_operands_start(call.target) :]
+    if not isinstance(body, fx.GraphModule):
+        return False
+    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+    if len(inputs) != len(operands):
+        return False
+    copy_escaping(body, [given for given, operand in zip(inputs, operands) if operand is alias])
+    return True
+
+
+def _is_other_memory(tensor: fx.Node, alias: fx.Node, reader: fx.Node) -> bool:
+    """Whether a reader's result never shares memory with what it reads. Of the norm and constants alone a compiler may find
+    that the result *is* the norm (``n * ones``), and return it as it is."""
+    if operators.is_higher_order(reader.target):
+        return True  # whose bodies were seen to
+    target = reader.target
+    if isinstance(target, torch._ops.OpOverload) and target.namespace == "dorafx":
+        return not operators.views(target)
+    return canonical_name(reader) in _FRESH and _depends_on_others(reader, tensor)
+
+
+def _depends_on_others(node: fx.Node, tensor: fx.Node) -> bool:
+    """Whether any tensor that comes into the graph, but one, goes into a node's value."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder" and current is not tensor and not is_number(current):
+            return True
+        if current not in seen:
+            seen.add(current)
+            stack.extend(current.all_input_nodes)
+    return False
