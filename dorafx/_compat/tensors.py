@@ -50,10 +50,10 @@ def _geometry_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | No
     try:
         from torch._C._dynamo.guards import TensorGuards
 
+        sizes: Any = [list(t.shape) for t in tensors]
+        strides: Any = [list(t.stride()) for t in tensors]
         check: Callable[..., bool] = TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         ).check
     except (ImportError, TypeError, ValueError, RuntimeError, SystemError):
         return None

@@ -57,7 +57,8 @@ def copy_escaping(gm: fx.GraphModule, inputs: Iterable[fx.Node]) -> None:
 
 
 def _after_inputs(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
+    first: fx.Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return first
 
 
 def _leaks(gm: fx.GraphModule, tensor: fx.Node, user: fx.Node) -> bool:
