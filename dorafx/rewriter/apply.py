@@ -18,7 +18,7 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
-from .memory import laid_out_like, separate_outputs
+from .memory import Ownership, laid_out_like
 from .norm_operands import factor_operands, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
 from .prologue import DENSE, SITE
@@ -95,6 +95,7 @@ def apply_plan(
     """
     graph, copied = copy_graph(gm)
     norms = _Norms(plan)
+    memory = Ownership(gm.graph)
     emit = Emitter(matches.lift, graph, copied, norms)
     rules = forms()
     work: list[tuple[int, fx.Node, int]] = [
@@ -115,6 +116,7 @@ def apply_plan(
                 emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = laid_out_like(emit, node, placed_like(emit, node, made))
+                made = memory.of(emit, node, made)
         except Exception as reason:
             raise _refusal(reason, node) from reason
         old.replace_all_uses_with(made)
@@ -124,19 +126,18 @@ def apply_plan(
     # The original norms that somebody still reads: in most layers the composition was the only one.
     erased = set(copied.values()) - set(graph.nodes)
     remaining = [node for node in sites if copied[node] not in erased and copied[node].users]
-    for node in remaining:
+    for node in sorted(remaining, key=memory.stays_inside):
         old = copied[node]
         with graph.inserting_before(old):
             emit.begin(node, False)
             try:
                 made = placed_like(emit, node, _norm_in_place_of(node, sites[node], emit))
-                copied[node] = laid_out_like(emit, node, made)
+                copied[node] = memory.of(emit, node, laid_out_like(emit, node, made))
             except Exception as reason:
                 raise _refusal(reason, node) from reason
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
     _erase_dead(graph, list(norms.made.values()))
-    separate_outputs(gm.graph, graph, copied)
     graph.lint()
     alive = set(graph.nodes)
     return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}

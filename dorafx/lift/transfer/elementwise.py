@@ -99,8 +99,7 @@ def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
         side=info.side,
         eps=eps / scale,
         double=info.double,
-        # Without an eps, and where somebody may ask for the gradient.
-        rooted=not eps and info.requires_grad and not sumsq.detached and lift.records_gradients,
+        rooted=not eps and info.requires_grad,
     )
     atom = lift.intern(norm)
     lift.atom_of(atom).sites.append(node)
