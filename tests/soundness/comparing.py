@@ -1,0 +1,229 @@
+"""Runs a program as it is and as dorafx rewrites it, and compares everything that a caller can tell.
+
+The part below the mark is also printed with a program that fails, so that it can be run by itself.
+"""
+
+# -- the harness
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import dorafx
+from dorafx.observation import Observation, compare, observe
+
+
+@dataclass
+class Verdict:
+    """What a comparison found.
+
+    Attributes:
+        wrong: what differs; empty where nothing does.
+        void: why there was nothing to compare: the original fails itself.
+        excused: why a difference is none of dorafx's.
+        records: what dorafx logged.
+    """
+
+    wrong: str = ""
+    void: str = ""
+    excused: str = ""
+    records: list[Any] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return self.wrong or self.excused or self.void
+
+
+class Void(Exception):
+    """The original program fails."""
+
+
+class Run:
+    """Calls a model as one capture of it, and writes down what each call showed.
+
+    Args:
+        target: ``"original"``, ``"rewritten"``, or ``"stock"``: compiled without dorafx.
+        options: of dorafx.
+    """
+
+    def __init__(
+        self, model: Any, target: str, capture: str, codegen: str, dynamic: bool, options: dict[str, Any]
+    ) -> None:
+        self.model, self.capture, self.codegen, self.dynamic = model, capture, codegen, dynamic
+        self.target, self.options = target, options
+        self.calls: list[Observation] = []
+        self.function: Any = None
+
+    def captured(self, inputs: tuple[Any, ...]) -> Any:
+        """The model as it is called. Captures keep what they see: what they captured is what their rewrite is held to."""
+        rewritten = self.target == "rewritten"
+        if self.capture == "dynamo":
+            if self.target == "original":
+                return self.model
+            torch._dynamo.reset()
+            if self.target == "stock":
+                return torch.compile(self.model, backend=self.codegen, dynamic=self.dynamic)
+            options = {"dorafx.codegen": self.codegen, **self.options}
+            return torch.compile(self.model, backend="dorafx", fullgraph=True, dynamic=self.dynamic, options=options)
+        if self.capture == "export":
+            with torch.inference_mode(False), torch.enable_grad():
+                exported = torch.export.export(self.model, inputs)
+            return (dorafx.rewrite(exported) if rewritten else exported).module()
+        if self.capture == "symbolic_trace":
+            traced = torch.fx.symbolic_trace(self.model)
+            return dorafx.rewrite(traced, *inputs) if rewritten else traced
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        names = [n for n, _ in self.model.named_parameters()]
+
+        def functional(*arguments: Any) -> Any:
+            values, parameters = arguments[: len(inputs)], arguments[len(inputs) :]
+            return torch.func.functional_call(self.model, dict(zip(names, parameters)), values)
+
+        graph: Any = make_fx(functional, tracing_mode="fake")(*inputs, *self.model.parameters())
+        graph = dorafx.rewrite(graph) if rewritten else graph
+        return lambda *values: graph(*values, *self.model.parameters())
+
+    def __call__(
+        self, *inputs: Any, mode: str = "grad", autocast: bool = False, write: int | None = None, summed: bool = False
+    ) -> None:
+        """One call.
+
+        Args:
+            mode: ``"grad"`` (and a backward), ``"no_grad"`` or ``"inference"``.
+            autocast: to bfloat16.
+            write: which output its caller writes to in place.
+            summed: its caller sums the outputs, so that a gradient of one number, expanded, comes in.
+        """
+
+        def called(*values: Any) -> Any:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                if self.function is None:
+                    self.function = self.captured(values)
+                    torch.manual_seed(7)
+                result = self.function(*values)
+            tensors = list(result) if isinstance(result, (tuple, list)) else [result]
+            if write is not None and write < len(tensors):
+                tensors[write].detach().mul_(2.0)
+            return [t.sum() for t in tensors] if summed else result
+
+        leaves = dict(self.model.named_parameters())
+        seen = observe(called, inputs, leaves, mode, seed=7)
+        if seen.raised and self.target == "original":
+            raise Void(f"{seen.raised}: {seen.message}")
+        self.calls.append(seen)
+
+
+def ran(space: dict[str, Any], target: str, how: dict[str, Any], options: dict[str, Any] | None = None) -> list[Any]:
+    """What every call of a program showed."""
+    model = space["Model"]()
+    run = Run(model, target, **how, options=options or {})
+    space["drive"](model, run)
+    return run.calls
+
+
+@contextlib.contextmanager
+def sampled(samples: bool) -> Any:
+    """Without samples a kept norm is watched as it is on a GPU."""
+    from dorafx.runtime import watch
+
+    previous = watch._views
+    if not samples:
+        watch._views = lambda tensor, samples: []
+    try:
+        yield
+    finally:
+        watch._views = previous
+
+
+@contextlib.contextmanager
+def other_operands(space: dict[str, Any], eps: float = 0.0, exact: bool = False) -> Any:
+    """Operands that differ by a relative ``eps``, or that are in fp64 whatever they are in."""
+    plain = space["R"]
+
+    def R(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        value = plain(name, *shape, dtype=dtype).double()
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 0.5
+        return (value * (1 + 2 * eps * noise)).to(torch.float64 if exact else dtype)
+
+    space["R"] = R
+    try:
+        yield
+    finally:
+        space["R"] = plain
+
+
+def differing(
+    wanted: list[Any], actual: list[Any], tolerance: float, exact: list[Any] | None = None
+) -> dict[str, float]:
+    """Sentences that say what differs, each with the largest error of its call."""
+    found: dict[str, float] = {}
+    for k, (one, other) in enumerate(zip(wanted, actual)):
+        comparison = compare(one, other, tolerance, exact[k] if exact else None)
+        found |= {
+            f"call {k}: {sentence}": comparison.error
+            for sentence in comparison.differences
+            if not _rounds(sentence, one)
+        }
+    return found
+
+
+def _rounds(sentence: str, seen: Observation) -> bool:
+    """Whether gradients of a leaf differ by no more than sums that are made in its dtype do."""
+    match = re.match(r"the gradient of (\w+) differs by (\S+) of", sentence)
+    gradient = seen.gradients.get(match[1]) if match else None
+    return match is not None and gradient is not None and float(match[2]) <= 8 * torch.finfo(gradient.dtype).eps
+
+
+def compared(
+    space: dict[str, Any],
+    capture: str = "dynamo",
+    codegen: str = "eager",
+    dynamic: bool = False,
+    norm: str = "auto",
+    norm_reuse: str = "auto",
+    samples: bool = True,
+    tolerance: float = 1e-9,
+) -> Verdict:
+    """Run a program's original and its rewrite and compare them.
+
+    Args:
+        space: what the program's source defines: ``Model`` and ``drive``.
+        capture, codegen, dynamic, norm, norm_reuse, samples, tolerance: see ``How``.
+    """
+    how = {"capture": capture, "codegen": codegen, "dynamic": dynamic}
+    try:
+        wanted = ran(space, "original", how)
+    except Exception as error:  # the original fails, or what changes its parameters between calls
+        return Verdict(void=str(error))
+    dorafx.rewrite_log().clear()
+    with sampled(samples):
+        got = ran(space, "rewritten", how, {"dorafx.norm": norm, "dorafx.norm_reuse": norm_reuse})
+    verdict = Verdict(records=list(dorafx.rewrite_log().records))
+    different = differing(wanted, got, tolerance)
+    if not different:
+        return verdict
+    if tolerance > 1e-5:
+        with contextlib.suppress(Exception), other_operands(space, exact=True):
+            different = differing(wanted, got, tolerance, ran(space, "original", how))
+    verdict.wrong = "; ".join([*different][:5])
+    rounding = all(" differs by " in sentence for sentence in different)
+    if capture == "dynamo" and codegen != "eager" and different:
+        # What the same compiler does without dorafx is not dorafx's doing.
+        stock = {_subject(one) for one in differing(wanted, ran(space, "stock", how), tolerance)}
+        if stock.issuperset(map(_subject, different)):
+            return Verdict(excused=f"{codegen} alone does the same", records=verdict.records)
+    if rounding and different:
+        # A program that makes the last digit of an operand one of its result's first.
+        with contextlib.suppress(Exception), other_operands(space, 1e-4 * tolerance):
+            moved = differing(wanted, ran(space, "original", how), 0.0)
+            if max(different.values()) < 10 * max(moved.values(), default=0.0):
+                return Verdict(excused="ill-conditioned", records=verdict.records)
+    return verdict
+
+
+def _subject(sentence: str) -> str:
+    return sentence.split(" differs by ")[0]
