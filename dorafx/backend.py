@@ -278,13 +278,13 @@ def _under_transform(
         return program
     reason = (
         f"the program is transformed ({transform} of torch.func or torch.autograd.forward_ad), and dorafx has no rule for what "
-        "its operators are under a transform; the graph is left as it was. Transform outside of what is compiled, or write the batch "
-        "or the derivative without the transform"
+        "its operators are under a transform; the graph is left as it was"
     )
     if options.strict:
         raise RewriteMissError(f"dorafx.strict: {reason}")
     program.log.extend(
-        Record(status="missed", site=member, reason=reason, codegen=options.codegen, graph=graph_id) for member in members
+        Record(status="missed", site=member, reason=reason, codegen=options.codegen, graph=graph_id)
+        for member in members
     )
     log.extend(program.log.records)
     return program

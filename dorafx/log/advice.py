@@ -21,6 +21,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
         r"^not verified",
         "The region could not be run on random data, so it was left alone; without the option dorafx.verify it is rewritten.",
     ),
+    (
+        r"^the program is transformed",
+        "Nothing is wrong. For a rewrite, write the batch or the derivative without the transform. To transform the compiled "
+        "function from outside is right too and not faster: Dynamo then runs the original code.",
+    ),
     (r"merged weight is cheaper", "Nothing: with so many tokens the merged weight costs less than taking it apart."),
     (
         r"nothing else to do",
