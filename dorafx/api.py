@@ -55,7 +55,8 @@ def optimize(
     """Compile a model's DoRA layers in place.
 
     Nothing of the model changes but how it is called: the same object, class, parameters, ``state_dict`` keys, hooks and
-    training mode, so ``Trainer``, ``generate`` and ``save_pretrained`` keep working. :func:`restore` undoes it.
+    training mode, so ``Trainer``, ``generate`` and ``save_pretrained`` keep working. A hook that is registered later runs too:
+    what holds the module is compiled again. :func:`restore` undoes it.
 
     Args:
         model: any ``nn.Module``.

@@ -292,8 +292,7 @@ def _under_transform(
         return program
     reason = (
         f"the program is transformed ({transform} of torch.func or torch.autograd.forward_ad), and dorafx has no rule for what "
-        "its operators are under a transform; the graph is left as it was. Transform outside of what is compiled, or write the batch "
-        "or the derivative without the transform"
+        "its operators are under a transform; the graph is left as it was"
     )
     if options.strict:
         raise RewriteMissError(f"dorafx.strict: {reason}")

@@ -32,7 +32,10 @@ def is_overload(target: Any) -> bool:
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """A number that tensors of one storage share. Fake tensors have no data pointer, so the storage object's is taken."""
+    """A number that tensors of one storage share. Fake tensors have no data pointer, so the storage object's is taken; the
+    wrappers of ``torch.func``'s transforms have no storage but that of what they wrap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
+from collections.abc import Callable, Mapping
+from operator import itemgetter
 from typing import Any
 
 import torch
+from torch.nn.modules import module as nn_module
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["guard_on_hooks"]
 
@@ -14,6 +20,10 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
     "_global_backward_hooks",
 )
+# How a dict of hooks is reached from a module: whether each step is an attribute or an item, and its name.
+Step = tuple[bool, Any]
+# The paths of a module's empty dicts, as a tree: a getter of those that are attributes, and the steps to more.
+Tree = tuple[Callable[[Any], tuple[Any, ...]] | None, tuple[tuple[bool, Any, Any], ...]]
 
 
 def guard_on_hooks() -> None:
@@ -22,7 +32,14 @@ def guard_on_hooks() -> None:
 
     Dynamo guards on the hooks that it traced, but by default (``torch._dynamo.config.skip_nnmodule_hook_guards``) not on
     there being none: a hook registered after a module's first compiled call would never run. The setting is the whole
-    process's and is left alone; the guards that it suppresses are added to this graph's, one C++ comparison each.
+    process's and is left alone. A comparison for each of the dicts that hooks are kept in, six a module, costs a decoding
+    step of a small model a quarter of its time. Every registration counts ``RemovableHandle.next_id`` up, so one comparison
+    for a graph is enough: where the counter is what it was when the module was last looked through, its dicts are still
+    empty; else they are looked through again.
+
+    Not seen are hooks that come without a registration: written into a module's dict by hand, or carried by a
+    module that is put in the place of another.
+
     No effect outside of a compilation.
     """
     context: Any = torch._guards.TracingContext.try_get()
@@ -34,10 +51,138 @@ def guard_on_hooks() -> None:
 
     guards = context.guards_context.dynamo_guards
     unguarded = getattr(GuardBuilder, "EMPTY_NN_MODULE_HOOKS_DICT", None)
-    empty = [guard for guard in guards if guard.inner_create_fn() is unguarded]
-    added = [guard.originating_source.make_guard(GuardBuilder.SEQUENCE_LENGTH) for guard in empty]
+    empty = [guard.originating_source for guard in guards if guard.inner_create_fn() is unguarded]
+    added = []
+    paths: dict[Any, list[tuple[Step, ...]]] = {}
+    for source in empty:
+        local, path = _path_from_local(source)
+        if local is None:
+            added.append(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
+        else:
+            paths.setdefault(local, []).append(path)
+    for local, found in paths.items():
+        added.append(local.make_guard(functools.partial(_no_late_hooks, paths=tuple(found))))
     if added and getattr(tls, "current_tx", None) is not None:
         module: Any = InstructionTranslator.current_tx().import_source("torch.nn.modules.module")
-        added += [AttrSource(module, name).make_guard(GuardBuilder.SEQUENCE_LENGTH) for name in _GLOBAL_HOOKS]
+        # Those that hold none are looked through along with a module's own.
+        names = [name for name in _GLOBAL_HOOKS if not paths or getattr(nn_module, name)]
+        added += [AttrSource(module, name).make_guard(GuardBuilder.SEQUENCE_LENGTH) for name in names]
     for guard in added:
         guards.add(guard, collect_debug_stack=False)
+
+
+def _path_from_local(source: Any) -> tuple[Any, tuple[Step, ...]]:
+    """The local variable that a dict is reached from and the way to it; None for the variable where it is another way."""
+    from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource, NNModuleSource
+
+    steps: list[Step] = []
+    while not isinstance(source, LocalSource):
+        if isinstance(source, AttrSource):
+            steps.append((True, source.member))
+        elif isinstance(source, DictGetItemSource) and isinstance(source.index, (str, int)):
+            steps.append((False, source.index))
+        elif not isinstance(source, NNModuleSource):
+            return None, ()
+        source = source.base
+    path: list[Step] = []
+    for is_attribute, key in reversed(steps):
+        if path and path[-1] == (True, "__dict__"):
+            path.pop()
+            is_attribute = True
+        path.append((is_attribute, key))
+    if source.is_derefed_cell_contents or not path or not path[-1][0]:
+        return None, ()
+    return source, tuple(path)
+
+
+def _no_late_hooks(builder: Any, guard: Any, *, paths: tuple[tuple[Step, ...], ...]) -> None:
+    """Add the guard on the dicts of hooks that ``paths`` lead to from a local variable: one for all where the variable is a
+    module, else a comparison for each. The signature is that of Dynamo's guards."""
+    name = guard.originating_source.local_name
+    module = builder.get(guard)
+    if isinstance(module, torch.nn.Module):
+        check = _hook_check(name, _tree(paths))
+        # At the root, where Dynamo asks always: below a module whose dicts are unchanged it asks nothing.
+        add: Any = getattr(builder.guard_manager.root, "add_epilogue_lambda_guard", None)
+        said = [f"no hook of the modules under {guard.name} since this was compiled"]
+        if check({name: module}) and add is not None:
+            for user_stack in ((guard.user_stack,), ()):  # older versions of torch take none
+                try:
+                    add(check, said, *user_stack)
+                except TypeError:
+                    continue
+                return
+    for path in paths:
+        source = _source_of(guard.originating_source, path)
+        builder.SEQUENCE_LENGTH(source.make_guard(type(builder).SEQUENCE_LENGTH))
+
+
+def _source_of(local: Any, path: tuple[Step, ...]) -> Any:
+    from torch._dynamo.source import AttrSource, DictGetItemSource
+
+    source = local
+    for is_attribute, key in path:
+        source = AttrSource(source, key) if is_attribute else DictGetItemSource(source, key)
+    return source
+
+
+def _hook_check(name: str, tree: Tree) -> Callable[[Mapping[str, Any]], bool]:
+    """A test of a frame's local variables: whether the module called ``name`` has no hook in the dicts of ``tree``, nor the
+    process a hook of all modules where it had none.
+
+    One graph serves many modules, so what was found is kept for each of them, by identity (a module's ``__eq__`` and
+    ``__hash__`` may be its own), until it is gone.
+    """
+    seen: dict[int, int] = {}  # id of a module -> the counter when it was last found to be without hooks
+    alive: dict[int, weakref.ref[Any]] = {}
+    everywhere = [getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS if not getattr(nn_module, hooks)]
+
+    def forget(key: int) -> Callable[[Any], None]:
+        def gone(_: Any) -> None:
+            seen.pop(key, None)
+            alive.pop(key, None)
+
+        return gone
+
+    def look_through(module: Any) -> bool:
+        count = RemovableHandle.next_id  # before looking: another thread may register a hook meanwhile
+        try:
+            if any(everywhere) or not _all_empty(module, tree):
+                return False
+        except (AttributeError, KeyError, TypeError):  # a dict that is not there any more
+            return False
+        key = id(module)
+        if key not in alive:
+            alive[key] = weakref.ref(module, forget(key))
+        seen[key] = count
+        return True
+
+    def check(local_variables: Mapping[str, Any]) -> bool:
+        module = local_variables[name]
+        return seen.get(id(module)) == RemovableHandle.next_id or look_through(module)
+
+    return check
+
+
+def _tree(paths: tuple[tuple[Step, ...], ...]) -> Tree:
+    ends: list[str] = []
+    after: dict[Step, list[tuple[Step, ...]]] = {}
+    for first, *rest in paths:
+        if rest:
+            after.setdefault(first, []).append(tuple(rest))
+        else:
+            ends.append(first[1])
+    # A getter of one name returns no tuple: name it twice.
+    getter = itemgetter(*ends, ends[0]) if ends else None
+    return getter, tuple((*step, _tree(tuple(rests))) for step, rests in after.items())
+
+
+def _all_empty(value: Any, tree: Tree) -> bool:
+    # Modules keep all of this in their ``__dict__``, and a look into it takes a third of the time of their attributes'.
+    dicts_of, branches = tree
+    if dicts_of is not None and any(dicts_of(value.__dict__)):
+        return False
+    for is_attribute, key, below in branches:
+        if not _all_empty(value.__dict__[key] if is_attribute else value[key], below):
+            return False
+    return True

@@ -44,7 +44,7 @@ def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
         if not isinstance(module, fx.GraphModule):
             continue
         open_transforms: list[str] = []
-        for _, name in _named(module.graph):
+        for name in _names(module.graph):
             norms = norms or "norm" in name or "sqrt" in name or "pow" in name
             if name in _ENTERS:
                 open_transforms.append(_ENTERS[name])
@@ -59,11 +59,11 @@ def _is_product(name: str) -> bool:
     return name.startswith("conv") or name in _PRODUCTS
 
 
-def _named(graph: fx.Graph) -> Iterator[tuple[fx.Node, str]]:
+def _names(graph: fx.Graph) -> Iterator[str]:
     for node in graph.nodes:
         if node.op == "call_function":
             target: Any = node.target
             packet = getattr(target, "overloadpacket", target)  # aten.mm of aten.mm.default
-            yield node, getattr(packet, "__name__", "")
+            yield getattr(packet, "__name__", "")
         elif node.op == "call_method":
-            yield node, str(node.target)
+            yield str(node.target)

@@ -21,6 +21,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
         r"^not verified",
         "The region could not be run on random data, so it was left alone; without the option dorafx.verify it is rewritten.",
     ),
+    (
+        r"^the program is transformed",
+        "Nothing is wrong. For a rewrite, write the batch or the derivative without the transform. To transform the compiled "
+        "function from outside is right too and not faster: Dynamo then runs the original code.",
+    ),
     (r"merged weight is cheaper", "Nothing: with so many tokens the merged weight costs less than taking it apart."),
     (
         r"nothing else to do",
@@ -41,6 +46,23 @@ _KINDS: tuple[tuple[str, str], ...] = (
         r"stands between the norm and what it scales|is not known as a norm",
         "Use an operator that is known (linalg.norm, vector_norm, a root of a sum of squares; products and quotients of "
         "vectors); " + _OWN_PATTERN,
+    ),
+    (
+        r"multiplied by zero, or cancels out",
+        "Leave the term out of the program where nobody needs its gradient (of zeros); where it keeps a parameter in use for "
+        "DistributedDataParallel, add it to the layer's output, not inside.",
+    ),
+    (
+        r"is rounded",
+        "Cast the factors, the weight or the result, not the product in between: a rewrite would leave that rounding out.",
+    ),
+    (
+        r"its replacement failed|is not known as a vector|is one row repeated",
+        f"This site was left as it was, the rest of the graph was not. {UNKNOWN}",
+    ),
+    (
+        r"the original's result has the strides",
+        "Make the layer's result contiguous, or do not expand it: no result of a rewrite lies in memory like that.",
     ),
     (
         r"written in place",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from integration_support import assert_close, peft_perceptron
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dorafx
@@ -105,24 +108,117 @@ def _check(how: str, hook: str, place: str, codegen: str) -> None:
     compare("restored")
 
 
-@pytest.mark.parametrize("hook", HOOKS)
-@pytest.mark.parametrize("how", ["modules", "model"])
+SLOW = pytest.mark.slow
+QUICK = {("modules", "forward"), ("modules", "backward"), ("model", "forward pre"), ("model", "global")}
+
+
+@pytest.mark.parametrize(
+    ("how", "hook"),
+    [
+        pytest.param(how, hook, marks=() if (how, hook) in QUICK else SLOW)
+        for how in ("modules", "model", "backend")
+        for hook in HOOKS
+    ],
+)
 def test_late_hook_of_a_layer(how: str, hook: str) -> None:
     _check(how, hook, "layer", "eager")
 
 
-@pytest.mark.parametrize("place", ["lora_A", "base_layer"])
-@pytest.mark.parametrize("how", ["modules", "backend"])
+@pytest.mark.parametrize(
+    ("how", "place"),
+    [("backend", "lora_A"), pytest.param("modules", "base_layer", marks=SLOW), ("model", "base_layer")],
+)
 def test_late_hook_inside_of_a_layer(how: str, place: str) -> None:
     _check(how, "forward", place, "eager")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("how", ["modules", "model", "backend"])
-def test_late_hooks_under_inductor(how: str, hook: str, place: str) -> None:
-    _check(how, hook, place, "inductor")
+def test_late_hooks_under_inductor(how: str, hook: str) -> None:
+    _check(how, hook, "layer", "inductor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["lora_A", "base_layer"])
+@pytest.mark.parametrize("how", ["modules", "model", "backend"])
+def test_late_hooks_inside_of_a_layer_under_inductor(how: str, place: str) -> None:
+    _check(how, "forward", place, "inductor")
+
+
+class Stack(nn.Module):
+    """Layers of one shape, which one graph serves in the scope of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def _stack() -> nn.Module:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Stack(), LoraConfig(r=2, target_modules=["0", "1", "2"], use_dora=True, init_lora_weights=False)
+    )
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["0", "1", "2"], use_dora=True, init_lora_weights=False))
+    return model
+
+
+def _compilations() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("how", ["modules", "model"])
+def test_hooks_of_layers_that_share_a_graph(how: str) -> None:
+    """A hook of one layer is not one of another; what another adapter has does not count until it is the active one; other
+    registrations compile nothing again."""
+    stock = _stack()
+    model = copy.deepcopy(stock)
+    dorafx.optimize(model, codegen="eager", scope=how)
+    x = torch.randn(3, 8)
+    both = (stock.base_model.model.layers, model.base_model.model.layers)
+
+    def compare(what: str) -> None:
+        assert_close(model(x), stock(x), 1e-5, what)
+
+    compare("before")
+    before = _compilations()
+    x.clone().requires_grad_().register_hook(lambda g: g)
+    nn.Linear(2, 2).register_forward_hook(lambda m, args, y: None)
+    for layers in both:
+        layers[2].lora_A["other"].register_forward_hook(lambda m, args, y: y * 3)
+    compare("hooks of others")
+    assert _compilations() == before
+    for layers in both:
+        layers[1].register_forward_hook(lambda m, args, y: y + 1)
+    compare("hook of the second")
+    compare("hook of the second, again")
+    for layers in both:
+        layers[0].lora_B["default"].register_forward_hook(lambda m, args, y: y * 2)
+    compare("hook of the first, too")
+    compiled = _compilations()
+    compare("hook of the first, too, again")
+    assert _compilations() == compiled
+    for m in (stock, model):
+        m.set_adapter("other")
+    compare("the other adapter")
+    for m in (stock, model):
+        m.set_adapter("default")
+    compare("back again")
+
+
+def test_the_guard_keeps_no_module_alive() -> None:
+    model = _stack()
+    dorafx.optimize(model, codegen="eager", scope="modules")
+    model(torch.randn(3, 8))
+    gone = weakref.ref(model.base_model.model.layers[1])
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("how", ["modules", "model"])

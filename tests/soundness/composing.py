@@ -372,9 +372,9 @@ class _Composer:
             if any(k in form for k in ("[:1]", "mean")) and not self.maybe(1.0, "one magnitude for all rows"):
                 form = "{m} * 1.0"
             m = self.let("mr", form.format(m=m))
-            if self.maybe(0.3, "a written magnitude"):
-                if self.lines[-1].text.endswith((".clone()", " * 1.0", "abs()", "exp()", "5)", "1.0)")):
-                    self.write(self.rng.choice((f"{m}.detach_()", f"{m}.mul_(1.5)", f"{m}.add_(1.0)")))
+            written = self.maybe(0.3, "a written magnitude")
+            if written and self.lines[-1].text.endswith((".clone()", " * 1.0", "abs()", "exp()", "5)", "1.0)")):
+                self.write(self.rng.choice((f"{m}.detach_()", f"{m}.mul_(1.5)", f"{m}.add_(1.0)")))
         return m
 
     def activations(self, x: str) -> str:
