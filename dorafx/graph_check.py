@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from dorafx import _compat
+from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import flattened, is_wrapper
 from dorafx.lift.effects import written_arguments
 from dorafx.lift.targets import canonical_name
@@ -27,7 +28,7 @@ from dorafx.lift.values import FLOAT_DTYPES, tensor_of
 from dorafx.observation import Comparison, Observation, compare, observe
 from dorafx.rewriter.prologue import DENSE
 
-__all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls"]
+__all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls", "crosses_dtensors"]
 
 _CASTS = {
     "double": torch.float64,
@@ -205,6 +206,21 @@ def _attribute(gm: torch.nn.Module, target: str) -> Any:
     return value
 
 
+def crosses_dtensors(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or a body in it, makes DTensors of plain tensors, the reverse, or others of DTensors: for these operators a
+    plain random tensor cannot stand for a DTensor."""
+    for node in gm.graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        result = tensor_of(node)
+        sharded = [placements(tensor_of(n)) is not None for n in node.all_input_nodes if tensor_of(n) is not None]
+        if result is not None and (placements(result) is not None) != any(sharded):
+            return True
+        if any(sharded) and node.op == "call_method" and not hasattr(torch.Tensor, str(node.target)):
+            return True
+    return any(crosses_dtensors(child) for child in gm.children() if isinstance(child, fx.GraphModule))
+
+
 # -- the prologue -----------------------------------------------------------------------------------------------------
 
 
@@ -342,7 +358,7 @@ class _Draw:
         # As models begin: values of a size that no depth of layers blows up, and no softmax is saturated by.
         value = value / math.sqrt(math.prod(shape[1:]))
         if self.kind == "zeros":
-            if value.dim() < 2 or self._heads():
+            if value.dim() < 2:
                 value.view(-1)[self._index(value.numel())] = 0.0
             elif self._left_factor(shape):
                 value.zero_()

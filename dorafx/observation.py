@@ -18,13 +18,13 @@ import torch
 from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import flattened, is_wrapper, unflattened
 
-__all__ = ["Comparison", "Observation", "Seen", "compare", "differences", "observe"]
+__all__ = ["OWN_ERRORS", "Comparison", "Observation", "Seen", "compare", "differences", "distance", "observe"]
 
 GRAD_MODES = ("as it is", "grad", "no_grad", "inference")
 _ROUNDINGS = 64
 """How many units in the last place of a result's dtype may not show where fp64 stands for it."""
 
-_OWN_ERRORS = 8
+OWN_ERRORS = 8
 """How many times the original's own error, and a unit in the last place, a program in low precision may be off, both as root mean
 squares: the largest error of few elements is a matter of luck. Faithful rewrites stay below 3."""
 
@@ -512,13 +512,13 @@ class _Found:
         wanted, actual = wanted[finite], actual[finite]
         if exact is not None:
             against = exact.to(wide)[finite]
-            own = _distance(wanted, against) + torch.finfo(dtype).eps
+            own = distance(wanted, against) + torch.finfo(dtype).eps
             if moved is not None and moved.shape == finite.shape:
-                own = max(own, _distance(moved.to(wide)[finite], against) * _coarser(dtype))
-            off, error = _distance(actual, against), _largest_distance(actual, against)
-            if off > max(self.tolerance, _OWN_ERRORS * own):
+                own = max(own, distance(moved.to(wide)[finite], against) * _coarser(dtype))
+            off, error = distance(actual, against), _largest_distance(actual, against)
+            if off > max(self.tolerance, OWN_ERRORS * own):
                 self.sentences.append(
-                    f"{name} is {off:.1e} off in the root mean square, where the original is {own:.1e} off"
+                    f"{name} is {off:.1e} off in the root mean square, more than {OWN_ERRORS} times the original's {own:.1e}"
                 )
         else:
             allowed, error = self.tolerance, _largest_distance(actual, wanted)
@@ -535,7 +535,7 @@ def _coarser(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / torch.finfo(torch.float64).eps
 
 
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     """Of all elements together, relative to the other's; NaN counts for nothing."""
     return _number_of((one - other).norm() / other.norm().clamp_min(1e-300))
 
