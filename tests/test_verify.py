@@ -17,14 +17,16 @@ import dorafx
 from dorafx import rewrite_log
 from dorafx.rewriter import Emitter
 
-QUICK = ("direct", "bias_taken_off_first", "merged_weight_differentiable", "column_norm", "sequential_in_place")
+# Where a row's norm is zero the gradient of its bias is inf - inf, and the rewrite gives a number: verification refuses it.
+LOSES_NAN = "bias_taken_off_first"
+QUICK = ("direct", "merged_weight_differentiable", "column_norm", "sequential_in_place")
 
 
 def _slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else _slow(name) for name in LINEAR])
+@pytest.mark.parametrize("name", [name if name in QUICK else _slow(name) for name in LINEAR if name != LOSES_NAN])
 def test_every_spelling_passes(name: str) -> None:
     layer = Layer()
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
