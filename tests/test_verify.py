@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -15,8 +17,16 @@ import dorafx
 from dorafx import rewrite_log
 from dorafx.rewriter import Emitter
 
+# Where a row's norm is zero the gradient of its bias is inf - inf, and the rewrite gives a number: verification refuses it.
+LOSES_NAN = "bias_taken_off_first"
+QUICK = ("direct", "merged_weight_differentiable", "column_norm", "sequential_in_place")
 
-@pytest.mark.parametrize("name", LINEAR)
+
+def _slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else _slow(name) for name in LINEAR if name != LOSES_NAN])
 def test_every_spelling_passes(name: str) -> None:
     layer = Layer()
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
@@ -27,10 +37,19 @@ def test_every_spelling_passes(name: str) -> None:
     assert not rewrite_log().records, "a dry run leaves the process's log alone"
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peft(kind: str, dtype: torch.dtype) -> None:
-    model = peft_model(kind, dtype=dtype, lora_dropout=0.1).train()
+@pytest.mark.parametrize(
+    ("kind", "dtype", "dropout"),
+    [
+        ("llama", torch.bfloat16, 0.0),
+        _slow("llama", torch.bfloat16, 0.1),
+        _slow("llama", torch.float32, 0.0),
+        _slow("llama", torch.float32, 0.1),
+        _slow("gpt2", torch.bfloat16, 0.0),
+        _slow("gpt2", torch.float32, 0.1),
+    ],
+)
+def test_peft(kind: str, dtype: torch.dtype, dropout: float) -> None:
+    model = peft_model(kind, dtype=dtype, lora_dropout=dropout).train()
     report = dorafx.verify(model, input_ids=tokens())
     assert report.passed, str(report)
     assert [c.pattern for c in report.checks[-2:]] == ["whole graph", "norm prologue"]
@@ -47,8 +66,6 @@ def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
             return emit.call(torch.mul, made, 1.001)
         if how == "gradient":
             return emit.method("detach", made)
-        if how == "strides":
-            return emit.method("t", emit.method("contiguous", emit.method("t", made)))
         if how == "random":
             emit.call(torch.rand_like, made)
             return made
@@ -59,7 +76,7 @@ def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(Linear, "rewrite", rewrite)
 
 
-@pytest.mark.parametrize("how", ["scale", "gradient", "leak"])
+@pytest.mark.parametrize("how", ["scale", _slow("gradient"), _slow("leak")])
 def test_wrong_rewrite_is_refused(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft_perceptron().train()
     x = torch.randn(3, 24)
@@ -124,7 +141,7 @@ def test_the_generators_are_left_alone() -> None:
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("strides", "has strides"), ("random", "other random numbers were drawn"), ("nan", "where the original gives")],
+    [("random", "other random numbers were drawn"), ("nan", "where the original gives")],
 )
 def test_what_only_a_whole_graph_shows(how: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = Layer(), torch.randn(5, 12, dtype=torch.float64)
@@ -158,6 +175,44 @@ def test_a_stale_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         report = dorafx.verify(lambda value: _plain(layer, value), x)
     assert any(c.pattern == "norm prologue" and "after parameters were written" in c.reason for c in report.failures)
     assert any(r.pattern == "norm prologue" for r in report.log.misses)
+
+
+def test_gradients_that_are_nan_on_rows_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ``n`` is zero the gradient of ``m`` is NaN; a rewrite that divides by no less than a small number loses it."""
+    from dorafx.rewriter import apply
+
+    right = apply._emit_norm
+    layer, x = Layer(), torch.randn(5, 12, dtype=torch.float64)
+    program = LINEAR["merged_weight_differentiable"]
+    assert dorafx.verify(lambda value: program(layer, value), x)
+    monkeypatch.setattr(apply, "_emit_norm", lambda *a: a[-1].call(torch.clamp_min, right(*a), 1e-30))
+    report = dorafx.verify(lambda value: program(layer, value), x)
+    assert any("on zeros" in c.reason and "where the original gives nan" in c.reason for c in report.failures), str(
+        report
+    )
+
+
+def test_only_who_asks_pays() -> None:
+    """Neither dorafx nor its backend imports what verifies."""
+    lines = [
+        "import sys, dorafx, dorafx.backend",
+        "rooms = ('validation', 'graph_check', 'observation')",
+        "sys.exit(any(f'dorafx.{r}' in sys.modules for r in rooms))",
+    ]
+    done = subprocess.run([sys.executable, "-c", "; ".join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_gradients_of_rounding_are_no_difference() -> None:
+    """Of equal values an attention has no gradients of its scores: what is there is rounding, in any order of summation another."""
+    layer = Layer()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        scores = _plain(layer, x)
+        return torch.softmax(scores * 1e-3, -1) @ torch.ones(10, 2, dtype=x.dtype)
+
+    report = dorafx.verify(program, torch.randn(5, 12, dtype=torch.float64))
+    assert report, str(report)
 
 
 def test_observations_differ() -> None:

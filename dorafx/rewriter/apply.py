@@ -21,7 +21,7 @@ from .emit import CannotEmit, Emitter
 from .memory import Ownership, laid_out_like
 from .norm_operands import factor_operands, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
-from .prologue import DENSE, SITE
+from .prologue import DENSE, NORM, SITE
 
 __all__ = ["apply_plan"]
 
@@ -47,6 +47,7 @@ class _Norms:
             if key in self.made and (atom.detached or unrecorded or not key[1]):
                 return self.made[key]
         made = self.made[atom.id, unrecorded] = _emit_norm(norm, self.plan.sites[atom.id], emit)
+        made.meta[NORM] = atom.id
         return made
 
 

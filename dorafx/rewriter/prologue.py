@@ -22,12 +22,15 @@ from .closures import NORMS, closure_of, is_number
 from .escapes import copy_escaping
 from .placements import is_redistribution
 
-__all__ = ["DENSE", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
+__all__ = ["DENSE", "NORM", "SITE", "HoistedNorm", "hoist_norms", "norms_inside"]
 
 # On a norm's node: the name of the module in the log's record of it.
 SITE = "dorafx_site"
 # On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
 DENSE = "dorafx_dense"
+
+# On the node that ends a norm: the number of the norm's atom.
+NORM = "dorafx_norm"
 
 # On a norm's node: why it cannot leave the graph.
 _KEPT = "dorafx_kept"

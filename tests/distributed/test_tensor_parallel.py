@@ -99,4 +99,4 @@ def test_stock_peft_refuses_plain_tensors_among_dtensors(results: dict[str, Any]
 
 def test_verify(results: dict[str, Any]) -> None:
     found = check(results, "verified")
-    assert found["passed"] and "2 rewrites checked, 0 failed" in found["text"]
+    assert found["passed"] and "4 checks, 0 failed" in found["text"]
