@@ -57,7 +57,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
         "Cast the factors, the weight or the result, not the product in between: a rewrite would leave that rounding out.",
     ),
     (
-        r"its replacement failed|is not known as a vector|is one row repeated",
+        r"its replacement failed|is not known as a vector|is one row repeated|a factor of the delta",
         f"This site was left as it was, the rest of the graph was not. {UNKNOWN}",
     ),
     (

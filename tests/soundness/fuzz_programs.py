@@ -256,6 +256,10 @@ def exemption(spec: Spec) -> str:
         return "a constant tensor in an exported program, which detaches it in place"
     if spec.capture == "export" and spec.detached in ("no_grad", "base", "scaling"):
         return "a part under no_grad in an exported program, which is a graph of its own"
+    if spec.cast == "factors in fp32" and (
+        spec.chain != "B A" or spec.delta not in ("B @ A", "mm", "linear", "einsum")
+    ):
+        return "a product that is rounded"
     if picked and spec.capture not in ("dynamo", "export") and spec.composition in MERGED:
         # No activations have a product in front of their rows; the graph does not say that these are parameters.
         return "a merged weight with the norm of rows picked out of a product, in a graph that names no parameters"
