@@ -57,9 +57,8 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
         left, right, scale = factor_operands(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
         if norm.factors.info.double:
-            right = emit.cast(
-                right, torch.float64
-            )  # the smallest of the three: one decides what the norm is computed in
+            # One operand decides what the norm is computed in, and this is the smallest.
+            right = emit.cast(right, torch.float64)
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
         n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)

@@ -1,0 +1,128 @@
+"""Faults to plant in a copy of dorafx: small edits, each with tests of the default run that must find it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FUZZ = "soundness/test_fuzz.py::test_programs"
+VALUES = "soundness/test_norm_values.py"
+VANISHING = "soundness/test_terms_that_vanish.py"
+LAYOUT = "soundness/test_memory_layout.py"
+WRITES = "soundness/test_writes.py"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One edit.
+
+    Attributes:
+        file: below the package.
+        old, new: the text, which must occur once, and what takes its place.
+        tests: files or tests of the default run, the likeliest first.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = (FUZZ,)
+
+
+FAULTS: dict[str, Fault] = {
+    "n for 1/n": Fault(
+        "rewriter/apply.py",
+        "    made = emit.vector(value.poly)\n",
+        "    made = emit.vector(type(value.poly).var(Atom(norm.factors.atom.id)))\n",
+        (FUZZ, VALUES),
+    ),
+    "a mean over several axes counts one": Fault(
+        "lift/transfer/norms.py", "1.0 / math.prod(sizes)", "1.0 / sizes[0]", (FUZZ, VALUES)
+    ),
+    "negative axes are the other ones": Fault(
+        "lift/transfer/norms.py",
+        'return "row" if dim % 2 == 1 else "col"',
+        'return "row" if dim == 1 else "col"',
+        (FUZZ, VALUES),
+    ),
+    "a view read after a later write": Fault(
+        "lift/functional.py",
+        "            return None  # a view that is read after the memory was written again\n",
+        "            pass\n",
+        (WRITES, FUZZ),
+    ),
+    "a kept norm is handed out": Fault(
+        "rewriter/prologue.py", "        copy_escaping(gm, entered)\n", "", ("runtime", FUZZ)
+    ),
+    "the geometry of parameters is not watched": Fault(
+        "_compat/tensors.py",
+        "        if list(map(_geometry, tensors)) != self._exact:\n            return False\n",
+        "",
+        ("runtime", FUZZ),
+    ),
+    "versions are not watched": Fault(
+        "runtime/watch.py", "if tensor._version != self.version:", "if False:", ("runtime", FUZZ)
+    ),
+    "optimizers are not watched": Fault("runtime/store.py", "            self._steps += 1\n", "", ("runtime", FUZZ)),
+    "a forward that records drops nothing": Fault(
+        "runtime/prologue.py",
+        "            if records or torch.is_grad_enabled():\n                kept_in.recorded(args)\n",
+        "",
+        ("runtime", FUZZ),
+    ),
+    "strides change": Fault(
+        "rewriter/memory.py", "    if _strides_of(wanted) == _strides_of(found):", "    if True:", (FUZZ, LAYOUT)
+    ),
+    "two results are one tensor": Fault(
+        "rewriter/memory.py", '            made = emit.method("clone", made)\n', "            pass\n", (FUZZ, LAYOUT)
+    ),
+    "a fake kernel lies": Fault(
+        "ops/norm.py",
+        "    return layout.empty(operand.shape, operand, dtype=dtype or operand.dtype, device=operand.device)",
+        "    return layout.empty(operand.shape, *([] if type(operand) is torch.Tensor else [operand]), "
+        "dtype=dtype or operand.dtype, device=operand.device)",
+        ("ops/test_contracts.py",),
+    ),
+    "zero is nothing": Fault(
+        "lift/algebra.py",
+        "    lost = frozenset(v for v in lost if not stands(v))\n",
+        "    lost = _NOTHING\n",
+        (FUZZ, VANISHING),
+    ),
+    "a rounding is dropped": Fault(
+        "lift/values.py", "return torch.promote_types(before, after) != after", "return False", (FUZZ, VALUES)
+    ),
+    "a norm of fp64 in fp32": Fault(
+        "rewriter/apply.py",
+        "            right = emit.cast(right, torch.float64)",
+        "            right = right",
+        (FUZZ, "integration/test_mixed_dtypes.py"),
+    ),
+    "a tie with a bound": Fault(
+        "lift/transfer/elementwise.py",
+        '            return at_least(lift, v, low, "maximum")\n',
+        "            return at_least(lift, v, low)\n",
+        (VALUES,),
+    ),
+    "a symbol in fp32": Fault(
+        "rewriter/emit.py",
+        "            return self.call(getattr(operator, name), *operands)\n",
+        '            return self.call(getattr(torch, {"truediv": "div"}.get(name, name)), *operands)\n',
+        (VALUES, FUZZ),
+    ),
+    "an eps is forgotten": Fault("lift/transfer/elementwise.py", "eps=eps / scale,", "eps=0.0,", (FUZZ, VALUES)),
+    "a detach is forgotten": Fault(
+        "rewriter/emit.py",
+        '        if info.kind != "node" and atom.detached and tensor_of(node) is not None:\n',
+        "        if False:\n",
+        (FUZZ, "soundness/test_gradient_modes.py"),
+    ),
+    "a bias is forgotten": Fault(
+        "ops/composition.py", "        y = y + bias.to(wide)\n", "        y = y + 0 * bias.to(wide)\n", (FUZZ,)
+    ),
+    "the scaling counts twice": Fault(
+        "ops/composition.py",
+        "return total if lora is None else total + lora.to(wide) * scale",
+        "return total if lora is None else total + lora.to(wide) * scale * scale",
+        (FUZZ, "ops/test_composition.py"),
+    ),
+    "late hooks are not seen": Fault("backend.py", "    guard_on_hooks()\n", "", ("integration/test_hooks.py",)),
+}
