@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -15,6 +16,22 @@ from dorafx.lift import Lifter
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where the slow tests do not all fit into a run's time, each run begins with others (``DORAFX_SLOW_START``, any number)."""
+    start = os.environ.get("DORAFX_SLOW_START")
+    if start is not None and items:
+        # A step that shares no factor with the number of tests to speak of, so that files take turns.
+        place = int(start) * 61 % len(items)
+        items[:] = items[place:] + items[:place]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """After a deadline (``DORAFX_SLOW_DEADLINE``, in seconds since 1970) what is left is skipped, and listed by ``-rs``."""
+    deadline = os.environ.get("DORAFX_SLOW_DEADLINE")
+    if deadline is not None and time.time() > float(deadline):
+        pytest.skip("left out: the time was up")
 
 
 @pytest.fixture(autouse=True)

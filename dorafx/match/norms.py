@@ -130,6 +130,9 @@ def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
 
 def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
     """Cut a chain where its inner dimension is smallest."""
+    last = chain[-1]
+    if isinstance(last, Mat) and last.atom == ONES:
+        return None  # how many columns it has no term remembers
     best: tuple[int, int] | None = None
     positions = [i for i, f in enumerate(chain) if isinstance(f, Mat)]
     for i in positions[:-1]:

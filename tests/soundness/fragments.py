@@ -79,7 +79,7 @@ WRITTEN_SUMS = (
     ("{V} = {W}.clone()", "{V}.addmm_({b}, {a}, alpha={s})"),
     ("{V} = {W} * 1.0", "{V}[:, :] += {s} * ({D})"),
     ("{V} = torch.zeros_like({W})", "{V}.copy_({W})", "{V}.add_({s} * ({D}))"),
-    ("{V} = torch.empty_like({W}.detach())", "torch.add({W}.detach(), ({D}).detach(), alpha={s}, out={V})"),
+    ("{V} = torch.zeros_like({W}.detach())", "torch.add({W}.detach(), ({D}).detach(), alpha={s}, out={V})"),
     ("{V} = {s} * ({D})", "{V} += {W}"),
     ("{V} = {s} * ({D})", "{V}.add_({W}).mul_(1.0)"),
 )
