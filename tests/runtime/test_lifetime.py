@@ -90,6 +90,23 @@ def test_nobody_refers_to_parameters(scope: str) -> None:
         assert_close(ours, model(one_token()), 1e-5)
 
 
+@pytest.mark.parametrize("target", [torch.float64, "cpu"])
+def test_a_quantised_model_is_moved_and_cast(target: Any) -> None:
+    """torch swaps the tensors of torchao's classes."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = peft_perceptron()
+    quantization.quantize_(model.base_model.model, quantization.Int8WeightOnlyConfig())
+    dorafx.optimize(model, codegen="eager", strict=True)
+    with torch.no_grad():
+        for _ in range(2):
+            model(one_token())
+        model.to(target)
+        x = one_token().to(target)
+        ours = model(x)
+        dorafx.restore(model)
+        assert_close(ours, model(x), 1e-4)
+
+
 def test_explain_refers_to_no_parameter() -> None:
     model = peft_perceptron()
     dorafx.explain(model, one_token())
