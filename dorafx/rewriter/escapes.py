@@ -2,14 +2,15 @@
 
 Whoever receives a tensor may write to it. Where a norm that enters a graph as an input, or a view of it, can reach an output,
 what leads there reads a copy, made in the graph: in the body of an activation checkpoint, too, so that the recomputation makes
-its own. All other readers, which are those of a usual layer, read the norm itself.
+its own. All other readers, which are those of a usual layer, read the norm itself. A compiler may find such a copy superfluous
+(Inductor returns ``n.clone() * ones`` as ``n``), so the graph is given a copy as well where it is run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import fx
 
 from dorafx import _compat
@@ -21,6 +22,9 @@ from .closures import is_number
 
 __all__ = ["copy_escaping"]
 
+# On the node of a copy.
+_COPY = "dorafx_copy"
+
 # Operators whose result is memory of its own whatever they are given, by canonical name.
 _FRESH = frozenset(
     ("add", "addcmul", "addmm", "bmm", "div", "lerp", "linear", "matmul", "maximum", "mul", "outer", "pow", "reciprocal",
@@ -29,31 +33,49 @@ _FRESH = frozenset(
 _PACKAGES = frozenset({"torch", "_operator", "builtins", "math"})
 
 
-def copy_escaping(gm: fx.GraphModule, inputs: Iterable[fx.Node]) -> None:
+def copy_escaping(gm: fx.GraphModule, inputs: Iterable[fx.Node]) -> list[fx.Node]:
     """Let no input in question reach an output of a graph, nor anything that might keep or change it.
 
     Args:
         gm: changed in place, with the bodies of its higher-order operators.
         inputs: placeholders of the graph.
+
+    Returns:
+        Those that did, here or in a body.
     """
+    escaping = []
     changed = False
     for tensor in inputs:
-        leaking = [user for user in tensor.users if _leaks(gm, tensor, user)]
-        if not leaking:
-            continue
-        with gm.graph.inserting_before(_after_inputs(gm.graph)):
-            copy = gm.graph.call_method("clone", (tensor,))
-        for key, value in tensor.meta.items():
-            if key in ("nn_module_stack", "stack_trace"):
-                copy.meta[key] = value
-            elif key in ("example_value", "val"):
-                copy.meta[key] = value.clone()
-        for user in leaking:
-            user.replace_input_with(tensor, copy)
-        changed = True
+        # A body that several calls run was seen to before.
+        escapes = any(_COPY in user.meta for user in tensor.users)
+        leaking = []
+        for user in list(tensor.users):
+            if _COPY not in user.meta:
+                out = _Reach(gm, tensor).follow(user)
+                leaking += [user] if out.leaks else []
+                escapes |= out.leaks or out.leaks_in_body
+        if escapes:
+            escaping.append(tensor)
+        if leaking:
+            _give_copy(gm.graph, tensor, leaking)
+            changed = True
     if changed:
         gm.graph.lint()
         gm.recompile()
+    return escaping
+
+
+def _give_copy(graph: fx.Graph, tensor: fx.Node, readers: list[fx.Node]) -> None:
+    with graph.inserting_before(_after_inputs(graph)):
+        copy = graph.call_method("clone", (tensor,))
+    copy.meta[_COPY] = True
+    for key, value in tensor.meta.items():
+        if key in ("nn_module_stack", "stack_trace"):
+            copy.meta[key] = value
+        elif key in ("example_value", "val"):
+            copy.meta[key] = value.clone()
+    for reader in readers:
+        reader.replace_input_with(tensor, copy)
 
 
 def _after_inputs(graph: fx.Graph) -> fx.Node:
@@ -61,63 +83,77 @@ def _after_inputs(graph: fx.Graph) -> fx.Node:
     return first
 
 
-def _leaks(gm: fx.GraphModule, tensor: fx.Node, user: fx.Node) -> bool:
-    """Whether what one reader of an input makes of it, sharing its memory, goes out of the program's hands."""
-    seen: set[fx.Node] = set()
-    stack = [(tensor, user)]
-    while stack:
-        alias, reader = stack.pop()
-        if _takes(gm, alias, reader):
+class _Reach:
+    """How far an input comes by what shares its memory.
+
+    Attributes:
+        leaks: it goes out of the program's hands.
+        leaks_in_body: it would have in the body of a higher-order operator, where what leads there reads a copy now.
+    """
+
+    def __init__(self, gm: fx.GraphModule, tensor: fx.Node) -> None:
+        self.leaks = False
+        self.leaks_in_body = False
+        self._gm = gm
+        self._tensor = tensor
+
+    def follow(self, user: fx.Node) -> _Reach:
+        """By way of one of its readers."""
+        seen: set[fx.Node] = set()
+        stack = [(self._tensor, user)]
+        while stack:
+            alias, reader = stack.pop()
+            if self._takes(alias, reader):
+                self.leaks = True
+                break
+            if reader in seen or _is_other_memory(self._tensor, reader):
+                continue
+            seen.add(reader)
+            stack.extend((reader, further) for further in reader.users)
+        return self
+
+    def _takes(self, alias: fx.Node, reader: fx.Node) -> bool:
+        """Whether a reader hands a tensor out, writes to it, or may do either. Bodies get copies of their own, and take nothing."""
+        if reader.op in ("output", "call_module"):
             return True
-        if reader in seen or _is_other_memory(tensor, alias, reader):
-            continue
-        seen.add(reader)
-        stack.extend((reader, further) for further in reader.users)
-    return False
+        if operators.is_higher_order(reader.target):
+            return not self._protected_in_body(alias, reader)
+        if reader.op == "call_function" and not _is_torchs(reader.target):
+            return True
+        return any(alias is written for argument in written_arguments(reader) for written in nodes_in(argument))
 
-
-def _takes(gm: fx.GraphModule, alias: fx.Node, reader: fx.Node) -> bool:
-    """Whether a reader hands a tensor out, writes to it, or may do either. Bodies get copies of their own, and take nothing."""
-    if reader.op in ("output", "call_module"):
+    def _protected_in_body(self, alias: fx.Node, call: fx.Node) -> bool:
+        """Whether the body of a higher-order operator is known, and lets an operand no further."""
+        if not _compat.takes_operands_for_body(call.target) or not isinstance(call.args[0], fx.Node):
+            return False
+        body = attribute_of(call.args[0])
+        operands = call.args[_compat.body_operands_start(call.target) :]
+        if not isinstance(body, fx.GraphModule):
+            return False
+        inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
+        if len(inputs) != len(operands):
+            return False
+        given = [given for given, operand in zip(inputs, operands) if operand is alias]
+        self.leaks_in_body |= bool(copy_escaping(body, given))
         return True
-    if operators.is_higher_order(reader.target):
-        return not _protected_in_body(gm, alias, reader)
-    if reader.op == "call_function" and not _is_torchs(reader.target):
-        return True
-    return any(alias is written for argument in written_arguments(reader) for written in nodes_in(argument))
 
 
 def _is_torchs(target: object) -> bool:
     """Whether a function is an operator of torch's or dorafx's, and keeps nothing of what it is given."""
-    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+    if operators.schemas(target):
         return True
     owner = getattr(target, "__objclass__", target)
     module = getattr(owner, "__module__", None) or type(owner).__module__
     return str(module).partition(".")[0] in _PACKAGES
 
 
-def _protected_in_body(gm: fx.GraphModule, alias: fx.Node, call: fx.Node) -> bool:
-    """Whether the body of a higher-order operator is known, and lets an operand no further."""
-    if not _compat.takes_operands_for_body(call.target) or not isinstance(call.args[0], fx.Node):
-        return False
-    body = attribute_of(call.args[0])
-    operands = call.args[_compat.body_operands_start(call.target) :]
-    if not isinstance(body, fx.GraphModule):
-        return False
-    inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
-    if len(inputs) != len(operands):
-        return False
-    copy_escaping(body, [given for given, operand in zip(inputs, operands) if operand is alias])
-    return True
-
-
-def _is_other_memory(tensor: fx.Node, alias: fx.Node, reader: fx.Node) -> bool:
+def _is_other_memory(tensor: fx.Node, reader: fx.Node) -> bool:
     """Whether a reader's result never shares memory with what it reads. Of the norm and constants alone a compiler may find
     that the result *is* the norm (``n * ones``), and return it as it is."""
     if operators.is_higher_order(reader.target):
         return True  # whose bodies were seen to
-    target = reader.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace == "dorafx":
+    target: Any = reader.target
+    if _compat.is_overload(target) and target.namespace == "dorafx":
         return not operators.views(target)
     return canonical_name(reader) in _FRESH and _depends_on_others(reader, tensor)
 

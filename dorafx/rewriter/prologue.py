@@ -8,7 +8,7 @@ gradients flow stays in the graph.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class HoistedNorm:
         graph: computes the ``[d_out]`` norm of the tensors and, after them, the numbers.
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
+        escapes: whether the graph may hand it out, so that it must be given what nobody else has.
     """
 
     inputs: tuple[int, ...]
@@ -54,6 +55,7 @@ class HoistedNorm:
     graph: fx.Graph
     signature: str
     value: torch.Tensor | None
+    escapes: bool = False
 
 
 def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
@@ -87,7 +89,8 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
         read.replace_all_uses_with(last)
         _erase_unused(gm.graph, read)
     if hoisted:
-        copy_escaping(gm, entered)
+        escaping = copy_escaping(gm, entered)
+        hoisted = [replace(norm, escapes=node in escaping) for norm, node in zip(hoisted, entered)]
         gm.graph.lint()
         gm.recompile()
     return tuple(hoisted)

@@ -62,6 +62,7 @@ def with_prologue(
     prologue = [(i, norm.inputs, norm.scalars, norm.signature, _takes_apart(norm)) for i, norm in enumerate(norms)]
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
+    escaping = [i for i, norm in enumerate(norms) if norm.escapes]
 
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
@@ -109,6 +110,10 @@ def with_prologue(
                 if recording and not for_anyone:
                     kept_in.drop(signature, watched)
                 kept_in.keep(state, norm)
+        if escaping:
+            with torch.inference_mode(False), torch.no_grad():
+                for i in escaping:
+                    values[i] = values[i].clone()
         kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
         return compiled(*args, *values)
 

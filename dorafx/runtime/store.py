@@ -55,7 +55,9 @@ class Observed:
 
 @dataclass(frozen=True)
 class _Entry:
-    norm: torch.Tensor
+    """``norm`` is None where the memory of a tensor is gone: what is left tells why the norm is computed again."""
+
+    norm: torch.Tensor | None
     watch: Watch
     optimizer_steps: int
     recorded: bool = False
@@ -64,8 +66,9 @@ class _Entry:
 class NormStore:
     """Norms by what they are computed from.
 
-    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: an entry goes when the memory of the first
-    of its tensors does. Those of a tensor that is gone while another has its memory go when as many again were added.
+    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: a norm goes when the memory of the first
+    of its tensors does. What is left of an entry goes, and so does the norm of a tensor that is gone while another has its memory,
+    when as many entries again were added.
 
     Args:
         counters: counts what happens.
@@ -98,11 +101,11 @@ class NormStore:
             reason = _RECORDED
         else:
             reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else entry.watch.change(tensors)
-        if not reason:
+        if not reason and entry.norm is not None:
             if recomputing and not entry.recorded:  # the region's forward, which is reentrant, recorded nothing itself
                 self._entries[key] = replace(entry, recorded=True)
             return entry.norm
-        self.counters.count_invalidated(reason)
+        self.counters.count_invalidated(reason or "a parameter's data was replaced")
         self._entries.pop(key, None)
         return None
 
@@ -135,7 +138,9 @@ class NormStore:
         if len(self._entries) + len(self._squares) < self._purge_at:
             return
         for entries in (self._entries, self._squares):
-            for key in without_tensor([(key, entry.watch) for key, entry in list(entries.items())]):
+            known = list(entries.items())
+            dead = [key for key, entry in known if entry.norm is None]
+            for key in (*dead, *without_tensor([(key, entry.watch) for key, entry in known])):
                 entries.pop(key, None)
         readers: dict[int, set[Any]] = {}
         for key, entry in list(self._entries.items()):
@@ -164,7 +169,7 @@ class NormStore:
             self._squares.pop(key, None)
             return None
         entry = self._squares.get(key)
-        if entry is not None and not entry.watch.change([weight]):
+        if entry is not None and entry.norm is not None and not entry.watch.change([weight]):
             return entry.norm
         self._watch_optimizers()
         watch = _watch(self._squares, key, [weight], _SQUARE_SAMPLES)
@@ -218,7 +223,8 @@ class NormStore:
             self._readers.clear()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """How many norms are kept."""
+        return sum(entry.norm is not None for entry in list(self._entries.values()))
 
     def _watch_optimizers(self) -> None:
         if self._watching:
@@ -239,10 +245,12 @@ class NormStore:
 def _watch(
     entries: dict[Any, _Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
 ) -> Watch:
-    """What the tensors are; their entry goes when the memory of one does."""
+    """What the tensors are; the norm of their entry goes when the memory of one does."""
 
     def forget(_: Any) -> None:
-        entries.pop(key, None)
+        entry = entries.get(key)
+        if entry is not None:
+            entries[key] = replace(entry, norm=None)
 
     return Watch(tensors, forget, samples)
 

@@ -14,7 +14,8 @@ from reuse_support import LAYERS, Decoder, counts, one_token, overwrite, paramet
 
 import dorafx
 from dorafx import rewrite_log
-from dorafx.runtime import norm_store
+from dorafx.log import NormCounters
+from dorafx.runtime import NormStore, norm_store
 
 
 def test_two_models_share_a_weight() -> None:
@@ -41,12 +42,82 @@ def test_the_store_keeps_no_model_alive() -> None:
     assert len(norm_store()) == 0
 
 
+def test_entries_of_parameters_that_are_gone_do_not_pile_up() -> None:
+    """Their memory may live on, in other parameters."""
+    store, memory = NormStore(NormCounters()), [torch.randn(4, 3), torch.randn(4, 2), torch.randn(2, 3)]
+    parameters = []
+    for step in range(1000):
+        parameters = [torch.nn.Parameter(m) for m in memory]
+        store.keep(store.observe(f"n{step}", parameters), torch.randn(4))
+        store.squares(memory[0].view(4, 3), False, torch.float32, lambda w: w.square().sum(1))
+    assert len(store) <= 200
+    assert len(store._entries) + len(store._squares) <= 200
+    assert len(store._readers) <= 600
+    assert store.kept("n999", parameters) is not None
+
+
+@pytest.mark.parametrize("attribute", [None, True, "itself"], ids=["none", "a flag", "a cycle"])
+def test_attributes_keep_no_parameter_alive(attribute: Any) -> None:
+    parameter: Any = torch.nn.Parameter(torch.randn(4, 3))
+    if attribute is not None:
+        parameter.mark = [parameter] if attribute == "itself" else attribute
+    memory = weakref.ref(parameter.untyped_storage())
+    norm_store().keep(norm_store().observe("n", [parameter]), torch.randn(4))
+    assert norm_store().kept("n", [parameter]) is not None
+    assert len(norm_store()) == 1
+    del parameter
+    gc.collect()
+    assert memory() is None
+    assert len(norm_store()) == 0
+
+
+@pytest.mark.parametrize("scope", ["modules", "model"])
+def test_nobody_refers_to_parameters(scope: str) -> None:
+    """After any kind of forward; who refers to one keeps torch from moving a quantised model."""
+    model = peft_perceptron()
+    dorafx.optimize(model, scope=scope, codegen="eager", strict=True)
+    with torch.no_grad():
+        model(one_token())
+        model(one_token())
+    model(one_token()).sum().backward()
+    assert not any(weakref.getweakrefs(t) for t in (*model.parameters(), *model.buffers()))
+    for p in model.parameters():
+        p.grad = None
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach() * 1.1, requires_grad=p.requires_grad))
+    with torch.no_grad():
+        ours = model(one_token())
+        dorafx.restore(model)
+        assert_close(ours, model(one_token()), 1e-5)
+
+
+@pytest.mark.parametrize("target", [torch.float64, "cpu"])
+def test_a_quantised_model_is_moved_and_cast(target: Any) -> None:
+    """torch swaps the tensors of torchao's classes."""
+    quantization = pytest.importorskip("torchao.quantization")
+    model = peft_perceptron()
+    quantization.quantize_(model.base_model.model, quantization.Int8WeightOnlyConfig())
+    dorafx.optimize(model, codegen="eager", strict=True)
+    with torch.no_grad():
+        for _ in range(2):
+            model(one_token())
+        model.to(target)
+        x = one_token().to(target)
+        ours = model(x)
+        dorafx.restore(model)
+        assert_close(ours, model(x), 1e-4)
+
+
+def test_explain_refers_to_no_parameter() -> None:
+    model = peft_perceptron()
+    dorafx.explain(model, one_token())
+    assert not any(weakref.getweakrefs(p) for p in model.parameters())
+
+
 def test_parameters_that_are_swapped_when_converted() -> None:
-    """torch refuses to swap a tensor that somebody refers to; dorafx's graphs refer to none, kept norms do until they go."""
+    """torch refuses to swap a tensor that somebody refers to; neither dorafx's graphs nor kept norms do."""
     decoder = Decoder().warm()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
-        dorafx.invalidate(decoder.model)
         decoder.model.double()
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
