@@ -517,7 +517,11 @@ class _Found:
             self.say(f"{name} is {_number(actual[gone][0])} where the original gives {_number(wanted[gone][0])}")
             return
         made = torch.isnan(wanted) & torch.isfinite(actual)
-        if name.startswith("the gradient") and wanted.numel() in self.lost and wanted.numel() == max(wanted.shape):
+        if (
+            name.startswith("the gradient")
+            and wanted.numel() in self.lost
+            and wanted.numel() == max(wanted.shape, default=0)
+        ):
             made &= ~self.lost[wanted.numel()].view(wanted.shape)
         if made.any() and (self.nan_gradients or not name.startswith("the gradient")):
             self.say(f"{name} is {_number(actual[made][0])} where the original gives nan")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import fx
@@ -49,6 +51,19 @@ class _Norms:
         made = self.made[atom.id, unrecorded] = _emit_norm(norm, self.plan.sites[atom.id], emit)
         made.meta[NORM] = atom.id
         return made
+
+    def is_read(self, norm: NormPlan) -> bool:
+        """Whether a norm that was emitted has a reader."""
+        return any(node.users for (atom_id, _), node in self.made.items() if atom_id == norm.factors.atom.id)
+
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Emit norms once more, as the original computes them."""
+        made, self.made = self.made, {}
+        try:
+            yield
+        finally:
+            self.made = made
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
@@ -131,7 +146,11 @@ def apply_plan(
         with graph.inserting_before(old):
             emit.begin(node, False)
             try:
-                made = placed_like(emit, node, _norm_in_place_of(node, sites[node], emit))
+                # Of a result its caller may write to what a backward pass has saved of the norm that everybody reads.
+                norm = sites[node]
+                shared = norms.is_read(norm) or sum(sites[other] is norm for other in remaining) > 1
+                with norms.anew() if shared and not memory.stays_inside(node) else nullcontext():
+                    made = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
                 copied[node] = memory.of(emit, node, laid_out_like(emit, node, made))
             except Exception as reason:
                 raise _refusal(reason, node) from reason
