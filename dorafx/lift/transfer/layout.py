@@ -47,7 +47,9 @@ def _filter_view(
     lift: Lifter, arg: Any, value: Value | None, before: torch.Tensor, after: torch.Tensor
 ) -> MatrixValue | None:
     """A convolution's weight ``[rows, ...]`` as a matrix ``[rows, cols]``, and back."""
-    if str(before.shape[0]) != str(after.shape[0]) or vector_axis(before.shape) is not None:
+    if not before.dim() or not after.dim() or str(before.shape[0]) != str(after.shape[0]):
+        return None
+    if vector_axis(before.shape) is not None:
         return None
     if before.dim() >= 3 and after.dim() == 2:
         expr = lift.laid_out(arg, "filter")

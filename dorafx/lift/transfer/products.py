@@ -162,6 +162,8 @@ def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
     dims, left, right = args.get("dims", 2), tensor_of(args.get("a")), tensor_of(args.get("b"))
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = ([-1], [0]) if dims == 1 else ((), ())
+    if not all(isinstance(d, (tuple, list)) for d in dims):
+        return None
     if left is None or right is None or right.dim() != 2 or [len(d) for d in dims] != [1, 1] or left.dim() < 2:
         return None
     (first,), (second,) = dims
