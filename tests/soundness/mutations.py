@@ -75,7 +75,7 @@ FAULTS: dict[str, Fault] = {
         "rewriter/memory.py", "    if _strides_of(wanted) == _strides_of(found):", "    if True:", (FUZZ, LAYOUT)
     ),
     "two results are one tensor": Fault(
-        "rewriter/memory.py", '            made = emit.method("clone", made)\n', "            pass\n", (FUZZ, LAYOUT)
+        "rewriter/apply.py", "if shared and results.reach(node)", "if False", (LAYOUT, FUZZ)
     ),
     "a fake kernel lies": Fault(
         "ops/norm.py",

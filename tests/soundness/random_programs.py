@@ -164,9 +164,9 @@ class Program:
 
         with open(comparing.__file__) as file:
             harness = file.read().split("# -- the harness", 1)[1]
-        text = self.source()
+        future = "from __future__ import annotations\n"  # the harness's, which must be a script's first
         return (
-            f"{text}\n\n# -- what compares it: the harness{harness}\n\n"
+            f"{future}\n{self.source()}\n\n# -- what compares it: the harness{harness.replace(future, '')}\n\n"
             f"HOW = dict({', '.join(f'{k}={v!r}' for k, v in vars(self.how).items())})\n"
             'if __name__ == "__main__":\n'
             "    verdict = compared(globals(), **HOW)\n"

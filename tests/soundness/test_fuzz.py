@@ -110,7 +110,7 @@ def test_a_failing_program_prints_itself() -> None:
     program = compose(5)
     small = shrunk(program, lambda p: _norms(p) and not verdict_of(p).void, budget=60)
     assert len(small.lines) <= len(program.lines)
-    space = {"__name__": "script"}
+    space = {"__name__": __name__}  # of a module that there is: dataclasses look theirs up
     exec(small.script(), space)
     assert not space["compared"](space, **space["HOW"]).wrong  # type: ignore[operator]
 
