@@ -21,7 +21,7 @@ from dorafx.plan import NormPlan, RewritePlan
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
 from .memory import Results, laid_out_like
-from .norm_operands import factor_operands, in_order, packed_operands, weight_operand
+from .norm_operands import factor_operands, in_its_dtype, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
 from .prologue import DENSE, NORM, SITE
 
@@ -67,6 +67,20 @@ class _Norms:
 
 
 def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
+    with in_its_dtype(emit, norm.factors.info):
+        n = _row_norm(norm, emit)
+    n.meta[SITE] = site
+    n = reduced(emit, n)
+    if abs(norm.factors.weight_coefficient) != 1.0:
+        n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
+    if norm.factors.info.eps:
+        n = emit.call(torch.sqrt, emit.call(torch.add, emit.call(torch.mul, n, n), norm.factors.info.eps))
+    elif norm.factors.info.rooted:
+        n = emit.call(torch.sqrt, emit.call(torch.mul, n, n))
+    return n
+
+
+def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     if norm.packed is None:
         weight, order = weight_operand(emit, norm.factors)
         left, right, scale = factor_operands(emit, norm.factors)
@@ -76,26 +90,17 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
             right = emit.cast(right, torch.float64)
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
-        n = emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
-    else:
-        w = norm.packed
-        packed = packed_operands(emit, w)
-        left, right, scale = factor_operands(emit, norm.factors)
-        operands = left, emit.cast(right, torch.float64) if norm.factors.info.double else right, scale
-        n = emit.call(
-            torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
-        )
-        dense = emit.lift.atom_of(norm.factors.dense_atom).node
-        assert dense is not None
-        n.meta[DENSE] = dense.name
-    n.meta[SITE] = site
-    n = reduced(emit, n)
-    if abs(norm.factors.weight_coefficient) != 1.0:
-        n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
-    if norm.factors.info.eps:
-        n = emit.call(torch.sqrt, emit.call(torch.add, emit.call(torch.mul, n, n), norm.factors.info.eps))
-    elif norm.factors.info.rooted:
-        n = emit.call(torch.sqrt, emit.call(torch.mul, n, n))
+        return emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+    w = norm.packed
+    packed = packed_operands(emit, w)
+    left, right, scale = factor_operands(emit, norm.factors)
+    operands = left, emit.cast(right, torch.float64) if norm.factors.info.double else right, scale
+    n = emit.call(
+        torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
+    )
+    dense = emit.lift.atom_of(norm.factors.dense_atom).node
+    assert dense is not None
+    n.meta[DENSE] = dense.name
     return n
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class Emitter(NodeEmitter):
         self.channels = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
+        self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
@@ -63,6 +65,17 @@ class Emitter(NodeEmitter):
         self._products.clear()
         tensor = tensor_of(site)
         self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
+
+    @contextmanager
+    def precisely(self, dtype: torch.dtype) -> Iterator[None]:
+        """Make factors, products and vectors in at least ``dtype``, whatever the site's value is in."""
+        kept = self.compute_dtype, self._precisely, self._vectors, self._products
+        self.compute_dtype, self._precisely = torch.promote_types(dtype, self.compute_dtype), True
+        self._vectors, self._products = {}, {}
+        try:
+            yield
+        finally:
+            self.compute_dtype, self._precisely, self._vectors, self._products = kept
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -178,7 +191,7 @@ class Emitter(NodeEmitter):
     def _product(self, chain: Chain) -> fx.Node:
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
-            return self._precise(existing) if len(chain) == 1 else existing
+            return self.precise(existing) if len(chain) == 1 else existing
         flipped = self._existing(Expr.chain(transpose_chain(chain))) if self.transposed and len(chain) > 1 else None
         if flipped is not None:
             return self.method("t", flipped)
@@ -190,7 +203,7 @@ class Emitter(NodeEmitter):
         if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
             raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
         if len(chain) == 1 and isinstance(chain[0], Mat):
-            return self._precise(
+            return self.precise(
                 self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
             )
         if not chain or chain == (Mat(ONES),):
@@ -210,9 +223,9 @@ class Emitter(NodeEmitter):
         left = self.product(prefix)
         return self._multiply(left, last)
 
-    def _precise(self, factor: fx.Node) -> fx.Node:
-        """A factor of a product, in fp64 where the site's value is."""
-        return self._wide(factor) if self.compute_dtype == torch.float64 else factor
+    def precise(self, factor: fx.Node) -> fx.Node:
+        """A factor of a product, in fp64 where the site's value is, and in the dtype that was asked for."""
+        return self._wide(factor) if self._precisely or self.compute_dtype == torch.float64 else factor
 
     def _again(self, gemm: Gemm) -> fx.Node:
         """A product of the graph, without its bias."""
@@ -279,7 +292,9 @@ class Emitter(NodeEmitter):
         )
 
     def _along_columns(self, vector: fx.Node, node: fx.Node) -> fx.Node:
-        """A vector ``[d]`` (or scalar) in a value's dtype, shaped to lie along its columns."""
+        """A vector ``[d]`` in a value's dtype, shaped to lie along its columns. A scalar decides no dtype, and is not rounded."""
+        if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:
+            return vector
         vector = self.cast(vector, self.tensor(node).dtype)
         if not self.channels or self.tensor(vector).dim() == 0:
             return vector

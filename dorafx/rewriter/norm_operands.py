@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import fx
 
-from dorafx.lift import Mat, PackedWeight, Poly
+from dorafx.lift import AtomInfo, Mat, PackedWeight, Poly, tensor_of
 from dorafx.lift.algebra import ONES, Chain, transpose_chain
 from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["factor_operands", "in_order", "packed_operands", "weight_operand"]
+__all__ = ["factor_operands", "in_its_dtype", "in_order", "packed_operands", "weight_operand"]
 
 
 def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
@@ -58,6 +60,15 @@ def _order_in_memory(filters: torch.Tensor) -> tuple[int, ...]:
     return tuple(axes) if wide != sorted(wide) else ()
 
 
+def in_its_dtype(emit: Emitter, info: AtomInfo) -> AbstractContextManager[None]:
+    """Make the operands of a norm in the dtype that it is computed in, fp64 or fp32. The exception is a norm that is in half precision
+    in the original as well, of a product that is: there products stay narrow, for half of the memory."""
+    dtypes = [tensor.dtype for site in info.sites if (tensor := tensor_of(site)) is not None]
+    if not info.double and all(torch.finfo(dtype).bits < 32 for dtype in dtypes):
+        return nullcontext()
+    return emit.precisely(torch.float64 if info.double else torch.float32)
+
+
 def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]:
     """Codes, scales and zeros (or None) of a quantised weight."""
     found: list[fx.Node | None] = []
@@ -68,7 +79,10 @@ def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]
 
 
 def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, float]:
-    """left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta."""
+    """left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta.
+
+    What has to be multiplied first is multiplied in the dtype of the norm (see :func:`in_its_dtype`).
+    """
     if len(norm.delta) == 1 and not norm.delta[0].scalars:
         (part,) = norm.delta
         left, right = _factor(emit, part.left), _factor(emit, part.right)
@@ -77,7 +91,7 @@ def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node,
     for part in norm.delta:
         left = _factor(emit, part.left)
         scale = Poly(((part.scalars, part.coefficient / norm.weight_coefficient),))
-        lefts.append(left if scale.constant == 1.0 else emit.scaled(left, scale))
+        lefts.append(left if scale.constant == 1.0 else emit.scaled(emit.precise(left), scale))
         rights.append(_factor(emit, part.right))
     if len(lefts) == 1:
         return lefts[0], rights[0], 1.0

@@ -29,6 +29,7 @@ from random_programs import PREAMBLE, How, Line, Program
 
 __all__ = ["compose"]
 
+_NARROW = {"float": torch.float32, "bfloat16": torch.bfloat16}
 LEADING = ((4,), (2, 3), (1,), (5,), (1, 1), (), (2, 1, 4), (0,), (9,))
 SIZES = (4, 4, 4, 5, 3, 6, 2)
 
@@ -144,7 +145,7 @@ class _Composer:
         )
         if not self.strict and self.chance(0.65):
             p = self.twisted(p)
-        return p
+        return replace(p, how=replace(p.how, gradients=self.tolerance_of_gradients(p)))
 
     def declare(self) -> None:
         if self.dtype != "float64":
@@ -692,7 +693,12 @@ class _Composer:
         if norm == "factored":
             tolerance = max(tolerance, 1e-7)
         if self.inductor:
-            return How(codegen="inductor", dynamic=self.chance(0.2), norm=norm, tolerance=max(tolerance, 1e-8))
+            return How(
+                codegen="inductor",
+                dynamic=self.chance(0.2),
+                norm=norm,
+                tolerance=max(tolerance, 1e-8),
+            )
         capture = self.rng.choices(("dynamo", "make_fx", "export", "symbolic_trace"), (68, 16, 8, 8))[0]
         if capture != "dynamo":
             return How(capture, tolerance=tolerance)
@@ -704,6 +710,12 @@ class _Composer:
             samples=self.chance(0.75),
             tolerance=tolerance,
         )
+
+    def tolerance_of_gradients(self, p: Program) -> float:
+        """Through a cast a gradient comes back in the cast's dtype."""
+        text = " ".join(line.text for line in p.lines)
+        rounded = [dtype for name, dtype in _NARROW.items() if f".{name}()" in text and self.full == "float64"]
+        return max((8 * torch.finfo(dtype).eps for dtype in rounded), default=0.0)
 
     def x(self, leading: tuple[int, ...], grad: bool, k: int) -> str:
         if self.x_shape == "tokens":

@@ -82,6 +82,7 @@ class How:
         norm, norm_reuse: options of dorafx.
         samples: whether kept norms are watched by samples of the parameters, as on a CPU, or not, as on a GPU.
         tolerance: of values and gradients, relative to the largest.
+        gradients: the tolerance of gradients, where a cast rounds them.
     """
 
     capture: str = "dynamo"
@@ -91,6 +92,7 @@ class How:
     norm_reuse: str = "auto"
     samples: bool = True
     tolerance: float = 1e-9
+    gradients: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -170,3 +170,44 @@ def test_powers_in_graphs_of_make_fx() -> None:
         function = functools.partial(program, power=power)
         gm = make_fx(function)(p.W, p.B, p.A)
         torch.testing.assert_close(dorafx.rewrite(gm)(p.W, p.B, p.A), function(p.W, p.B, p.A), msg=name)
+
+
+SCALED: dict[str, Callable[..., torch.Tensor]] = {
+    "by a number that is a tensor": lambda t, w, b, a: w + t["s"] * (b @ a),
+    "by the rank's vector": lambda t, w, b, a: w + (b * t["d"]) @ a,
+    "by a row's vector": lambda t, w, b, a: w + t["u"][:, None] * (b @ a),
+    "by a column's vector": lambda t, w, b, a: w + (b @ a) * t["c"],
+    "by a core": lambda t, w, b, a: w + 0.3 * (b @ (t["M"] @ a)),
+    "two deltas": lambda t, w, b, a: w + 0.7 * (b @ a) + 0.3 * ((b * t["d"]) @ a),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_parameters_in_half_precision_are_scaled_in_the_norm_s_dtype(name: str, wide: torch.dtype) -> None:
+    """Half precision is where the parameters lie, not what the original computes in."""
+    generator = torch.Generator().manual_seed(3)
+
+    def made(*shape: int, dtype: torch.dtype = wide) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+
+    w, b, a = (made(*shape, dtype=torch.bfloat16) for shape in ((12, 20), (12, 4), (4, 20)))
+    t = {"s": made(), "d": made(4), "u": made(12), "c": made(20), "M": made(4, 4)}
+    m, x = made(12), made(5, 20)
+
+    def program(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype, values = x.dtype, {key: value.to(x.dtype) for key, value in t.items()}
+        v = SCALED[name](values, w.to(dtype), b.to(dtype), a.to(dtype))
+        n = v.norm(dim=1)
+        return n, F.linear(x, m.to(dtype)[:, None] * F.normalize(v, dim=1))
+
+    exact = program(x.double())
+    for codegen in ("eager", "inductor") if name == "by a number that is a tensor" else ("eager",):
+        torch._dynamo.reset()
+        rewrite_log().clear()
+        found = torch.compile(program, backend="dorafx", options={"dorafx.codegen": codegen})(x)
+        assert rewrite_log().rewrites
+        for one, original, right in zip(found, program(x), exact):
+            own = (original.double() - right).norm() / right.norm()
+            assert one.dtype == wide
+            assert (one.double() - right).norm() / right.norm() <= 2 * own + 16 * torch.finfo(wide).eps
