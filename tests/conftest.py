@@ -18,8 +18,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the processes share the cores
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where the slow tests do not all fit into a run's time, each run begins with others (``DORAFX_SLOW_START``, any number)."""
+    """Mark the cases that the default run leaves to the slow one (``default_cases``). Where the slow tests do not all fit into a
+    run's time, each run begins with others (``DORAFX_SLOW_START``, any number)."""
+    for item in items:
+        cases = item.get_closest_marker("default_cases")
+        if cases is not None and isinstance(item, pytest.Function) and item.callspec.id not in cases.args:
+            item.add_marker("slow")
     start = os.environ.get("DORAFX_SLOW_START")
     if start is not None and items:
         # The golden ratio: starts of successive runs lie far from each other, however many tests there are.

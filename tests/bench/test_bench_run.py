@@ -41,6 +41,7 @@ def tiny(suite: str, **changes: Any) -> Settings:
     return Settings((suite,), hidden=(64,), rank=(4,), tokens=16, layers=(1,), seconds=0, rounds=1, **changes)
 
 
+@pytest.mark.slow
 def test_norm_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "norm.json"
     assert main(["bench", "norm", *TINY, "--rounds", "2", "-o", str(out), "--json"]) == 0
@@ -141,6 +142,7 @@ def test_suites_that_need_peft_say_so(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err.strip() == "dorafx: bench model needs peft: pip install 'dorafx[peft]'"
 
 
+@pytest.mark.default_cases("compile", "generate", "pass")
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here and with eager codegen, which is quick; what they measure is checked, not how fast it is."""

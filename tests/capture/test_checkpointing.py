@@ -22,6 +22,7 @@ def lora_graphs() -> int:
     return len(checkpointed(use_dora=False, reentrant=False))
 
 
+@pytest.mark.default_cases("False")
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_are_compiled(reentrant: bool, lora_graphs: int) -> None:
     """As many graphs as plain LoRA, and every norm inside the bodies of the checkpoint operator."""

@@ -45,6 +45,7 @@ def test_eager_peft_is_left_as_it_was() -> None:
         assert inspect.unwrap(fn) is fn
 
 
+@pytest.mark.default_cases("False-0.0")
 @pytest.mark.parametrize(("train", "dropout"), [(False, 0.0), (True, 0.0), (True, 0.2)])
 def test_llama_is_one_graph(train: bool, dropout: float) -> None:
     model = llama(lora_dropout=dropout).train(train)
@@ -161,6 +162,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_unknown_peft_gets_no_polyfill_one_warning_and_still_works(tmp_path: Any) -> None:
     (tmp_path / "changed.py").write_text(
         "def dequantize_module_weight(module):\n"
@@ -213,6 +215,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_peft_imported_after_the_backend() -> None:
     """The backend does not import PEFT; a PEFT imported later has its polyfills before anything is traced."""
     answer = in_new_process(LATE)

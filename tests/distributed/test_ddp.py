@@ -30,6 +30,7 @@ def _assert_trained_alike(found: dict[str, Any], recomputed: bool = False) -> No
     assert found["computed"] == SITES * STEPS and found["reused"] == SITES * STEPS * recomputed
 
 
+@pytest.mark.slow
 def test_ddp(quick: dict[str, Any]) -> None:
     """The graph is split at buckets that end within layers; every layer is rewritten whole all the same."""
     for how in ("outer", "modules"):

@@ -85,6 +85,7 @@ def test_the_linear_is_left_where_its_base_product_is_read() -> None:
     assert "somebody else reads the base product" in rewrite_log().rewrites[0].decision
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels_everywhere")
 @pytest.mark.parametrize("compose", ["triton", pytest.param("triton_linear", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -246,6 +246,7 @@ def test_norm_algorithm_on_request(algorithm: str) -> None:
 # -- codegen ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("False-auto")
 @pytest.mark.parametrize(
     ("train", "compose"), [(False, "auto"), (True, "auto"), (True, "accumulated"), (True, "epilogue")]
 )
@@ -354,6 +355,7 @@ def test_weight_normalisation_is_not_dora() -> None:
     assert not rewrite_log().rewrites
 
 
+@pytest.mark.default_cases("False")
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each node is lifted a bounded number of times: once where there is no DoRA, at most twice where there is."""

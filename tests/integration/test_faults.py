@@ -35,6 +35,7 @@ from dorafx.runtime import norm_store
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("modules")
 @pytest.mark.parametrize("scope", ["modules", "model"])
 def test_an_adapter_file_of_wrong_shapes(scope: str, tmp_path: Path) -> None:
     """PEFT's own error comes through, and the model that was optimized computes what it did before."""

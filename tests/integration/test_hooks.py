@@ -172,6 +172,7 @@ def _compilations() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.default_cases("modules")
 @pytest.mark.parametrize("how", ["modules", "model"])
 def test_hooks_of_layers_that_share_a_graph(how: str) -> None:
     """A hook of one layer is not one of another; what another adapter has does not count until it is the active one; other

@@ -80,6 +80,7 @@ def test_numbers_that_are_inputs_of_the_graph_are_looked_at() -> None:
     assert {r.norm_placement for r in rewrite_log().rewrites} == {"prologue"}
 
 
+@pytest.mark.default_cases("modules")
 @pytest.mark.parametrize("scope", ["modules", "model"])
 def test_no_recompilation_after_the_second_length_and_one_a_switch_of_adapters(scope: str) -> None:
     counters.clear()

@@ -175,6 +175,7 @@ def test_state_dict_goes_in_and_out() -> None:
     assert_close(call(model, model), expected, 1e-5)
 
 
+@pytest.mark.default_cases("model-dynamic", "auto-dynamic")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("scope", ["auto", "model"])
 def test_generate(cache: str, scope: str) -> None:
@@ -200,6 +201,7 @@ def test_generate(cache: str, scope: str) -> None:
         assert set(rewritten_sites()) == set(dora_sites(model))
 
 
+@pytest.mark.slow
 def test_generate_longer_compiles_nothing_more() -> None:
     model = _optimize(peft_model())
     model.generate(input_ids=tokens(length=5), max_new_tokens=4, do_sample=False)
@@ -245,6 +247,7 @@ def _train(model: Any, folder: Path, **settings: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.default_cases("checkpointing")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"gradient_checkpointing": checkpointing}

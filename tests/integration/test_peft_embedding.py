@@ -77,6 +77,7 @@ def assert_embedding_rewritten(model: Any) -> None:
     assert len(rewritten_sites()) == 2
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     model = adapted(*MODELS["llama"])
     expected = run(model, lambda: model(input_ids=tokens()).logits)

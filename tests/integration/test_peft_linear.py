@@ -36,6 +36,7 @@ from dorafx import rewrite_log
 # -- the layer itself -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("False")
 @pytest.mark.parametrize("train", [False, True])
 def test_llama(train: bool) -> None:
     check_model(peft_model(layers=2).train(train))
@@ -88,6 +89,7 @@ def test_bias_trained_with_the_adapters(dropout: float) -> None:
 # -- dropout ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("0.3-False")
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout(dropout: float, train: bool) -> None:
@@ -325,6 +327,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
     assert_close(compiled(full), model(full), 1e-5)
 
 
+@pytest.mark.default_cases("False")
 @pytest.mark.parametrize("train", [False, True])
 def test_sequence_length_is_dynamic(train: bool) -> None:
     """The second length makes the graph dynamic; no later one compiles anything."""

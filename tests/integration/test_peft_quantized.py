@@ -124,6 +124,7 @@ def test_repacked_weights() -> None:
     assert {(r.pattern, r.dtype) for r in dorafx.rewrite_log().rewrites} == {("linear", "nf4-cpu")}
 
 
+@pytest.mark.default_cases("torchao int8-eager")
 @pytest.mark.parametrize(
     ("kind", "codegen"),
     [

@@ -149,6 +149,7 @@ def model_bytes(trained: bool, codegen: str) -> tuple[dict[str, int], int]:
     return found, width * (VECTORS + (4 * ids.numel() if trained else 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("codegen", "trained"),
     [

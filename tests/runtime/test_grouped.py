@@ -28,6 +28,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.default_cases("llama")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_one_call_computes_all_norms_of_a_graph(kind: str, calls: list[int]) -> None:
     model = peft_model(kind, layers=2)

@@ -175,6 +175,7 @@ def test_threads_between_changes() -> None:
     assert counts()[1] > LAYERS
 
 
+@pytest.mark.slow
 def test_generate_reuses_after_the_prefill() -> None:
     model = peft_model(layers=1)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -189,6 +190,7 @@ def test_generate_reuses_after_the_prefill() -> None:
         dorafx.restore(model)
 
 
+@pytest.mark.default_cases("dynamic")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_after_training_is_fresh(cache: str) -> None:
     model = peft_model(layers=1)

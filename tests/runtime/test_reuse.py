@@ -161,6 +161,7 @@ def test_accumulation_sees_writes_between_micro_batches() -> None:
     assert counts() == (2 * LAYERS, 2 * LAYERS)
 
 
+@pytest.mark.default_cases("False-auto-2-2")
 @pytest.mark.parametrize(
     ("use_reentrant", "scope", "blocks", "steps"),
     [

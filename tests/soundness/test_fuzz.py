@@ -14,8 +14,8 @@ from comparing import Verdict, compared
 from composing import compose
 from random_programs import Program, namespace, shrunk
 
-EAGER, INDUCTOR = 480, 20
-CHUNKS, INDUCTOR_CHUNKS = 12, 4
+EAGER, INDUCTOR = 490, 10
+CHUNKS, INDUCTOR_CHUNKS = 14, 2
 # 20,000 in all; the parts are tests of their own, so that a run whose time is short does some of them.
 LONG, LONG_INDUCTOR = 19_500, 500
 LONG_CHUNKS, LONG_INDUCTOR_CHUNKS = 39, 25

@@ -20,7 +20,7 @@ from dorafx import rewrite_log
 TOLERANCE = 1e-10
 FORMS = ("linear", "linear_columns", "linear_dropout", "convolution", "embedding")
 QUICK = settings(
-    max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=50, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 # The same programs in every run, so that a failure can be had again; others with DORAFX_FUZZ_FRESH=1.
 LONG = settings(QUICK, max_examples=10_000, derandomize="DORAFX_FUZZ_FRESH" not in os.environ)

@@ -157,11 +157,13 @@ QUICK += [(name, "bf16") for name in ("llama", "vit")]
 QUICK += [("llama", kind) for kind in ("fp16", "bf16-fp32-adapters", "autocast-bf16")]
 
 
+@pytest.mark.default_cases("llama-fp32", "llama-bf16", "vit-fp32")
 @pytest.mark.parametrize(("name", "kind"), QUICK)
 def test_errors_against_fp64(name: str, kind: str) -> None:
     check_few(name, kind)
 
 
+@pytest.mark.slow
 def test_errors_against_fp64_with_inductor() -> None:
     check_few("llama", "fp32", "inductor")
 

@@ -21,6 +21,7 @@ def same_sites(sites: list[str], model: Any) -> bool:
     return sorted(inner + s.removeprefix(inner) for s in sites) == dora_sites(model)
 
 
+@pytest.mark.default_cases("llama", "gpt2", "vit")
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_and_rewrites(name: str) -> None:
     """As many graphs and breaks as plain LoRA; every DoRA module rewritten exactly once; nothing missed."""
@@ -41,6 +42,7 @@ def some_slow(quick: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NAMES]
 
 
+@pytest.mark.default_cases("llama-fp32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", some_slow(("llama", "gpt2", "vit")))
 def test_graph_for_codegen(name: str, dtype: torch.dtype) -> None:
@@ -68,6 +70,7 @@ def test_graph_for_codegen(name: str, dtype: torch.dtype) -> None:
             assert "lora" not in weight.name, (node.format_node(), tuple(value.shape))
 
 
+@pytest.mark.default_cases("llama")
 @pytest.mark.parametrize("name", some_slow(("bert", "gpt2", "llama", "opt", "t5", "vit")))
 def test_training_with_dropout_is_the_same_program(name: str) -> None:
     """Same seed, same masks: the rewritten program in training differs from the original by rounding only."""

@@ -40,6 +40,7 @@ def unlabelled(name: str) -> dict[str, torch.Tensor]:
 QUICK = ("llama", "qwen2", "gpt2")
 
 
+@pytest.mark.default_cases("llama")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted(ARCHITECTURES)]
 )
@@ -59,6 +60,7 @@ def test_flops_of_a_forward(name: str) -> None:
     assert stock == lora + norms + identities
 
 
+@pytest.mark.default_cases("0.0")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_flops_of_a_training_step(dropout: float) -> None:
     """Backward included: the norm is detached, so it costs its forward only. A dropout on the adapter's input takes the

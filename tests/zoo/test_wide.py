@@ -62,6 +62,7 @@ def some_slow(quick: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in sorted(WIDE)]
 
 
+@pytest.mark.default_cases("resnet")
 @pytest.mark.parametrize("name", some_slow(QUICK))
 def test_graphs_and_rewrites(name: str) -> None:
     """As many graphs and breaks as plain LoRA at most; every DoRA module rewritten whole, and once."""
@@ -75,6 +76,7 @@ def test_graphs_and_rewrites(name: str) -> None:
     assert {r.pattern for r in found.rewrites} <= {"linear", "convolution"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", some_slow(QUICK))
 def test_same_program(name: str, training: bool) -> None:
