@@ -19,13 +19,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the cases that the default run leaves to the slow one (``default_cases``). Where the slow tests do not all fit into a
     run's time, each run begins with others (``DORAFX_SLOW_START``, any number)."""
+    unknown: dict[str, set[str]] = {}
     for item in items:
         cases = item.get_closest_marker("default_cases")
-        if cases is not None and isinstance(item, pytest.Function) and item.callspec.id not in cases.args:
+        if cases is None or not isinstance(item, pytest.Function):
+            continue
+        unknown.setdefault(item.nodeid.split("[")[0], set(cases.args)).discard(item.callspec.id)
+        if item.callspec.id not in cases.args:
             item.add_marker("slow")
+    unknown = {test: ids for test, ids in unknown.items() if ids}
+    if unknown and not any("::" in argument for argument in config.args):
+        raise pytest.UsageError(f"default_cases names cases that there are not: {unknown}")
     start = os.environ.get("DORAFX_SLOW_START")
     if start is not None and items:
         # The golden ratio: starts of successive runs lie far from each other, however many tests there are.

@@ -365,6 +365,7 @@ def _raises(request: dict[str, Any], report: Callable[[str], None]) -> dict[str,
     raise ValueError("it broke")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 @pytest.mark.parametrize(("job", "message"), [(_dies, "ended by signal 15"), (_raises, "ValueError: it broke")])
 def test_demo_says_how_a_configuration_ended(

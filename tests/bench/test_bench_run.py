@@ -142,7 +142,7 @@ def test_suites_that_need_peft_say_so(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err.strip() == "dorafx: bench model needs peft: pip install 'dorafx[peft]'"
 
 
-@pytest.mark.default_cases("compile", "generate", "pass")
+@pytest.mark.default_cases("compile")
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here and with eager codegen, which is quick; what they measure is checked, not how fast it is."""

@@ -42,6 +42,7 @@ def silent(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, 
     os._exit(4)
 
 
+@pytest.mark.default_cases("None")
 @pytest.mark.parametrize("start_method", [None, "spawn"])
 def test_result_and_progress(start_method: str | None, capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[str] = []

@@ -52,6 +52,7 @@ def test_norm_and_compose_reach_the_plan() -> None:
             dorafx.optimize(peft_perceptron(), **wrong)
 
 
+@pytest.mark.default_cases("True-model", "False-modules", "False-auto")
 @pytest.mark.parametrize("scope", ["auto", "modules", "model"])
 @pytest.mark.parametrize("train", [False, True])
 def test_same_object_same_result(scope: str, train: bool) -> None:
@@ -175,7 +176,7 @@ def test_state_dict_goes_in_and_out() -> None:
     assert_close(call(model, model), expected, 1e-5)
 
 
-@pytest.mark.default_cases("model-dynamic", "auto-dynamic")
+@pytest.mark.default_cases("auto-dynamic")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("scope", ["auto", "model"])
 def test_generate(cache: str, scope: str) -> None:

@@ -57,6 +57,7 @@ MODELS = {
 }
 
 
+@pytest.mark.default_cases("dtype0-gpt2 tied", "dtype0-gemma3 scaled")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients(name: str, dtype: torch.dtype) -> None:

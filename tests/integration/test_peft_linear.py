@@ -51,6 +51,7 @@ def test_bias_of_the_projections(train: bool) -> None:
     check_model(model)
 
 
+@pytest.mark.default_cases("0.2-False", "0.0-True")
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_fan_in_fan_out(dropout: float, everything: bool) -> None:

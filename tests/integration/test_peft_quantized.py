@@ -29,6 +29,7 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend="dorafx", fullgraph=True, options={**EAGER, **options})
 
 
+@pytest.mark.default_cases("nf4 double", "hqq 4 bit", "torchao int8")
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in FORMATS])
 def test_whole_and_equal_to_stock(kind: str) -> None:
     """One graph; every layer rewritten whole, its norm in the prologue by blocks; outputs and gradients are stock's."""
@@ -48,6 +49,7 @@ def test_whole_and_equal_to_stock(kind: str) -> None:
         }
 
 
+@pytest.mark.default_cases("torchao int8")
 @pytest.mark.parametrize("kind", ["nf4 double", "torchao int8", "hqq 4 bit"])
 def test_dropout(kind: str) -> None:
     """With a dropout stock multiplies by the dequantised weight itself; its norm still is that of the codes."""

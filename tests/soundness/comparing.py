@@ -180,7 +180,7 @@ def differing(
 def _rounds(sentence: str, seen: Observation, other: Observation, tolerance: float) -> bool:
     """Whether gradients of a leaf differ by no more than sums that are made in its dtype do, or, where they are what remains of
     numbers that cancel, than the call's largest gradient is rounded by."""
-    match = re.match(r"the gradient of (\w+) differs by (\S+) of", sentence)
+    match = re.match(r"the gradient of (\w+) (?:differs by|is) (\S+) o(?:f|ff) ", sentence)
     one, two = (of.gradients.get(match[1]) for of in (seen, other)) if match else (None, None)
     if match is None or one is None or two is None:
         return False

@@ -714,8 +714,9 @@ class _Composer:
     def tolerance_of_gradients(self, p: Program) -> float:
         """Through a cast a gradient comes back in the cast's dtype."""
         text = " ".join(line.text for line in p.lines)
-        rounded = [dtype for name, dtype in _NARROW.items() if f".{name}()" in text and self.full == "float64"]
-        return max((8 * torch.finfo(dtype).eps for dtype in rounded), default=0.0)
+        own = torch.finfo(getattr(torch, self.full)).eps
+        rounded = [torch.finfo(dtype).eps for name, dtype in _NARROW.items() if f".{name}()" in text]
+        return max((8 * eps for eps in rounded if eps > own), default=0.0)
 
     def x(self, leading: tuple[int, ...], grad: bool, k: int) -> str:
         if self.x_shape == "tokens":

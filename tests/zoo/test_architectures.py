@@ -21,7 +21,7 @@ def same_sites(sites: list[str], model: Any) -> bool:
     return sorted(inner + s.removeprefix(inner) for s in sites) == dora_sites(model)
 
 
-@pytest.mark.default_cases("llama", "gpt2", "vit")
+@pytest.mark.default_cases("llama", "vit")
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_and_rewrites(name: str) -> None:
     """As many graphs and breaks as plain LoRA; every DoRA module rewritten exactly once; nothing missed."""

@@ -40,7 +40,7 @@ def unlabelled(name: str) -> dict[str, torch.Tensor]:
 QUICK = ("llama", "qwen2", "gpt2")
 
 
-@pytest.mark.default_cases("llama")
+@pytest.mark.default_cases("qwen2")
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted(ARCHITECTURES)]
 )
@@ -107,6 +107,7 @@ def largest_allocation(call: Any, train: bool) -> int:
     return max(int(event.self_cpu_memory_usage) for event in profile.events())
 
 
+@pytest.mark.default_cases("eval-fp32-tiled")
 @pytest.mark.parametrize("norm", ["tiled", pytest.param("factored", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
