@@ -145,6 +145,8 @@ def make_plan(matches: Matches, options: Options, graph_id: int = 0) -> RewriteP
         plan.sites[atom_id] = plan.records[-1].site
         plan.subjects.append(_subject(norm.factors, composed.get(atom_id), misses.get(atom_id)))
     missed = [(lift.atoms[atom_id].sites, reason) for atom_id, reason in matches.misses.items()]
+    # A refused composition beside others of its norm, whose record is theirs.
+    missed += [([reason.node], reason) for i, reason in misses.items() if i in composed and reason.node is not None]
     missed += [([node], reason) for node, reason in matches.unknown]
     for sites, reason in missed:
         plan.records.append(_missed(sites, reason, options, graph_id))

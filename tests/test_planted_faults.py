@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from dorafx.lift import algebra
 from dorafx.lift.lifter import Lifter
 from dorafx.observation import differences, observe
 from dorafx.rewriter import Emitter, apply
+from dorafx.rewriter.memory import Ownership
 
 S = 0.7
 FP32, FP64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -54,8 +54,11 @@ def differentiable(p: Layer, x: torch.Tensor) -> Any:
     return p.scaled(x, p.adapted().norm(dim=1))
 
 
-def two_norms(p: Layer, x: torch.Tensor) -> Any:
-    return p.norm(), p.norm(), x * 1
+def two_layers(p: Layer, x: torch.Tensor) -> Any:
+    def merged() -> torch.Tensor:
+        return F.linear(x, p.m[:, None] * F.normalize(p.adapted(), dim=0))
+
+    return merged(), merged()
 
 
 def zero_term(p: Layer, x: torch.Tensor) -> Any:
@@ -141,9 +144,9 @@ def through(dtype: torch.dtype) -> Callable[[Emitter, fx.Node], fx.Node]:
 
 FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant, str]] = {
     "outputs that are one": (
-        two_norms,
+        two_layers,
         FP64,
-        nothing_done(apply._Norms, "anew", lambda self: nullcontext()),
+        nothing_done(Ownership, "of", lambda self, emit, original, made: made),
         "output 1 shares memory with output 0",
     ),
     "zero term": (
@@ -195,7 +198,15 @@ FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant
     "norm in bf16 of bf16": (widened, BF16, norm(through(BF16)), "the norm is"),
     "result in bf16 of fp32": (plain, FP32, composition(through(BF16)), "in its own dtypes, output 0 is"),
 }
-QUICK = ("outputs that are one", "zero term", "n for 1/n", "write forgotten", "cast forgotten", "dtype", "strides")
+QUICK = (
+    "outputs that are one",
+    "zero term",
+    "n for 1/n",
+    "write forgotten",
+    "cast forgotten",
+    "dtype",
+    "strides",
+)
 
 
 @pytest.mark.parametrize(

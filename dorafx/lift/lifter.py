@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx
 
+from dorafx import _compat
+
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
 from .effects import written_nodes
 from .grad_mode import GradMode
@@ -146,8 +148,9 @@ class Lifter:
         if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
             dtypes = {self.roundings[argument] for argument in self._unrounded}
             self.roundings[node] = max({*dtypes, self.roundings.get(node, torch.float64)}, key=_spacing)
-        if not self.records_gradients:
-            self.unrecorded.add(node)
+        if self.records_gradients or _hands_back(node):
+            return value
+        self.unrecorded.add(node)
         return self.recorded(value) if value is not None else None
 
     def _lift(self, node: fx.Node) -> Value | None:
@@ -484,6 +487,18 @@ class Lifter:
 def _may_be_parameter(node: fx.Node) -> bool:
     """Not a constant of indices or a number, which tracers make attributes, too."""
     return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
+
+
+def _hands_back(node: fx.Node) -> bool:
+    """Whether an operator returns an argument itself, as ``contiguous`` and ``to`` do where there is nothing to do. Where no gradients
+    are recorded that one still has its own, and nothing else that is computed has any."""
+    result = tensor_of(node)
+    if result is None or not result.requires_grad or canonical_name(node) == "requires_grad_":
+        return False
+    arguments = (tensor_of(argument) for argument in node.all_input_nodes)
+    return any(
+        a is not None and a.requires_grad and _compat.storage_id(a) == _compat.storage_id(result) for a in arguments
+    )
 
 
 def _is_leaf(node: fx.Node) -> bool:

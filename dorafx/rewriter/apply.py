@@ -20,7 +20,7 @@ from dorafx.plan import NormPlan, RewritePlan
 
 from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
-from .memory import Results, laid_out_like
+from .memory import Ownership, laid_out_like
 from .norm_operands import factor_operands, in_its_dtype, in_order, packed_operands, weight_operand
 from .placements import placed_like, reduced
 from .prologue import DENSE, NORM, SITE
@@ -115,7 +115,7 @@ def apply_plan(
     """
     graph, copied = copy_graph(gm)
     norms = _Norms(plan)
-    results = Results(gm.graph)
+    memory = Ownership(gm.graph)
     emit = Emitter(matches.lift, graph, copied, norms)
     rules = forms()
     work: list[tuple[int, fx.Node, int]] = [
@@ -136,6 +136,7 @@ def apply_plan(
                 emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = laid_out_like(emit, node, placed_like(emit, node, made))
+                made = memory.of(emit, node, made)
         except Exception as reason:
             raise _refusal(reason, node) from reason
         old.replace_all_uses_with(made)
@@ -145,7 +146,7 @@ def apply_plan(
     # The original norms that somebody still reads: in most layers the composition was the only one.
     erased = set(copied.values()) - set(graph.nodes)
     remaining = [node for node in sites if copied[node] not in erased and copied[node].users]
-    for node in remaining:
+    for node in sorted(remaining, key=memory.stays_inside):
         old = copied[node]
         with graph.inserting_before(old):
             emit.begin(node, False)
@@ -154,9 +155,9 @@ def apply_plan(
                 # copies of one tensor Inductor removes all that it can; two norms of the same operands stay two.
                 norm = sites[node]
                 shared = norms.is_read(norm) or sum(sites[other] is norm for other in remaining) > 1
-                with norms.anew() if shared and results.reach(node) else nullcontext():
+                with norms.anew() if shared and not memory.stays_inside(node) else nullcontext():
                     made = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
-                copied[node] = laid_out_like(emit, node, made)
+                copied[node] = memory.of(emit, node, laid_out_like(emit, node, made))
             except Exception as reason:
                 raise _refusal(reason, node) from reason
             old.replace_all_uses_with(copied[node])

@@ -18,7 +18,7 @@ from dorafx.lift import tensor_of
 
 from .nodes import CannotEmit, NodeEmitter
 
-__all__ = ["Results", "laid_out_like"]
+__all__ = ["Ownership", "laid_out_like"]
 
 
 def _strides_of(tensor: torch.Tensor) -> tuple[str, ...]:
@@ -66,20 +66,34 @@ def _outermost_first(sizes: Sequence[Any], strides: Sequence[Any]) -> list[int]:
     return [next(ordered) if axis in long else axis for axis in range(len(sizes))]
 
 
-class Results:
-    """The results of a graph, and whose memory they are: a caller may write to it.
+class Ownership:
+    """Gives each value that is put in the place of another memory that nobody else has: of equal terms an emitter makes one node,
+    and where the original had two tensors a caller may write to one of them.
 
     Args:
         graph: the graph before the rewrite.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        self._taken = {_storage(node) for node in graph.nodes} - {None}
         results = graph.find_nodes(op="output")[0].all_input_nodes
-        self._nodes, self._memory = frozenset(results), {_storage(node) for node in results} - {None}
+        self._results, self._given_out = frozenset(results), {_storage(node) for node in results} - {None}
 
-    def reach(self, node: fx.Node) -> bool:
-        """Whether a result of the graph is this value of the original, or shares its memory."""
-        return node in self._nodes or _storage(node) in self._memory
+    def stays_inside(self, node: fx.Node) -> bool:
+        """Whether no result of the graph is a value of the original, or shares its memory. Of copies of one tensor Inductor removes
+        all that it can: the tensor itself is for a result, so that another result's copy stays one."""
+        return node not in self._results and _storage(node) not in self._given_out
+
+    def of(self, emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
+        """``made``, or a copy of it where its memory is another value's."""
+        if _storage(made) in self._taken and not self._is_view(original):
+            made = emit.method("clone", made)
+        self._taken.add(_storage(made))
+        return made
+
+    @staticmethod
+    def _is_view(node: fx.Node) -> bool:
+        return _storage(node) in {_storage(argument) for argument in node.all_input_nodes}
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -75,7 +75,10 @@ FAULTS: dict[str, Fault] = {
         "rewriter/memory.py", "    if _strides_of(wanted) == _strides_of(found):", "    if True:", (FUZZ, LAYOUT)
     ),
     "two results are one tensor": Fault(
-        "rewriter/apply.py", "if shared and results.reach(node)", "if False", (LAYOUT, FUZZ)
+        "rewriter/memory.py", '            made = emit.method("clone", made)\n', "            pass\n", (LAYOUT, FUZZ)
+    ),
+    "a caller's norm is everybody's": Fault(
+        "rewriter/apply.py", "if shared and not memory.stays_inside(node)", "if False", (LAYOUT, FUZZ, "runtime")
     ),
     "a fake kernel lies": Fault(
         "ops/norm.py",

@@ -104,6 +104,25 @@ def a_layer_twice(p: Layer, x: torch.Tensor) -> object:
     return dora(p, x), dora(p, x)
 
 
+def merged(p: Layer, x: torch.Tensor, dim: int) -> torch.Tensor:
+    return F.linear(x, p.m[:, None] * F.normalize(p.W + S * (p.B @ p.A), dim=dim))
+
+
+@program
+def a_merged_layer_twice(p: Layer, x: torch.Tensor) -> object:
+    return merged(p, x, 1), merged(p, x, 1)
+
+
+@program
+def a_merged_layer_by_columns_twice(p: Layer, x: torch.Tensor) -> object:
+    return merged(p, x, 0), merged(p, x, 0), merged(p, x, 0).detach()
+
+
+@program
+def a_layer_from_the_left_twice(p: Layer, x: torch.Tensor) -> object:
+    return from_the_left(p, x), from_the_left(p, x)
+
+
 @program
 def a_layer_and_views_of_it(p: Layer, x: torch.Tensor) -> object:
     y = dora(p, x)
