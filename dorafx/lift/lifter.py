@@ -13,14 +13,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import fx
 
-from dorafx import _compat
-
 from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
 from .effects import written_nodes
 from .grad_mode import GradMode
 from .inputs import attribute_id, looks_like_parameter
 from .quantized import quantizes_activations
-from .targets import canonical_name
+from .targets import canonical_name, drops_nothing
 from .values import (
     FLOAT_DTYPES,
     AtomInfo,
@@ -490,15 +488,12 @@ def _may_be_parameter(node: fx.Node) -> bool:
 
 
 def _hands_back(node: fx.Node) -> bool:
-    """Whether an operator returns an argument itself, as ``contiguous`` and ``to`` do where there is nothing to do. Where no gradients
-    are recorded that one still has its own, and nothing else that is computed has any."""
+    """Whether an operator returns its argument itself, as ``contiguous`` and ``to`` do where there is nothing to do. Where no gradients
+    are recorded that one still has its own; what is computed, a view included, has none."""
+    if canonical_name(node) == "dropout" and drops_nothing(node):
+        return True  # a fake dropout returns another tensor
     result = tensor_of(node)
-    if result is None or not result.requires_grad or canonical_name(node) == "requires_grad_":
-        return False
-    arguments = (tensor_of(argument) for argument in node.all_input_nodes)
-    return any(
-        a is not None and a.requires_grad and _compat.storage_id(a) == _compat.storage_id(result) for a in arguments
-    )
+    return result is not None and any(tensor_of(argument) is result for argument in node.all_input_nodes)
 
 
 def _is_leaf(node: fx.Node) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 
 from dorafx import _compat
 
-__all__ = ["arguments", "canonical_name", "first_argument"]
+__all__ = ["arguments", "canonical_name", "drops_nothing", "first_argument"]
 
 # Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -180,3 +180,9 @@ def first_argument(node: fx.Node) -> Any:
     return next(
         (node.kwargs[name] for name in ("input", "self", "tensor", "x", "a", "x1", "A") if name in node.kwargs), None
     )
+
+
+def drops_nothing(node: fx.Node) -> bool:
+    """Whether a dropout node is the identity, which draws no random numbers."""
+    args = arguments(node, "input", "p", "training")
+    return args.get("training") is False or args.get("p") == 0

@@ -12,8 +12,7 @@ from torch import fx
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx._compat.distributed import placements
 from dorafx.lift import Atom, VectorValue, tensor_of
-from dorafx.lift.targets import canonical_name
-from dorafx.lift.transfer.layout import drops_nothing
+from dorafx.lift.targets import canonical_name, drops_nothing
 from dorafx.match import Matches, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import NormPlan, RewritePlan

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import Layer, lora
-from tests_support import check_same
+from tests_support import check_everything, check_same
 
 from dorafx import rewrite_log
 
@@ -85,3 +85,46 @@ def test_gradients_flow_as_they_did(name: str) -> None:
     assert [(r.pattern, r.reason) for r in records] == [("linear", "")] or (
         name == "one_factor_moved" and not records[0].rewritten and "operator bmm at" in records[0].reason
     )
+
+
+UNDER_NO_GRAD: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "to": lambda t: t.to(torch.float64),
+    "double": lambda t: t.double(),
+    "type_as": lambda t: t.type_as(torch.ones((), dtype=torch.float64)),
+    "cpu": lambda t: t.cpu(),
+    "dropout that is off": lambda t: F.dropout(t, 0.5, training=False),
+    "atleast_2d": lambda t: torch.atleast_2d(t),
+    "real": lambda t: torch.real(t),
+    "itself": lambda t: t,
+    # What is computed has none, a view included.
+    "view": lambda t: t.view(t.shape),
+    "reshape": lambda t: t.reshape(t.shape),
+    "expand": lambda t: t.expand(t.shape),
+    "transposed twice": lambda t: t.T.T,
+    "clone": lambda t: t.clone(),
+    "contiguous of a view": lambda t: t.T.contiguous().T,
+    "float and double": lambda t: t.float().double(),
+}
+"""Some return their argument itself, with its gradients, where there is nothing to do."""
+
+
+@pytest.mark.parametrize("region", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", UNDER_NO_GRAD)
+def test_what_is_handed_back_keeps_its_gradients(name: str, region: Callable[[], torch.no_grad]) -> None:
+    if region is torch.inference_mode and name not in ("contiguous", "to", "itself"):
+        pytest.skip("an inference tensor cannot be saved for a backward")
+    p = Layer()
+
+    def program(p: Layer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with region():
+            up, magnitude = UNDER_NO_GRAD[name](p.B), p.m.contiguous()
+        norm = (p.W + up @ p.A).norm(dim=1)
+        y = F.linear(x, p.W) + F.linear(F.linear(x, p.A), up)
+        return magnitude / norm * y, norm.rsqrt(), magnitude / norm.detach() * y
+
+    codegens = ("eager", "inductor") if name in ("contiguous", "view") and region is torch.no_grad else ("eager",)
+    for codegen in codegens:
+        rewrite_log().clear()
+        check_everything(program, p, torch.randn(5, p.d_in, dtype=torch.float64), codegen=codegen)
+        assert rewrite_log().rewrites

@@ -10,7 +10,7 @@ from torch import fx
 
 from ..algebra import Expr
 from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments, first_argument
+from ..targets import arguments, drops_nothing, first_argument
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
 
 
@@ -175,12 +175,6 @@ def identity(lift: Lifter, node: fx.Node) -> Value | None:
 def detach(lift: Lifter, node: fx.Node) -> Value | None:
     value = lift.value(first_argument(node))
     return lift.detach(value) if value is not None else None
-
-
-def drops_nothing(node: fx.Node) -> bool:
-    """Whether a dropout node is the identity, which draws no random numbers."""
-    args = arguments(node, "input", "p", "training")
-    return args.get("training") is False or args.get("p") == 0
 
 
 @transfer("dropout")
