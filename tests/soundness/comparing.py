@@ -227,8 +227,17 @@ def compared(
     except Exception as error:  # the original fails, or what changes its parameters between calls
         return Verdict(void=str(error))
     dorafx.rewrite_log().clear()
-    with sampled(samples):
-        got = ran(space, "rewritten", how, {"dorafx.norm": norm, "dorafx.norm_reuse": norm_reuse})
+    try:
+        with sampled(samples):
+            got = ran(space, "rewritten", how, {"dorafx.norm": norm, "dorafx.norm_reuse": norm_reuse})
+    except Exception as error:
+        # What changes parameters between calls may fail for a graph of Dynamo's alone (``swap_tensors``, for its weak references).
+        try:
+            ran(space, "stock", how)
+        except Exception as stock:
+            if str(stock) == str(error):
+                return Verdict(excused=f"{codegen} alone does the same")
+        raise
     verdict = Verdict(records=list(dorafx.rewrite_log().records))
     different = differing(wanted, got, tolerance, gradients=gradients)
     if not different:
