@@ -18,7 +18,7 @@ from torch import fx
 from dorafx import _compat, capture
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
-from dorafx.log import RewriteLog, rewrite_log
+from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
 
@@ -306,7 +306,8 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
             a norm, autograd then keeps every block.
 
     Returns:
-        A new program of the same type; ``program`` itself where it holds no DoRA, or where dorafx fails. The log says which.
+        A new program of the same type; ``program`` itself where it holds no DoRA, where the shapes of its values cannot be found, or
+        where dorafx fails. The log says which.
 
     Raises:
         TypeError: anything else.
@@ -319,7 +320,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     """
     from dorafx.backend import log_failure, rewrite_graph_module
     from dorafx.rewriter.lowering import lower_to_aten, own_operators, without_own_operators
-    from dorafx.rewriter.shapes import carries_shapes, with_shapes
+    from dorafx.rewriter.shapes import UnknownShapes, carries_shapes, with_shapes
 
     if not isinstance(program, (torch.export.ExportedProgram, fx.GraphModule)):
         raise TypeError(
@@ -333,7 +334,11 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
                 "rewrite: the graph's nodes carry no shapes (fx.symbolic_trace leaves none): pass example inputs, as in "
                 "dorafx.rewrite(graph_module, x)"
             )
-        graph_module = with_shapes(graph_module, example_inputs)
+        try:
+            graph_module = with_shapes(graph_module, example_inputs)
+        except UnknownShapes as unknown:
+            rewrite_log().add(Record(status="missed", site="", reason=str(unknown)))
+            return program
     log = RewriteLog()
     result: Any = program
     try:

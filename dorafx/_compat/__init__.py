@@ -390,6 +390,14 @@ def fake_mode() -> Any:
     return FakeTensorMode()
 
 
+def needs_values(error: Exception) -> bool:
+    """Whether an operator cannot be run on fake tensors: what it does depends on a tensor's numbers, or nobody wrote a fake kernel."""
+    from torch._subclasses import fake_tensor
+
+    kinds = ("DataDependentOutputException", "DynamicOutputShapeException", "UnsupportedOperatorException")
+    return isinstance(error, tuple(getattr(fake_tensor, kind) for kind in kinds))
+
+
 def fake_mode_of(value: Any) -> Any:
     """The mode of a fake tensor, or of the fake tensors inside a tensor subclass; None for anything else."""
     from torch._subclasses.fake_tensor import maybe_get_fake_mode

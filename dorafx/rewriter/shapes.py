@@ -14,7 +14,11 @@ from dorafx.lift import tensor_of
 
 from .copying import copy_graph_module
 
-__all__ = ["carries_shapes", "of_mode", "sizes_of", "with_shapes"]
+__all__ = ["UnknownShapes", "carries_shapes", "of_mode", "sizes_of", "with_shapes"]
+
+
+class UnknownShapes(Exception):
+    """The shapes of a graph's values cannot be found."""
 
 
 def carries_shapes(gm: fx.GraphModule) -> bool:
@@ -25,7 +29,11 @@ def carries_shapes(gm: fx.GraphModule) -> bool:
 
 def with_shapes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
     """A copy of the graph whose nodes carry the fake values that it computes of these inputs. Nothing real is computed, and
-    nothing is written, whatever the graph writes."""
+    nothing is written, whatever the graph writes.
+
+    Raises:
+        UnknownShapes: an operator cannot be run on fake tensors.
+    """
     shaped, _ = copy_graph_module(gm)
     _open_linears(shaped)
     mode = _compat.fake_mode()
@@ -52,7 +60,15 @@ class _Propagation(fx.Interpreter):
         self._twins: dict[int, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            if not _compat.needs_values(error):
+                raise
+            raise UnknownShapes(
+                f"the shapes behind {n.name} ({n.format_node()}) are unknown, since it cannot be run on fake tensors: capture the "
+                "program with Dynamo or torch.export, or write it without the value of a tensor"
+            ) from error
         if isinstance(result, (torch.Tensor, int)):  # a size, of which a norm by way of a mean is made
             n.meta["val"] = result
         return result

@@ -277,6 +277,25 @@ def test_symbolic_trace_needs_an_example() -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_symbolic_trace_of_what_needs_values_is_left_as_it_is() -> None:
+    """The scaling of ``addmm`` is a number that only the tensor's value tells."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.s = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.tensor(0.5), requires_grad=False)
+            self.a, self.b = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(4, 2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            v = torch.addmm(self.w, self.b, self.a, alpha=self.s)
+            return torch.nn.functional.linear(x, v / v.norm(dim=1, keepdim=True))
+
+    gm = fx.symbolic_trace(Scaled())
+    assert dorafx.rewrite(gm, torch.randn(3, 6)) is gm
+    (record,) = rewrite_log().records
+    assert not record.rewritten and "cannot be run on fake tensors" in record.reason and record.advice
+
+
 def test_symbolic_trace_of_a_weight_that_is_written_between() -> None:
     """Every read of an attribute is a node of its own: the weight before and after a write are not the same."""
 
