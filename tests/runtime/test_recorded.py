@@ -155,3 +155,28 @@ def test_other_parameters_keep_their_norms() -> None:
         before = rewrite_log().norms.reused
         call(one_row())
         assert rewrite_log().norms.reused == before + 1
+
+
+class Unseen(torch.optim.Optimizer):
+    """Writes through ``data``: no version tells."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {})
+
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            p.data.add_(p.grad, alpha=-0.1)
+
+
+def test_an_optimizer_steps_without_a_forward_of_ours() -> None:
+    """Gradients that came by another way, as from a stock model or another process."""
+    layer = Layer()
+    call, optimizer = compiled(layer), Unseen(layer.parameters())
+    for _ in range(3):
+        with torch.no_grad():
+            for _ in range(2):
+                assert_close(call(one_row()), layer(one_row()), 1e-12)
+        for p in layer.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert rewrite_log().norms.reused and rewrite_log().norms.invalidated["the optimizer stepped"] == 2
