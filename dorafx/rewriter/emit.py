@@ -25,6 +25,7 @@ from .shapes import sizes_of
 __all__ = ["CannotEmit", "Emitter"]
 
 _COLUMNS = ((Mat(ONES),), (Mat(ONES, True),))
+_ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
 
 
 class Emitter(NodeEmitter):
@@ -220,6 +221,8 @@ class Emitter(NodeEmitter):
             node = self.flat(self.product((last,)))
             column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
             return self.call(torch.mul, column, node)
+        if prefix[-1] == Mat(ONES, True):
+            raise CannotEmit(_ONE_COLUMN)
         left = self.product(prefix)
         return self._multiply(left, last)
 
@@ -351,7 +354,7 @@ class Emitter(NodeEmitter):
         """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
         parts = tuple(parts)
         if any(p.scale.constant is not None and p.core[-1:] in _COLUMNS for p in parts):
-            raise CannotEmit("a low-rank product has one column, and no vector makes it wide")
+            raise CannotEmit(_ONE_COLUMN)
         if len(parts) == 1:
             return self._scaled_product(parts[0])
         total: fx.Node | None = None

@@ -45,7 +45,8 @@ def verdict_of(program: Program) -> Verdict:
         verdict = compared(namespace(program.source()), **vars(program.how))
     except Exception as error:
         return Verdict(wrong=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-    failure = next((r.reason for r in verdict.records if "internal failure" in r.reason), "")
+    unforeseen = ("internal failure", "please report")
+    failure = next((r.reason for r in verdict.records if any(text in r.reason for text in unforeseen)), "")
     verdict.wrong = verdict.wrong or failure
     return verdict
 
