@@ -306,8 +306,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
             a norm, autograd then keeps every block.
 
     Returns:
-        A new program of the same type; ``program`` itself where it holds no DoRA, where the shapes of its values cannot be found, or
-        where dorafx fails. The log says which.
+        A new program of the same type; ``program`` itself where it holds no DoRA, its shapes are unknown, or dorafx fails. The log says which.
 
     Raises:
         TypeError: anything else.
@@ -337,7 +336,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         try:
             graph_module = with_shapes(graph_module, example_inputs)
         except UnknownShapes as unknown:
-            rewrite_log().add(Record(status="missed", site="", reason=str(unknown)))
+            rewrite_log().add(Record("missed", reason=str(unknown)))
             return program
     log = RewriteLog()
     result: Any = program

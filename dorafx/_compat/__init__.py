@@ -392,10 +392,11 @@ def fake_mode() -> Any:
 
 def needs_values(error: Exception) -> bool:
     """Whether an operator cannot be run on fake tensors: what it does depends on a tensor's numbers, or nobody wrote a fake kernel."""
-    from torch._subclasses import fake_tensor
+    from torch._subclasses import fake_tensor as fake
 
-    kinds = ("DataDependentOutputException", "DynamicOutputShapeException", "UnsupportedOperatorException")
-    return isinstance(error, tuple(getattr(fake_tensor, kind) for kind in kinds))
+    return isinstance(
+        error, (fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException)
+    )
 
 
 def fake_mode_of(value: Any) -> Any:

@@ -149,7 +149,7 @@ class Lifter:
         if self.records_gradients or _hands_back(node):
             return value
         self.unrecorded.add(node)
-        return self.recorded(value) if value is not None else None
+        return self.detach(value) if value is not None else None
 
     def _lift(self, node: fx.Node) -> Value | None:
         name = canonical_name(node)

@@ -80,23 +80,19 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
 
 
 def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
+    left, right, scale = factor_operands(emit, norm.factors)
+    if norm.factors.info.double:
+        # One operand decides what the norm is computed in, and this is the smallest.
+        right = emit.cast(right, torch.float64)
     if norm.packed is None:
         weight, order = weight_operand(emit, norm.factors)
-        left, right, scale = factor_operands(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
-        if norm.factors.info.double:
-            # One operand decides what the norm is computed in, and this is the smallest.
-            right = emit.cast(right, torch.float64)
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
         return emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
     w = norm.packed
-    packed = packed_operands(emit, w)
-    left, right, scale = factor_operands(emit, norm.factors)
-    operands = left, emit.cast(right, torch.float64) if norm.factors.info.double else right, scale
-    n = emit.call(
-        torch.ops.dorafx.row_norm_quantized.default, *packed, *operands, w.format, list(w.shape), w.group, w.dtype
-    )
+    options = w.format, list(w.shape), w.group, w.dtype
+    n = emit.call(torch.ops.dorafx.row_norm_quantized.default, *packed_operands(emit, w), left, right, scale, *options)
     dense = emit.lift.atom_of(norm.factors.dense_atom).node
     assert dense is not None
     n.meta[DENSE] = dense.name

@@ -61,8 +61,8 @@ def _order_in_memory(filters: torch.Tensor) -> tuple[int, ...]:
 
 
 def in_its_dtype(emit: Emitter, info: AtomInfo) -> AbstractContextManager[None]:
-    """Make the operands of a norm in the dtype that it is computed in, fp64 or fp32. The exception is a norm that is in half precision
-    in the original as well, of a product that is: there products stay narrow, for half of the memory."""
+    """Make the operands of a norm in the dtype that it is computed in, fp64 or fp32; in their own, for half of the memory, where all
+    that the original computes of it is in half precision."""
     dtypes = [tensor.dtype for site in info.sites if (tensor := tensor_of(site)) is not None]
     if not info.double and all(torch.finfo(dtype).bits < 32 for dtype in dtypes):
         return nullcontext()

@@ -98,8 +98,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "a norm of fp64 in fp32": Fault(
         "rewriter/apply.py",
-        "            right = emit.cast(right, torch.float64)",
-        "            right = right",
+        "        right = emit.cast(right, torch.float64)",
+        "        right = right",
         (FUZZ, "integration/test_mixed_dtypes.py"),
     ),
     "a tie with a bound": Fault(
