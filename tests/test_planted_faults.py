@@ -198,15 +198,7 @@ FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant
     "norm in bf16 of bf16": (widened, BF16, norm(through(BF16)), "the norm is"),
     "result in bf16 of fp32": (plain, FP32, composition(through(BF16)), "in its own dtypes, output 0 is"),
 }
-QUICK = (
-    "outputs that are one",
-    "zero term",
-    "n for 1/n",
-    "write forgotten",
-    "cast forgotten",
-    "dtype",
-    "strides",
-)
+QUICK = ("outputs that are one", "zero term", "n for 1/n", "write forgotten", "cast forgotten", "dtype", "strides")
 
 
 @pytest.mark.parametrize(

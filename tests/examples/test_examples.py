@@ -22,7 +22,6 @@ PROMISES = {
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
 NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers", "qdora.py": "bitsandbytes"}
-SLOW = ("diffusion.py",)
 
 
 def test_every_example_is_here() -> None:
@@ -30,7 +29,7 @@ def test_every_example_is_here() -> None:
 
 
 @pytest.mark.default_cases("own_layer.py", "inspect_log.py")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in PROMISES])
+@pytest.mark.parametrize("name", PROMISES)
 def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])

@@ -87,8 +87,8 @@ def test_the_linear_is_left_where_its_base_product_is_read() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels_everywhere")
-@pytest.mark.parametrize("compose", ["triton", pytest.param("triton_linear", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("inference", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compose", ["triton", "triton_linear"])
+@pytest.mark.parametrize("inference", [False, True])
 def test_inductor_calls_the_kernels_operators(compose: str, inference: bool) -> None:
     """The compiled code holds the opaque calls, forward and backward; values and gradients agree."""
     from torch._inductor.utils import run_fw_bw_and_get_code

@@ -19,7 +19,6 @@ functional = pytest.importorskip("bitsandbytes.functional")
 pytest.importorskip("hqq")
 quantize_ = pytest.importorskip("torchao.quantization").quantize_
 
-SLOW = ("nf4", "hqq 4 bit columns", "hqq 8 bit")
 EAGER = {"dorafx.codegen": "eager", "dorafx.strict": True}
 
 
@@ -30,7 +29,7 @@ def compiled(model: Any, **options: Any) -> Any:
 
 
 @pytest.mark.default_cases("nf4 double", "hqq 4 bit", "torchao int8")
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in FORMATS])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_whole_and_equal_to_stock(kind: str) -> None:
     """One graph; every layer rewritten whole, its norm in the prologue by blocks; outputs and gradients are stock's."""
     model, x = quantized(kind), torch.randn(2, 5, 64)

@@ -140,6 +140,16 @@ def sampled(samples: bool) -> Any:
 
 
 @contextlib.contextmanager
+def instead(space: dict[str, Any], name: str, other: Any) -> Any:
+    """What a program calls by a name is another function."""
+    plain = space[name]
+    space[name] = other
+    try:
+        yield
+    finally:
+        space[name] = plain
+
+
 def other_operands(space: dict[str, Any], eps: float = 0.0, exact: bool = False) -> Any:
     """Operands that differ by a relative ``eps``, or that are in fp64 whatever they are in."""
     plain = space["R"]
@@ -149,22 +159,12 @@ def other_operands(space: dict[str, Any], eps: float = 0.0, exact: bool = False)
         noise = torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 0.5
         return (value * (1 + 2 * eps * noise)).to(torch.float64 if exact else dtype)
 
-    space["R"] = R
-    try:
-        yield
-    finally:
-        space["R"] = plain
+    return instead(space, "R", R)
 
 
-@contextlib.contextmanager
-def other_checkpoint(space: dict[str, Any]) -> Any:
-    """No checkpoint: what is to be computed again is kept."""
-    plain = space["checkpoint"]
-    space["checkpoint"] = lambda body, *arguments, use_reentrant=False: body(*arguments)
-    try:
-        yield
-    finally:
-        space["checkpoint"] = plain
+def no_checkpoint(space: dict[str, Any]) -> Any:
+    """What is to be computed again is kept."""
+    return instead(space, "checkpoint", lambda body, *arguments, use_reentrant=False: body(*arguments))
 
 
 def differing(
@@ -249,7 +249,7 @@ def compared(
     rounding = all(" differs by " in sentence for sentence in different)
     if different and hasattr(space["Model"], "body"):
         # A checkpoint keeps autograd from seeing that a tensor which it has saved is written to: eager gradients are wrong then.
-        with other_checkpoint(space):
+        with no_checkpoint(space):
             try:
                 ran(space, "original", how)
             except Void as error:

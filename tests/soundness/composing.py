@@ -694,12 +694,7 @@ class _Composer:
         if norm == "factored":
             tolerance = max(tolerance, 1e-7)
         if self.inductor:
-            return How(
-                codegen="inductor",
-                dynamic=self.chance(0.2),
-                norm=norm,
-                tolerance=max(tolerance, 1e-8),
-            )
+            return How(codegen="inductor", dynamic=self.chance(0.2), norm=norm, tolerance=max(tolerance, 1e-8))
         capture = self.rng.choices(("dynamo", "make_fx", "export", "symbolic_trace"), (68, 16, 8, 8))[0]
         if capture != "dynamo":
             return How(capture, tolerance=tolerance)

@@ -38,13 +38,9 @@ def test_graphs_and_rewrites(name: str) -> None:
     assert found.misses == []
 
 
-def some_slow(quick: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NAMES]
-
-
 @pytest.mark.default_cases("llama-fp32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", some_slow(("llama", "gpt2", "vit")))
+@pytest.mark.parametrize("name", NAMES)
 def test_graph_for_codegen(name: str, dtype: torch.dtype) -> None:
     """One graph, with one norm and one composition a layer as operators; no identity, nothing of the delta's shape but
     what is made of the weight alone (transposes and casts for the GEMM)."""
@@ -71,7 +67,7 @@ def test_graph_for_codegen(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.default_cases("llama")
-@pytest.mark.parametrize("name", some_slow(("bert", "gpt2", "llama", "opt", "t5", "vit")))
+@pytest.mark.parametrize("name", NAMES)
 def test_training_with_dropout_is_the_same_program(name: str) -> None:
     """Same seed, same masks: the rewritten program in training differs from the original by rounding only."""
     model = build(name, lora_dropout=0.2).train()

@@ -37,13 +37,8 @@ def unlabelled(name: str) -> dict[str, torch.Tensor]:
     return {k: v for k, v in ARCHITECTURES[name].inputs().items() if k != "labels" or name == "t5"}
 
 
-QUICK = ("llama", "qwen2", "gpt2")
-
-
 @pytest.mark.default_cases("qwen2")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in sorted(ARCHITECTURES)]
-)
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_flops_of_a_forward(name: str) -> None:
     """LoRA's FLOPs plus 2·d_out·d_in·r a module, exactly (no d_out·r² term: the tiled norm has none). The original pays
     2·d_in·d_in·r more a module, for pushing the identity through A."""
@@ -108,7 +103,7 @@ def largest_allocation(call: Any, train: bool) -> int:
 
 
 @pytest.mark.default_cases("eval-fp32-tiled")
-@pytest.mark.parametrize("norm", ["tiled", pytest.param("factored", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("norm", ["tiled", "factored"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 def test_largest_allocation(train: bool, dtype: torch.dtype, norm: str) -> None:

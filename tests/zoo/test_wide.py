@@ -17,7 +17,6 @@ from dorafx import explain, rewrite_log
 
 TABLE = Path(__file__).parents[2] / "examples" / "zoo.md"
 EVERY = {**ARCHITECTURES, **WIDE}
-QUICK = ("mamba", "resnet")
 NO_FP64 = ("mixtral", "qwen2_moe")
 """The grouped product of their experts has no fp64 kernel to compare with."""
 
@@ -58,12 +57,8 @@ def recalled(found: Any, model: Any) -> set[str]:
     return {want for want in dora_sites(model) if any(want == s or want.endswith("." + s) for s in sites)}
 
 
-def some_slow(quick: tuple[str, ...]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in sorted(WIDE)]
-
-
 @pytest.mark.default_cases("resnet")
-@pytest.mark.parametrize("name", some_slow(QUICK))
+@pytest.mark.parametrize("name", sorted(WIDE))
 def test_graphs_and_rewrites(name: str) -> None:
     """As many graphs and breaks as plain LoRA at most; every DoRA module rewritten whole, and once."""
     needs(name)
@@ -78,7 +73,7 @@ def test_graphs_and_rewrites(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", some_slow(QUICK))
+@pytest.mark.parametrize("name", sorted(WIDE))
 def test_same_program(name: str, training: bool) -> None:
     """Logits and the gradient of every trained parameter, in inference mode and in training mode."""
     needs(name)
