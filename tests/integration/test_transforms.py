@@ -48,8 +48,12 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=SLOW)])
-@pytest.mark.parametrize("name", PROGRAMS)
+# No Hessian through Inductor: torch 2.13 itself cannot compile one (AOT meets a tensor of forward-mode AD that is not a fake one).
+@pytest.mark.parametrize(
+    ("name", "codegen"),
+    [(name, "eager") for name in PROGRAMS]
+    + [pytest.param(name, "inductor", marks=SLOW) for name in PROGRAMS if name != "hessian"],
+)
 def test_transformed_programs_are_left_alone(name: str, codegen: str) -> None:
     def results(function: Callable[..., Any]) -> list[torch.Tensor]:
         inputs = [t.clone().requires_grad_() for t in (X, A, B, M)]
