@@ -8,6 +8,8 @@ from torch import fx
 
 __all__ = ["module_path", "site_of"]
 
+# What a compiled frame calls its module; after a graph break in it, the module is a value on the resumed frame's stack.
+_ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|self(?!\w))")
 _DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
 _INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
@@ -18,11 +20,8 @@ def module_path(access: str) -> str:
     path = _DICT_ACCESS.sub(r".\1", access)
     while _ATTRIBUTE.search(path):
         path = _ATTRIBUTE.sub(r"\1.\2", path)
-    for root in ("L['self']", "L['fn']", "L['mod']", "L['module']", "self"):
-        if path.startswith(root):
-            path = path[len(root) :]
-            break
-    else:
+    path, roots = _ROOT.subn("", path)
+    if not roots:
         path = re.sub(r"^[LG]\['([^']+)'\]", r"\1", path)
     path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
     return path.strip(".")
