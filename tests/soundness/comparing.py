@@ -279,4 +279,4 @@ def _subject(sentence: str) -> str:
     """What a sentence is of. Of an error it is its kind, without the compiler's name."""
     if sentence.endswith(_RAISES):
         return re.sub(r"(BackendCompilerFailed): .*", r"\1", sentence.removesuffix(_RAISES))
-    return sentence.split(" differs by ")[0]
+    return re.split(r" differs by | is \S+ off in the root mean square", sentence)[0]
