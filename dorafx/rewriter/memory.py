@@ -6,6 +6,7 @@ caller may write to what a program returns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,8 @@ class Ownership:
     def __init__(self, graph: fx.Graph) -> None:
         self._taken = {_storage(node) for node in graph.nodes} - {None}
         results = graph.find_nodes(op="output")[0].all_input_nodes
-        self._results, self._given_out = frozenset(results), {_storage(node) for node in results} - {None}
+        self._results, self._given_out = frozenset(results), Counter(map(_storage, results))
+        del self._given_out[None]
 
     def stays_inside(self, node: fx.Node) -> bool:
         """Whether no result of the graph is a value of the original, or shares its memory. Of copies of one tensor Inductor removes
@@ -85,8 +87,15 @@ class Ownership:
         return node not in self._results and _storage(node) not in self._given_out
 
     def of(self, emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
-        """``made``, or a copy of it where its memory is another value's."""
-        if _storage(made) in self._taken and not self._is_view(original):
+        """``made``, or a copy of it where its memory is another value's.
+
+        A copy, too, where it is a view, the original none, and two results of the graph are the original's memory. AOT autograd makes
+        such results of one tensor anew from their history of views, and (torch 2.13) gets that of a ``detach()`` of a view wrong: it
+        raises, or of a square matrix returns the transpose.
+        """
+        if not self._is_view(original) and (
+            _storage(made) in self._taken or (self._is_view(made) and self._given_out[_storage(original)] > 1)
+        ):
             made = emit.method("clone", made)
         self._taken.add(_storage(made))
         return made

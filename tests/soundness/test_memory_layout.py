@@ -154,6 +154,40 @@ def test_as_the_original_lies(name: str, grad: bool) -> None:
         assert any(r.rewritten for r in rewrite_log().records)
 
 
+def convolution(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    w, a = p.W[:, :8].reshape(p.d_out, 2, 4), p.A[:, :8].reshape(p.rank, 2, 4)
+    v = w + S * (p.B @ a.flatten(1)).view(w.shape)
+    g = p.m.view(1, -1, 1) / v.flatten(1).norm(dim=1).view(1, -1, 1)
+    signal = x[:, :8].reshape(2, 2, 8)
+    return g * (F.conv1d(signal, w) + S * F.conv1d(F.conv1d(signal, a), p.B[:, :, None]))
+
+
+BESIDE: dict[str, Callable[[torch.Tensor], object]] = {
+    "detached": lambda y: (y, y.detach()),
+    "data": lambda y: (y, y.data),
+    "without gradients": lambda y: (y, y.detach().view_as(y), y.sum()),
+    "views": lambda y: (y.transpose(0, 1), y, y.detach()),
+}
+
+
+@pytest.mark.default_cases(
+    "detached-from_the_left-aot_eager", "data-convolution-aot_eager", "detached-convolution-inductor"
+)
+@pytest.mark.parametrize("codegen", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("layer", [from_the_left, convolution, dora], ids=lambda layer: layer.__name__)
+@pytest.mark.parametrize("beside", BESIDE)
+def test_a_result_beside_what_is_detached_of_it(
+    beside: str, layer: Callable[[Layer, torch.Tensor], torch.Tensor], codegen: str
+) -> None:
+    """AOT autograd makes the second anew from the first's history of views, which a rewrite must not give it one of."""
+    p = Layer()
+    rewrite_log().clear()
+    check_everything(
+        lambda p, x: BESIDE[beside](layer(p, x)), p, torch.randn(4, p.d_in, dtype=torch.float64), codegen=codegen
+    )
+    assert any(r.rewritten for r in rewrite_log().records)
+
+
 def test_inductor() -> None:
     """All of them in one program, through the default code generator."""
 
