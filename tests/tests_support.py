@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from dorafx.backend import dorafx as backend
+from dorafx.log import Record
 
 
 def check_same(program: Any, layer: Any, x: torch.Tensor, tolerance: float = 1e-12, **options: Any) -> None:
@@ -96,6 +98,11 @@ def _assert_values(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) ->
     if finite.any():
         size = float(wanted[finite].abs().max())
         torch.testing.assert_close(got[finite], wanted[finite], rtol=tolerance, atol=tolerance * max(size, 1e-3))
+
+
+def defects(records: Iterable[Record]) -> list[str]:
+    """The reasons that speak of a defect of dorafx: a pass, or one replacement, that failed in a way which nobody foresaw."""
+    return [r.reason for r in records if "internal failure" in r.reason or "please report" in r.reason]
 
 
 @torch.library.custom_op("dorafx_tests::scale", mutates_args=("t",))

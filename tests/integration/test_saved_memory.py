@@ -150,15 +150,8 @@ def model_bytes(trained: bool, codegen: str) -> tuple[dict[str, int], int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("codegen", "trained"),
-    [
-        ("eager", True),
-        pytest.param("eager", False, marks=pytest.mark.slow),
-        pytest.param("inductor", True, marks=pytest.mark.slow),
-        pytest.param("inductor", False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
 def test_model(codegen: str, trained: bool) -> None:
     found, allowed = model_bytes(trained, codegen)
     assert found["dorafx"] <= found["lora"] + allowed, found

@@ -45,14 +45,18 @@ PROGRAMS: dict[str, Callable[..., Any]] = {
     "hessian": lambda x, a, b, m: hessian(lambda m: dora(x, a, b, m).square().sum())(m),
     "dual level": _dual,
 }
-SLOW = pytest.mark.slow
 
 
 # No Hessian through Inductor: torch 2.13 itself cannot compile one (AOT meets a tensor of forward-mode AD that is not a fake one).
+@pytest.mark.default_cases(*(f"{name}-eager" for name in PROGRAMS))
 @pytest.mark.parametrize(
     ("name", "codegen"),
-    [(name, "eager") for name in PROGRAMS]
-    + [pytest.param(name, "inductor", marks=SLOW) for name in PROGRAMS if name != "hessian"],
+    [
+        (name, codegen)
+        for name in PROGRAMS
+        for codegen in ("eager", "inductor")
+        if (name, codegen) != ("hessian", "inductor")
+    ],
 )
 def test_transformed_programs_are_left_alone(name: str, codegen: str) -> None:
     def results(function: Callable[..., Any]) -> list[torch.Tensor]:
@@ -86,7 +90,8 @@ TRANSFORMED: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=SLOW)])
+@pytest.mark.default_cases("False-eager", "True-eager")
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
 @pytest.mark.parametrize("warm", [False, True])
 def test_transforms_of_a_compiled_function(warm: bool, codegen: str) -> None:
     compiled = torch.compile(dora, backend="dorafx", options={"dorafx.codegen": codegen})

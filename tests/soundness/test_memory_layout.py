@@ -179,7 +179,7 @@ BESIDE: dict[str, Callable[[torch.Tensor], object]] = {
 def test_a_result_beside_what_is_detached_of_it(
     beside: str, layer: Callable[[Layer, torch.Tensor], torch.Tensor], codegen: str
 ) -> None:
-    """AOT autograd makes the second anew from the first's history of views, which a rewrite must not give it one of."""
+    """AOT autograd makes the second anew from the first's history of views: a rewrite adds none to it."""
     p = Layer()
     rewrite_log().clear()
     check_everything(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests_support import defects
 from torch.fx.experimental.proxy_tensor import make_fx
 from written_programs import Factors, program_of, statements
 
@@ -116,8 +117,8 @@ def wrong(program: Program, capture: str) -> str | None:
         return None
     if pair is None or wanted is None:
         return None
-    if any("internal failure" in r.reason for r in rewrite_log().records):
-        return rewrite_log().records[0].reason
+    if found := defects(rewrite_log().records):
+        return found[0]
     try:
         got = seen(pair[1], p, capture != "inductor")
     except torch._dynamo.exc.TorchDynamoException:
