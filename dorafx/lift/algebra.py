@@ -14,8 +14,8 @@ derivative, which is what makes a rewrite by algebra preserve gradient flow with
 
 A program is not quite such a polynomial: ``0·p``, ``b - b`` and ``u/u`` still give ``p``, ``b`` and ``u`` a gradient (of zeros,
 where a program without the term gives none), and are NaN where these are infinite or zero. So a term remembers what
-*vanished* from it, as long as nothing that is left in it has the same gradient and is as little a number there: it is not
-equal to a term from which nothing vanished.
+*vanished* from it, as long as nothing that is left in it has the same gradient and is as little a number there (``0·W + W`` is
+no number where ``W`` is infinite): it is not equal to a term from which nothing vanished.
 """
 
 from __future__ import annotations
@@ -85,10 +85,12 @@ class Vanished(NamedTuple):
     """An indeterminate that a program reads, and of which no term is left: one was multiplied by zero, or taken off itself.
 
     ``divisor``: it divided, and no longer does: where it is zero, the program's value is no number.
+    ``zeroed``: it was multiplied by zero: where it is infinite, the program's value is no number.
     """
 
     atom: Atom
     divisor: bool = False
+    zeroed: bool = False
 
 
 Lost = frozenset[Vanished]
@@ -122,6 +124,8 @@ def _remaining(lost: Iterable[Vanished], left: Iterable[Vanished]) -> Lost:
     there = frozenset(left)
 
     def stands(v: Vanished) -> bool:
+        if v.zeroed:
+            return False
         # No gradient depends on whether something was a divisor.
         needs_gradient = not v.atom.detached and not v.divisor
         twins = (v.atom,) if needs_gradient else (Atom(v.atom.id), Atom(v.atom.id, True))
@@ -134,7 +138,11 @@ def _remaining(lost: Iterable[Vanished], left: Iterable[Vanished]) -> Lost:
 
 
 def _detached_lost(lost: Lost, keep: frozenset[int]) -> Lost:
-    return frozenset(v if v.atom.id in keep else Vanished(Atom(v.atom.id, True), v.divisor) for v in lost)
+    return frozenset(v if v.atom.id in keep else v._replace(atom=Atom(v.atom.id, True)) for v in lost)
+
+
+def _zeroed(parts: Iterable[Vanished]) -> Lost:
+    return frozenset(v._replace(zeroed=True) for v in parts)
 
 
 def _mono_mul(a: Mono, b: Mono, lost: set[Vanished]) -> Mono:
@@ -213,10 +221,12 @@ class Poly:
                 mono = _mono_mul(m1, m2, lost)
                 terms[mono] = terms.get(mono, 0.0) + c1 * c2
         if not self.items or not other.items:
-            lost.update(self.parts(), other.parts())
+            lost |= _zeroed((*self.parts(), *other.parts()))
         return Poly.of(terms, lost)
 
     def scaled(self, factor: float) -> Poly:
+        if not factor:
+            return Poly.of({}, self.vanished | _zeroed(self.parts()))
         return Poly.of({m: c * factor for m, c in self.items}, self.vanished)
 
     @property
@@ -329,6 +339,8 @@ class Expr:
         return Expr.of(terms, self.vanished | other.vanished)
 
     def scaled(self, factor: float) -> Expr:
+        if not factor:
+            return Expr.of({}, self.vanished | _zeroed(self.parts()))
         return Expr.of({k: c * factor for k, c in self.items}, self.vanished)
 
     def times_scalar(self, scalar: Poly) -> Expr:
@@ -339,7 +351,7 @@ class Expr:
                 key = (_mono_mul(s, mono, lost), chain)
                 terms[key] = terms.get(key, 0.0) + c * k
         if not self.items or not scalar.items:
-            lost.update(self.parts(), scalar.parts())
+            lost |= _zeroed((*self.parts(), *scalar.parts()))
         return Expr.of(terms, lost)
 
     def __matmul__(self, other: Expr) -> Expr:
@@ -356,7 +368,7 @@ class Expr:
                 key = (_mono_mul(s1, s2, lost), tuple(chain))
                 terms[key] = terms.get(key, 0.0) + c1 * c2
         if not self.items or not other.items:
-            lost.update(self.parts(), other.parts())
+            lost |= _zeroed((*self.parts(), *other.parts()))
         return Expr.of(terms, lost)
 
     def left_diag(self, vector: Poly) -> Expr:
@@ -376,7 +388,7 @@ class Expr:
                 key = (s, tuple(out))
                 terms[key] = terms.get(key, 0.0) + c * k
         if not self.items or not vector.items:
-            lost.update(self.parts(), vector.parts())
+            lost |= _zeroed((*self.parts(), *vector.parts()))
         return Expr.of(terms, lost)
 
     def transposed(self) -> Expr:

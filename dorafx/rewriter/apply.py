@@ -72,10 +72,12 @@ def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
     n = reduced(emit, n)
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
-    if norm.factors.info.eps:
-        n = emit.call(torch.sqrt, emit.call(torch.add, emit.call(torch.mul, n, n), norm.factors.info.eps))
-    elif norm.factors.info.rooted:
-        n = emit.call(torch.sqrt, emit.call(torch.mul, n, n))
+    info = norm.factors.info
+    if info.eps or info.rooted:
+        # An infinite norm has no gradient, as the root of a sum of squares has none; that of ``n·n`` would be ``0·inf``.
+        n = emit.call(torch.clamp_max, n, torch.finfo(emit.tensor(n).dtype).max)
+        n = emit.call(torch.mul, n, n)
+        n = emit.call(torch.sqrt, emit.call(torch.add, n, info.eps) if info.eps else n)
     return n
 
 

@@ -85,7 +85,7 @@ def explained() -> dict[str, Any]:
         "patterns": sorted({r.pattern for r in explanation.rewrites}),
         "sites": len({r.site for r in explanation.rewrites}),
         "misses": len(explanation.misses),
-        "checked": len(report.checks),
+        "checked": len({check.site for check in report.checks if check.site}),
         "passed": report.passed,
     }
 

@@ -96,7 +96,7 @@ class Run:
             mode: ``"grad"`` (and a backward), ``"no_grad"`` or ``"inference"``.
             autocast: to bfloat16.
             write: which output its caller writes to in place.
-            summed: its caller sums the outputs, so that a gradient of one number, expanded, comes in.
+            summed: its caller sums the outputs, so that a gradient of one number, expanded, comes in; the outputs are seen as well.
         """
 
         def called(*values: Any) -> Any:
@@ -108,7 +108,7 @@ class Run:
             tensors = list(result) if isinstance(result, (tuple, list)) else [result]
             if write is not None and write < len(tensors):
                 tensors[write].detach().mul_(2.0)
-            return [t.sum() for t in tensors] if summed else result
+            return [t.sum() for t in tensors] + [t.detach().clone() for t in tensors] if summed else result
 
         leaves = dict(self.model.named_parameters())
         seen = observe(called, inputs, leaves, mode, seed=7)
@@ -150,13 +150,13 @@ def instead(space: dict[str, Any], name: str, other: Any) -> Any:
         space[name] = plain
 
 
-def other_operands(space: dict[str, Any], eps: float = 0.0, exact: bool = False) -> Any:
-    """Operands that differ by a relative ``eps``, or that are in fp64 whatever they are in."""
+def other_operands(space: dict[str, Any], eps: float = 0.0, exact: bool = False, seed: int = 5) -> Any:
+    """Operands that differ by a relative ``eps`` (other ones for another ``seed``), or that are in fp64 whatever they are in."""
     plain = space["R"]
 
     def R(name: str, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         value = plain(name, *shape, dtype=dtype).double()
-        noise = torch.rand(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64) - 0.5
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 0.5
         return (value * (1 + 2 * eps * noise)).to(torch.float64 if exact else dtype)
 
     return instead(space, "R", R)
@@ -269,6 +269,15 @@ def compared(
             moved = differing(wanted, ran(space, "original", how), 0.0)
             if max(different.values()) < 10 * max(moved.values(), default=0.0):
                 return Verdict(excused="ill-conditioned", records=verdict.records)
+    jumps = all(" differs by " in sentence or " off in the root mean square" in sentence for sentence in different)
+    if jumps and different and tolerance > 1e-5:
+        # A comparison (``y > 1``) of numbers that half precision rounds to one side or the other: the original itself, with operands
+        # moved by a unit in the last place of it, comes as far.
+        for seed in range(16):
+            with contextlib.suppress(Exception), other_operands(space, tolerance / 16, seed=seed):
+                moved = differing(wanted, ran(space, "original", how), 0.0)
+                if max(different.values()) < 2 * max(moved.values(), default=0.0):
+                    return Verdict(excused="ill-conditioned", records=verdict.records)
     return verdict
 
 

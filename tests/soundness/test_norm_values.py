@@ -83,6 +83,17 @@ def test_powers_through_inductor() -> None:
     assert any(r.rewritten for r in rewrite_log().records)
 
 
+@pytest.mark.parametrize("name", POWERS)
+def test_an_infinite_weight(name: str) -> None:
+    """The gradient is lost where the weight is infinite, and nowhere else, a zero row besides."""
+    p = Layer(6, 7, 2)
+    p.W.data[0, 1] = float("inf")
+    p.W.data[1] = p.B.data[1] = 0.0
+    check_everything(
+        lambda p, x: (POWERS[name](adapted(p), 1, False), x * 1), p, torch.randn(3, 7, dtype=torch.float64)
+    )
+
+
 REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean of squares": lambda v: (v**2).mean(dim=tuple(range(1, v.dim()))).sqrt(),
     "mean, axes in another order": lambda v: v.square().mean(dim=tuple(range(v.dim() - 1, 0, -1))).rsqrt(),

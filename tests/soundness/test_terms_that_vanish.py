@@ -64,6 +64,13 @@ def the_only_delta_at_scale_zero(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return p.m / n * (F.linear(x, p.W) + 0 * lora(p, x))
 
 
+@vanishing("missed")
+def the_weight_at_scale_zero_beside_itself(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """``W + 0·W`` is NaN where ``W`` is infinite."""
+    n = (p.W + S * (p.B @ p.A) + 0.0 * p.W).norm(dim=1)
+    return p.m / n * (F.linear(x, p.W) + S * lora(p, x))
+
+
 @vanishing("linear")
 def a_bias_taken_off_itself(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return dora(p, x) + (p.bias - p.bias)
@@ -129,7 +136,7 @@ def test_gradients_of_zeros_and_nan_stay(name: str) -> None:
     with torch.no_grad():
         for vector in (p.b,) if program is a_bias_taken_off_and_added else (p.b, p.bias):
             vector[0], vector[1], vector[2] = 0.0, float("inf"), float("nan")
-        p.A2[0, 0] = float("inf")
+        p.A2[0, 0] = p.W[0, 0] = float("inf")
     check_everything(program, p, x)
 
 
