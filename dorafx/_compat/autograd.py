@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["in_backward", "saved_tensors_are_packed"]
+__all__ = ["differentiates_by_itself", "in_backward", "saved_tensors_are_packed"]
+
+
+def differentiates_by_itself(tensor: torch.Tensor) -> bool:
+    """Whether all that leads to a tensor is differentiated by formulas of autograd's own, none by a ``torch.autograd.Function``'s
+    or a custom operator's (which is one, too)."""
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        fn = stack.pop()
+        if isinstance(fn, torch.autograd.function.BackwardCFunction):
+            return False
+        if fn is not None and fn not in seen:
+            seen.add(fn)
+            stack.extend(following for following, _ in fn.next_functions)
+    return tensor.requires_grad
 
 
 def in_backward() -> bool:

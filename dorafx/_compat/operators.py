@@ -7,8 +7,18 @@ import types
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Argument", "is_higher_order", "leaves_its_operands", "schemas", "views", "writes"]
+__all__ = [
+    "Argument",
+    "is_higher_order",
+    "leaves_its_operands",
+    "packet_name",
+    "recorded_calls",
+    "schemas",
+    "views",
+    "writes",
+]
 
 Argument = tuple[int | None, str]
 """Where an argument stands in a call: its position (None where only a keyword gives it), and its name."""
@@ -45,6 +55,25 @@ def schemas(target: Any) -> tuple[Any, ...]:
     if isinstance(target, torch._ops.OpOverloadPacket):
         return tuple(getattr(target, name)._schema for name in target.overloads())  # type: ignore[no-untyped-call]
     return ()
+
+
+def packet_name(target: Any) -> str | None:
+    """``"add"`` for ``aten.add``, a packet of overloads; None for what is not one of aten."""
+    if not isinstance(target, torch._ops.OpOverloadPacket) or not target._qualified_op_name.startswith("aten::"):
+        return None
+    return target._qualified_op_name.removeprefix("aten::")
+
+
+class recorded_calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which the overloads that are called, below autograd, are appended to a list."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._calls.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 def writes(target: Any) -> frozenset[Argument]:

@@ -16,7 +16,9 @@ from torch import fx
 
 from dorafx import _compat
 
-__all__ = ["arguments", "canonical_name", "drops_nothing", "first_argument"]
+from .lookup import name_in_torch, view_of
+
+__all__ = ["arguments", "canonical_name", "drops_nothing", "first_argument", "permuted_axes"]
 
 # Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -70,7 +72,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "convolution": ("convolution",),
     "embedding": ("embedding",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
-    "t": ("t", "numpy_T", "matrix_H", "mT", "mH", "adjoint"),
+    "t": ("t", "numpy_T", "matrix_H", "T", "H", "mT", "mH", "adjoint"),
     "permute": ("permute",),
     "view": (
         "view",
@@ -136,20 +138,45 @@ _FUNCTIONS = _function_table()
 def canonical_name(node: fx.Node) -> str | None:
     """The lifter's name of a node's operator; None where the table does not know it."""
     if node.op == "call_method":
-        return _BY_NAME.get(str(node.target))
+        return _BY_NAME.get(str(node.target)) or _looked_up(node)
     if node.op != "call_function":
         return None
     target = node.target
     if _compat.is_overload(target):
         aten = _compat.aten_name(target)
-        return _BY_NAME.get(aten) if aten is not None else _LIBRARY_OPERATORS.get(str(target))
+        if aten is None:
+            return _LIBRARY_OPERATORS.get(str(target))
+        return _BY_NAME.get(aten) or _looked_up(node)
     try:
         name = _FUNCTIONS.get(target)
     except TypeError:  # an unhashable callable is somebody's own object
         return None
-    if name is None:
-        return _GRAD_MODES.get(getattr(target, "__name__", ""))
+    return name or _GRAD_MODES.get(getattr(target, "__name__", "")) or _looked_up(node)
+
+
+def _looked_up(node: fx.Node) -> str | None:
+    """What torch, or how the result lies in memory, tells of an operator that the table does not hold."""
+    name = _BY_NAME.get(name_in_torch(node.target) or "") if node.op == "call_function" else None
+    if name is None and (view := view_of(node)) is not None:
+        name = view.name
     return name
+
+
+def permuted_axes(node: fx.Node) -> tuple[Any, ...]:
+    """The axes of the argument of a ``permute`` in the order of its result's."""
+    if _known(node):
+        dims: Any = node.kwargs.get("dims", node.args[1:])
+        return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else tuple(dims)
+    view = view_of(node)
+    return view.order if view is not None else ()
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether the table knows a node by its name, so that it has the arguments that go with that."""
+    if node.op == "call_method":
+        return node.target in _BY_NAME
+    target: Any = node.target
+    return (_compat.aten_name(target) or name_in_torch(target)) in _BY_NAME or target in _FUNCTIONS
 
 
 # The names that torch takes from NumPy for its own, and aten's for the first argument.

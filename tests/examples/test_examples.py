@@ -28,7 +28,7 @@ def test_every_example_is_here() -> None:
     assert {p.name for p in EXAMPLES.glob("*.py")} == set(PROMISES)
 
 
-@pytest.mark.default_cases("own_layer.py", "inspect_log.py")
+@pytest.mark.default_cases("inspect_log.py")
 @pytest.mark.parametrize("name", PROMISES)
 def test_example(name: str, tmp_path: Path) -> None:
     if name in NEEDS:

@@ -246,7 +246,7 @@ def test_norm_algorithm_on_request(algorithm: str) -> None:
 # -- codegen ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.default_cases("False-auto")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "compose"), [(False, "auto"), (True, "auto"), (True, "accumulated"), (True, "epilogue")]
 )

@@ -55,7 +55,7 @@ def test_division_does_not_change_between_runs() -> None:
     assert all(torch.equal(first, launch(weight, left, right, 0.5, 5)) for _ in range(3))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     d_out=st.integers(1, 90),
     d_in=st.integers(1, 200),

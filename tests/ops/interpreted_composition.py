@@ -75,7 +75,7 @@ def layouts(t: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lead=st.lists(st.integers(1, 4), min_size=0, max_size=3),
     d=st.sampled_from([1, 2, 7, 33, 130]),
@@ -282,7 +282,7 @@ def test_a_group_of_blocks_is_covered_whole() -> None:
     check_linear(linear_operands((150,), 40, 20, 3, torch.float32), 1.0, None, config=tiny)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lead=st.lists(st.integers(1, 6), max_size=3),
     d_out=st.integers(1, 90),

@@ -73,6 +73,7 @@ def test_switching_back_finds_the_norms_again_unless_they_changed() -> None:
     assert counts()[0] == computed + LAYERS
 
 
+@pytest.mark.default_cases("linear")
 @pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
 def test_add_weighted_adapter(kind: str) -> None:
     """A combination made, deleted and made again of the same name from other weights."""

@@ -190,7 +190,7 @@ def test_generate_reuses_after_the_prefill() -> None:
         dorafx.restore(model)
 
 
-@pytest.mark.default_cases("dynamic")
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_after_training_is_fresh(cache: str) -> None:
     model = peft_model(layers=1)

@@ -21,7 +21,7 @@ def same_sites(sites: list[str], model: Any) -> bool:
     return sorted(inner + s.removeprefix(inner) for s in sites) == dora_sites(model)
 
 
-@pytest.mark.default_cases("llama", "vit")
+@pytest.mark.default_cases("llama")
 @pytest.mark.parametrize("name", NAMES)
 def test_graphs_and_rewrites(name: str) -> None:
     """As many graphs and breaks as plain LoRA; every DoRA module rewritten exactly once; nothing missed."""
@@ -66,7 +66,7 @@ def test_graph_for_codegen(name: str, dtype: torch.dtype) -> None:
             assert "lora" not in weight.name, (node.format_node(), tuple(value.shape))
 
 
-@pytest.mark.default_cases("llama")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_training_with_dropout_is_the_same_program(name: str) -> None:
     """Same seed, same masks: the rewritten program in training differs from the original by rounding only."""

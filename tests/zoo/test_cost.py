@@ -37,7 +37,7 @@ def unlabelled(name: str) -> dict[str, torch.Tensor]:
     return {k: v for k, v in ARCHITECTURES[name].inputs().items() if k != "labels" or name == "t5"}
 
 
-@pytest.mark.default_cases("qwen2")
+@pytest.mark.default_cases("opt")
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
 def test_flops_of_a_forward(name: str) -> None:
     """LoRA's FLOPs plus 2·d_out·d_in·r a module, exactly (no d_out·r² term: the tiled norm has none). The original pays

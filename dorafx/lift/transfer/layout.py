@@ -10,7 +10,7 @@ from torch import fx
 
 from ..algebra import Expr
 from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments, drops_nothing, first_argument
+from ..targets import arguments, drops_nothing, first_argument, permuted_axes
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
 
 
@@ -128,12 +128,9 @@ def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: tuple
 @transfer("permute")
 def permute(lift: Lifter, node: fx.Node) -> Value | None:
     tensor = tensor_of(first_argument(node))
-    dims: Any = node.kwargs.get("dims", node.args[1:])
-    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
-        dims = dims[0]
     if tensor is None or tensor.dim() != 2:
         return None
-    if [d % 2 for d in dims] == [1, 0]:
+    if [d % 2 for d in permuted_axes(node)] == [1, 0]:
         return _transposed(lift, first_argument(node))
     return lift.value(first_argument(node))
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from ..algebra import Mat
 from ..lifter import TRANSFER, Lifter, tensor_of
-from ..targets import arguments, first_argument
+from ..targets import arguments, first_argument, permuted_axes
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import same_shape, same_size
 from .einsum import by_letters
@@ -81,10 +81,7 @@ def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
 
 def _permuted(lift: Lifter, node: fx.Node) -> Subscripts | None:
     source = _of(lift, first_argument(node))
-    dims: Any = node.kwargs.get("dims", node.args[1:])
-    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
-        dims = dims[0]
-    return _moved(source, dims)
+    return _moved(source, permuted_axes(node))
 
 
 def _transposed(lift: Lifter, node: fx.Node) -> Subscripts | None:
