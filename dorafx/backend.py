@@ -37,6 +37,7 @@ from dorafx.rewriter import (
     reuse_buffers,
 )
 from dorafx.runtime import with_prologue
+from dorafx.self_check import announce_untested_versions
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
@@ -83,6 +84,7 @@ def dorafx(
         raise _compat.through_dynamo(error) from None
     capture.install()
     guard_on_hooks()
+    announce_untested_versions()
     program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
     if (

@@ -13,13 +13,12 @@ import torch
 
 from dorafx import _compat, capture
 from dorafx.bench.environment import describe_environment
+from dorafx.self_check import check_recognition
 from dorafx.self_tests import SELF_TESTS, run_self_test
+from dorafx.versions import OPTIONAL, VERSIONS
 
 __all__ = ["Check", "bug_report", "examine"]
 
-# First version supported, and the first that is not known to work ("" for open).
-SUPPORTED = {"torch": ("2.11", "2.14"), "peft": ("0.15", "0.22"), "transformers": ("4.57", ""), "triton": ("3.6", "")}
-_OPTIONAL = ("peft", "transformers", "triton")
 _VARIABLES = re.compile(
     r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
 )
@@ -30,7 +29,7 @@ class Check:
     """One line of the doctor's answer.
 
     Attributes:
-        group: ``"environment"``, ``"versions"``, ``"polyfills"`` or ``"operators"``.
+        group: ``"environment"``, ``"versions"``, ``"recognition"``, ``"polyfills"`` or ``"operators"``.
         name: what was looked at.
         passed: whether it is as it should be.
         detail: what was found.
@@ -52,14 +51,14 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order to read them."""
-    return [*_environment(), *map(_version, SUPPORTED), *_polyfills(), *_operators()]
+    return [*_environment(), *map(_version, VERSIONS), _recognition(), *_polyfills(), *_operators()]
 
 
 def bug_report(checks: Iterable[Check]) -> str:
     """What to paste into a bug report: a block of Markdown that names no file and no person."""
     checks = list(checks)
     lines = [f"{c.name}: {c.detail}" for c in checks if c.group in ("environment", "versions")]
-    for group in ("polyfills", "operators"):
+    for group in ("recognition", "polyfills", "operators"):
         failed = [c for c in checks if c.group == group and not c.passed]
         total = sum(c.group == group for c in checks)
         lines.append(f"{group}: {total - len(failed)} of {total} hold")
@@ -85,23 +84,25 @@ def _environment() -> list[Check]:
     return [Check("environment", name, True, detail) for name, detail in facts.items()]
 
 
-def _parts(version: str) -> tuple[int, ...]:
-    # "2.12rc1" counts as 2.12.
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
-
-
 def _version(name: str) -> Check:
-    first, beyond = SUPPORTED[name]
-    wanted = f"{first} or newer" + (f", below {beyond}" if beyond else "")
+    versions = VERSIONS[name]
     try:
         found = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        optional = name in _OPTIONAL
+        optional = name in OPTIONAL
         return Check("versions", name, optional, "not installed (optional)" if optional else "not installed")
-    supported = _parts(found) >= _parts(first) and (not beyond or _parts(found) < _parts(beyond))
-    detail = f"{found}, supported ({wanted})" if supported else f"{found} is not supported ({wanted} is)"
-    return Check("versions", name, supported, detail)
+    if versions.is_too_old(found):
+        return Check("versions", name, False, f"{found} is not supported ({versions.minimum} or newer is)")
+    tested = f"tests ran with {versions.range}"
+    return Check(
+        "versions", name, True, f"{found}, newer than {tested}" if versions.is_untested(found) else f"{found}, {tested}"
+    )
+
+
+def _recognition() -> Check:
+    """A small layer in PEFT's own spelling, through capture and rewrite."""
+    check = check_recognition()
+    return Check("recognition", "a layer in PEFT's spelling", check.passed, check.reason or "rewritten whole")
 
 
 def _polyfills() -> list[Check]:

@@ -1,0 +1,73 @@
+"""Which versions dorafx needs, and which it was tested with: the one place that ``pyproject.toml``, the README, ``dorafx doctor`` and
+the tests agree with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from dataclasses import dataclass
+
+__all__ = ["OPTIONAL", "PYTHON", "VERSIONS", "Versions", "minor", "untested"]
+
+
+@dataclass(frozen=True)
+class Versions:
+    """What is said of a package's versions.
+
+    Attributes:
+        minimum: the oldest that dorafx can work with.
+        tested: those that the tests were run with, oldest first.
+    """
+
+    minimum: str
+    tested: tuple[str, ...]
+
+    @property
+    def range(self) -> str:
+        """The minor versions that were tested, as ``"2.11 to 2.15"``."""
+        return f"{_text(self.tested[0])} to {_text(self.tested[-1])}"
+
+    def is_too_old(self, version: str) -> bool:
+        """Whether dorafx cannot work with a version."""
+        return minor(version) < minor(self.minimum)
+
+    def is_untested(self, version: str) -> bool:
+        """Whether a version is newer than all that were tested; its patch releases are not."""
+        return minor(version) > minor(self.tested[-1])
+
+
+PYTHON = ("3.10", "3.11", "3.12", "3.13")
+VERSIONS = {
+    "torch": Versions("2.11", ("2.11.0", "2.13.0", "2.14.1", "2.15.0")),
+    "peft": Versions("0.15", ("0.15.2", "0.16.0", "0.17.1", "0.18.1", "0.19.1", "0.20.0", "0.21.2")),
+    "transformers": Versions("4.57", ("5.17.0", "5.23.0", "5.24.0")),
+    "triton": Versions("3.6", ("3.6.0", "3.9.0")),
+}
+OPTIONAL = frozenset({"peft", "transformers", "triton"})
+"""What dorafx works without."""
+
+
+def minor(version: str) -> tuple[int, int]:
+    """``(2, 12)`` of ``"2.12.1+cu130"``, and of ``"2.12rc1"``, which counts as 2.12."""
+    found = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+
+
+def untested() -> dict[str, str]:
+    """The packages of this process that are newer than all that were tested, with their versions. Nothing is imported for it."""
+    found = {}
+    for name, versions in VERSIONS.items():
+        if name not in sys.modules:
+            continue
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # a copy on the path: what it says of itself
+            version = str(getattr(sys.modules[name], "__version__", ""))
+        if versions.is_untested(version):
+            found[name] = version
+    return found
+
+
+def _text(version: str) -> str:
+    return ".".join(map(str, minor(version)))
