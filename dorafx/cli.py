@@ -23,6 +23,7 @@ import dorafx
 from dorafx import _compat
 from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
+from dorafx.quiet import quiet_imports
 
 __all__ = ["main"]
 
@@ -182,7 +183,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from dorafx.doctor import bug_report, examine
 
-    checks = examine()
+    with quiet_imports():
+        checks = examine()
     failed = [check for check in checks if not check.passed]
     if options.json:
         answer = {"passed": not failed, "checks": [c.to_dict() for c in checks], "bug_report": bug_report(checks)}

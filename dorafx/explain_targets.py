@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dorafx.errors import DorafxError
+from dorafx.quiet import quiet_imports
 
 __all__ = ["Target", "adapter_target", "script_target"]
 
@@ -99,8 +100,9 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
         DorafxError: PEFT or transformers is not installed.
     """
     try:
-        import peft
-        import transformers
+        with quiet_imports():
+            import peft
+            import transformers
     except ImportError as error:
         raise DorafxError("explaining an adapter needs PEFT and transformers: pip install 'dorafx[peft]'") from error
     if tokens < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -315,6 +316,13 @@ def test_peak_memory_is_the_process_own() -> None:
     assert own > len(ballast)
 
 
+@pytest.mark.parametrize("module", ["dorafx", "dorafx.backend", "dorafx.bench.preloaded"])
+def test_imports_print_nothing(module: str) -> None:
+    """What a command imports may have much to say of itself (PEFT's own imports: of GPUs' libraries that are not there)."""
+    done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 @pytest.mark.slow
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The main job on a tiny model, through the installed console script."""
@@ -338,6 +346,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
     )
     assert done.returncode == 0, done.stderr
+    assert not re.search(r"torchao|bitsandbytes|Warning|^W\d{4}", done.stderr, re.MULTILINE)
     results = {r["name"]: r for r in json.loads(done.stdout)["results"]}
     ours, stock = results["PEFT DoRA, dorafx"], results["PEFT DoRA, Inductor"]
     assert (ours["breaks"], ours["rewrites"], ours["misses"]) == (0, 7, 0)

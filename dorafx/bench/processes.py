@@ -16,7 +16,7 @@ from dorafx.errors import DorafxError
 
 __all__ = ["PEFT", "Job", "JobError", "run_job"]
 
-PEFT = ("peft", "transformers.models.llama.modeling_llama")
+PEFT = ("dorafx.bench.preloaded",)
 """What takes a job with a model seconds to import."""
 
 Job = Callable[[dict[str, Any], Callable[[str], None]], dict[str, Any]]

@@ -1,0 +1,11 @@
+"""What the server of a benchmark's processes imports once for all that run PEFT's models."""
+
+from __future__ import annotations
+
+import importlib
+
+from dorafx.quiet import quiet_imports
+
+with quiet_imports():
+    for name in ("peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
