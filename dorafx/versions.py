@@ -41,8 +41,8 @@ PYTHON = ("3.10", "3.11", "3.12", "3.13")
 VERSIONS = {
     "torch": Versions("2.11", ("2.11.0", "2.13.0", "2.14.1", "2.15.0")),
     "peft": Versions("0.15", ("0.15.2", "0.16.0", "0.17.1", "0.18.1", "0.19.1", "0.20.0", "0.21.2")),
-    "transformers": Versions("4.57", ("5.17.0", "5.23.0", "5.24.0")),
-    "triton": Versions("3.6", ("3.6.0", "3.9.0")),
+    "transformers": Versions("4.57", ("5.17.0", "5.20.2", "5.23.0", "5.24.0")),
+    "triton": Versions("3.6", ("3.6.0", "3.8.0", "3.9.0")),
 }
 OPTIONAL = frozenset({"peft", "transformers", "triton"})
 """What dorafx works without."""

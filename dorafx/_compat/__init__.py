@@ -390,6 +390,19 @@ def fake_mode() -> Any:
     return FakeTensorMode()
 
 
+@contextlib.contextmanager
+def under(mode: Any) -> Iterator[None]:
+    """Run operators on fake tensors in their mode; on tensors as they are where there is None. Sizes that are symbols are for the
+    Python dispatcher alone in some versions (2.11: "Cannot call numel() on tensor with symbolic sizes")."""
+    if mode is None:
+        yield
+        return
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with mode, enable_python_dispatcher():
+        yield
+
+
 def needs_values(error: Exception) -> bool:
     """Whether an operator cannot be run on fake tensors: what it does depends on a tensor's numbers, or nobody wrote a fake kernel."""
     from torch._subclasses import fake_tensor as fake

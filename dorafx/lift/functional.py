@@ -311,7 +311,7 @@ def _forget_gradients(found: list[Memory], private: list[_Private], order: dict[
         tensor = tensor_of(changing)
         if tensor is None or tensor.requires_grad or not (tensor.is_floating_point() or tensor.is_complex()):
             continue
-        with _compat.fake_mode_of(tensor) or torch.enable_grad():
+        with _compat.under(_compat.fake_mode_of(tensor)):
             node.meta["example_value" if "example_value" in node.meta else "val"] = tensor.detach().requires_grad_()
         changed = True
     return changed
@@ -356,7 +356,7 @@ def _value(node: fx.Node, p: _Private, value: Callable[[fx.Node], Any], records:
     fake_mode = _compat.fake_mode_of(traced)
     if fake_mode is None or traced is None or is_wrapper(traced):
         raise _Refused(p)
-    with fake_mode, torch.set_grad_enabled(records):
+    with _compat.under(fake_mode), torch.set_grad_enabled(records):
         if node is p.owner and not p.changes(_METADATA_TWINS):
             made = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=traced.device)
             differentiable = records and any(_requires_grad(value(operand)) for operand in node.all_input_nodes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -117,7 +116,7 @@ def _runs_outside_of_autocast(closure: list[fx.Node]) -> bool:
                     return False  # of which fake tensors know nothing
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-                with _compat.fake_mode_of(known) or contextlib.nullcontext():
+                with _compat.under(_compat.fake_mode_of(known)):
                     values[node] = target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):
         return False

@@ -37,7 +37,7 @@ class FakeValues:
         if known is not None and all(operand.fake_mode is mode for operand in operands):
             layout, alias = known
             return layout.made(mode, None if alias is None else operands[alias])
-        with mode:
+        with _compat.under(mode):
             args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: of_mode(value, mode))
             made = target(*args, **kwargs)
         layout_made = FakeLayout.of(made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +98,7 @@ def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None =
     found = [tensor_of(n) for n in inputs]
     mode = next((m for m in (getattr(value, "fake_mode", None) for value in found) if m is not None), None)
     slots = [slot for slot in ("example_value", "val") if slot in node.meta] or ["val"]
-    with mode or contextlib.nullcontext():
+    with _compat.under(mode):
         values = [of_mode(value, mode) for value in found]
         traced = make_fx(call, pre_dispatch=True)(*values)
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
