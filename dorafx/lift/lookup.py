@@ -97,7 +97,8 @@ def _lies_in(node: fx.Node) -> View | None:
         order = _order(before, after)
         if order is not None:
             return View("permute", order)
-    if _long(before) == _long(after) or (source.is_contiguous() and result.is_contiguous()):
+    same_order = source.is_contiguous() and result.is_contiguous() and str(source.numel()) == str(result.numel())
+    if same_order or _long(before) == _long(after):
         return View("view")
     return None
 
@@ -135,10 +136,8 @@ def _makes_views(node: fx.Node) -> bool | None:
         keywords = tuple((k, _HERE if isinstance(a, fx.Node) else a) for k, a in node.kwargs.items())
         target: Any = getattr(torch.Tensor, node.target) if node.op == "call_method" else node.target  # type: ignore[arg-type]
         return _runs_views(target, arguments, keywords, shape, strides, source.dtype)
-    except (
-        Exception
-    ):  # a size without a hint, an argument that cannot be hashed, an operator that needs data: not known
-        return None
+    except Exception:
+        return None  # a size without a hint, an argument that cannot be hashed, an operator that needs data
 
 
 _HERE = "<the tensor>"

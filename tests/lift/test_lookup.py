@@ -88,6 +88,23 @@ def test_transposes_through_inductor(layer_and_input: tuple[Layer, torch.Tensor]
     assert {r.pattern for r in rewrite_log().rewrites} == {"linear"}
 
 
+def test_a_part_is_no_view_of_the_whole(layer_and_input: tuple[Layer, torch.Tensor]) -> None:
+    """The first rows lie where the whole lies, in the same order, and are fewer."""
+    p, x = layer_and_input
+
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        w, b = torch.narrow(p.W, 0, 0, 4), p.B.narrow(0, 0, 4)
+        n = (w + S * (b @ p.A)).norm(dim=1)
+        return p.m[:4] / n * (F.linear(x, w) + S * F.linear(F.linear(x, p.A), b))
+
+    check_everything(program, p, x)
+    rewrite_log().clear()
+    check_everything(
+        lambda p, x: p.W.sum(1) / (p.W + S * (p.B @ p.A)).narrow(0, 0, 5).norm(dim=1).sum() + x.sum(), p, x
+    )
+    assert not rewrite_log().rewrites
+
+
 @pytest.mark.parametrize("function", [reversed_gradient, doubled])
 def test_what_does_more_than_view_stays(function: Any, layer_and_input: tuple[Layer, torch.Tensor]) -> None:
     p, x = layer_and_input
