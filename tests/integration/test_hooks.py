@@ -63,6 +63,14 @@ PLACES = {
 }
 
 
+def _keeping(seen: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    # A closure: Dynamo 2.11 forgets what is appended to a default argument.
+    def see(t: torch.Tensor) -> None:
+        seen.append(t.detach().clone())
+
+    return see
+
+
 def _check(how: str, hook: str, place: str, codegen: str) -> None:
     stock = peft_perceptron().train()
     model = copy.deepcopy(stock)
@@ -92,10 +100,7 @@ def _check(how: str, hook: str, place: str, codegen: str) -> None:
 
     compare("before")
     compare("again")
-    handles = [
-        HOOKS[hook](owner.get_submodule(PLACES[place]), lambda t, seen=seen: seen.append(t.detach().clone()))
-        for owner, _, seen in runs
-    ]
+    handles = [HOOKS[hook](owner.get_submodule(PLACES[place]), _keeping(seen)) for owner, _, seen in runs]
     try:
         compare("with the hook")
         compare("with the hook, again")

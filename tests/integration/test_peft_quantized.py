@@ -14,6 +14,7 @@ import dorafx
 import dorafx.backend
 from dorafx.rewriter.lowering import _ALL_DECOMPOSITIONS
 from dorafx.runtime import norm_store
+from dorafx.versions import minor
 
 functional = pytest.importorskip("bitsandbytes.functional")
 pytest.importorskip("hqq")
@@ -28,6 +29,14 @@ def compiled(model: Any, **options: Any) -> Any:
     return torch.compile(model, backend="dorafx", fullgraph=True, options={**EAGER, **options})
 
 
+def stock(model: Any, kind: str) -> Any:
+    """The model as it is; compiled without dorafx where Dynamo itself gives other gradients: 2.11 takes HQQ's own backward wrongly."""
+    if kind.startswith("hqq") and minor(torch.__version__) < (2, 12):
+        torch._dynamo.reset()
+        return torch.compile(model, backend="eager", fullgraph=True)
+    return model
+
+
 @pytest.mark.default_cases("nf4 double", "hqq 4 bit", "torchao int8")
 @pytest.mark.parametrize("kind", FORMATS)
 def test_whole_and_equal_to_stock(kind: str) -> None:
@@ -35,7 +44,7 @@ def test_whole_and_equal_to_stock(kind: str) -> None:
     model, x = quantized(kind), torch.randn(2, 5, 64)
     for train in (True, False):
         model.train(train)
-        wanted = steps(model, model, x, train)
+        wanted = steps(model, stock(model, kind), x, train)
         call = compiled(model, **{"dorafx.verify": True})
         for _ in range(2):
             found = steps(model, call, x, train)
@@ -53,7 +62,7 @@ def test_whole_and_equal_to_stock(kind: str) -> None:
 def test_dropout(kind: str) -> None:
     """With a dropout stock multiplies by the dequantised weight itself; its norm still is that of the codes."""
     model, x = quantized(kind, lora_dropout=0.3).train(), torch.randn(5, 64)
-    wanted = steps(model, model, x, True)
+    wanted = steps(model, stock(model, kind), x, True)
     found = steps(model, compiled(model), x, True)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -291,8 +300,9 @@ def test_a_format_whose_rows_are_not_whole_groups_is_formed_with_a_reason() -> N
     torch.testing.assert_close(steps(model, compiled(model), x, False), wanted, rtol=1e-4, atol=1e-5)
     up, down = dorafx.rewrite_log().rewrites
     assert up.dtype == "float32"
-    assert up.decision.startswith(
-        "the dequantised weight is formed: its rows are not whole groups; norm kept in the graph: "
+    assert (up.decision, up.norm_placement) == (
+        "the dequantised weight is formed: its rows are not whole groups",
+        "prologue",
     )
     assert (down.dtype, down.decision) == ("nf4", "")
 
@@ -300,7 +310,7 @@ def test_a_format_whose_rows_are_not_whole_groups_is_formed_with_a_reason() -> N
 def test_scales_that_are_quantised_themselves_are_formed() -> None:
     """HQQ with 3 bits (ten codes in 32 bits): PEFT's own dequantisation stays, and the result is right."""
     model, x = quantized("hqq 3 bit").train(), torch.randn(5, 64)
-    wanted = steps(model, model, x, True)
+    wanted = steps(model, stock(model, "hqq 3 bit"), x, True)
     for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"float32"}

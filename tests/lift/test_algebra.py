@@ -94,12 +94,15 @@ def test_what_cancels_is_remembered_until_something_stands_for_it() -> None:
     assert one.vanished == {Vanished(N), Vanished(N, True)}
     assert (one + n).vanished == {Vanished(N, True)}  # 0/0 + 0 is NaN, and 1 + 0 is not
     assert (one + inverse).vanished == frozenset()
-    assert m.scaled(0.0).vanished == {Vanished(M)}
-    assert m.scaled(0.0) + m == m
-    assert (m.scaled(0.0) + m.detached()).vanished == {Vanished(M)}  # the detached twin has no gradient
-    assert m.detached().scaled(0.0) + m == m
-    assert (mat(W) + mat(A).scaled(0.0)).vanished == {Vanished(A)}
-    assert (mat(W) @ Expr(())).vanished == {Vanished(W)}
+    gone = m + m.scaled(-1.0)
+    assert gone.vanished == {Vanished(M)}
+    assert gone + m == m
+    assert (gone + m.detached()).vanished == {Vanished(M)}  # the detached twin has no gradient
+    assert gone.detached() + m == m
+    assert m.scaled(0.0).vanished == {Vanished(M, zeroed=True)}
+    assert (m.scaled(0.0) + m).vanished == {Vanished(M, zeroed=True)}  # 0·inf + inf is NaN, and inf is not
+    assert (mat(W) + mat(A).scaled(0.0)).vanished == {Vanished(A, zeroed=True)}
+    assert (mat(W) @ Expr(())).vanished == {Vanished(W, zeroed=True)}
     assert mat(W).right_diag(one).vanished == one.vanished
     assert mat(W).right_diag(one).transposed().vanished == one.vanished
     base, g = mat(X) @ mat(W).transposed(), m * inverse
