@@ -181,19 +181,36 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    _make_known(backend)
     own = types.FunctionType(
         call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
     )
-    return torch.compile(own, backend=backend, dynamic=dynamic)
+    return _compiled(own, backend, dynamic)
 
 
-def _make_known(backend: Any) -> None:
-    """Give a callable the name of the registered backend that it stands for, which is what Dynamo goes by. After compiling by a
-    registered one, Dynamo drops its weak references to the inputs; by any other, it leaves them to a fake mode that lives as
+def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
+    """``torch.compile(function, backend=backend)`` with a callable that Dynamo takes for a registered backend. After compiling by
+    one of those, Dynamo drops its weak references to the inputs; by any other, it leaves them to a fake mode that lives as
     long as the compiled code, and ``torch.utils.swap_tensors``, with it ``.to()`` of torchao's parameters, refuses what
     somebody refers to."""
-    backend.__name__ = "dorafx"
+    compiled: Callable[..., Any] = torch._dynamo.optimize(backend=_Known(backend), dynamic=dynamic)(function)
+    return compiled
+
+
+class _Known(torch._TorchCompileWrapper):
+    """What ``torch.compile`` makes of a backend: Dynamo goes by its ``compiler_name`` (to 2.13) or ``compiler_fn`` (since)."""
+
+    def __init__(self, backend: Any) -> None:
+        super().__init__("eager", None, None, None)  # type: ignore[no-untyped-call]
+        self.compiler_name = "dorafx"
+        self._backend = backend
+
+    def __call__(self, model_: Any, inputs_: Any) -> Any:
+        return self._backend(model_, inputs_)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
 
 
 def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
@@ -218,8 +235,7 @@ def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]
     compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
     if compiled is not None:
         return functools.partial(compiled, model)
-    _make_known(backend)
-    return torch.compile(model, backend=backend)
+    return _compiled(model, backend)
 
 
 def whole_graphs() -> Any:

@@ -18,7 +18,9 @@ _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "k
 def fingerprint(fn: Callable[..., Any]) -> str:
     """Sixteen hex digits, the same on every Python version; empty where the function cannot be judged by its source:
     there is none (interactive or frozen definitions), or the function wraps another, whose source it would show."""
-    if hasattr(fn, "__wrapped__"):
+    code = getattr(fn, "__code__", None)
+    # Made by ``exec``: Python 3.13 would show the source of ``python -c`` for it.
+    if hasattr(fn, "__wrapped__") or getattr(code, "co_filename", "") == "<string>":
         return ""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))

@@ -171,12 +171,13 @@ def _asks_inplace(node: fx.Node) -> bool:
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     """Every node whose storage some node of the graph writes to, found by the storages of the traced fake tensors
     (so views count) and by what operators say of their results (``make_fx`` of real tensors gives each value a storage of its own).
-    Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (which is how Dynamo writes
-    ``tensor.data = source``) written to anything but what the name stands for: the memory of both stays as it is."""
+    Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (since torch 2.15
+    ``aten.shallow_copy_data_``), which is how Dynamo writes ``tensor.data = source``, written to anything but what the name stands for:
+    the memory of both stays as it is."""
     written: set[fx.Node] = set()
     spreading: list[fx.Node] = []
     for node in graph.nodes:
-        renames = node.target is torch.Tensor.set_
+        renames = _names_another_memory(node.target)
         for argument in written_arguments(node):
             for target in nodes_in(argument):
                 written.add(target)
@@ -188,6 +189,14 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
         seeds = set(spreading)
         written.update(n for memory in memories(graph) if not seeds.isdisjoint(memory.values) for n in memory.values)
     return frozenset(written)
+
+
+def _names_another_memory(target: Any) -> bool:
+    """Whether a call is how Dynamo writes ``tensor.data = source``."""
+    return target is torch.Tensor.set_ or "shallow_copy_data_" in (
+        _compat.aten_name(target),
+        operators.packet_name(target),
+    )
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
 # Autocast rounds or widens the operands of these, and leaves those of their twins that write as they are.
 _AUTOCAST = {*_twins(("addcdiv", "addcmul", "addmm", "baddbmm", "pow", "reciprocal", "rsqrt")), operator.ipow}
 # These make earlier nodes look as if no gradient went through them (or one did): a tracer leaves one tensor on all of them.
-_CHANGE_GRADIENTS = frozenset({"detach_", "requires_grad_", "set_"})
+_CHANGE_GRADIENTS = frozenset({"detach_", "requires_grad_", "set_", "shallow_copy_data_"})
 # Operators whose result is a fresh tensor, where it does not lie in the storage of one of its operands.
 _FRESH = frozenset(
     [

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dorafx import rewrite_log
 from dorafx.rewriter import hoist_norms
 from dorafx.runtime import norm_store
+from dorafx.versions import minor
 
 HANDED_OUT: dict[str, Callable[[torch.Tensor], Any]] = {
     "itself": lambda n: n,
@@ -71,6 +72,8 @@ def _decode(name: str, codegen: str) -> None:
             torch.testing.assert_close(told, expected_told)
             _spoil(told)
     norms = 1 if name in INSIDE else 2
+    if name == "dropout that is off" and minor(torch.__version__) >= (2, 15):
+        norms = 2  # Dynamo leaves it out: the norm itself is handed out
     assert counts() == (norms, 3 * norms), "reused, and never spoiled"
 
 
