@@ -27,8 +27,8 @@ __all__ = ["View", "name_in_torch", "only_views", "view_of"]
 class View(NamedTuple):
     """How a result lies in the memory of the one tensor that an operator takes.
 
-    ``name``: ``"identity"``, ``"detach"``, ``"t"`` (of a matrix), ``"permute"`` or ``"view"`` (another shape, elements in the
-    same order). ``order``: for ``"permute"``, the argument's axes in the order of the result's.
+    ``name``: ``"identity"``, ``"detach"``, ``"data"`` (detached, and autograd is not told of writes to it), ``"t"`` (of a matrix),
+    ``"permute"`` or ``"view"`` (another shape, elements in the same order). ``order``: for ``"permute"``, the argument's axes in the order of the result's.
     """
 
     name: str
@@ -53,12 +53,12 @@ def name_in_torch(target: Any) -> str | None:
 def view_of(node: fx.Node) -> View | None:
     """How the result of an operator lies in its only tensor argument, where it makes nothing but views; None otherwise."""
     found = _lies_in(node)
-    keeps_gradients = _makes_views(node) if found is not None else None
-    if found is None or keeps_gradients is None:
+    gradients = _makes_views(node) if found is not None else None
+    if found is None or gradients is None:
         return None
-    if keeps_gradients:
+    if gradients == "kept":
         return found
-    return View("detach") if found.name == "identity" else None
+    return View(gradients) if found.name == "identity" else None
 
 
 def only_views(node: fx.Node) -> bool:
@@ -124,9 +124,10 @@ def _order(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> tuple
     return tuple(order)
 
 
-def _makes_views(node: fx.Node) -> bool | None:
-    """Whether an operator, run on a tensor without data, keeps the gradient, or else detaches; None where it calls anything but views
-    that autograd has formulas of its own for. (What is differentiated by a formula of somebody's own has whatever gradient that says.)"""
+def _makes_views(node: fx.Node) -> str | None:
+    """What becomes of gradients in an operator that is run on a tensor without data: ``"kept"``, ``"detach"`` or ``"data"``; None where
+    it calls anything but views that autograd has formulas of its own for. (What is differentiated by a formula of somebody's own has
+    whatever gradient that says.)"""
     source = tensor_of(node.all_input_nodes[0])
     assert source is not None
     try:
@@ -151,7 +152,7 @@ def _runs_views(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
     dtype: torch.dtype,
-) -> bool | None:
+) -> str | None:
     calls: list[Any] = []
     with torch.enable_grad(), torch.inference_mode(False), operators.recorded_calls(calls):
         tensor = torch.empty_strided(shape, strides, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
@@ -163,6 +164,10 @@ def _runs_views(
         return None
     if not isinstance(result, torch.Tensor) or not (calls or result is tensor):
         return None  # the wrappers of torch.func's transforms call nothing
-    if tensor.requires_grad and not result.requires_grad:
-        return False
-    return True if not tensor.requires_grad or differentiates_by_itself(result) else None
+    if not tensor.requires_grad:
+        return "kept"
+    if result.requires_grad:
+        return "kept" if differentiates_by_itself(result) else None
+    version = tensor._version
+    torch.autograd.graph.increment_version(result)
+    return "detach" if tensor._version != version else "data"

@@ -26,7 +26,7 @@ __all__ = [
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
-_MOVES = ("view", "permute", "transpose", "t", "cast", "identity", "detach", "getattr", "getitem", "expand")
+_MOVES = ("view", "permute", "transpose", "t", "cast", "identity", "detach", "data", "getattr", "getitem", "expand")
 _DEPTH = 6
 
 

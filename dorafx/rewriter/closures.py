@@ -22,7 +22,9 @@ TRANSPOSES = ("T", "mT")
 
 # What may stand between a parameter and the norm: pure operators, by canonical name. ``out=`` is a write, which is looked
 # for anyway.
-_VIEWS = frozenset(("detach", "expand", "getattr", "getitem", "permute", "select", "slice", "t", "transpose", "view"))
+_VIEWS = frozenset(
+    ("data", "detach", "expand", "getattr", "getitem", "permute", "select", "slice", "t", "transpose", "view")
+)
 _COPIES = frozenset(("cast", "dequantize", "identity"))
 _PRODUCTS = frozenset(("addmm", "bmm", "einsum", "linear", "matmul", "outer"))
 _ARITHMETIC = frozenset(

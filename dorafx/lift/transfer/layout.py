@@ -168,7 +168,7 @@ def identity(lift: Lifter, node: fx.Node) -> Value | None:
     return lift.value(first_argument(node))
 
 
-@transfer("detach")
+@transfer("detach", "data")
 def detach(lift: Lifter, node: fx.Node) -> Value | None:
     value = lift.value(first_argument(node))
     return lift.detach(value) if value is not None else None
