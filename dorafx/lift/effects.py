@@ -16,7 +16,7 @@ from torch import fx
 from dorafx import _compat
 from dorafx._compat import operators
 
-from .lookup import only_views
+from .lookup import view_of
 from .targets import first_argument
 from .values import tensor_of
 
@@ -61,7 +61,7 @@ def _is_named_after_a_write(name: str) -> bool:
 def _written_by_function(node: fx.Node) -> Iterator[Any]:
     target: Any = node.target
     if not _names_its_writes(target):
-        if not only_views(node):
+        if view_of(node) is None:  # a view writes to nothing
             yield node.all_input_nodes
         return
     yield from _given(node, operators.writes(target))

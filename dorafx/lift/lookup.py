@@ -21,7 +21,7 @@ from dorafx._compat.autograd import differentiates_by_itself
 
 from .values import tensor_of
 
-__all__ = ["View", "name_in_torch", "only_views", "view_of"]
+__all__ = ["View", "name_in_torch", "view_of"]
 
 
 class View(NamedTuple):
@@ -59,12 +59,6 @@ def view_of(node: fx.Node) -> View | None:
     if gradients == "kept":
         return found
     return View(gradients) if found.name == "identity" else None
-
-
-def only_views(node: fx.Node) -> bool:
-    """Whether a call that is not one of torch's own makes views of its only tensor argument, and does nothing else that operators
-    show."""
-    return view_of(node) is not None
 
 
 def _operand(node: fx.Node) -> torch.Tensor | None:
