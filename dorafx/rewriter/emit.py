@@ -13,7 +13,7 @@ from torch import fx
 from dorafx._compat.distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
+from dorafx.lift.algebra import ONES, Chain, Factor, Mono, transpose_chain
 from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
@@ -24,8 +24,11 @@ from .shapes import sizes_of
 
 __all__ = ["CannotEmit", "Emitter"]
 
-_COLUMNS = ((Mat(ONES),), (Mat(ONES, True),))
 _ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
+
+
+def _is_ones(factor: Factor) -> bool:
+    return isinstance(factor, Mat) and factor.atom == ONES
 
 
 class Emitter(NodeEmitter):
@@ -207,10 +210,10 @@ class Emitter(NodeEmitter):
             return self.precise(
                 self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
             )
-        if not chain or chain == (Mat(ONES),):
+        if not chain or (len(chain) == 1 and _is_ones(chain[0])):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
         prefix, last = chain[:-1], chain[-1]
-        if isinstance(last, Mat) and last.atom == ONES:
+        if _is_ones(last):
             return self._summed(prefix)
         if isinstance(last, Diag):
             vector = self.vector(Poly(((last.mono, 1.0),)))
@@ -221,10 +224,9 @@ class Emitter(NodeEmitter):
             node = self.flat(self.product((last,)))
             column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
             return self.call(torch.mul, column, node)
-        if prefix[-1] == Mat(ONES, True):
-            raise CannotEmit(_ONE_COLUMN)
-        left = self.product(prefix)
-        return self._multiply(left, last)
+        if len(prefix) > 1 and _is_ones(prefix[-1]):
+            return self._multiply_sum(self._summed(prefix[:-1]), last)
+        return self._multiply(self.product(prefix), last)
 
     def precise(self, factor: fx.Node) -> fx.Node:
         """A factor of a product, in fp64 where the site's value is, and in the dtype that was asked for."""
@@ -254,6 +256,11 @@ class Emitter(NodeEmitter):
         if factor.transposed:
             return self.call(torch.nn.functional.linear, left, right)
         return self.call(torch.matmul, left, right)
+
+    def _multiply_sum(self, column: fx.Node, factor: Mat) -> fx.Node:
+        """``column · 𝟙 · factor``, which is the column times the sum of the factor's rows."""
+        matrix = self.cast(self.matrix(factor.atom), self.tensor(column).dtype)
+        return self.call(torch.mul, column, self.call(torch.sum, matrix, 1 if factor.transposed else 0))
 
     def expression(self, expr: Expr) -> fx.Node:
         """A sum of chains as a node, reused where the graph has it."""
@@ -339,9 +346,11 @@ class Emitter(NodeEmitter):
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
         last = part.core[-1]
         alpha = part.scale.constant
-        if alpha is None or not isinstance(last, Mat) or len(part.core) < 2 or last.atom == ONES:
+        plain = len(part.core) > 1 and isinstance(last, Mat) and not any(map(_is_ones, part.core[-2:]))
+        if alpha is None or not plain:
             node = self.product(part.core)
             return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
+        assert isinstance(last, Mat)
         left = self.product(part.core[:-1])
         dtype = self.tensor(base).dtype
         right = self.cast(self.matrix(last.atom), dtype)
@@ -353,7 +362,7 @@ class Emitter(NodeEmitter):
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
         parts = tuple(parts)
-        if any(p.scale.constant is not None and p.core[-1:] in _COLUMNS for p in parts):
+        if any(p.scale.constant is not None and _is_ones(p.core[-1]) for p in parts):
             raise CannotEmit(_ONE_COLUMN)
         if len(parts) == 1:
             return self._scaled_product(parts[0])

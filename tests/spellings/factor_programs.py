@@ -409,3 +409,22 @@ def tokens_in_columns(p: Layer, x: torch.Tensor) -> torch.Tensor:
 def merged_weight_from_the_left(p: Layer, x: torch.Tensor) -> torch.Tensor:
     adapted = p.W + S * (p.B @ p.A)
     return (p.b[:, None] * adapted / adapted.norm(dim=1, keepdim=True)) @ x.flatten(0, 1).tanh().T
+
+
+@wide
+def merged_with_one_row_repeated(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A[:1].expand(p.B.shape[1], -1))
+    return F.linear(x, p.m_column * adapted * adapted.pow(2).sum(1, keepdim=True).rsqrt())
+
+
+@wide
+def one_row_repeated(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    down = p.A[:1].expand(p.B.shape[1], -1)
+    g = p.m / (p.W + S * (p.B @ down)).norm(dim=1)
+    return g * F.linear(x, p.W) + F.linear(F.linear(x, down), p.B) * S * g
+
+
+@wide
+def merged_with_one_row_and_one_column_repeated(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B[:, :1].expand(-1, 3) @ p.A[:1].expand(3, -1))
+    return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True))
