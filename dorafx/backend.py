@@ -21,7 +21,7 @@ from dorafx._compat.hooks import guard_on_hooks
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import has_writes, without_private_writes
-from dorafx.lift.grad_mode import switches_gradients_on
+from dorafx.lift.grad_mode import in_which_it_is_called, switches_gradients_on
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
@@ -34,6 +34,7 @@ from dorafx.rewriter import (
     draw,
     hoist_norms,
     norms_inside,
+    own_results,
     reuse_buffers,
 )
 from dorafx.runtime import with_prologue
@@ -87,12 +88,10 @@ def dorafx(
     announce_untested_versions()
     program = _refused(gm, example_inputs, ours, members) or rewrite_or_fall_back(gm, ours, members)
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
-    if (
-        program.graph is not gm
-        and codegen.runs_as_it_stands(program.graph, ours.codegen)
-        and not torch.is_grad_enabled()
-    ):
-        reuse_buffers(program.graph)
+    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, ours.codegen):
+        if not torch.is_grad_enabled():
+            reuse_buffers(program.graph)
+        own_results(gm, program.graph)
     _trace(gm, program)
     inputs = [*example_inputs, *program.norm_values]
 
@@ -366,7 +365,8 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
     }
     replaced = {}
     for name, child in nested.items():
-        new_child = _rewrite(child, options, graph_id, found)
+        with in_which_it_is_called(gm.graph, name).entered():
+            new_child = _rewrite(child, options, graph_id, found)
         if new_child is not child:
             replaced[name] = new_child
     pure = functional_copy(gm)

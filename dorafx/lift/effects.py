@@ -20,7 +20,15 @@ from .lookup import view_of
 from .targets import first_argument
 from .values import tensor_of
 
-__all__ = ["Memory", "attribute_of", "memories", "nodes_in", "written_arguments", "written_nodes"]
+__all__ = [
+    "Memory",
+    "attribute_of",
+    "memories",
+    "names_another_memory",
+    "nodes_in",
+    "written_arguments",
+    "written_nodes",
+]
 
 _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
@@ -177,7 +185,7 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     written: set[fx.Node] = set()
     spreading: list[fx.Node] = []
     for node in graph.nodes:
-        renames = _names_another_memory(node.target)
+        renames = names_another_memory(node)
         for argument in written_arguments(node):
             for target in nodes_in(argument):
                 written.add(target)
@@ -191,8 +199,9 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
     return frozenset(written)
 
 
-def _names_another_memory(target: Any) -> bool:
-    """Whether a call is how Dynamo writes ``tensor.data = source``."""
+def names_another_memory(node: fx.Node) -> bool:
+    """Whether a call is how Dynamo writes ``tensor.data = source``: what ``tensor`` names from there on is the source's memory."""
+    target = node.target
     return target is torch.Tensor.set_ or "shallow_copy_data_" in (
         _compat.aten_name(target),
         operators.packet_name(target),

@@ -327,7 +327,7 @@ def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) ->
     owned = {p.owner: p for p in private}
     of_node = {node: p for memory in found if (p := owned.get(memory.values[0])) for node in memory.values}
     values: dict[fx.Node, Any] = {}
-    mode = GradMode()
+    mode = GradMode(graph)
 
     def value(node: fx.Node) -> Any:
         if node in named:

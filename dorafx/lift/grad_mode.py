@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import fx
 
 from .targets import canonical_name
 
-__all__ = ["GradMode", "switches_gradients_on"]
+__all__ = ["GradMode", "in_which_it_is_called", "switches_gradients_on"]
 
 
 def switches_gradients_on(gm: fx.GraphModule) -> bool:
     """Whether a graph, or one inside it, has gradients recorded somewhere, whatever the mode in which it is called."""
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    return any(canonical_name(n) == "set_grad_enabled" and n.args[0] is True for graph in graphs for n in graph.nodes)
+    return any(_switches_on(module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule))
+
+
+def _switches_on(graph: fx.Graph) -> bool:
+    return any((canonical_name(node), node.args[:1]) in _SWITCHED_ON for node in graph.nodes)
+
+
+# ``inference_mode(False)`` enables gradients, also below ``no_grad``.
+_SWITCHED_ON = (("set_grad_enabled", (True,)), ("enter_inference_mode", (False,)))
 
 
 class GradMode:
-    """Follows a graph from its beginning, where gradients are recorded."""
+    """Follows a graph from its beginning.
 
-    def __init__(self) -> None:
-        self._enabled = True
-        self._inference = False
+    A graph that switches gradients on begins in the mode of whoever asks: Dynamo calls a backend in that in which the graph is called.
+    Of any other nothing is recorded where it is called with gradients switched off, and it is followed as it is with gradients.
+    """
+
+    def __init__(self, graph: fx.Graph) -> None:
+        switches = _switches_on(graph)
+        self._enabled = not switches or torch.is_grad_enabled()
+        self._inference = switches and torch.is_inference_mode_enabled()
         self._outside: list[tuple[bool, bool]] = []
 
     @property
@@ -33,8 +49,7 @@ class GradMode:
         if name == "set_grad_enabled":
             self._enabled = bool(node.args[0])
         elif name == "enter_inference_mode":
-            # ``inference_mode(False)`` enables gradients, also below ``no_grad``; ``set_grad_enabled(True)`` does not below
-            # ``inference_mode()``.
+            # Unlike it, ``set_grad_enabled(True)`` enables none below ``inference_mode()``.
             self._outside.append((self._enabled, self._inference))
             self._inference = bool(node.args[0])
             self._enabled = not self._inference
@@ -43,3 +58,21 @@ class GradMode:
         else:
             return False
         return True
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """The mode at the node that was followed last, as the thread's own."""
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._enabled):
+            yield
+
+
+def in_which_it_is_called(graph: fx.Graph, body: str) -> GradMode:
+    """The mode in which a higher-order operator of a graph runs the body of this name."""
+    mode = GradMode(graph)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == body:
+            continue
+        if any(argument.op == "get_attr" and argument.target == body for argument in node.all_input_nodes):
+            break
+        mode.follow(node, canonical_name(node))
+    return mode

@@ -104,7 +104,7 @@ class Lifter:
         self._lifted: fx.Node | None = None
         self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
-        self._grad_mode = GradMode()
+        self._grad_mode = GradMode(graph)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class Lifter:
         if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
             dtypes = {self.roundings[argument] for argument in self._unrounded}
             self.roundings[node] = max({*dtypes, self.roundings.get(node, torch.float64)}, key=_spacing)
-        if self.records_gradients or _hands_back(node):
+        if self.records_gradients or _is_leaf(node) or _hands_back(node):
             return value
         self.unrecorded.add(node)
         return self.detach(value) if value is not None else None

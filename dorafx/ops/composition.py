@@ -335,7 +335,9 @@ class Compose(torch.autograd.Function):
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether autograd records what an operator does with these. In inference mode it does not, also below ``enable_grad()``."""
+    recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return recorded and any(t is not None and t.requires_grad for t in tensors)
 
 
 def compose(

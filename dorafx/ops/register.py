@@ -86,7 +86,7 @@ class _RowNorm(torch.autograd.Function):
 
 def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
     refuse_forward_mode("row_norm", weight, left, right)
-    if torch.is_grad_enabled() and (weight.requires_grad or left.requires_grad or right.requires_grad):
+    if composition.records_gradients(weight, left, right):
         return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
     with _compat.below_autograd():
         return torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]

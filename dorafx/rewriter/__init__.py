@@ -6,6 +6,7 @@ from .emit import CannotEmit, Emitter
 from .in_place import reuse_buffers
 from .prologue import HoistedNorm, hoist_norms, norms_inside
 from .region import draw
+from .results import own_results
 
 __all__ = [
     "CannotEmit",
@@ -16,5 +17,6 @@ __all__ = [
     "draw",
     "hoist_norms",
     "norms_inside",
+    "own_results",
     "reuse_buffers",
 ]

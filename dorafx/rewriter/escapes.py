@@ -15,7 +15,7 @@ from torch import fx
 
 from dorafx import _compat
 from dorafx._compat import operators
-from dorafx.lift.effects import attribute_of, nodes_in, written_arguments
+from dorafx.lift.effects import attribute_of, names_another_memory, nodes_in, written_arguments
 from dorafx.lift.targets import canonical_name
 
 from .closures import is_number
@@ -119,6 +119,8 @@ class _Reach:
         if operators.is_higher_order(reader.target):
             return not self._protected_in_body(alias, reader)
         if reader.op == "call_function" and not _is_torchs(reader.target):
+            return True
+        if names_another_memory(reader):
             return True
         return any(alias is written for argument in written_arguments(reader) for written in nodes_in(argument))
 

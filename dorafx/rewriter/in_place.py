@@ -32,7 +32,7 @@ def reuse_buffers(gm: fx.GraphModule) -> int:
     Returns:
         How many compositions were changed.
     """
-    if any(canonical_name(node) == "set_grad_enabled" for node in gm.graph.nodes):
+    if any(canonical_name(node) in ("set_grad_enabled", "enter_inference_mode") for node in gm.graph.nodes):
         return 0
     count = 0
     for node in list(gm.graph.nodes):

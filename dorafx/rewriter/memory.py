@@ -19,7 +19,7 @@ from dorafx.lift import tensor_of
 
 from .nodes import CannotEmit, NodeEmitter
 
-__all__ = ["Ownership", "laid_out_like"]
+__all__ = ["Ownership", "is_view", "laid_out_like"]
 
 
 def _strides_of(tensor: torch.Tensor) -> tuple[str, ...]:
@@ -41,7 +41,7 @@ def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Nod
     if wanted is None or found is None or placements(wanted) is not None or _is_empty(wanted):
         return made
     if _strides_of(wanted) == _strides_of(found):
-        return made
+        return _exactly(emit, wanted, made)
     order = _outermost_first(wanted.shape, wanted.stride())
     inverse = [order.index(axis) for axis in range(len(order))]
     if order == inverse == list(range(len(order))):
@@ -53,7 +53,15 @@ def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Nod
             f"the original's result has the strides {tuple(wanted.stride())} for the shape {tuple(wanted.shape)}, which "
             "no result of the rewrite has"
         )
-    return copy
+    return _exactly(emit, wanted, copy)
+
+
+def _exactly(emit: NodeEmitter, wanted: torch.Tensor, made: fx.Node) -> fx.Node:
+    """Also in the strides of axes of one element. They lead nowhere, but ``stride()`` tells them."""
+    known = all(isinstance(n, int) for n in (*wanted.shape, *wanted.stride()))
+    if not known or tuple(emit.tensor(made).stride()) == tuple(wanted.stride()):
+        return made
+    return emit.method("as_strided", made, tuple(wanted.shape), tuple(wanted.stride()))
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -93,16 +101,17 @@ class Ownership:
         such results of one tensor anew from their history of views, and (torch 2.13) gets that of a ``detach()`` of a view wrong: it
         raises, or of a square matrix returns the transpose.
         """
-        if not self._is_view(original) and (
-            _storage(made) in self._taken or (self._is_view(made) and self._given_out[_storage(original)] > 1)
+        if not is_view(original) and (
+            _storage(made) in self._taken or (is_view(made) and self._given_out[_storage(original)] > 1)
         ):
             made = emit.method("clone", made)
         self._taken.add(_storage(made))
         return made
 
-    @staticmethod
-    def _is_view(node: fx.Node) -> bool:
-        return _storage(node) in {_storage(argument) for argument in node.all_input_nodes}
+
+def is_view(node: fx.Node) -> bool:
+    """Whether a value's memory is one of its operands'."""
+    return _storage(node) is not None and _storage(node) in {_storage(argument) for argument in node.all_input_nodes}
 
 
 def _storage(node: fx.Node) -> int | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,6 +33,18 @@ class CannotEmit(Exception):
 def _method(name: str) -> Callable[..., Any]:
     """Calls the method of the tensor's own class: ``torch.Tensor.dequantize`` is not what a torchao weight has."""
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
+@contextmanager
+def _gradients_as_of(value: Any) -> Iterator[None]:
+    """With gradients recorded where they are for a value of the graph, also in a graph that is called with them switched off and
+    switches them on."""
+    off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
+    if off and getattr(value, "requires_grad", False):
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    else:
+        yield
 
 
 class NodeEmitter:
@@ -64,10 +77,12 @@ class NodeEmitter:
             if key in self.site.meta:
                 node.meta[key] = self.site.meta[key]
         slot = "example_value" if "example_value" in self.site.meta else "val"
-        mode = _compat.fake_mode_of(self.site.meta.get(slot))
+        value = self.site.meta.get(slot)
+        mode = _compat.fake_mode_of(value)
         if mode is not None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-            node.meta[slot] = self._fake_values(target, args, kwargs, mode)
+            with _gradients_as_of(value):
+                node.meta[slot] = self._fake_values(target, args, kwargs, mode)
         return node
 
     def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:

@@ -33,6 +33,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 import dorafx
 from dorafx import rewrite_log
 from dorafx.ops import norm
+from dorafx.versions import minor
 
 STRICT = {"dorafx.strict": True}
 
@@ -235,6 +236,10 @@ def test_compiled_autograd() -> None:
 # -- threads ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    minor(torch.__version__) < (2, 13),
+    reason="Dynamo itself crashes where several threads compile (seen on torch 2.11)",
+)
 def test_threads_compile_and_run_regions_of_their_own_and_a_shared_one() -> None:
     """Four threads: each compiles a model of its own at lengths of its own, and all of them one that they share."""
     shared = peft_perceptron()

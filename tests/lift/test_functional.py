@@ -119,7 +119,8 @@ def test_modes_of_gradients(outer: Any, inner: Any) -> None:
 
     with outer(), switched():
         expected = (torch.ones(4, 4) * 2 if torch.is_inference_mode_enabled() else w * 2).requires_grad
-    graph, mode = fx.Graph(), GradMode()
+    graph = fx.Graph()
+    mode = GradMode(graph)
     if outer is torch.inference_mode:
         mode.follow(
             graph.call_function(torch.autograd.grad_mode._enter_inference_mode, (True,)), "enter_inference_mode"

@@ -172,3 +172,33 @@ def test_the_kept_tensor_itself_is_never_given() -> None:
     (entry,) = norm_store()._entries.values()
     assert entry.norm is not None
     assert told.untyped_storage().data_ptr() != entry.norm.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("codegen", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["data", "set_", "attribute"])
+def test_put_into_a_buffer(how: str, codegen: str) -> None:
+    """What a buffer's ``.data`` is from then on, the norm must not be."""
+
+    class Storing(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("last", torch.zeros(10, dtype=torch.float64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            norm = self.norm()
+            if how == "data":
+                self.last.data = norm
+            elif how == "set_":
+                self.last.set_(norm)
+            else:
+                self.last = norm
+            return self.composed(x, norm)
+
+    layer, x = Storing(), one_row()
+    plain = copy.deepcopy(layer)
+    call = compiled(layer, codegen)
+    with torch.no_grad():
+        for _ in range(4):
+            assert_close(call(x), plain(x), 1e-12)
+            torch.testing.assert_close(layer.last, plain.last)
+            layer.last.mul_(2), plain.last.mul_(2)

@@ -45,6 +45,7 @@ def compose(seed: int, inductor: bool = False) -> Program:
 
 class _Composer:
     def __init__(self, seed: int, inductor: bool) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
         self.inductor = inductor
         # A program of nothing but rarities is seldom DoRA: some have few of them, and a third none that may be left alone.
@@ -145,8 +146,20 @@ class _Composer:
         )
         if not self.strict and self.chance(0.65):
             p = self.twisted(p)
+        p = self.recording(p)
         tolerance = max(p.how.tolerance, self.tolerance_of_early_products(p))
         return replace(p, how=replace(p.how, tolerance=tolerance, gradients=self.tolerance_of_gradients(p)))
+
+    def recording(self, p: Program) -> Program:
+        """Some of those that are called with gradients switched off switch them on again."""
+        rng = random.Random(f"recording {self.seed}")  # numbers of its own: the other programs stay what they are
+        called = [line for line in p.drive if 'mode="no_grad"' in line or 'mode="inference"' in line]
+        if p.how.capture != "dynamo" or not called or rng.random() > 0.2:
+            return p
+        region = rng.choice(("torch.enable_grad()", "torch.enable_grad()", "torch.inference_mode(False)"))
+        first = rng.choice((0, 0, rng.randrange(len(p.lines))))
+        lines = (*p.lines[:first], *(line if line.region else replace(line, region=region) for line in p.lines[first:]))
+        return replace(p, lines=lines, exempt="; ".join(filter(None, (p.exempt, "gradients are switched on"))))
 
     def declare(self) -> None:
         if self.dtype != "float64":

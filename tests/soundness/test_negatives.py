@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import dorafx
 from dorafx import rewrite_log
 from dorafx.lift.effects import written_nodes
+from dorafx.versions import minor
 
 
 @torch.compiler.allow_in_graph
@@ -573,6 +574,8 @@ def low_rank_product_is_used_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tenso
 @pytest.mark.parametrize("name", sorted(NEGATIVES))
 def test_only_the_sound_part_is_rewritten(name: str) -> None:
     program, expected, reason = NEGATIVES[name]
+    if name == "sum_written_in_a_branch" and minor(torch.__version__) < (2, 13):
+        pytest.skip("torch.cond refuses bodies that write to their inputs (seen on torch 2.11)")
     check_same(program, Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), tolerance=1e-10)
     records = rewrite_log().records
     if name == "non_linear_operator_between_the_factors":

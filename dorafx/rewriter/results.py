@@ -1,0 +1,76 @@
+"""Results that are no views where the original's are none, in graphs that are run as they stand.
+
+What a caller may do in place to a view is less: nothing, where it was made with gradients switched off and they are on again; and
+``detach_()`` never. What AOT autograd compiles needs none of this: it makes results that are views of nothing that the caller has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from dorafx.lift import tensor_of
+from dorafx.lift.effects import nodes_in, written_arguments
+from dorafx.ops import layout
+
+from .memory import is_view
+
+__all__ = ["own_results"]
+
+
+def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
+    """Let no result of a graph be a view of another tensor where the original's is none.
+
+    Args:
+        original: the graph before the rewrite.
+        gm: the rewritten graph, with the same results; changed in place.
+
+    Returns:
+        How many results were.
+    """
+    done: set[fx.Node] = set()
+    wanted, found = (graph.find_nodes(op="output")[0].args[0] for graph in (original.graph, gm.graph))
+    if not isinstance(wanted, (tuple, list)) or not isinstance(found, (tuple, list)):
+        wanted, found = (wanted,), (found,)
+    for before, result in zip(wanted, found):
+        if not isinstance(before, fx.Node) or not isinstance(result, fx.Node) or result in done:
+            continue
+        if _is_view(before) or not _is_view(result):
+            continue
+        done.add(result)
+        readers = list(result.users)
+        with gm.graph.inserting_after(result):
+            own = _own(gm.graph, result)
+        own.meta.update(result.meta)
+        for reader in readers:
+            reader.replace_input_with(result, own)
+    if done:
+        gm.graph.lint()
+        gm.recompile()
+    return len(done)
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_method" and node.target in _VIEWS:
+        return True  # whatever its value's memory was, before copies were made and compositions put in place of their operands
+    written = [n for argument in written_arguments(node) for n in nodes_in(argument)]
+    # What a write in place returns is its operand.
+    return any(map(_is_view, written)) if written else is_view(node)
+
+
+# What the rewrite emits.
+_VIEWS = frozenset(
+    {"as_strided", "detach", "flatten", "movedim", "permute", "reshape", "reshape_as", "t", "unflatten", "unsqueeze"}
+)
+
+
+def _own(graph: fx.Graph, result: fx.Node) -> fx.Node:
+    tensor = tensor_of(result)
+    assert tensor is not None
+    if list(map(str, tensor.stride())) != list(map(str, layout.strides(tensor.shape))):
+        # To size for itself, ``_unsafe_view`` gives other strides to axes of one element.
+        return graph.call_method("clone", (result,))
+    # The same memory, which autograd takes for a tensor of its own.
+    size = graph.call_method("size", (result,))
+    with graph.inserting_after(size):
+        return graph.call_function(torch.ops.aten._unsafe_view.default, (result, size))
