@@ -9,6 +9,7 @@ VALUES = "soundness/test_norm_values.py"
 VANISHING = "soundness/test_terms_that_vanish.py"
 LAYOUT = "soundness/test_memory_layout.py"
 WRITES = "soundness/test_writes.py"
+RESULTS = "soundness/test_results.py"
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,24 @@ FAULTS: dict[str, Fault] = {
         "return total if lora is None else total + lora.to(wide) * scale",
         "return total if lora is None else total + lora.to(wide) * scale * scale",
         (FUZZ, "ops/test_composition.py"),
+    ),
+    "what was computed before gradients were switched on has them": Fault(
+        "lift/grad_mode.py",
+        "self._enabled = not switches or torch.is_grad_enabled()",
+        "self._enabled = True",
+        (RESULTS, FUZZ),
+    ),
+    "a norm with gradients leaves a graph that switches them on": Fault(
+        "rewriter/nodes.py", 'if off and getattr(value, "requires_grad", False):', "if False:", (RESULTS, FUZZ)
+    ),
+    "results are views": Fault(
+        "rewriter/results.py",
+        "        if _is_view(before) or not _is_view(result):\n",
+        "        if True:\n",
+        (RESULTS,),
+    ),
+    "axes of one element lie anywhere": Fault(
+        "rewriter/memory.py", "    if not known or tuple(emit", "    if True or tuple(emit", (RESULTS,)
     ),
     "late hooks are not seen": Fault("backend.py", "    guard_on_hooks()\n", "", ("integration/test_hooks.py",)),
 }
