@@ -263,7 +263,7 @@ def compared(
     # through AOT autograd in either.
     raises = all(sentence.endswith(_RAISES) for sentence in different)
     for compiler in dict.fromkeys((codegen, "aot_eager") if raises else (codegen,)):
-        if capture == "dynamo" and different and (compiler != "eager" or raises):
+        if capture == "dynamo" and different:
             calls = ran(space, "stock", {**how, "codegen": compiler})
             alone = differing(wanted, calls, tolerance, gradients=gradients)
             if set(map(_subject, alone)).issuperset(map(_subject, different)):
