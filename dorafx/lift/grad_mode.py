@@ -30,11 +30,12 @@ class GradMode:
     """Follows a graph from its beginning.
 
     A graph that switches gradients on begins in the mode of whoever asks: Dynamo calls a backend in that in which the graph is called.
-    Of any other nothing is recorded where it is called with gradients switched off, and it is followed as it is with gradients.
+    Of any other nothing is recorded where it is called with gradients switched off, and it is followed as it is with gradients, unless
+    ``of_caller`` asks for the caller's mode there too.
     """
 
-    def __init__(self, graph: fx.Graph) -> None:
-        switches = _switches_on(graph)
+    def __init__(self, graph: fx.Graph, of_caller: bool = False) -> None:
+        switches = of_caller or _switches_on(graph)
         self._enabled = not switches or torch.is_grad_enabled()
         self._inference = switches and torch.is_inference_mode_enabled()
         self._outside: list[tuple[bool, bool]] = []
@@ -68,7 +69,7 @@ class GradMode:
 
 def in_which_it_is_called(graph: fx.Graph, body: str) -> GradMode:
     """The mode in which a higher-order operator of a graph runs the body of this name."""
-    mode = GradMode(graph)
+    mode = GradMode(graph, of_caller=True)
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == body:
             continue

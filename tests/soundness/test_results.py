@@ -12,6 +12,7 @@ from programs import Layer, S, lora
 from torch.utils.checkpoint import checkpoint
 
 from dorafx import rewrite_log
+from dorafx.versions import minor
 
 
 def norm(p: Layer) -> torch.Tensor:
@@ -161,6 +162,16 @@ def a_checkpointed_region(p: Layer, x: torch.Tensor) -> torch.Tensor:
         return y + p.b
 
 
+def the_rest_of_a_checkpointed_region(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    def region(x: torch.Tensor) -> torch.Tensor:
+        adapted = p.W + S * (p.B @ p.A)
+        with torch.enable_grad():
+            return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True))
+
+    y: torch.Tensor = checkpoint(region, x, use_reentrant=False)
+    return y
+
+
 SWITCHING = (
     all_of_it,
     all_but_the_norm,
@@ -168,6 +179,7 @@ SWITCHING = (
     not_in_inference,
     not_in_inference_below_it,
     a_checkpointed_region,
+    the_rest_of_a_checkpointed_region,
 )
 
 
@@ -194,9 +206,13 @@ def test_gradients_switched_on_inside(
                 found += torch.autograd.grad(y.sin().sum(), p.trainable(), allow_unused=True)
         return found
 
+    if "checkpointed" in program.__name__ and outside is torch.inference_mode and minor(torch.__version__) < (2, 13):
+        pytest.skip(
+            "torch 2.11 runs a body's switch of the mode outside of inference mode: dorafx's operator raises there"
+        )
     wanted = observed(None)
     try:
-        observed("aot_eager" if program is a_checkpointed_region else codegen)  # as dorafx compiles bodies
+        observed("aot_eager" if "checkpointed" in program.__name__ else codegen)  # as dorafx compiles bodies
     except RuntimeError as error:  # with nothing rewritten
         pytest.skip(f"{codegen} raises without dorafx: {error}")
     rewrite_log().clear()
