@@ -362,7 +362,7 @@ class Emitter(NodeEmitter):
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
         parts = tuple(parts)
-        if any(p.scale.constant is not None and _is_ones(p.core[-1]) for p in parts):
+        if any(p.scale.constant is not None and any(map(_is_ones, p.core[-1:])) for p in parts):
             raise CannotEmit(_ONE_COLUMN)
         if len(parts) == 1:
             return self._scaled_product(parts[0])
