@@ -101,6 +101,8 @@ class Ownership:
         such results of one tensor anew from their history of views, and (torch 2.13) gets that of a ``detach()`` of a view wrong: it
         raises, or of a square matrix returns the transpose.
         """
+        if _storage(made) is None:
+            return made  # of a DTensor, or of a graph without values: nothing is known of its memory
         if not is_view(original) and (
             _storage(made) in self._taken or (is_view(made) and self._given_out[_storage(original)] > 1)
         ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from dorafx._compat.distributed import placements
 from dorafx.lift import tensor_of
 from dorafx.lift.effects import nodes_in, written_arguments
 from dorafx.ops import layout
@@ -37,10 +38,13 @@ def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
             continue
         if _is_view(before) or not _is_view(result):
             continue
+        tensor = tensor_of(result)
+        if tensor is None or placements(tensor) is not None:
+            continue
         done.add(result)
         readers = list(result.users)
         with gm.graph.inserting_after(result):
-            own = _own(gm.graph, result)
+            own = _own(gm.graph, result, tensor)
         own.meta.update(result.meta)
         for reader in readers:
             reader.replace_input_with(result, own)
@@ -64,9 +68,7 @@ _VIEWS = frozenset(
 )
 
 
-def _own(graph: fx.Graph, result: fx.Node) -> fx.Node:
-    tensor = tensor_of(result)
-    assert tensor is not None
+def _own(graph: fx.Graph, result: fx.Node, tensor: torch.Tensor) -> fx.Node:
     if list(map(str, tensor.stride())) != list(map(str, layout.strides(tensor.shape))):
         # To size for itself, ``_unsafe_view`` gives other strides to axes of one element.
         return graph.call_method("clone", (result,))
