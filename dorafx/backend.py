@@ -21,7 +21,7 @@ from dorafx._compat.hooks import guard_on_hooks
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.lift.functional import has_writes, without_private_writes
-from dorafx.lift.grad_mode import in_which_it_is_called, switches_gradients_on
+from dorafx.lift.grad_mode import modes_of_bodies, switches_gradients_on
 from dorafx.log import Drawing, Record, RewriteLog, fold_key, rewrite_log
 from dorafx.match import Matches, Reason, match_graph
 from dorafx.options import Options
@@ -364,8 +364,9 @@ def _rewrite(gm: fx.GraphModule, options: Options, graph_id: int, found: _Found)
         name: child for name, child in gm.named_children() if isinstance(child, fx.GraphModule) and _is_body(gm, name)
     }
     replaced = {}
+    modes = modes_of_bodies(gm.graph) if nested else {}
     for name, child in nested.items():
-        with in_which_it_is_called(gm.graph, name).entered():
+        with modes[name].entered() if name in modes else contextlib.nullcontext():
             new_child = _rewrite(child, options, graph_id, found)
         if new_child is not child:
             replaced[name] = new_child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from .targets import canonical_name
 
-__all__ = ["GradMode", "in_which_it_is_called", "switches_gradients_on"]
+__all__ = ["GradMode", "modes_of_bodies", "switches_gradients_on"]
 
 
 def switches_gradients_on(gm: fx.GraphModule) -> bool:
@@ -19,11 +20,15 @@ def switches_gradients_on(gm: fx.GraphModule) -> bool:
 
 
 def _switches_on(graph: fx.Graph) -> bool:
-    return any((canonical_name(node), node.args[:1]) in _SWITCHED_ON for node in graph.nodes)
+    return any(
+        isinstance(node.args[0], bool) and (canonical_name(node), node.args[0]) in _SWITCHED_ON
+        for node in graph.nodes
+        if node.args
+    )
 
 
 # ``inference_mode(False)`` enables gradients, also below ``no_grad``.
-_SWITCHED_ON = (("set_grad_enabled", (True,)), ("enter_inference_mode", (False,)))
+_SWITCHED_ON = (("set_grad_enabled", True), ("enter_inference_mode", False))
 
 
 class GradMode:
@@ -67,13 +72,13 @@ class GradMode:
             yield
 
 
-def in_which_it_is_called(graph: fx.Graph, body: str) -> GradMode:
-    """The mode in which a higher-order operator of a graph runs the body of this name."""
+def modes_of_bodies(graph: fx.Graph) -> dict[str, GradMode]:
+    """The modes in which the higher-order operators of a graph run their bodies, by the bodies' names, in one walk over the graph."""
     mode = GradMode(graph, of_caller=True)
+    found: dict[str, GradMode] = {}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target == body:
-            continue
-        if any(argument.op == "get_attr" and argument.target == body for argument in node.all_input_nodes):
-            break
         mode.follow(node, canonical_name(node))
-    return mode
+        for argument in node.all_input_nodes:
+            if argument.op == "get_attr" and argument.target not in found:
+                found[str(argument.target)] = copy.copy(mode)
+    return found
