@@ -36,6 +36,7 @@ __all__ = [
     "Poly",
     "TooComplex",
     "Vanished",
+    "is_ones",
     "transpose_chain",
 ]
 
@@ -176,6 +177,11 @@ def _push(chain: list[Factor], factor: Factor, lost: set[Vanished]) -> None:
     elif chain and isinstance(chain[-1], Mat) and factor.atom.id == chain[-1].atom.id == ONES.id:
         raise TooComplex  # their product is a multiple of ones, by an inner dimension that no term remembers
     chain.append(factor)
+
+
+def is_ones(factor: Factor) -> bool:
+    """Whether a factor is a matrix of ones, whichever way it lies."""
+    return isinstance(factor, Mat) and factor.atom == ONES
 
 
 def transpose_chain(chain: Chain) -> Chain:

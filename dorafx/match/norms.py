@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Mono, transpose_chain
+from dorafx.lift.algebra import Chain, Mono, is_ones, transpose_chain
 
 from .near_misses import Reason, described, hidden_delta, source_of, unknown_delta, vanished
 
@@ -81,7 +81,7 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     delta: list[LowRank] = []
     for (scalars, chain), c in expr.items:
         mats = [f for f in chain if isinstance(f, Mat)]
-        ones = [i for i, f in enumerate(chain) if isinstance(f, Mat) and f.atom == ONES]
+        ones = [i for i, f in enumerate(chain) if is_ones(f)]
         if ones and 0 < ones[0] < len(chain) - 1:
             delta.append(LowRank(c, scalars, chain[: ones[0] + 1], chain[ones[0] :], 1))  # a column times a row
             continue
@@ -94,7 +94,7 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             return Reason(f"the norm's operand has a scaled or diagonal part{what} besides the weight", _site(info))
         part = _cut(lift, chain, c, scalars)
         if part is None:
-            repeated = any(isinstance(f, Mat) and f.atom == ONES for f in chain)
+            repeated = any(map(is_ones, chain))
             what = "is one row repeated" if repeated else "has a symbolic or non-matrix shape"
             return Reason(f"a factor of the delta {what}", _site(info))
         delta.append(part)
@@ -131,7 +131,7 @@ def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
 def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
     """Cut a chain where its inner dimension is smallest."""
     last = chain[-1]
-    if isinstance(last, Mat) and last.atom == ONES:
+    if is_ones(last):
         return None  # how many columns it has no term remembers
     best: tuple[int, int] | None = None
     positions = [i for i, f in enumerate(chain) if isinstance(f, Mat)]

@@ -13,7 +13,7 @@ from torch import fx
 from dorafx._compat.distributed import placements
 from dorafx.kernels import dies
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Factor, Mono, transpose_chain
+from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
 from dorafx.match import Match, Part
 from dorafx.ops import sharding
 
@@ -25,10 +25,6 @@ from .shapes import sizes_of
 __all__ = ["CannotEmit", "Emitter"]
 
 _ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
-
-
-def _is_ones(factor: Factor) -> bool:
-    return isinstance(factor, Mat) and factor.atom == ONES
 
 
 class Emitter(NodeEmitter):
@@ -210,10 +206,10 @@ class Emitter(NodeEmitter):
             return self.precise(
                 self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
             )
-        if not chain or (len(chain) == 1 and _is_ones(chain[0])):
+        if not chain or (len(chain) == 1 and is_ones(chain[0])):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
         prefix, last = chain[:-1], chain[-1]
-        if _is_ones(last):
+        if is_ones(last):
             return self._summed(prefix)
         if isinstance(last, Diag):
             vector = self.vector(Poly(((last.mono, 1.0),)))
@@ -224,7 +220,7 @@ class Emitter(NodeEmitter):
             node = self.flat(self.product((last,)))
             column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
             return self.call(torch.mul, column, node)
-        if len(prefix) > 1 and _is_ones(prefix[-1]):
+        if len(prefix) > 1 and is_ones(prefix[-1]):
             return self._multiply_sum(self._summed(prefix[:-1]), last)
         return self._multiply(self.product(prefix), last)
 
@@ -346,7 +342,7 @@ class Emitter(NodeEmitter):
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
         last = part.core[-1]
         alpha = part.scale.constant
-        plain = len(part.core) > 1 and isinstance(last, Mat) and not any(map(_is_ones, part.core[-2:]))
+        plain = len(part.core) > 1 and isinstance(last, Mat) and not any(map(is_ones, part.core[-2:]))
         if alpha is None or not plain:
             node = self.product(part.core)
             return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
@@ -362,7 +358,7 @@ class Emitter(NodeEmitter):
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` as one node and a constant factor that is left to the composition."""
         parts = tuple(parts)
-        if any(p.scale.constant is not None and any(map(_is_ones, p.core[-1:])) for p in parts):
+        if any(p.scale.constant is not None and any(map(is_ones, p.core[-1:])) for p in parts):
             raise CannotEmit(_ONE_COLUMN)
         if len(parts) == 1:
             return self._scaled_product(parts[0])

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from dorafx.lift import AtomInfo, Mat, PackedWeight, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, transpose_chain
+from dorafx.lift.algebra import Chain, is_ones, transpose_chain
 from dorafx.match import NormFactors
 
 from .emit import Emitter
@@ -101,7 +101,7 @@ def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node,
 def _factor(emit: Emitter, chain: Chain) -> fx.Node:
     """A factor of a norm. Read from the atoms themselves, before any cast: the norm is computed in fp32 anyway."""
     head = chain[0]
-    if isinstance(head, Mat) and head.atom == ONES:
+    if is_ones(head):
         return emit.method("t", emit.flat(emit.product(transpose_chain(chain))))
     if len(chain) == 1 and isinstance(head, Mat):
         node = emit.matrix(head.atom)
