@@ -15,11 +15,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import fx
 
-from dorafx import _compat, capture
+from dorafx import capture
+from dorafx._compat.dynamo import (
+    fresh_compile,
+    graph_breaks,
+    group_compiler,
+    restore_compiled_call,
+    set_compiled_call,
+    whole_graphs,
+)
+from dorafx._compat.graphs import exported_program_with_graph
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
-from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
+from dorafx.pipeline import log_failure, rewrite_graph
+from dorafx.recording import SiteTerms
 from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
 
 if TYPE_CHECKING:
@@ -33,10 +44,10 @@ _ATTRIBUTE = "_dorafx_restore"
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
     """What :func:`restore` puts back. A copy of a model (``deepcopy``, ``pickle``) has no compiled calls, so there is
-    nothing to put back in it either."""
+    nothing to put back in it either, and a plain list is loaded where dorafx is not installed."""
 
     def __reduce__(self) -> Any:
-        return _Undo, ()
+        return list, ()
 
 
 def optimize(
@@ -56,7 +67,8 @@ def optimize(
 
     Nothing of the model changes but how it is called: the same object, class, parameters, ``state_dict`` keys, hooks and
     training mode, so ``Trainer``, ``generate`` and ``save_pretrained`` keep working. A hook that is registered later runs too:
-    what holds the module is compiled again. :func:`restore` undoes it.
+    what holds the module is compiled again. :func:`restore` undoes it. With a static cache on a GPU ``generate`` compiles its
+    decoding step itself, and with Inductor unless ``compile_config=CompileConfig(backend="dorafx")`` says otherwise.
 
     Args:
         model: any ``nn.Module``.
@@ -112,9 +124,9 @@ def optimize(
     groups = [[entry] for entry in entry_modules(model)] if chosen == "model" else module_groups(adapted_modules(model))
     for members in groups:
         backend = functools.partial(dorafx_backend, options=options, mode=mode, members=tuple(n for n, _ in members))
-        compile_one = _compat.group_compiler(backend, dynamic)
+        compile_one = group_compiler(backend, dynamic)
         for _, module in members:
-            undo.append((module, _compat.set_compiled_call(module, compile_one)))
+            undo.append((module, set_compiled_call(module, compile_one)))
     model.__dict__[_ATTRIBUTE] = undo
     return model
 
@@ -132,7 +144,7 @@ def restore(model: M) -> M:
     True
     """
     for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
-        _compat.restore_compiled_call(module, previous)
+        restore_compiled_call(module, previous)
     return model
 
 
@@ -222,7 +234,6 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     >>> report.passed, report.checks[0].error < 1e-12
     (True, True)
     """
-    from dorafx.backend import log_failure, validate_graph_module
     from dorafx.validation import Check
 
     _check_callable("verify", model)
@@ -230,15 +241,15 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
     report = VerifyReport([])
 
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        try:
-            report.checks.extend(validate_graph_module(gm, report.log))
-        except Exception as error:
-            log_failure(error, Options(), report.log)
-            report.checks.append(Check("", "whole graph", math.inf, report.log.records[-1].reason))
+        program = rewrite_graph(gm, Options(verify=True), prologue=True, log=report.log)
+        report.checks.extend(program.checks)
+        if program.error is not None:
+            failure = report.log.records[-1].reason
+            report.checks.append(Check("", "whole graph", math.inf, failure, ReasonKind.INTERNAL_FAILURE))
         return gm.forward
 
-    with torch.random.fork_rng(), _compat.whole_graphs():
-        _compat.fresh_compile(model, collect)(*args, **kwargs)
+    with torch.random.fork_rng(), whole_graphs():
+        fresh_compile(model, collect)(*args, **kwargs)
     return report
 
 
@@ -253,7 +264,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         args, kwargs: what to call it with.
 
     Returns:
-        What was found; ``print()`` it, or its ``print()`` method for colours in a terminal.
+        What was found; ``print()`` it, or its ``print()`` method for colours in a terminal, and ``print(terms=True)`` for what each
+        site computes, as a formula.
 
     Raises:
         TypeError: ``model`` cannot be called.
@@ -268,25 +280,21 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     total       1                                          48 KiB      49.2 k  49.2 k
     1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
-    from dorafx.backend import log_failure, rewrite_graph_module
-
     _check_callable("explain", model)
     capture.install()
     log = RewriteLog()
     graphs = 0
+    terms: list[SiteTerms] = []
 
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        try:
-            rewrite_graph_module(gm, Options(), graphs, log=log)
-        except Exception as error:
-            log_failure(error, Options(), log, graph_id=graphs)
+        terms.extend(rewrite_graph(gm, Options(), graphs, log=log, terms=True).terms)
         return gm.forward
 
-    with torch.random.fork_rng(), _compat.whole_graphs(), _compat.graph_breaks() as breaks:
-        _compat.fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, graph_breaks_of(breaks), log)
+    with torch.random.fork_rng(), whole_graphs(), graph_breaks() as breaks:
+        fresh_compile(model, collect)(*args, **kwargs)
+    return Explanation(graphs, graph_breaks_of(breaks), log, terms)
 
 
 def _check_callable(name: str, model: Any) -> None:
@@ -317,9 +325,8 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     >>> type(dorafx.rewrite(program)).__name__
     'ExportedProgram'
     """
-    from dorafx.backend import log_failure, rewrite_graph_module
+    from dorafx.graphs.shapes import UnknownShapes, carries_shapes, with_shapes
     from dorafx.rewriter.lowering import lower_to_aten, own_operators, without_own_operators
-    from dorafx.rewriter.shapes import UnknownShapes, carries_shapes, with_shapes
 
     if not isinstance(program, (torch.export.ExportedProgram, fx.GraphModule)):
         raise TypeError(
@@ -336,24 +343,24 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         try:
             graph_module = with_shapes(graph_module, example_inputs)
         except UnknownShapes as unknown:
-            rewrite_log().add(Record("missed", reason=str(unknown)))
+            rewrite_log().add(Record("missed", reason=str(unknown), kind=ReasonKind.UNKNOWN_SHAPES.value))
             return program
     log = RewriteLog()
     result: Any = program
     try:
         named = _parameters_of(program) if isinstance(program, torch.export.ExportedProgram) else None
-        new = rewrite_graph_module(graph_module, Options(), log=log, is_parameter=named)
+        new = rewrite_graph(graph_module, Options(), is_parameter=named, log=log).graph
         if portable and own_operators(new):
             new = without_own_operators(new)
         if new is not graph_module:
             if exported:
                 lower_to_aten(new)
-            result = _compat.exported_program_with_graph(program, new) if exported else new
+            result = exported_program_with_graph(program, new) if exported else new
     except Exception as error:
         log_failure(error, Options(), rewrite_log())
     else:
         # Only now: a failure on the way may not leave a claim of rewrites behind.
-        rewrite_log().extend(log.records)
+        rewrite_log().extend(log.records, log.drawings, log.seconds)
     left = own_operators(result.graph_module if exported else result) if portable else []
     if left:
         # A polyfill made it when the program was captured.

@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from dorafx import _compat
+from dorafx._compat.dynamo import lookup_backend
+from dorafx._compat.inductor import compile_with_inductor, has_cpp_compiler
 from dorafx.errors import DorafxWarning
+from dorafx.ops.register import DECOMPOSITIONS
 from dorafx.options import Options
 
 __all__ = ["check_name", "compile_graph", "runs_as_it_stands"]
@@ -22,7 +24,7 @@ def check_name(name: str) -> None:
     ValueError: no codegen has this name; the message names those there are.
     """
     if name not in ("inductor", "eager"):
-        _compat.lookup_backend(name)
+        lookup_backend(name)
 
 
 def compile_graph(
@@ -38,7 +40,7 @@ def compile_graph(
         ValueError: ``dorafx.codegen`` names no registered backend.
     """
     name = options.codegen
-    if name == "inductor" and not _needs_no_compiler(example_inputs) and not _compat.has_cpp_compiler():
+    if name == "inductor" and not _needs_no_compiler(example_inputs) and not has_cpp_compiler():
         global _warned_no_compiler
         if not _warned_no_compiler:
             _warned_no_compiler = True
@@ -56,9 +58,9 @@ def compile_graph(
         # it to AOTAutograd to make both draw the same.
         name = "aot_eager"
     if name == "inductor":
-        compiled: Callable[..., Any] = _compat.compile_with_inductor(gm, example_inputs, mode, inductor_options)
+        compiled: Callable[..., Any] = compile_with_inductor(gm, example_inputs, mode, inductor_options, DECOMPOSITIONS)
     else:
-        compiled = _compat.lookup_backend(name)(gm, list(example_inputs))
+        compiled = lookup_backend(name)(gm, list(example_inputs))
     return compiled
 
 

@@ -13,12 +13,14 @@ import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dorafx.log import Record, RewriteLog
-from dorafx.log.table import as_text, finding, show
+from dorafx.log import Record, RewriteLog, folded_site
+from dorafx.log.table import as_text, finding, printable, show
+from dorafx.recording import SiteTerms
 
 __all__ = ["Explanation", "GraphBreak", "graph_breaks_of"]
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_NODE_NUMBER = re.compile(r"(?<=[a-z])_\d+")
 _NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write Dynamo tracing rules")
 
 
@@ -94,6 +96,8 @@ class Explanation:
         graph_count: graphs that Dynamo made of the call.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
+        terms: what each site computes, as a formula, beside the form that a near miss comes closest to; :mod:`dorafx.lift.show` has
+            the notation.
 
     >>> def noisy(x):
     ...     print("once a forward")
@@ -107,6 +111,7 @@ class Explanation:
     graph_count: int
     breaks: list[GraphBreak] = field(default_factory=list)
     log: RewriteLog = field(default_factory=RewriteLog)
+    terms: list[SiteTerms] = field(default_factory=list)
 
     @property
     def graph_break_count(self) -> int:
@@ -123,9 +128,20 @@ class Explanation:
         """The records of what would be left alone."""
         return self.log.misses
 
-    def print(self, file: TextIO | None = None) -> None:
-        """Print the table, in colour where ``file`` (standard output by default) is a terminal."""
+    def print(self, file: TextIO | None = None, terms: bool = False) -> None:
+        """Print the table, in colour where ``file`` (standard output by default) is a terminal; with ``terms`` also what each site
+        computes.
+
+        >>> dorafx.explain(layer, x).print(terms=True)
+        1 graph, 0 graph breaks
+        ...
+        (function)  linear
+          y = args·weightᵀ·D(magnitude·n⁻¹) + args·lora_Aᵀ·lora_Bᵀ·D(magnitude·n⁻¹)
+          n = detach(‖weight + lora_B·lora_A‖)
+        """
         show(self, file)
+        if terms and self.terms:
+            show(_shown(self.terms), file)
 
     def to_dict(self) -> dict[str, Any]:
         """``{"graphs": int, "graph_breaks": int, "breaks": [break]}``; the log has its own JSON."""
@@ -151,3 +167,34 @@ class Explanation:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _shown(terms: Iterable[SiteTerms]) -> Group:
+    """Terms for a terminal: repeated layers folded, and of a near miss what was found above the form that it comes closest to."""
+    folds: dict[tuple[object, ...], set[str]] = {}
+    firsts: dict[tuple[object, ...], SiteTerms] = {}
+    for t in terms:
+        key: tuple[object, ...] = (folded_site(t.site), t.pattern, _NODE_NUMBER.sub("", t.output), t.norm, t.reason)
+        firsts.setdefault(key, t)
+        folds.setdefault(key, set()).add(t.site)
+    parts = []
+    for key, t in firsts.items():
+        text = Text(overflow="fold")
+        count = len(folds[key])
+        text.append(f"{printable(str(key[0]) or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
+        text.append(f"  {printable(t.reason or t.pattern)}")
+        form = t.closest
+        for letter, found, stated in (
+            ("y", t.output, form.output if form else ""),
+            ("n", t.norm, form.norm if form else ""),
+        ):
+            lines = [("found" if form else "", found)] if found else []
+            if form is not None and lines:
+                lines.append((form.name, stated))
+            width = max((len(head) for head, _ in lines), default=0)
+            for head, line in lines:
+                equation = line if line.startswith("n₁ = ") else f"{letter} = {line}"
+                text.append(f"\n  {f'{head:{width}}  ' if head else ''}")
+                text.append(printable(equation), style="cyan" if head in ("", "found") else "dim")
+        parts.append(text)
+    return Group(*parts)

@@ -10,23 +10,24 @@ dead terms. Both sides run on several draws of the inputs, in three readings of 
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from dorafx import _compat
+from dorafx._compat.autograd import below_autocast
 from dorafx._compat.distributed import placements
-from dorafx._compat.tensors import flattened, is_wrapper
-from dorafx.lift.effects import written_arguments
-from dorafx.lift.targets import canonical_name
-from dorafx.lift.values import FLOAT_DTYPES, tensor_of
-from dorafx.observation import Comparison, Observation, compare, observe
-from dorafx.rewriter.prologue import DENSE
+from dorafx._compat.operators import body_operands_start, takes_operands_for_body
+from dorafx._compat.tensors import flattened, is_wrapper, size_hint, storage_id
+from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import written_arguments
+from dorafx.lift.values import FLOAT_DTYPES
+from dorafx.observation import Comparison, Observation, compare, default_dtype, observe
+from dorafx.rewriter.hoist import DENSE
 
 __all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls", "crosses_dtensors"]
 
@@ -151,7 +152,7 @@ class GraphCheck:
                     _move(value, generator, _bounds(self.gm))
         program = _Runner(gm, run.reading, [name for name, _ in values], self._dense)
         names = [name for name, _ in values]
-        with _default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
+        with default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
             return observe(program, [value for _, value in values], grad_mode=run.mode, seed=1, names=names)
 
     def _values(self, run: Run) -> list[tuple[str, Any]]:
@@ -173,7 +174,7 @@ class GraphCheck:
             if name in values:
                 continue
             if not isinstance(traced, torch.Tensor):
-                values[name] = _compat.size_hint(traced)
+                values[name] = size_hint(traced)
                 continue
             # A write made it the result of one: before it, it recorded none.
             recorded = traced.requires_grad and (traced.is_leaf or node not in written)
@@ -183,16 +184,6 @@ class GraphCheck:
 
 def _whole(observation: Observation | None) -> Observation | None:
     return None if observation is None or observation.raised else observation
-
-
-@contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _writes(node: fx.Node) -> bool:
@@ -261,9 +252,9 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
         wanted = observe(original, values, grad_mode=own, seed=1, names=placeholders)
         if wanted.raised:
             raise RuntimeError(f"{wanted.raised}: {wanted.message}")
-        with _default_dtype(torch.float64), torch.no_grad():
+        with default_dtype(torch.float64), torch.no_grad():
             wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
-        with _default_dtype(torch.float64):
+        with default_dtype(torch.float64):
             exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
         actual = observe(once, (), tensors, grad_mode=own, seed=1)
         tolerance = TOLERANCE if not exact.raised else _LOW_TOLERANCE
@@ -272,7 +263,7 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
             with torch.no_grad():
                 for value in filter(_is_floating, wide):
                     _move(value, torch.Generator().manual_seed(2), _bounds(gm))
-            with _default_dtype(torch.float64):
+            with default_dtype(torch.float64):
                 noise = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
             found = compare(wanted, actual, tolerance, _whole(exact), noise=_whole(noise))
         worst = max(worst, found.error)
@@ -327,7 +318,7 @@ def _low_precision(gm: fx.GraphModule) -> bool:
 def _factor_width(gm: fx.GraphModule) -> float:
     """Matrices whose shorter side is below it are taken for the factors of a delta, whose rank is small."""
     sides = [
-        min(int(_compat.size_hint(size)) for size in tensor.shape)
+        min(int(size_hint(size)) for size in tensor.shape)
         for node in gm.graph.nodes
         if node.op in ("placeholder", "get_attr") and (tensor := tensor_of(node)) is not None and tensor.dim() >= 2
     ]
@@ -344,7 +335,7 @@ class _Draw:
         self.bounds = bounds
 
     def __call__(self, traced: torch.Tensor) -> torch.Tensor:
-        shape = [int(_compat.size_hint(size)) for size in traced.shape]
+        shape = [int(size_hint(size)) for size in traced.shape]
         if traced.dtype not in FLOAT_DTYPES:
             value = torch.ones(shape, dtype=traced.dtype)
             if value.dim() >= 2 and traced.dtype in (torch.int32, torch.int64):
@@ -411,10 +402,10 @@ def _placed(
     device = traced.device
     value = value.to(device, dtype)
     if traced.layout is torch.strided and not is_wrapper(traced):
-        strides = [int(_compat.size_hint(stride)) for stride in traced.stride()]
-        offset = int(_compat.size_hint(traced.storage_offset()))
+        strides = [int(size_hint(stride)) for stride in traced.stride()]
+        offset = int(size_hint(traced.storage_offset()))
         length = offset + 1 + sum((size - 1) * stride for size, stride in zip(value.shape, strides))
-        key = _compat.storage_id(traced)
+        key = storage_id(traced)
         base = storages.get(key)
         if base is None or base.dtype != dtype or len(base) < length:
             shared = base
@@ -451,7 +442,7 @@ class _Runner:
         try:
             if self.reading == "native":
                 return self._run(self.gm, given, None, contexts)
-            with _compat.below_autocast():
+            with below_autocast():
                 return self._run(self.gm, given, None, contexts)
         finally:
             for context in reversed(contexts):  # an exception left them open
@@ -496,8 +487,8 @@ class _Runner:
         args: Any
         kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        if _compat.takes_operands_for_body(node.target):
-            start = _compat.body_operands_start(node.target)
+        if takes_operands_for_body(node.target):
+            start = body_operands_start(node.target)
             return self._run(args[0], {}, list(args[start:]), contexts)
         rounds = None
         if self.reading != "native":

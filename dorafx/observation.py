@@ -16,9 +16,19 @@ from typing import Any
 import torch
 
 from dorafx._compat.distributed import placements
-from dorafx._compat.tensors import flattened, is_wrapper, unflattened
+from dorafx._compat.tensors import flattened, is_wrapper, storage_id, unflattened
 
-__all__ = ["OWN_ERRORS", "Comparison", "Observation", "Seen", "compare", "differences", "distance", "observe"]
+__all__ = [
+    "OWN_ERRORS",
+    "Comparison",
+    "Observation",
+    "Seen",
+    "compare",
+    "default_dtype",
+    "differences",
+    "distance",
+    "observe",
+]
 
 GRAD_MODES = ("as it is", "grad", "no_grad", "inference")
 _ROUNDINGS = 64
@@ -152,6 +162,17 @@ def observe(
 
 
 @contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Floating tensors are made in this dtype where none is named."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
 def _mode(name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if name == "grad":
@@ -174,7 +195,7 @@ def _copied(inputs: Sequence[Any]) -> list[Any]:
         if is_wrapper(tensor) or tensor.layout is not torch.strided:
             return tensor.detach().clone()
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_id(tensor)
         if address not in storages:
             storages[address] = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage.clone())  # type: ignore[no-untyped-call]
         copy = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -291,7 +312,7 @@ def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether writing to one changes the other."""
     if any(is_wrapper(t) or t.layout is not torch.strided or not t.numel() for t in (one, other)):
         return one is other
-    if one.device.type == "meta" or one.untyped_storage()._cdata != other.untyped_storage()._cdata:
+    if one.device.type == "meta" or storage_id(one) != storage_id(other):
         return False
     ranges = []
     for t in (one, other):
@@ -372,8 +393,8 @@ def compare(
     if wanted.raised or actual.raised:
         if wanted.raised == actual.raised:
             return Comparison((), 0.0)
-        said = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, wanted)]
-        return Comparison((f"{said[0]} where the original raises {said[1]}",), math.inf)
+        outcomes = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, wanted)]
+        return Comparison((f"{outcomes[0]} where the original raises {outcomes[1]}",), math.inf)
     found = _Found(tolerance, exact, dtypes, nan_gradients, noise)
     found.lost = _lost_columns(wanted, actual)
     if wanted.structure != actual.structure:

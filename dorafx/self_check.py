@@ -18,6 +18,7 @@ from torch import fx
 from dorafx.errors import DorafxWarning
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.options import Options
+from dorafx.pipeline import rewrite_graph
 from dorafx.versions import VERSIONS, untested
 
 __all__ = ["SelfCheck", "announce_untested_versions", "check_recognition"]
@@ -54,14 +55,12 @@ def layer(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, m:
 
 def check_recognition() -> SelfCheck:
     """Take the layer through capture and rewrite, on tensors of a few numbers. Nothing of it shows in the log."""
-    from dorafx.backend import rewrite_graph_module
-
     log = RewriteLog()
     graphs: list[fx.GraphModule] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         graphs.append(gm)
-        return rewrite_graph_module(gm, Options(), log=log)
+        return rewrite_graph(gm, Options(), log=log).graph
 
     def called(*operands: torch.Tensor) -> torch.Tensor:
         return layer(*operands)

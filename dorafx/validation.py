@@ -13,31 +13,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from dorafx import _compat
+from dorafx._compat.autograd import below_autocast
+from dorafx._compat.tensors import size_hint
 from dorafx.graph_check import TOLERANCE, GraphCheck, Run, compare_calls, crosses_dtensors
+from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.provenance import site_of
+from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import leaves_of
-from dorafx.lift.targets import canonical_name
-from dorafx.lift.values import FLOAT_DTYPES, tensor_of
+from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.log import NormCounters
-from dorafx.match import Matches
+from dorafx.match import Matches, Reason, ReasonKind
 from dorafx.observation import OWN_ERRORS, distance
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
-from dorafx.provenance import site_of
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan
-from dorafx.rewriter.prologue import DENSE, NORM
+from dorafx.rewriter.hoist import DENSE, NORM
 from dorafx.runtime import with_prologue
 from dorafx.runtime.store import NormStore
 
 __all__ = ["Check", "Region", "Validation", "check_prologue"]
-
-Refused = tuple[fx.Node | None, str]
-"""A node that a candidate is refused by, and the reason."""
 
 _TO_DOUBLE = frozenset(("double", "float", "half", "bfloat16", "dequantize"))
 
@@ -53,16 +52,30 @@ class Check:
         error: largest difference of outputs and gradients relative to the largest value, in fp64; inf if the two could
             not be compared.
         reason: what was wrong; empty where nothing was.
+        kind: of the reason; None where nothing was wrong.
     """
 
     site: str
     pattern: str
     error: float
     reason: str = ""
+    kind: ReasonKind | None = None
 
     @property
     def passed(self) -> bool:
         return not self.reason
+
+
+def _failed(site: str, pattern: str, error: float, why: Reason) -> Check:
+    return Check(site, pattern, error, why.text, why.kind)
+
+
+def _differs(what: str, node: fx.Node | None = None) -> Reason:
+    return Reason(f"verification: {what}", node, kind=ReasonKind.VERIFICATION)
+
+
+def _not_run(what: str, node: fx.Node | None = None) -> Reason:
+    return Reason(f"not verified: {what}", node, kind=ReasonKind.NOT_VERIFIED)
 
 
 class Validation:
@@ -84,8 +97,8 @@ class Validation:
         plan: RewritePlan,
         new: fx.GraphModule,
         copied: dict[fx.Node, fx.Node],
-    ) -> list[Refused]:
-        """The candidates that are to be refused, each with the reason.
+    ) -> list[Reason]:
+        """Why candidates are to be refused, each with the node that it is refused by.
 
         Args:
             pure: what was matched.
@@ -93,20 +106,22 @@ class Validation:
             new: the rewritten graph.
             copied: node of ``pure`` -> the node that stands for it in ``new``.
         """
-        failed: list[Refused] = []
+        failed: list[Reason] = []
         for node, pattern, terms in _regions(plan):
             if node not in copied:
                 continue  # nobody reads it any more
-            check = Region(node, copied[node], leaves_of(matches.lift, terms), copied).check(site_of(node), pattern)
-            self.checks.append(check)
-            if not check.passed:
-                failed.append((node, check.reason))
+            error, why = Region(node, copied[node], leaves_of(matches.lift, terms), copied).check()
+            if why is None:
+                self.checks.append(Check(site_of(node), pattern, error))
+            else:
+                self.checks.append(_failed(site_of(node), pattern, error, why))
+                failed.append(why)
         failed = failed or self._imprecise_norms(matches, plan, new, copied)
         return failed or self._graph_failures(pure, matches, plan, new)
 
     def _imprecise_norms(
         self, matches: Matches, plan: RewritePlan, new: fx.GraphModule, copied: dict[fx.Node, fx.Node]
-    ) -> list[Refused]:
+    ) -> list[Reason]:
         """Norms that are computed in lower precision than the original's. Of results that are rounded themselves a norm's
         rounding cannot be told, but all tokens have it."""
         nodes = self._graph.gm.graph.nodes
@@ -115,7 +130,7 @@ class Validation:
             getattr(node.target, "__name__", "") == "_enter_autocast" for node in nodes
         ):
             return []  # regions are run below autocast, where the original is more precise than it is
-        failed: list[Refused] = []
+        failed: list[Reason] = []
         for node in new.graph.nodes:
             norm = plan.norms.get(node.meta.get(NORM))
             if norm is None or norm.packed is not None or not norm.factors.info.sites:
@@ -130,14 +145,14 @@ class Validation:
             except Exception:  # an operator that these dtypes have none of: the graph tells
                 continue
             if off > OWN_ERRORS * own:
-                reason = f"verification: the norm is {off:.1e} off in its own dtypes, more than {OWN_ERRORS} times the original's {own:.1e}"
-                self.checks.append(Check(site_of(site), "norm_only", off, reason))
-                failed.append((site, reason))
+                what = f"the norm is {off:.1e} off in its own dtypes, more than {OWN_ERRORS} times the original's {own:.1e}"
+                failed.append(_differs(what, site))
+                self.checks.append(_failed(site_of(site), "norm_only", off, failed[-1]))
         return failed
 
     def _graph_failures(
         self, pure: fx.GraphModule, matches: Matches, plan: RewritePlan, new: fx.GraphModule
-    ) -> list[Refused]:
+    ) -> list[Reason]:
         if any(DENSE in node.meta for node in new.graph.nodes):
             # A library may multiply by the codes, which are not those of the random weight: the regions stand for the graph.
             self.checks.append(Check("", "whole graph (not run: quantised weights)", 0.0))
@@ -145,35 +160,35 @@ class Validation:
         if crosses_dtensors(self._graph.gm):
             self.checks.append(Check("", "whole graph (not run: DTensors)", 0.0))
             return []
-        reason, error, run = self._compared(new)
-        if not reason:
+        why, error, run = self._compared(new)
+        if why is None:
             self.checks.append(Check("", "whole graph", error))
             return []
         candidates = _candidates(matches, plan)
-        guilty: list[tuple[fx.Node, str, str]] = []
+        guilty: list[tuple[fx.Node, str, Reason]] = []
         for node, pattern, part in candidates if run is not None and len(candidates) > 1 else ():
             try:
                 alone, _ = apply_plan(pure, matches, part)
             except CannotEmit as refused:
-                guilty.append((node, pattern, str(refused)))
+                guilty.append((node, pattern, refused.reason))
                 continue
             of_part, _, _ = self._compared(alone, [run] if run is not None else None)
-            if of_part:
+            if of_part is not None:
                 guilty.append((node, pattern, of_part))
         if any(pattern == "norm_only" for _, pattern, _ in guilty):
             # Their compositions read them, and fall with them where they are wrong by themselves: that shows next time.
             guilty = [g for g in guilty if g[1] == "norm_only"]
-        guilty = guilty or [(node, pattern, reason) for node, pattern, _ in candidates]
-        self.checks.extend(Check(site_of(node), pattern, error, why) for node, pattern, why in guilty)
-        return [(node, why) for node, _, why in guilty]
+        guilty = guilty or [(node, pattern, why) for node, pattern, _ in candidates]
+        self.checks.extend(_failed(site_of(node), pattern, error, why) for node, pattern, why in guilty)
+        return [replace(why, node=node) for node, _, why in guilty]
 
-    def _compared(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[str, float, Run | None]:
-        """Why a graph may not replace the original (empty if it may), the largest difference, and the run that shows it."""
+    def _compared(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[Reason | None, float, Run | None]:
+        """Why a graph may not replace the original (None if it may), the largest difference, and the run that shows it."""
         try:
             found, run = self._graph.compare(new, runs)
         except Exception as failed:
-            return f"not verified: the graph cannot be run on random values: {_line(failed)}", math.inf, None
-        return (f"verification: {run}, {found.differences[0]}" if found.differences else ""), found.error, run
+            return _not_run(f"the graph cannot be run on random values: {_line(failed)}"), math.inf, None
+        return (_differs(f"{run}, {found.differences[0]}") if found.differences else None), found.error, run
 
 
 def _regions(plan: RewritePlan) -> list[tuple[fx.Node, str, list[Any]]]:
@@ -189,7 +204,7 @@ def _candidates(matches: Matches, plan: RewritePlan) -> list[tuple[fx.Node, str,
     """Each rewrite that can be refused, and a plan of it alone. A composition has its norms with it."""
 
     def alone(norms: dict[int, NormPlan], compositions: list[CompositionPlan]) -> RewritePlan:
-        return RewritePlan(norms, compositions, sites=plan.sites)
+        return RewritePlan(norms, compositions, part=plan.part)
 
     found: list[tuple[fx.Node, str, RewritePlan]] = []
     for atom_id, norm in plan.norms.items():
@@ -225,10 +240,9 @@ def check_prologue(
     try:
         difference, error = compare_calls(gm, call)
     except Exception as failed:
-        return Check(
-            "", "norm prologue", math.inf, f"not verified: the graph cannot be run on random values: {_line(failed)}"
-        )
-    return Check("", "norm prologue", 0.0 if not difference else error, difference and f"verification: {difference}")
+        why = _not_run(f"the graph cannot be run on random values: {_line(failed)}")
+        return _failed("", "norm prologue", math.inf, why)
+    return _failed("", "norm prologue", error, _differs(difference)) if difference else Check("", "norm prologue", 0.0)
 
 
 def _line(error: Exception) -> str:
@@ -261,26 +275,24 @@ class Region:
         self._values: dict[fx.Node, Any] = {}
         self._generator = torch.Generator().manual_seed(0)
 
-    def check(self, site: str, pattern: str) -> Check:
-        """Compare outputs and gradients."""
+    def check(self) -> tuple[float, Reason | None]:
+        """How far outputs and gradients differ, and what is wrong with that, if anything is."""
         try:
-            with torch.random.fork_rng(), torch.enable_grad(), _compat.below_autocast():
+            with torch.random.fork_rng(), torch.enable_grad(), below_autocast():
                 wanted = self._run(self.node, lambda n: n)
                 actual = self._run(self.replacement, self.originals.get)
                 error, what = self._compare(wanted, actual)
         except Exception as failed:
-            return Check(
-                site, pattern, math.inf, f"not verified: {type(failed).__name__}: {str(failed).splitlines()[0]}"
-            )
+            return math.inf, _not_run(f"{type(failed).__name__}: {str(failed).splitlines()[0]}", self.node)
         if error <= TOLERANCE:
-            return Check(site, pattern, error)
+            return error, None
         by = "" if math.isinf(error) else f" by {error:.1e}"
-        return Check(site, pattern, error, f"verification: {what} differ{by} from the original's in fp64")
+        return error, _differs(f"{what} differ{by} from the original's in fp64", self.node)
 
     def errors(self) -> tuple[float, float]:
         """How far the original and the replacement, run in their own dtypes, are from themselves in fp64, as relative root mean
         squares; a unit in the last place of its dtype is added to the original's."""
-        with torch.random.fork_rng(), torch.no_grad(), _compat.below_autocast():
+        with torch.random.fork_rng(), torch.no_grad(), below_autocast():
             ends = ((self.node, lambda n: n), (self.replacement, self.originals.get))
             exact = [self._run(*end) for end in ends]
             self.native = True
@@ -356,11 +368,11 @@ class Region:
         """The value of a leaf: random where it is a floating tensor, as traced where it is a number."""
         if node not in self._values:
             traced = node.meta.get("example_value", node.meta.get("val"))
-            self._values[node] = self._random(traced) if isinstance(traced, torch.Tensor) else _compat.size_hint(traced)
+            self._values[node] = self._random(traced) if isinstance(traced, torch.Tensor) else size_hint(traced)
         return self._values[node]
 
     def _random(self, traced: torch.Tensor) -> torch.Tensor:
-        shape = [_compat.size_hint(size) for size in traced.shape]
+        shape = [size_hint(size) for size in traced.shape]
         if traced.dtype not in FLOAT_DTYPES:
             return torch.zeros(shape, dtype=traced.dtype, device=traced.device)
         # Away from zero: a magnitude or a scaling near it would hide what it multiplies.

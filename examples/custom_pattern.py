@@ -5,14 +5,12 @@ dorafx's own forms do not cover this variant, so without the class below only it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 import dorafx
-from dorafx.lift import Poly
-from dorafx.match import Candidate, Match, Part, Reason, base_core
+from dorafx.extension import Candidate, Emit, Match, Part, Reason, base_core
 
 
 @dorafx.pattern(name="base_only")
@@ -28,9 +26,9 @@ class BaseOnly:
         if not others or any(scale.constant is None for scale in others.values()):
             return Reason("the low-rank product is not added with a constant factor", candidate.node)
         parts = tuple(Part(core, scale) for core, scale in others.items())
-        return Match(self.name, candidate.node, candidate.expr, candidate.norm, cores[base], base, parts, bias=Poly(()))
+        return Match(self.name, candidate.node, candidate.expr, candidate.norm, cores[base], base, parts)
 
-    def rewrite(self, match: Match, emit: Any) -> Any:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         base, _ = emit.base(match.base, match.bias, match.scaling)
         y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0)
         low_rank, scale = emit.low_rank_sum(match.parts)

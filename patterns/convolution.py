@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from dorafx.lift import Mat
-from dorafx.match import Candidate, Match, Reason, base_core, forms, pattern
-
-if TYPE_CHECKING:
-    from dorafx.rewriter import Emitter
+from dorafx.match import Candidate, Emit, Match, Reason, ReasonKind, base_core, forms, pattern
 
 
 @pattern(name="convolution")
@@ -22,10 +18,6 @@ class Convolution:
     formed, the convolutions that the graph has are used. The channel axis takes the place of the last."""
 
     name: str = "convolution"
-    spellings: tuple[str, ...] = (
-        "result + (g - 1) * (result - bias) + g * conv1x1(conv(x, A), B) * s",
-        "g * (conv(x, W) + s * conv1x1(conv(x, A), B)) + bias",
-    )
 
     @staticmethod
     def statement(
@@ -34,20 +26,33 @@ class Convolution:
         """The form as plain PyTorch. Shapes: x ``[N, c_in, h, w]``, W ``[c_out, c_in, k, k]``, A ``[r, c_in, k, k]``,
         B ``[c_out, r, 1, 1]``, m ``[1, c_out, 1, 1]``; one or three spatial axes likewise."""
         delta = (B.flatten(1) @ A.flatten(1)).view(W.shape)
-        n = (W + s * delta.detach()).norm(p=2, dim=(1, 2, 3), keepdim=True).transpose(1, 0).detach()
+        n: torch.Tensor = (W + s * delta.detach()).norm(p=2, dim=(1, 2, 3), keepdim=True).transpose(1, 0).detach()
         return (m / n) * (F.conv2d(x, W) + s * F.conv2d(F.conv2d(x, A), B))
+
+    @staticmethod
+    def example() -> dict[str, torch.Tensor]:
+        """Arguments of ``statement``, parameters among them as such."""
+        return {
+            "x": torch.empty(1, 3, 4, 4),
+            "W": nn.Parameter(torch.empty(5, 3, 3, 3)),
+            "A": nn.Parameter(torch.empty(2, 3, 3, 3)),
+            "B": nn.Parameter(torch.empty(5, 2, 1, 1)),
+            "m": nn.Parameter(torch.empty(1, 5, 1, 1)),
+            "s": torch.empty(()),
+        }
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         head = base[0] if base else None
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind not in ("unfold", "channels"):
-            return Reason("the layer is no convolution", candidate.node, specific=False)
+            what = "the layer is no convolution"
+            return Reason(what, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
         result = forms()["linear"].check(candidate)
         if isinstance(result, Reason):
             result = forms()["linear_dropout"].check(candidate)
         return replace(result, pattern=self.name) if isinstance(result, Match) else result
 
-    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         emit.channels = True
         made: fx.Node = forms()["linear" if match.constant is None else "linear_dropout"].rewrite(match, emit)
         return made

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from dorafx.lift import Mat
-from dorafx.match import Candidate, Match, Reason, base_core, forms, pattern
-
-if TYPE_CHECKING:
-    from dorafx.rewriter import Emitter
+from dorafx.match import Candidate, Emit, Match, Reason, base_core, forms, pattern
 
 
 @pattern(name="embedding")
@@ -22,10 +18,6 @@ class Embedding:
     norm is that of the columns of the table, one an embedding dimension. Look-ups are reused as the graph has them."""
 
     name: str = "embedding"
-    spellings: tuple[str, ...] = (
-        "g * F.embedding(i, E) + g * (F.embedding(i, A) @ B) * s",
-        "g * (F.embedding(i, E) + s * F.embedding(i, A) @ B)",
-    )
 
     @staticmethod
     def statement(
@@ -33,13 +25,25 @@ class Embedding:
     ) -> torch.Tensor:
         """The form as plain PyTorch. Shapes: i ``[..]`` (integers), E ``[vocabulary, d]``, A ``[vocabulary, r]``,
         B ``[r, d]``, m ``[d]``."""
-        n = torch.linalg.norm(E + s * (A @ B).detach(), dim=0).detach()
+        n: torch.Tensor = torch.linalg.norm(E + s * (A @ B).detach(), dim=0).detach()
         return (m / n) * (F.embedding(i, E) + s * F.embedding(i, A) @ B)
+
+    @staticmethod
+    def example() -> dict[str, torch.Tensor]:
+        """Arguments of ``statement``, parameters among them as such."""
+        return {
+            "i": torch.zeros(3, dtype=torch.long),
+            "E": nn.Parameter(torch.empty(6, 5)),
+            "A": nn.Parameter(torch.empty(6, 2)),
+            "B": nn.Parameter(torch.empty(2, 5)),
+            "m": nn.Parameter(torch.empty(5)),
+            "s": torch.empty(()),
+        }
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         head = base[0] if base else None
-        if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
+        if base is None or not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind != "onehot":
             return Reason("the layer's input is no index", candidate.node, specific=False)
         if not isinstance(base[1], Mat) or not self._is_its_table(candidate, base[1]):
             return Reason("the table that is looked up is another layer's", candidate.node, specific=False)
@@ -52,6 +56,6 @@ class Embedding:
         table = candidate.lift.unrounded(Mat(candidate.norm.dense_atom))
         return candidate.lift.unrounded(factor).atom.id == table.atom.id
 
-    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         made: fx.Node = forms()["linear"].rewrite(match, emit)
         return made

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
-from dorafx.match import Candidate, Match, Part, Reason, base_core, part_scale, pattern
-
-if TYPE_CHECKING:
-    from dorafx.rewriter import Emitter
+from dorafx.match import (
+    Candidate,
+    Emit,
+    Match,
+    Part,
+    Reason,
+    ReasonKind,
+    base_core,
+    no_base_product,
+    part_scale,
+    pattern,
+)
 
 
 @pattern(name="linear")
@@ -20,13 +26,6 @@ class Linear:
 
     What is added unscaled is the bias. Stacked adapters are the same form with the previous adapter's output as base.
     """
-
-    spellings: tuple[str, ...] = (
-        "result + (g - 1) * (result - bias) + g * lora * s",
-        "g * (base + s * lora) + bias",
-        "(base + s * lora) / n * m",
-        "F.linear(x, m * W' / n, bias)",
-    )
 
     @staticmethod
     def statement(
@@ -40,32 +39,44 @@ class Linear:
     ) -> torch.Tensor:
         """The form as plain PyTorch. Shapes: x ``[.., d_in]``, W ``[d_out, d_in]``, A ``[r, d_in]``, B ``[d_out, r]``,
         m and bias ``[d_out]``."""
-        n = torch.linalg.norm(W + s * (B @ A).detach(), dim=1).detach()
+        n: torch.Tensor = torch.linalg.norm(W + s * (B @ A).detach(), dim=1).detach()
         y = (m / n) * (F.linear(x, W) + s * F.linear(F.linear(x, A), B))
         return y if bias is None else y + bias
+
+    @staticmethod
+    def example() -> dict[str, torch.Tensor]:
+        """Arguments of ``statement``, parameters among them as such."""
+        return {
+            "x": torch.empty(3, 5),
+            "W": nn.Parameter(torch.empty(4, 5)),
+            "A": nn.Parameter(torch.empty(2, 5)),
+            "B": nn.Parameter(torch.empty(4, 2)),
+            "m": nn.Parameter(torch.empty(4)),
+            "s": torch.empty(()),
+            "bias": nn.Parameter(torch.empty(4)),
+        }
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         if base is None:
-            return Reason(
-                "the output scaled by this norm has no product with the norm's weight", candidate.node, specific=False
-            )
+            return no_base_product(candidate)
         cores = candidate.composition.cores
         scaling = cores[base]
         if scaling.constant is not None:
-            return Reason("the product with the weight is not scaled by the norm", candidate.node)
+            what = "the product with the weight is not scaled by the norm"
+            return Reason(what, candidate.node, kind=ReasonKind.NO_PRODUCT)
         parts = []
         for core, poly in cores.items():
             if core == base:
                 continue
             scale = part_scale(candidate, poly, scaling)
             if scale is None:
-                return Reason(
-                    "a part of the output is not scaled by the same vector as the base product", candidate.node
-                )
+                what = "a part of the output is not scaled by the same vector as the base product"
+                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
             parts.append(Part(core, scale))
         if not parts:
-            return Reason("the base product is scaled by the norm, but no low-rank product is added", candidate.node)
+            what = "the base product is scaled by the norm, but no low-rank product is added"
+            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
         return Match(
             self.name,
             candidate.node,
@@ -79,7 +90,7 @@ class Linear:
 
     name: str = "linear"
 
-    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         g = emit.vector(match.scaling)
         whole = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
         if whole is not None:

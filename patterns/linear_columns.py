@@ -5,17 +5,12 @@ The scaling lies on the input's side, where the linear form has it on the output
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from dorafx.lift import Diag, Expr, Mat, Poly
-from dorafx.match import Candidate, Match, Part, Reason, pattern
-
-if TYPE_CHECKING:
-    from dorafx.rewriter import Emitter
+from dorafx.match import Candidate, Emit, Match, Part, Reason, ReasonKind, no_base_product, pattern
 
 
 @pattern(name="linear_columns")
@@ -24,10 +19,6 @@ class LinearColumns:
     norm."""
 
     name: str = "linear_columns"
-    spellings: tuple[str, ...] = (
-        "F.linear(x, m * W' / W'.norm(dim=0), bias)",
-        "F.linear(x, F.normalize(W', dim=0) * m)",
-    )
 
     @staticmethod
     def statement(
@@ -37,6 +28,18 @@ class LinearColumns:
         m ``[d_in]``."""
         adapted = W + s * (B @ A)
         return F.linear(x, m * adapted / torch.linalg.norm(adapted, dim=0))
+
+    @staticmethod
+    def example() -> dict[str, torch.Tensor]:
+        """Arguments of ``statement``, parameters among them as such."""
+        return {
+            "x": torch.empty(3, 5),
+            "W": nn.Parameter(torch.empty(4, 5)),
+            "A": nn.Parameter(torch.empty(2, 5)),
+            "B": nn.Parameter(torch.empty(4, 2)),
+            "m": nn.Parameter(torch.empty(5)),
+            "s": torch.empty(()),
+        }
 
     def check(self, candidate: Candidate) -> Match | Reason:
         lift = candidate.lift
@@ -52,17 +55,17 @@ class LinearColumns:
         )
         head = self._head(base) if base is not None else None
         if base is None or head is None or candidate.norm.atom not in lift.norms_in(Poly(((head[-1].mono, 1.0),))):
-            return Reason(
-                "the output scaled by this norm has no product with the norm's weight", candidate.node, specific=False
-            )
+            return no_base_product(candidate)
         if lift.gemms.get(Expr.chain(base)):
             return Reason(
                 "the program scales the input and multiplies it by the weight itself: nothing else to do",
                 candidate.node,
+                kind=ReasonKind.NOTHING_ELSE,
             )
         parts = [Part(core, poly) for core, poly in cores.items() if core != base]
         if not parts or any(self._head(part.core) != head for part in parts):
-            return Reason("a part of the output has an input that is not scaled as the weight's is", candidate.node)
+            what = "a part of the output has an input that is not scaled as the weight's is"
+            return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
         constant, scaling = candidate.expr, cores[base]
         return Match(
             self.name, candidate.node, constant, candidate.norm, scaling, base, tuple(parts), constant, Poly(())
@@ -75,5 +78,5 @@ class LinearColumns:
             return None
         return core[0], core[1]
 
-    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         return emit.shaped_like_site(emit.expression(match.expr))

@@ -6,17 +6,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import fx, nn
 
 from dorafx.lift import Expr, Poly
-from dorafx.match import Candidate, Match, Part, Reason, base_core, part_scale, pattern
-
-if TYPE_CHECKING:
-    from dorafx.rewriter import Emitter
+from dorafx.match import (
+    Candidate,
+    Emit,
+    Match,
+    Part,
+    Reason,
+    ReasonKind,
+    base_core,
+    no_base_product,
+    part_scale,
+    pattern,
+)
 
 
 @pattern(name="linear_dropout")
@@ -24,7 +30,6 @@ class LinearDropout:
     """A constant part, a base product scaled by ``g - 1``, and low-rank products scaled by ``g``."""
 
     name: str = "linear_dropout"
-    spellings: tuple[str, ...] = ("result + (g - 1) * F.linear(dropout(x), W) + g * lora(dropout(x)) * s",)
 
     @staticmethod
     def statement(
@@ -38,20 +43,33 @@ class LinearDropout:
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The form as plain PyTorch; ``dropped`` is the dropout of x. Shapes as for the linear form."""
-        n = torch.linalg.norm(W + s * (B @ A).detach(), dim=1).detach()
+        n: torch.Tensor = torch.linalg.norm(W + s * (B @ A).detach(), dim=1).detach()
         g = m / n
         return F.linear(x, W, bias) + (g - 1) * F.linear(dropped, W) + g * (s * F.linear(F.linear(dropped, A), B))
+
+    @staticmethod
+    def example() -> dict[str, torch.Tensor]:
+        """Arguments of ``statement``, parameters among them as such."""
+        return {
+            "x": torch.empty(3, 5),
+            "dropped": torch.empty(3, 5),
+            "W": nn.Parameter(torch.empty(4, 5)),
+            "A": nn.Parameter(torch.empty(2, 5)),
+            "B": nn.Parameter(torch.empty(4, 2)),
+            "m": nn.Parameter(torch.empty(4)),
+            "s": torch.empty(()),
+            "bias": nn.Parameter(torch.empty(4)),
+        }
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
         if base is None:
-            return Reason(
-                "the output scaled by this norm has no product with the norm's weight", candidate.node, specific=False
-            )
+            return no_base_product(candidate)
         cores = candidate.composition.cores
         scaling = cores[base] + Poly.const(1.0)
         if dict(cores[base].items).get((), 0.0) != -1.0:
-            return Reason("a part of the output is not scaled by the same vector as the base product", candidate.node)
+            what = "a part of the output is not scaled by the same vector as the base product"
+            return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
         parts: list[Part] = []
         constant = Expr.broadcast(candidate.composition.bias)
         unscaled = 0
@@ -64,21 +82,21 @@ class LinearDropout:
                 continue
             scale = part_scale(candidate, poly, scaling)
             if scale is None:
-                return Reason(
-                    "a low-rank part of the output is not scaled by g while the base is by g - 1", candidate.node
-                )
+                what = "a low-rank part of the output is not scaled by g while the base is by g - 1"
+                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
             parts.append(Part(core, scale))
         if unscaled > 1:
             # The layer's own result is one value; what is added beside it (a residual) belongs to somebody else.
-            return Reason("something else than the unscaled base product is added to the delta form", candidate.node)
+            what = "something else than the unscaled base product is added to the delta form"
+            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
         if not unscaled or not parts:
             lacking = "the unscaled base product" if not unscaled else "a low-rank product"
-            return Reason(f"the delta form lacks {lacking}", candidate.node)
+            return Reason(f"the delta form lacks {lacking}", candidate.node, kind=ReasonKind.OTHER_PARTS)
         return Match(
             self.name, candidate.node, candidate.expr, candidate.norm, scaling, base, tuple(parts), constant=constant
         )
 
-    def rewrite(self, match: Match, emit: Emitter) -> fx.Node:
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         assert match.constant is not None
         g = emit.vector(match.scaling)
         # A base product that the graph only has with its bias brings (g - 1) times the bias along.

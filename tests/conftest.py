@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import NoReturn
@@ -13,9 +14,16 @@ from torch import fx
 
 import dorafx
 from dorafx.lift import Lifter
+from dorafx.log import ReasonKind, Record
+
+# Assertions in these explain themselves as those in tests do.
+pytest.register_assert_rewrite("integration_support", "quantized_support", "running", "same_results")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the processes share the cores
+    # The processes share the cores, and so do those that tests start: two threads each would wait for each other.
+    torch.set_num_threads(1)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(name, "1")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -61,3 +69,22 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _raise(lift: Lifter, node: fx.Node, error: Exception) -> NoReturn:
     raise error
+
+
+@pytest.fixture(autouse=True)
+def _reasons_have_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every record that dorafx makes has a kind where it has a reason; what is read from a file, or made by a test, need not."""
+    wrong: list[Record] = []
+    checked = Record.__post_init__
+
+    def check(record: Record) -> None:
+        checked(record)
+        maker = sys._getframe(2).f_globals.get("__name__", "")  # beyond the generated __init__
+        if maker.startswith("dorafx.") and maker != "dorafx.log.record":
+            kind = ReasonKind.named(record.kind)
+            if (kind is not None) != bool(record.reason):
+                wrong.append(record)
+
+    monkeypatch.setattr(Record, "__post_init__", check)
+    yield
+    assert not wrong

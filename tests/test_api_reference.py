@@ -1,6 +1,6 @@
 """The API reference: every public name is documented, the examples run, and ``examples/api.md`` is what the docstrings say.
 
-``python tests/test_api_reference.py`` writes the file again.
+``DORAFX_WRITE_PAGES=1 pytest -m page`` writes this page and the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from pages import WRITE, is_current
 
 import dorafx
+import dorafx.extension
+from dorafx.match import forms
 
 FILE = Path(__file__).parents[1] / "examples" / "api.md"
 
@@ -36,16 +39,31 @@ def members(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
 PUBLIC = dict(entry for name in dorafx.__all__ for entry in members(name, getattr(dorafx, name)))
 
 
+ALGEBRA = ("Diag", "Expr", "Mat", "Poly")
+"""Terms: a form asks them, and makes none itself."""
+EXTENSION = dict(
+    entry
+    for name in dorafx.extension.__all__
+    for entry in (
+        members(name, getattr(dorafx.extension, name))
+        if name not in ALGEBRA
+        else [(name, getattr(dorafx.extension, name))]
+    )
+)
+
+
 def docstring(thing: Any) -> str:
     return inspect.cleandoc(thing.__doc__ or "")
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *(f"extension.{name}" for name in EXTENSION)])
 def test_documented(name: str) -> None:
-    thing = PUBLIC[name]
+    name, thing = name.removeprefix("extension."), {**PUBLIC, **EXTENSION}[name.removeprefix("extension.")]
     text = docstring(thing)
     assert len(text) > 15
     assert not text.startswith(f"{name}("), "dataclasses write such a docstring themselves"
+    if name in ALGEBRA:
+        return
     if dataclasses.is_dataclass(thing):
         for f in dataclasses.fields(thing):
             assert re.search(rf"\b{f.name}\b", text.partition("Attributes:")[2]), f"attribute {f.name}"
@@ -63,12 +81,14 @@ def test_every_function_has_an_example() -> None:
     assert not lacking
 
 
-def test_examples_run() -> None:
-    """In one process, as a reader would who tries them one after the other; the package's own come first."""
+def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, as a reader would who tries them one after the other; the package's own come first. The form that one of them
+    registers is no other test's."""
+    monkeypatch.setattr("dorafx.match.registry._FORMS", dict(forms()))
     finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     shared: dict[str, Any] = {"dorafx": dorafx}
     ran = 0
-    for name, thing in {"dorafx": dorafx, **PUBLIC}.items():
+    for name, thing in {"dorafx": dorafx, **PUBLIC, "extension": dorafx.extension}.items():
         for example in finder.find(thing, name, module=False, globs=shared):
             example.globs = shared
             complaints = io.StringIO()
@@ -82,20 +102,24 @@ def test_examples_run() -> None:
 
 def reference() -> str:
     """The reference as Markdown."""
-    parts = ["# API reference", "", "Written from the docstrings by `python tests/test_api_reference.py`.", ""]
+    parts = ["# API reference", "", f"Written from the docstrings by `{WRITE}`.", ""]
     parts += [_markdown(docstring(dorafx)), ""]
-    for name, thing in PUBLIC.items():
-        parts += [
-            f"{'##' if '.' not in name else '###'} `{_heading(name, thing)}`",
-            "",
-            _markdown(docstring(thing)),
-            "",
-        ]
+    parts += _section(PUBLIC, "dorafx")
+    parts += ["# Forms of one's own: `dorafx.extension`", "", _markdown(docstring(dorafx.extension)), ""]
+    parts += _section(EXTENSION, "dorafx.extension")
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _heading(name: str, thing: Any) -> str:
-    full = f"dorafx.{name}"
+def _section(entries: dict[str, Any], module: str) -> list[str]:
+    parts: list[str] = []
+    for name, thing in entries.items():
+        level = "##" if "." not in name else "###"
+        parts += [f"{level} `{_heading(name, thing, module)}`", "", _markdown(docstring(thing)), ""]
+    return parts
+
+
+def _heading(name: str, thing: Any, module: str) -> str:
+    full = f"{module}.{name}"
     if isinstance(thing, property) or inspect.isclass(thing):
         return full  # a class's fields are in its docstring
     signature = str(inspect.signature(thing))
@@ -127,10 +151,6 @@ def _markdown(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
+@pytest.mark.page
 def test_the_written_reference_is_current() -> None:
-    assert FILE.read_text(encoding="utf-8") == reference(), "run `python tests/test_api_reference.py`"
-
-
-if __name__ == "__main__":
-    FILE.parent.mkdir(exist_ok=True)
-    FILE.write_text(reference(), encoding="utf-8")
+    is_current(FILE, reference())

@@ -28,9 +28,9 @@ assert not any(name.split(".")[0] == "dorafx" for name in sys.modules)
 compiled = torch.compile(layer, backend="dorafx", fullgraph=True, options={"dorafx.codegen": "eager"})
 torch.testing.assert_close(compiled(x), layer(x), rtol=1e-4, atol=1e-4)
 
-import dorafx, dorafx.patterns, dorafx.ops.triton.dispatch
+import dorafx, dorafx.patterns, dorafx.ops.dispatch
 assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
-assert not dorafx.ops.triton.dispatch.available()
+assert not dorafx.ops.dispatch.available()
 print(dorafx.__file__, dorafx.patterns.__file__)
 """
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from dorafx.patterns.linear import Linear
 from torch import fx
 
-import dorafx.backend
+import dorafx.pipeline
 from dorafx import rewrite_log
+from dorafx.graphs.copying import copy_graph_module
 from dorafx.lift import algebra
 from dorafx.lift.lifter import Lifter
 from dorafx.observation import differences, observe
@@ -124,10 +125,10 @@ def no_cast_rounds(patch: pytest.MonkeyPatch) -> None:
 
 
 def write_forgotten(patch: pytest.MonkeyPatch) -> None:
-    right = dorafx.backend.functional_copy
+    right = dorafx.pipeline.functional_copy
 
     def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
-        copy, _ = dorafx.backend.copy_graph_module(right(gm))
+        copy, _ = copy_graph_module(right(gm))
         for node in copy.graph.find_nodes(op="call_method", target="add_"):
             node.target = "add"
             written = node.args[0]
@@ -135,7 +136,7 @@ def write_forgotten(patch: pytest.MonkeyPatch) -> None:
             written.replace_all_uses_with(node, lambda user, node=node: user is not node)
         return copy
 
-    patch.setattr(dorafx.backend, "functional_copy", functional_copy)
+    patch.setattr(dorafx.pipeline, "functional_copy", functional_copy)
 
 
 def through(dtype: torch.dtype) -> Callable[[Emitter, fx.Node], fx.Node]:

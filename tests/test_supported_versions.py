@@ -16,7 +16,7 @@ from packaging.version import Version
 
 import dorafx
 from dorafx import self_check, versions
-from dorafx.lift import targets
+from dorafx.graphs import operators
 from dorafx.self_check import announce_untested_versions, check_recognition
 from dorafx.versions import PYTHON, VERSIONS, minor
 
@@ -106,11 +106,13 @@ def untested_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_transposes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a release of torch does that renames an operator which nothing tells of any more."""
-    monkeypatch.setattr(targets, "_looked_up", lambda node: None)
+    monkeypatch.setattr(operators, "_looked_up", lambda node: None)
     monkeypatch.setattr(
-        targets, "_FUNCTIONS", {f: n for f, n in targets._FUNCTIONS.items() if n not in ("getattr", "t")}
+        operators, "_FUNCTIONS", {f: n for f, n in operators._FUNCTIONS.items() if n not in ("getattr", "t")}
     )
-    monkeypatch.setattr(targets, "_BY_NAME", {f: n for f, n in targets._BY_NAME.items() if n not in ("getattr", "t")})
+    monkeypatch.setattr(
+        operators, "_BY_NAME", {f: n for f, n in operators._BY_NAME.items() if n not in ("getattr", "t")}
+    )
 
 
 def warnings_of_two_graphs() -> list[str]:
@@ -168,7 +170,7 @@ def test_a_tested_torch_is_not_tested_again(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_doctor_says_what_is_untested_and_fails_for_what_is_not_recognised(
     monkeypatch: pytest.MonkeyPatch, untested_torch: None
 ) -> None:
-    from dorafx import doctor
+    from dorafx.cli import doctor
 
     line = doctor._version("torch")
     assert line.passed

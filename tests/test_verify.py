@@ -159,10 +159,10 @@ def test_a_stale_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     entries: dict[Any, torch.Tensor] = {}
 
-    def kept(self: Any, signature: str, tensors: Any, recomputing: bool = False) -> torch.Tensor | None:
+    def kept(self: Any, signature: str, *rest: Any) -> torch.Tensor | None:
         return entries.get(signature)
 
-    def keep(self: Any, observed: Any, norm: torch.Tensor) -> None:
+    def keep(self: Any, observed: Any, norm: torch.Tensor, *rest: Any) -> None:
         if observed is not None:
             entries[observed.key[0]] = norm
 

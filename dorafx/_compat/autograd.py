@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-__all__ = ["differentiates_by_itself", "in_backward", "saved_tensors_are_packed"]
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = [
+    "below_autocast",
+    "below_autograd",
+    "differentiates_by_itself",
+    "forward_mode",
+    "in_backward",
+    "save_for_backward",
+    "saved_tensors_are_packed",
+]
 
 
 def differentiates_by_itself(tensor: torch.Tensor) -> bool:
@@ -29,3 +41,31 @@ def in_backward() -> bool:
 def saved_tensors_are_packed() -> bool:
     """Whether ``saved_tensors_hooks`` are active, as they are in the forward of a checkpointed region that is not reentrant."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # type: ignore[no-untyped-call,unused-ignore]
+
+
+def below_autograd() -> Any:
+    """A context in which operators skip their autograd kernels: how an autograd kernel calls its own forward."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def below_autocast() -> Any:
+    """A context in which no operator is autocast, whatever region the caller is in. Unlike ``torch.autocast(enabled=
+    False)`` it leaves the region's settings and its cache of cast weights alone, and costs one thread-local flag."""
+    return torch._C._DisableAutocast()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is going on (``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``)."""
+    return int(torch.autograd.forward_ad._current_level) >= 0
+
+
+def save_for_backward(tensor: torch.Tensor) -> None:
+    """While a joint graph of forward and backward is traced: let its partitioner save this tensor and not what it is made
+    of. No effect outside of tracing, nor in a checkpointed region, which has its own policy for every node."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return
+    inner = torch._from_functional_tensor(tensor.elem) if hasattr(tensor, "elem") else tensor
+    slot = get_proxy_slot(inner, mode.tracer, None)
+    if slot is not None:
+        slot.proxy.node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)

@@ -67,14 +67,16 @@ def local_part(tensor: torch.Tensor, mesh: Any, wanted: tuple[Any, ...]) -> torc
 
 
 def from_parts(
-    part: torch.Tensor, length: int, mesh: Any, lies: tuple[Any, ...], wanted: tuple[Any, ...] | None
+    part: torch.Tensor, length: int, mesh: Any, current: tuple[Any, ...], wanted: tuple[Any, ...] | None
 ) -> torch.Tensor:
     """The vector of ``length`` elements whose parts lie on the devices as ``lies``, brought to ``wanted``. Parts may differ
     in length, so the whole's is not known from one of them."""
     from torch.distributed.tensor import DTensor
 
-    made: torch.Tensor = DTensor.from_local(part, mesh, lies, run_check=False, shape=torch.Size((length,)), stride=(1,))
-    return made if wanted is None or lies == wanted else made.redistribute(mesh, wanted)  # type: ignore[attr-defined]
+    made: torch.Tensor = DTensor.from_local(
+        part, mesh, current, run_check=False, shape=torch.Size((length,)), stride=(1,)
+    )
+    return made if wanted is None or current == wanted else made.redistribute(mesh, wanted)  # type: ignore[attr-defined]
 
 
 def partial_norm() -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["guard_on_hooks"]
+__all__ = ["guard_on_hooks", "has_forward_hooks"]
 
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
@@ -24,6 +24,11 @@ _GLOBAL_HOOKS = (
 Step = tuple[bool, Any]
 # The paths of a module's empty dicts, as a tree: a getter of those that are attributes, and the steps to more.
 Tree = tuple[Callable[[Any], tuple[Any, ...]] | None, tuple[tuple[bool, Any, Any], ...]]
+
+
+def has_forward_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module alone runs hooks besides its forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def guard_on_hooks() -> None:
@@ -90,7 +95,7 @@ def _path_from_local(source: Any) -> tuple[Any, tuple[Step, ...]]:
             path.pop()
             is_attribute = True
         path.append((is_attribute, key))
-    if source.is_derefed_cell_contents or not path or not path[-1][0]:
+    if not path or not path[-1][0]:
         return None, ()
     return source, tuple(path)
 
@@ -104,11 +109,11 @@ def _no_late_hooks(builder: Any, guard: Any, *, paths: tuple[tuple[Step, ...], .
         check = _hook_check(name, _tree(paths))
         # At the root, where Dynamo asks always: below a module whose dicts are unchanged it asks nothing.
         add: Any = getattr(builder.guard_manager.root, "add_epilogue_lambda_guard", None)
-        said = [f"no hook of the modules under {guard.name} since this was compiled"]
+        messages = [f"no hook of the modules under {guard.name} since this was compiled"]
         if check({name: module}) and add is not None:
             for user_stack in ((guard.user_stack,), ()):  # older versions of torch take none
                 try:
-                    add(check, said, *user_stack)
+                    add(check, messages, *user_stack)
                 except TypeError:
                     continue
                 return

@@ -11,11 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "Argument",
+    "aten_name",
+    "body_operands_start",
     "is_higher_order",
+    "is_overload",
     "leaves_its_operands",
     "packet_name",
     "recorded_calls",
     "schemas",
+    "takes_operands_for_body",
     "views",
     "writes",
 ]
@@ -104,3 +108,25 @@ def _aliased(target: Any, written: bool) -> frozenset[Argument]:
 def _is_of_a_list(schema: Any) -> bool:
     """Whether a schema is a method of TorchScript's lists (``aten::sort.int``), which no graph of tensors calls."""
     return not schema.returns and schema.name in ("aten::sort", "aten::reverse", "aten::append", "aten::extend")
+
+
+def aten_name(target: Any) -> str | None:
+    """``"add"`` for ``aten.add.Tensor``; None for what is not an aten overload."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    return str(target._schema.name.split("::")[1])
+
+
+def is_overload(target: Any) -> bool:
+    """Whether a call target is an ``OpOverload`` of any namespace."""
+    return isinstance(target, torch._ops.OpOverload)
+
+
+def takes_operands_for_body(target: Any) -> bool:
+    """Whether a call target is a higher-order operator whose body takes one more input for one more operand."""
+    return target in (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)
+
+
+def body_operands_start(target: Any) -> int:
+    """Where the body's operands begin among the operator's arguments: ``invoke_subgraph`` has a name before them."""
+    return 2 if target is torch.ops.higher_order.invoke_subgraph else 1

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = ["FakeLayout", "Geometry", "flattened", "is_wrapper", "unflattened", "weak_storage", "wrapped"]
+__all__ = [
+    "FakeLayout",
+    "Geometry",
+    "fake_mode",
+    "fake_mode_of",
+    "flattened",
+    "is_known",
+    "is_wrapper",
+    "needs_values",
+    "size_hint",
+    "storage_id",
+    "under",
+    "unflattened",
+    "version_of",
+    "weak_storage",
+    "wrapped",
+]
 
 
 def weak_storage(tensor: torch.Tensor, on_death: Callable[[Any], None]) -> weakref.ref[torch.UntypedStorage]:
@@ -116,3 +134,67 @@ class FakeLayout(NamedTuple):
             made.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
         made.requires_grad_(self.requires_grad)
         return FakeTensor(mode, made, self.device)
+
+
+version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
+"""How often a tensor's memory was written to, through it and its views."""
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number that tensors of one storage share. Fake tensors have no data pointer, so the storage object's is taken; the
+    wrappers of ``torch.func``'s transforms have no storage but that of what they wrap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return int(tensor.untyped_storage()._cdata)
+
+
+def is_known(condition: Any) -> bool:
+    """Whether a condition holds; where sizes that only running tells decide about it, no. Other symbolic sizes are guarded."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return bool(guard_or_false(condition))
+
+
+def size_hint(value: Any) -> Any:
+    """The number that a symbolic size or scalar had when it was traced, without a guard on it; anything else as it is."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return value.node.hint if value.node.has_hint() else 3
+    return value
+
+
+def fake_mode() -> Any:
+    """A mode in which operators compute shapes only; ``from_tensor`` brings a tensor into it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+@contextlib.contextmanager
+def under(mode: Any) -> Iterator[None]:
+    """Run operators on fake tensors in their mode; on tensors as they are where there is None. Sizes that are symbols are for the
+    Python dispatcher alone in some versions (2.11: "Cannot call numel() on tensor with symbolic sizes")."""
+    if mode is None:
+        yield
+        return
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def needs_values(error: Exception) -> bool:
+    """Whether an operator cannot be run on fake tensors: what it does depends on a tensor's numbers, or nobody wrote a fake kernel."""
+    from torch._subclasses import fake_tensor as fake
+
+    return isinstance(
+        error, (fake.DataDependentOutputException, fake.DynamicOutputShapeException, fake.UnsupportedOperatorException)
+    )
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The mode of a fake tensor, or of the fake tensors inside a tensor subclass; None for anything else."""
+    from torch._subclasses.fake_tensor import maybe_get_fake_mode
+
+    return maybe_get_fake_mode(value)

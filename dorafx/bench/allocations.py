@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.profiler import memory_events
+from dorafx._compat.tensors import storage_id
 
-__all__ = ["Allocations", "allocations", "saved_bytes", "storage_bytes"]
+__all__ = ["Allocations", "allocations", "peak_bytes", "saved_bytes", "storage_bytes"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def allocations(step: Callable[[], Any], device: str) -> Allocations:
         step()
         if kind == "cuda":
             torch.cuda.synchronize(device)
-    events = _compat.memory_events(profile, kind)
+    events = memory_events(profile, kind)
     if not events:
         raise RuntimeError("the profiler reported no allocations")
     alive = peak = 0
@@ -53,14 +54,14 @@ def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) ->
         forward: returns what a backward would start from.
         excluded: tensors that exist anyway: parameters and buffers.
     """
-    known = {_compat.storage_id(t) for t in excluded}
+    known = {storage_id(t) for t in excluded}
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if _compat.storage_id(tensor) not in known:
+        if storage_id(tensor) not in known:
             # Detached: a tensor that is both an output and saved by its own node would be a cycle. Held until the end, so
             # that no two storages ever have one address.
-            kept[_compat.storage_id(tensor)] = tensor.detach()
+            kept[storage_id(tensor)] = tensor.detach()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -72,4 +73,26 @@ def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) ->
 
 def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
-    return sum({_compat.storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_id(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_bytes(
+    step: Callable[[], Any], device: str, standing: Callable[[], list[torch.Tensor]], temporaries: int | None = None
+) -> int:
+    """Bytes of all tensors at the height of one step.
+
+    Args:
+        step: run once; its optimizer has its state already.
+        standing: the tensors that are there before and after it. On a CUDA device the caching allocator counts, and they are
+            not asked for; on a CPU ``temporaries`` are added to them.
+        temporaries: bytes at once beyond what was there, if they are known; else a profiler counts them.
+    """
+    if torch.device(device).type != "cuda":
+        if temporaries is None:
+            temporaries = allocations(step, device).peak
+        return storage_bytes(standing()) + temporaries
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return int(torch.cuda.max_memory_allocated(device))

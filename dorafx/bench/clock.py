@@ -9,9 +9,23 @@ from typing import Any
 
 import torch
 
-__all__ = ["Clock"]
+from dorafx._compat.devices import spin
+
+__all__ = ["Clock", "Timing"]
 
 _FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
+_ISSUED = 3
+"""Calls whose host time decides how long the device spins."""
+_LONGEST_SPIN = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of single calls: as the device had them, and, of a CUDA device, in which the host issued them (on a CPU there is
+    no other time, and ``host`` is empty)."""
+
+    seconds: list[float]
+    host: list[float]
 
 
 @dataclass(frozen=True)
@@ -36,16 +50,35 @@ class Clock:
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
+    def figures(
+        self,
+        name: str,
+        step: Callable[[], Any],
+        before: Callable[[], Any] | None = None,
+        cold: bool = False,
+        warm_up: int = 2,
+    ) -> dict[str, tuple[str, list[float]]]:
+        """:meth:`timing` as figures of a suite: ``name``, and on a CUDA device also the host's time, ``"name, host"``."""
+        timing = self.timing(step, before, cold, warm_up)
+        return {name: ("s", timing.seconds), **({f"{name}, host": ("s", timing.host)} if timing.host else {})}
+
     def samples(
         self, step: Callable[[], Any], before: Callable[[], Any] | None = None, cold: bool = False, warm_up: int = 2
     ) -> list[float]:
+        """:meth:`timing` without the host's time."""
+        return self.timing(step, before, cold, warm_up).seconds
+
+    def timing(
+        self, step: Callable[[], Any], before: Callable[[], Any] | None = None, cold: bool = False, warm_up: int = 2
+    ) -> Timing:
         """Seconds of single calls of ``step``.
 
         Args:
             step: what is timed.
             before: called before each call of ``step``, outside of the time.
-            cold: on a CUDA device, overwrite the cache before each call, as in a model, where other layers' weights pass
-                through it. It also keeps the device busy while ``step`` is being launched.
+            cold: one operator of a model: on a CUDA device, overwrite the cache before each call, as other layers' weights pass
+                through it, and let the device spin while the call is issued, as in a model it is busy then: no time of the host
+                is in the figure. Without it a device that waits for the host is timed waiting, as its user has it.
             warm_up: calls before the first that counts; they compile and choose kernels.
         """
         for _ in range(warm_up):
@@ -53,7 +86,10 @@ class Clock:
                 before()
             step()
         self.synchronise()
-        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if cold and self.cuda else None
+        operator = cold and self.cuda
+        flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if operator else None
+        issued = [self._issued(step, before) for _ in range(_ISSUED)] if operator else []
+        busy = min(2 * max(issued) + 2e-5, _LONGEST_SPIN) if issued else 0.0
         found: list[float] = []
         start = time.perf_counter()
         while len(found) < self.least or (len(found) < self.most and time.perf_counter() - start < self.seconds):
@@ -62,18 +98,36 @@ class Clock:
             self.synchronise()
             if flush is not None:
                 flush.zero_()
-            found.append(self._one(step))
-        return found
+            seconds, host = self._one(step, busy)
+            found.append(seconds)
+            if not operator and self.cuda:
+                issued.append(host)
+        return Timing(found, issued)
 
-    def _one(self, step: Callable[[], Any]) -> float:
+    def _issued(self, step: Callable[[], Any], before: Callable[[], Any] | None) -> float:
+        """Seconds until ``step`` returns, of a device that had nothing to do."""
+        if before is not None:
+            before()
+        self.synchronise()
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+
+    def _one(self, step: Callable[[], Any], busy: float) -> tuple[float, float]:
+        """Seconds of a call on the device and on the host; before it the device spins for ``busy`` seconds."""
         if not self.cuda:
             start = time.perf_counter()
             step()
-            return time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            return seconds, seconds
         with torch.cuda.device(self.device):
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            if busy:
+                spin(self.device, busy)
             first.record()
+            start = time.perf_counter()
             step()
+            host = time.perf_counter() - start
             last.record()
             last.synchronize()
-            return float(first.elapsed_time(last)) / 1e3
+            return float(first.elapsed_time(last)) / 1e3, host

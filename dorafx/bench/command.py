@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from dorafx.ops import dispatch
 from dorafx.options import COMPOSE
 
-from .plan import ANCHORS, DTYPES, SUITES, Settings
+from .gpu import PARTS, GpuSettings, balance_line, run_gpu, tuned_table
+from .plan import ANCHORS, DTYPES, SUITES, Settings, check_device
 from .plot import FORMATS, plot
 from .quantized import WEIGHTS
 from .results import Results
@@ -23,10 +29,17 @@ from .tune import run_tune
 
 __all__ = ["add_arguments", "run_command"]
 
+_NOT_OF_GPU = ("against", "shapes", "hidden", "rank", "dtype", "checkpointing", "autocast", "tune")
+
 
 def add_arguments(bench: argparse.ArgumentParser) -> None:
     """The arguments of ``dorafx bench``."""
-    bench.add_argument("suites", nargs="*", metavar="suite", help=", ".join(SUITES))
+    bench.add_argument(
+        "suites",
+        nargs="*",
+        metavar="suite",
+        help=f"{', '.join(SUITES)}; or gpu: everything claimed of a GPU, in a budget",
+    )
     bench.add_argument("--against", nargs="+", default=[], metavar="NAME", help=f"{', '.join(ANCHORS)}, or none")
     bench.add_argument(
         "--shapes",
@@ -54,6 +67,11 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--micro-batches", type=int, default=1, help="forwards and backwards a training step (default 1)"
     )
+    bench.add_argument(
+        "--autocast",
+        action="store_true",
+        help="fp32 adapters under autocast to --dtype: PEFT's default, and HF Trainer's",
+    )
     bench.add_argument("--mode", default="default", help="Inductor's mode for all that is compiled")
     bench.add_argument("--codegen", default="inductor", help="dorafx's codegen (default inductor)")
     bench.add_argument(
@@ -67,6 +85,24 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--weights", default="dense", help=f"the suite norm's: {', '.join(WEIGHTS)} (default dense)")
     bench.add_argument(
         "--tune", action="store_true", help="search launch configurations on this GPU and print a table to paste"
+    )
+    bench.add_argument(
+        "--kernels",
+        action="store_true",
+        help="measure nothing; compile the row norms' kernels for every architecture and report what the compiler says",
+    )
+    gpu = bench.add_argument_group("gpu, most important first, as far as the budget goes")
+    gpu.add_argument("--budget", type=float, metavar="SECONDS", help="from start to end (default 300)")
+    gpu.add_argument("--part", nargs="+", default=[], metavar="PART", help=f"{', '.join(PARTS)} (default all)")
+    gpu.add_argument(
+        "--peer-path",
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="checkouts to compare with: the fork of PEFT of arXiv:2603.22276, axolotl",
+    )
+    gpu.add_argument(
+        "--quick", action="store_true", help="tiny sizes: does everything run, with --device cpu also without a GPU"
     )
     bench.add_argument("--plot", type=Path, metavar="FILE", help="measure nothing; draw the results of this file")
     bench.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print the results of this file")
@@ -86,8 +122,15 @@ def run_command(options: argparse.Namespace) -> int:
         return _show(options)
     if options.tune:
         return _tune(options)
+    if options.kernels:
+        return _kernels(options)
     if options.markdown:
         raise ValueError("--markdown goes with --table FILE")
+    if "gpu" in options.suites:
+        return _gpu(options)
+    for name in ("budget", "part", "peer_path", "quick"):
+        if getattr(options, name):
+            raise ValueError(f"--{name.replace('_', '-')} goes with dorafx bench gpu")
     settings = _settings(options)
     console = Console(stderr=options.json)
     results = run_bench(settings, options.output, console)
@@ -129,10 +172,76 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels(options: argparse.Namespace) -> int:
+    """Exit code 1 if a kernel is not within its limits."""
+    if options.suites or options.json:
+        raise ValueError("--kernels measures no suite and writes Markdown: leave suites and --json out")
+    if not dispatch.available():
+        raise ValueError("--kernels compiles Triton kernels, and Triton is not installed")
+    from . import ahead
+
+    found = ahead.rows(ranks=options.rank or ahead.RANKS, report=lambda line: print(line, file=sys.stderr))
+    page = ahead.markdown(found)
+    if options.output is None:
+        print(page, end="")
+    else:
+        options.output.write_text(page)
+    return 1 if ahead.violations(found) else 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    if options.suites != ["gpu"]:
+        raise ValueError("bench gpu has suites of its own: leave the others out")
+    for part in options.part:
+        if part not in PARTS:
+            raise ValueError(f"--part: {part!r} is not one of {', '.join(PARTS)}")
+    for name in _NOT_OF_GPU:
+        if getattr(options, name):
+            raise ValueError(f"bench gpu chooses for itself: leave --{name.replace('_', '-')} out")
+    device = options.device or "cuda"
+    check_device(device)
+    parts = tuple(part for part in PARTS if part in options.part)
+    budget = 300.0 if options.budget is None else options.budget
+    settings = GpuSettings(
+        budget, parts, device, options.quick, tuple(options.peer_path), 0.0 if options.quick else 1.0
+    )
+    out = options.output or Path(f"gpu-{'-'.join(parts) or 'all'}.json")
+    console = Console(stderr=True)
+    with _ended_by_interrupt():
+        results = run_gpu(settings, out, console)
+    if options.json:
+        print(results.to_json())
+    else:
+        _print(results, Console())
+        balance = balance_line(results)
+        for text in (tuned_table(results), balance):
+            if text:
+                print(text)
+        console.print(f"results: {out}", highlight=False, soft_wrap=True)
+    return 1 if any(row.error for row in results.rows) else 0
+
+
+@contextlib.contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """Let a request to terminate, as ``timeout`` sends it, end the run as Ctrl-C does: with the processes that it started."""
+
+    def interrupt(*unused: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _settings(options: argparse.Namespace) -> Settings:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = options.dtype or ("float32" if device == "cpu" else "bfloat16")
-    plain: tuple[str, ...] = ("tokens", "rounds", "seconds", "threads", "checkpointing", "micro_batches")
+    plain: tuple[str, ...] = ("tokens", "rounds", "seconds", "threads", "checkpointing", "micro_batches", "autocast")
     fields: dict[str, Any] = {
         name: getattr(options, name) for name in (*plain, "mode", "codegen", "compose", "scope", "weights")
     }

@@ -31,6 +31,7 @@ def describe_environment(device: str, threads: int) -> dict[str, Any]:
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if cuda else _processor(),
         "cuda": torch.version.cuda or "",
+        "driver": _driver() if cuda else "",
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads or torch.get_num_threads(),
@@ -40,6 +41,12 @@ def describe_environment(device: str, threads: int) -> dict[str, Any]:
         "commit": _commit(Path(dorafx.__file__).parent),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
+
+
+def _driver() -> str:
+    """Driver, highest clock and power limit of the GPUs, as ``nvidia-smi`` tells them."""
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+    return (_output(query) or "").replace("\n", "; ")
 
 
 def _processor() -> str:
@@ -69,10 +76,13 @@ def _commit(package: Path) -> str:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     """What a git command prints; None if it fails or there is no git."""
+    return _output(["git", "-C", str(folder), *arguments])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; None if it fails or there is none of its name."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False, timeout=10
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -5,19 +5,23 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import dorafx
-from dorafx._compat.compilers import mode_options
+from dorafx._compat.inductor import mode_options
 
 from .clock import Clock
 from .models import Size, build, move_off_initial_values
 from .norms import NORMS, Norm
 
-__all__ = ["COMPILED", "Task", "build_layer", "build_model"]
+__all__ = ["COMPILED", "Figures", "Task", "build_layer", "build_model"]
+
+Figures = dict[str, tuple[str, list[float]]]
+"""What a suite measures: by metric the unit and the samples."""
 
 COMPILED = {"dorafx": "dorafx", "peft-inductor": "inductor", "lora": "inductor", "merged": "inductor"}
 """The backend of each implementation that is compiled; the others run eagerly."""
@@ -25,7 +29,17 @@ COMPILED = {"dorafx": "dorafx", "peft-inductor": "inductor", "lora": "inductor",
 
 @dataclass(frozen=True)
 class Task:
-    """One configuration, as a worker gets it. ``parameters`` are the case's own."""
+    """One configuration, as a worker gets it.
+
+    Attributes:
+        parameters: the case's own.
+        autocast: fp32 adapters under ``torch.autocast`` to ``dtype``: PEFT's default, and what HF's Trainer does with bf16.
+        loss_tokens: logits and loss of so many last tokens only; 0 for all.
+        gradients: micro-batches of a computation of gradients without an optimizer's step, measured besides; 0 for none.
+        logits: file that the last tokens' logits of a prefill are written to, for a comparison.
+        alone: called when everything is compiled and before anything is timed; returns when nobody else uses the device.
+        done: told of every figure as soon as it is there.
+    """
 
     name: str
     parameters: dict[str, Any]
@@ -37,9 +51,31 @@ class Task:
     scope: str = "model"
     checkpointing: bool = False
     micro_batches: int = 1
+    autocast: bool = False
+    loss_tokens: int = 0
+    gradients: int = 0
+    logits: Path | None = None
+    alone: Callable[[], None] = lambda: None
+    done: Callable[[Figures], None] = lambda figures: None
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, compiled if this implementation is; by dorafx one adapter layer after the other, if ``scope`` says so."""
+        """``call``, compiled if this implementation is; by dorafx one adapter layer after the other, if ``scope`` says so.
+        Under autocast if the task is."""
+        return self.under_autocast(self._compiled(call))
+
+    def under_autocast(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call`` under autocast if the task is; else itself."""
+        if not self.autocast:
+            return call
+
+        @functools.wraps(call)
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast(torch.device(self.clock.device).type, dtype=self.dtype):
+                return call(*args, **kwargs)
+
+        return cast
+
+    def _compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
         backend = COMPILED.get(self.name)
         if backend is None:
             return call
@@ -113,7 +149,7 @@ def build_layer(task: Task) -> torch.nn.Module:
 
 def build_model(task: Task, size: Size) -> Any:
     """The model of :func:`~dorafx.bench.models.build`, merged or with another norm where the task wants it."""
-    model = build(size, task.name != "lora", task.dtype, task.clock.device, task.checkpointing)
+    model = build(size, task.name != "lora", task.dtype, task.clock.device, task.checkpointing, task.autocast)
     if task.name == "merged":
         return model.merge_and_unload()
     return _with_norm_of(task.name, model)

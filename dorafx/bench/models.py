@@ -7,7 +7,11 @@ from typing import Any
 
 import torch
 
-__all__ = ["VOCABULARY", "Size", "build"]
+from dorafx.observation import default_dtype
+
+from .shapes import Preset
+
+__all__ = ["VOCABULARY", "Size", "build", "llama_config"]
 
 VOCABULARY = 1024
 """Small, so that the head, which has no adapter, does not blur what is compared; the more where ``layers`` were cut."""
@@ -51,41 +55,49 @@ class Size:
 
 
 def build(
-    size: Size, use_dora: bool, dtype: torch.dtype = torch.float32, device: str = "cpu", checkpointing: bool = False
+    size: Size,
+    use_dora: bool,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    checkpointing: bool = False,
+    fp32_adapters: bool = False,
 ) -> Any:
     """A causal language model with an adapter on every linear layer of the decoder; adapters are moved off their initial
-    values, where DoRA would do nothing. They have the model's dtype: PEFT's default, fp32 adapters on a half-precision
-    model, is meant for autocast."""
+    values, where DoRA would do nothing. They have the model's dtype, or with ``fp32_adapters`` PEFT's default, which is meant
+    for autocast."""
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = llama_config(size, vocab_size=VOCABULARY, use_cache=False)
+    lora = LoraConfig(
+        r=size.rank, lora_alpha=2 * size.rank, use_dora=use_dora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    # Made where it will live: initialising a model of billions of weights on the host takes minutes.
+    with default_dtype(dtype), torch.device(device):
+        base = LlamaForCausalLM(config)
+        model: Any = get_peft_model(base, lora, autocast_adapter_dtype=fp32_adapters)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # For the reentrant kind transformers lets the embedding's output require gradients, which breaks the graph there.
+            model.disable_input_require_grads()
+    move_off_initial_values(model)
+    return model
+
+
+def llama_config(size: Size | Preset, **further: Any) -> Any:
+    """The config of transformers for a model of a size, with what else it is to have."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         num_key_value_heads=size.kv_heads,
         head_dim=size.head_dim,
-        vocab_size=VOCABULARY,
-        use_cache=False,
+        **further,
     )
-    lora = LoraConfig(
-        r=size.rank, lora_alpha=2 * size.rank, use_dora=use_dora, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        # Made where it will live: initialising a model of billions of weights on the host takes minutes.
-        with torch.device(device):
-            base = LlamaForCausalLM(config)
-            if checkpointing:
-                base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
-            model = get_peft_model(base, lora, autocast_adapter_dtype=False)
-    finally:
-        torch.set_default_dtype(default)
-    move_off_initial_values(model)
-    return model
 
 
 def move_off_initial_values(model: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ from .quantized import GROUPS, WEIGHTS, packed_bytes
 from .shapes import PRESETS, Shape, parse_shape
 from .work import Work
 
-__all__ = ["ANCHORS", "DTYPES", "SUITES", "Case", "Settings", "Suite", "anchors_of", "cases_of"]
+__all__ = ["ANCHORS", "DTYPES", "SUITES", "Case", "Settings", "Suite", "anchors_of", "cases_of", "check_device"]
 
 ANCHORS = {
     "peft": "stock PEFT, eager",
@@ -45,6 +45,7 @@ class Suite:
 
 _COMPOSE_ALONE = ("auto", "triton")
 PASS_LAYERS = (8, 16, 32, 64)
+HOST_LAYERS = 12
 _EVERY = tuple(ANCHORS)
 _TRAINED = "nothing is trained in merged weights"
 SUITES = {
@@ -83,6 +84,12 @@ SUITES = {
         ("peft-inductor", "lora"),
         "it compiles nothing, or not the training step",
     ),
+    "host": Suite(
+        "one token where the device waits for the host: one thread, hidden 64, as one graph and adapter layer by adapter layer",
+        ("peft", "lora"),
+        ("peft", "lora"),
+        "what its step costs the host is another question",
+    ),
     "pass": Suite(
         f"dorafx's pass alone over a model of {', '.join(map(str, PASS_LAYERS))} layers, as one graph",
         (),
@@ -100,6 +107,7 @@ _SERVED = {
     "mode": tuple(name for name in SUITES if name != "pass"),
     "checkpointing": _TRAINED_MODELS,
     "micro_batches": _TRAINED_MODELS,
+    "autocast": ("model", "decode"),
 }
 """The suites in which an option has an effect, of the options that have none in some."""
 _DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
@@ -128,6 +136,7 @@ class Settings:
     threads: int = 0
     checkpointing: bool = False
     micro_batches: int = 1
+    autocast: bool = False
     mode: str = "default"
     codegen: str = "inductor"
     compose: str = "auto"
@@ -174,12 +183,14 @@ class Settings:
             if wrong and value != defaults[name]:
                 given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
                 raise ValueError(f"{given} goes with the suites {', '.join(served)}, not with {wrong[0]}")
+        if self.autocast and DTYPES[self.dtype].itemsize != 2:
+            raise ValueError(f"--autocast is for --dtype bfloat16 or float16, not {self.dtype}")
         _one_of("--weights", self.weights, WEIGHTS)
         if self.weights != "dense" and (self.suites != ("norm",) or self.dtype == "float64"):
             raise ValueError(
                 f"--weights {self.weights} goes with the suite norm alone, and with a dtype other than float64"
             )
-        _check_device(self.device)
+        check_device(self.device)
         kernel = self.compose in ("triton", "triton_linear")
         if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
             # What would be measured instead is the composition without a kernel.
@@ -229,6 +240,12 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
     if suite == "pass":
         sizes = (Size(hidden=64, layers=layers, rank=8, tokens=16) for layers in PASS_LAYERS)
         return [Case(suite, f"{size.layers} layers", {"size": asdict(size)}) for size in sizes]
+    if suite == "host":
+        size = Size(hidden=64, layers=HOST_LAYERS, rank=8, tokens=1)
+        return [
+            Case(suite, f"{HOST_LAYERS} layers, {label}", {"size": asdict(size), "scope": scope})
+            for scope, label in (("model", "one graph"), ("auto", "adapter layer by adapter layer"))
+        ]
     cases = []
     for name, size in _models(suite, settings):
         label = f"{name}, {size.layers} layers, r{size.rank}, {size.tokens} tokens"
@@ -306,7 +323,10 @@ def _one_of(what: str, value: str, known: Any) -> None:
         raise ValueError(f"{what}: {value!r} is not one of {', '.join(known)}")
 
 
-def _check_device(text: str) -> None:
+def check_device(text: str) -> None:
+    """Raises:
+    ValueError: neither the CPU nor a CUDA device that there is.
+    """
     try:
         device = torch.device(text)
     except RuntimeError:

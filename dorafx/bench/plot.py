@@ -38,7 +38,11 @@ def plot(results: Results, path: Path) -> Path:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"-o: a plot must end in {', '.join(FORMATS)}, not {path.name!r}")
-    panels = list(dict.fromkeys((r.suite, m) for r in results.rows for m, v in r.metrics.items() if v.unit != "share"))
+    panels = list(
+        dict.fromkeys(
+            (r.suite, m) for r in results.rows for m, v in r.metrics.items() if v.unit not in ("share", "ratio")
+        )
+    )
     if not panels:
         raise ValueError("there is nothing to draw: no configuration has a figure")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +13,14 @@ __all__ = ["SCHEMA", "Metric", "Results", "Row"]
 
 SCHEMA = 1
 _KIND = "dorafx bench"
-_UNITS = ("s", "B", "count", "share", "B/s", "FLOP/s")
+_UNITS = ("s", "B", "count", "share", "ratio", "B/s", "FLOP/s")
 
 
 @dataclass
 class Metric:
     """One figure: its raw samples, a list for each round, and the least work that it stands for (0 where none is known).
 
-    ``unit``: seconds, bytes, a count, a share of 1, bytes/s or FLOP/s.
+    ``unit``: seconds, bytes, a count, a share of 1, a plain ratio, bytes/s or FLOP/s.
     """
 
     unit: str
@@ -53,7 +54,8 @@ class Metric:
 @dataclass
 class Row:
     """One configuration: an implementation in a case. ``error`` is how it failed, empty if it did not; ``facts`` are counts
-    that do not vary: graphs and graph breaks of what is compiled, modules that dorafx rewrote."""
+    that do not vary: graphs and graph breaks of what is compiled, modules that dorafx rewrote. ``left_out`` is why nothing of it
+    was measured, where a budget did not suffice. ``note`` says what stands in the place of something that the device has not."""
 
     suite: str
     case: str
@@ -62,6 +64,8 @@ class Row:
     metrics: dict[str, Metric] = field(default_factory=dict)
     error: str = ""
     facts: dict[str, int] = field(default_factory=dict)
+    left_out: str = ""
+    note: str = ""
 
 
 @dataclass
@@ -100,6 +104,16 @@ class Results:
             "rows": rows,
         }
         return json.dumps(document, indent=1)
+
+    def write(self, path: Path) -> None:
+        """:meth:`to_json` into a file, which whoever reads it finds whole at any moment.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(self.to_json(), encoding="utf-8")
+        os.replace(part, path)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
@@ -147,7 +161,9 @@ def _row(data: Any, where: str) -> Row:
     suite, case, name, error = (_get(data, field_, str, where) for field_ in ("suite", "case", "name", "error"))
     metrics = _metrics(_get(data, "metrics", dict, where), f"{where}.metrics")
     parameters, facts = _get(data, "parameters", dict, where), _get(data, "facts", dict, where)
-    return Row(suite, case, name, parameters, metrics, error, facts)
+    # Files from before there were budgets have none of these.
+    left_out, note = (_get({field_: "", **data}, field_, str, where) for field_ in ("left_out", "note"))
+    return Row(suite, case, name, parameters, metrics, error, facts, left_out, note)
 
 
 def _metrics(data: dict[str, Any], where: str) -> dict[str, Metric]:

@@ -86,7 +86,7 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
                     _measure(settings, case, row, run)
                 progress.advance(task)
             if out is not None:
-                out.write_text(results.to_json(), encoding="utf-8")
+                results.write(out)
     return results
 
 

@@ -9,7 +9,7 @@ from dorafx.log.table import human_bytes
 
 from .results import Metric, Results, Row
 
-__all__ = ["human", "markdown", "summary", "tables"]
+__all__ = ["human", "markdown", "remarks", "summary", "tables"]
 
 
 def human(value: float, unit: str) -> str:
@@ -18,6 +18,8 @@ def human(value: float, unit: str) -> str:
         return human_bytes(value)
     if unit == "count":
         return f"{value:g}"
+    if unit == "ratio":  # near 1, or near 0
+        return f"{value:.6f}" if value > 0.5 else f"{value:.1e}"
     if unit == "share":
         return f"{value:.1%}"
     if unit == "s":
@@ -59,8 +61,7 @@ def tables(results: Results) -> list[Table]:
             for row in measured:
                 table.add_row(metric if row is measured[0] else "", row.name, *_cells(results, row, metric))
             table.add_section()
-        failed = [row for row in rows if row.error]
-        table.caption = "\n".join(f"{row.name} failed: {row.error}" for row in failed) or None
+        table.caption = "\n".join(f"{row.name} {remark}" for row in rows for remark in remarks(row)) or None
         table.caption_justify = "left"
         made.append(table)
     return made
@@ -78,10 +79,18 @@ def markdown(results: Results) -> str:
                 if row.case == case and metric in row.metrics:
                     lines.append(f"| {' | '.join((case, metric, row.name, *_cells(results, row, metric)))} |")
         lines += [
-            f"| {row.case} | failed: {row.error.replace('|', '/')} | {row.name} | | | | |" for row in rows if row.error
+            f"| {row.case} | {remark.replace('|', '/')} | {row.name} | | | | |"
+            for row in rows
+            for remark in remarks(row)
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def remarks(row: Row) -> list[str]:
+    """What is to be said of a row beside its figures."""
+    kinds = (("failed", row.error), ("left out", row.left_out), ("note", row.note if row.metrics else ""))
+    return [f"{kind}: {text}" for kind, text in kinds if text]
 
 
 def _cells(results: Results, row: Row, name: str) -> tuple[str, str, str, str]:
@@ -100,7 +109,7 @@ def _spread(metric: Metric) -> str:
 
 
 def _ratio(metric: Metric, reference: Metric | None) -> str:
-    if reference is None or not reference.median or metric.unit == "share":
+    if reference is None or not reference.median or metric.unit in ("share", "ratio"):
         return ""
     return f"{metric.median / reference.median:.2f}x"
 

@@ -11,29 +11,35 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from dorafx.errors import DorafxError
+from dorafx.ops import dispatch
 from dorafx.ops.norm import tiled
-from dorafx.ops.triton import dispatch
-from dorafx.ops.triton.configs import TABLES, RowNormConfig, architecture, table_of
+from dorafx.ops.triton import configs
+from dorafx.ops.triton.configs import TABLES, Gpu, RowNormConfig, table_of
 
 from .clock import Clock
 from .shapes import Shape
 
-__all__ = ["Choice", "Problem", "Timer", "candidates", "check_device", "paste", "run_tune", "search", "time_on", "tune"]
+__all__ = [
+    "Choice", "Problem", "Timer", "candidates", "check_device", "fits", "paste", "paste_for", "run_tune", "search", "served",
+    "time_on", "tune",
+]  # fmt: skip
 
 SHAPES = (Shape(4096, 4096), Shape(8192, 8192), Shape(28672, 8192), Shape(1024, 8192))
 """What is searched over by default: square and both kinds of oblong weights."""
 
 _RANKS_OF_ANY = (256, 384)
 """The ranks that stand for those without a configuration of their own."""
-_ACCUMULATORS = 128
-"""Registers of a thread that the product's tile may fill: half of them; the weight's tile and the addresses need the rest."""
-_SHARED_BYTES = 160 << 10
-"""Shared memory of a block, on the architecture that has the least."""
+_ACCUMULATORS = 64
+"""Registers of a thread that the product's tile may fill; the sums of squares take as many; the weight's tile and the addresses
+need the rest, of which these are"""
+_OTHERS = 56
+_CHUNKS = 8
+"""Chunks of the rank, at most."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +73,36 @@ class Choice:
     failed: int
 
 
-def candidates(factor_bytes: int, max_rank: int | None) -> list[RowNormConfig]:
-    """Configurations that may serve ranks up to ``max_rank``, without those that cannot fit a processor."""
+def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
+    """Configurations that may serve what the present one does, without those that cannot fit a multiprocessor."""
     found = []
-    depths = (32, 64) if max_rank is None else (max_rank,)
     for rows, columns, depth, warps, stages in itertools.product(
-        (32, 64, 128), (64, 128, 256), depths, (4, 8), (2, 3, 4)
+        (64, 128, 256), (32, 64, 128), (16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4)
     ):
         accumulators = rows * columns // (32 * warps)
-        if max_rank is None:
-            staged = stages * factor_bytes * depth * (rows + columns)
-        else:  # left stays, tiles of the weight and right are prefetched
-            staged = factor_bytes * depth * rows + stages * (2 * rows + factor_bytes * depth) * columns
-        if 16 <= accumulators <= _ACCUMULATORS and staged <= _SHARED_BYTES:
-            found.append(RowNormConfig(factor_bytes, max_rank, rows, columns, depth, warps, stages))
+        resident = max(1, 65536 // (32 * warps * (_OTHERS + 2 * accumulators)))
+        config = replace(
+            present, rows=rows, columns=columns, depth=depth, num_warps=warps, num_stages=stages, programs=resident
+        )
+        if present.max_rank is None:
+            sensible = depth in (32, 64) and stages > 1
+        else:  # chunks are whole, and few
+            sensible = depth <= present.max_rank <= _CHUNKS * depth
+        if sensible and 8 <= accumulators <= _ACCUMULATORS and fits(config, gpu):
+            found.append(config)
     return found
+
+
+def served(config: RowNormConfig) -> str:
+    """What a row of a table serves, in words."""
+    upto = "any rank" if config.max_rank is None else f"rank to {config.max_rank}"
+    return f"{8 * config.factor_bytes}-bit factors, {upto}"
+
+
+def fits(config: RowNormConfig, gpu: Gpu) -> bool:
+    """Whether the card has the memory for it, with the problems that are timed."""
+    problem = configs.Problem(config.max_rank or 0, config.factor_bytes, config.factor_bytes, 2)
+    return config.shared_bytes(problem, gpu.architecture) <= gpu.block_bytes
 
 
 def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer) -> Choice:
@@ -112,6 +133,7 @@ def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Seq
 
 def tune(
     table: Sequence[RowNormConfig],
+    gpu: Gpu,
     shapes: Sequence[Shape],
     timer: Timer,
     report: Callable[[str], None] = lambda line: None,
@@ -120,20 +142,24 @@ def tune(
 
     Args:
         table: the configurations in use.
+        gpu: the card that they are for.
         shapes: weights to time; ranks of their own are not heeded, since a row of the table serves ranks.
         timer: times one configuration.
         report: told of each row that is done.
     """
     choices = []
     for present in table:
+        if not fits(present, gpu):
+            choices.append(Choice(present, 1.0, 0, 0))
+            report(f"{served(present)}: {present} does not fit this card")
+            continue
         ranks = _RANKS_OF_ANY if present.max_rank is None else (present.max_rank,)
         sizes = dict.fromkeys((s.d_out, s.d_in) for s in shapes or SHAPES)
         problems = [Problem(*size, rank, present.factor_bytes) for size in sizes for rank in ranks]
-        choice = search(present, candidates(present.factor_bytes, present.max_rank), problems, timer)
+        choice = search(present, candidates(present, gpu), problems, timer)
         choices.append(choice)
-        upto = "any rank" if present.max_rank is None else f"rank to {present.max_rank}"
         report(
-            f"{8 * present.factor_bytes}-bit factors, {upto}: {choice.gain:.2f}x the speed of the present one; "
+            f"{served(present)}: {choice.gain:.2f}x the speed of the present one; "
             f"{choice.tried} ran, {choice.failed} did not"
         )
     return choices
@@ -141,8 +167,14 @@ def tune(
 
 def paste(name: str, choices: Sequence[Choice]) -> str:
     """The table as Python."""
-    rows = "".join(f"    RowNormConfig({', '.join(map(repr, astuple(c.config)))}),\n" for c in choices)
+    rows = "".join(f"    {c.config!r},\n" for c in choices)
     return f"{name} = (\n{rows})"
+
+
+def paste_for(architecture: int, choices: Sequence[Choice]) -> str:
+    """The table of an architecture as Python, with the place where it goes."""
+    key = max((known for known in TABLES if known <= architecture), default=min(TABLES))
+    return f"# dorafx/ops/triton/configs.py: TABLES[{key}]\n" + paste(f"ROW_NORM_{key}", choices)
 
 
 def time_on(clock: Clock, config: RowNormConfig, problem: Problem) -> float:
@@ -181,8 +213,8 @@ def _exact(problem: Problem, device: str) -> torch.Tensor:
     return tiled(*_operands(problem, device), 0.5)
 
 
-def check_device(device: str) -> int:
-    """The architecture to tune for, 90 for compute capability 9.0.
+def check_device(device: str) -> Gpu:
+    """The card to tune for.
 
     Raises:
         ValueError: there is no CUDA device, or no Triton.
@@ -191,7 +223,7 @@ def check_device(device: str) -> int:
         raise ValueError("--tune times launch configurations on a CUDA device, and there is none here")
     if not dispatch.available():
         raise ValueError("--tune times Triton kernels, and Triton is not installed")
-    return architecture(torch.device(device))
+    return configs.gpu(torch.device(device))
 
 
 def run_tune(device: str, shapes: Sequence[Shape], seconds: float, report: Callable[[str], None]) -> str:
@@ -201,11 +233,10 @@ def run_tune(device: str, shapes: Sequence[Shape], seconds: float, report: Calla
         ValueError: see :func:`check_device`.
         DorafxError: see :func:`search`.
     """
-    found = check_device(device)
+    gpu = check_device(device)
     clock = Clock(device, min(seconds, 0.05))
-    choices = tune(table_of(found), shapes, functools.partial(time_on, clock), report)
-    key = max((known for known in TABLES if known <= found), default=min(TABLES))
-    return f"# dorafx/ops/triton/configs.py: TABLES[{key}]\n" + paste(f"ROW_NORM_{key}", choices)
+    choices = tune(table_of(gpu.architecture), gpu, shapes, functools.partial(time_on, clock), report)
+    return paste_for(gpu.architecture, choices)
 
 
 def _first_line(error: Exception) -> str:

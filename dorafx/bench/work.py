@@ -21,11 +21,18 @@ class Work:
     flops: float
     bytes: float
 
+    def times(self, factor: float) -> Work:
+        return Work(factor * self.flops, factor * self.bytes)
 
-def norm_work(d_out: int, d_in: int, rank: int, itemsize: int, packed: float | None = None) -> Work:
-    """The product ``B·A`` once, every operand read once (a quantised weight has ``packed`` bytes), the norms written in fp32."""
+
+def norm_work(
+    d_out: int, d_in: int, rank: int, itemsize: int, packed: float | None = None, factor_size: int = 0
+) -> Work:
+    """The product ``B·A`` once, every operand read once (a quantised weight has ``packed`` bytes, the factors' elements
+    ``factor_size``, by default as the weight's), the norms written in fp32."""
     weight = itemsize * d_out * d_in if packed is None else packed
-    return Work(2.0 * d_out * d_in * rank, weight + itemsize * rank * (d_out + d_in) + 4.0 * d_out)
+    factors = (factor_size or itemsize) * rank * (d_out + d_in)
+    return Work(2.0 * d_out * d_in * rank, weight + factors + 4.0 * d_out)
 
 
 def compose_work(tokens: int, d_out: int, itemsize: int) -> dict[str, Work]:
@@ -51,15 +58,18 @@ def _layers(size: Size) -> list[tuple[int, int]]:
     return [shape for shape in preset.linears().values() for _ in range(size.layers)]
 
 
-def model_work(size: Size, itemsize: int, checkpointing: bool, micro_batches: int) -> dict[str, Work]:
-    """All linears of a model and its head. Checkpointing computes the decoder's forward twice."""
+def model_work(
+    size: Size, itemsize: int, checkpointing: bool, micro_batches: int, loss_tokens: int = 0
+) -> dict[str, Work]:
+    """All linears of a model and its head, which has ``loss_tokens`` tokens (0: all). Checkpointing computes the decoder's
+    forward twice."""
     forward = step = weights = 0.0
     for d_out, d_in in _layers(size):
         work = layer_work(size.tokens, d_out, d_in, size.rank, itemsize)
         forward += work["forward"].flops
         step += work["training step"].flops + (work["forward"].flops if checkpointing else 0)
         weights += itemsize * (d_out * d_in + size.rank * (d_out + d_in))
-    head = 2.0 * size.tokens * VOCABULARY * size.hidden
+    head = 2.0 * (loss_tokens or size.tokens) * VOCABULARY * size.hidden
     weights += itemsize * VOCABULARY * size.hidden
     return {
         "prefill": Work(forward + head, weights),

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.dynamo import allow_recompilations, graph_statistics
+from dorafx._compat.inductor import limit_compile_threads
 from dorafx.errors import DorafxError
 from dorafx.log import rewrite_log
 
 from .ceilings import measure_ceilings
 from .clock import Clock
 from .implementations import COMPILED, Task
+from .peers import use_peer
 from .plan import DTYPES, SUITES, Case, Settings
+from .processes import ALONE, DEVICE, Report, turn
 
-__all__ = ["CEILINGS", "configuration", "request_for"]
+__all__ = ["CEILINGS", "configuration", "prepare", "request_for", "task_of"]
 
 CEILINGS = "ceilings"
 """The name of the configuration that measures the device instead of an implementation."""
@@ -26,27 +29,55 @@ CEILINGS = "ceilings"
 # layers share one and would run eagerly from the ninth on: a handicap that is the measurement's, not the model's.
 RECOMPILATIONS = 64
 
+OPERATORS = tuple(name for name, suite in SUITES.items() if not suite.needs_peft)
+"""Suites in which there is no layer to rewrite."""
+
+
+_OWN = ("mode", "codegen", "compose", "scope", "checkpointing", "micro_batches", "autocast")
+_FURTHER = ("loss_tokens", "gradients")
+"""What only some requests name."""
+
 
 def request_for(settings: Settings, name: str, case: Case | None) -> dict[str, Any]:
     """What :func:`configuration` needs to know."""
-    own = (
-        "dtype",
-        "device",
-        "seconds",
-        "threads",
-        "mode",
-        "codegen",
-        "compose",
-        "scope",
-        "checkpointing",
-        "micro_batches",
-    )
-    request = {key: getattr(settings, key) for key in own}
+    request = {key: getattr(settings, key) for key in ("dtype", "device", "seconds", "threads", *_OWN)}
     suite, parameters = (case.suite, case.parameters) if case is not None else (CEILINGS, {})
     return {**request, "name": name, "suite": suite, "parameters": parameters}
 
 
-def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
+def prepare(request: dict[str, Any]) -> Clock:
+    """What comes first in a process that measures: threads, seed, limits of the compilers, device, and where a peer's code is."""
+    peer = request.get("peer")
+    if peer:
+        use_peer(request["name"], Path(peer))
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    torch.manual_seed(0)
+    allow_recompilations(RECOMPILATIONS)
+    if request.get("compile_threads"):
+        limit_compile_threads(request["compile_threads"])
+    if torch.device(request["device"]).type == "cuda":
+        torch.cuda.set_device(torch.device(request["device"]).index or 0)
+    return Clock(request["device"], request["seconds"], request.get("least", 3))
+
+
+def task_of(request: dict[str, Any], clock: Clock, report: Report = lambda what: None) -> Task:
+    """The task that a request describes; its turns and figures are reported."""
+    logits = request.get("logits")
+    return Task(
+        request["name"],
+        request["parameters"],
+        clock,
+        DTYPES[request["dtype"]],
+        **{key: request[key] for key in _OWN},
+        **{key: request[key] for key in _FURTHER if key in request},
+        logits=Path(logits) if logits else None,
+        alone=lambda: report(turn(ALONE)),
+        done=lambda figures: report({"figures": {key: list(value) for key, value in figures.items()}}),
+    )
+
+
+def configuration(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Measure one configuration.
 
     Returns:
@@ -58,29 +89,23 @@ def configuration(request: dict[str, Any], report: Callable[[str], None]) -> dic
             implementation's.
     """
     mended = "dorafx.backend" in sys.modules  # before anything of a suite is imported
+    clock = prepare(request)
     from .suites import MEASURES
 
-    if request["threads"]:
-        torch.set_num_threads(request["threads"])
-    torch.manual_seed(0)
-    _compat.allow_recompilations(RECOMPILATIONS)
-    if torch.device(request["device"]).type == "cuda":
-        torch.cuda.set_device(torch.device(request["device"]).index or 0)
-    clock = Clock(request["device"], request["seconds"])
-    dtype = DTYPES[request["dtype"]]
+    report(turn(DEVICE))
     if request["suite"] == CEILINGS:
-        return {"figures": {key: list(value) for key, value in measure_ceilings(clock, dtype).items()}, "facts": {}}
-    settings = {key: request[key] for key in ("mode", "codegen", "compose", "scope", "checkpointing", "micro_batches")}
-    task = Task(request["name"], request["parameters"], clock, dtype, **settings)
+        found = measure_ceilings(clock, DTYPES[request["dtype"]])
+        return {"figures": {key: list(value) for key, value in found.items()}, "facts": {}}
+    task = task_of(request, clock, report)
     rewrite_log().clear()
-    before = _compat.graph_statistics()
+    before = graph_statistics()
     figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
-    graphs, breaks = (now - then for now, then in zip(_compat.graph_statistics(), before))
+    graphs, breaks = (now - then for now, then in zip(graph_statistics(), before))
     if task.name != "dorafx" and not mended and "dorafx.backend" in sys.modules:
         # Importing the backend makes PEFT's layers traceable as one graph. No anchor may profit from that.
         raise DorafxError(f"bench {request['suite']}: dorafx's polyfills were installed while {task.name} was measured")
     facts = {"graphs": graphs, "graph breaks": breaks} if task.name in COMPILED else {}
-    if task.name == "dorafx" and SUITES[request["suite"]].needs_peft:  # the others call the operators
+    if task.name == "dorafx" and request["suite"] not in OPERATORS:  # these call the operators
         facts["rewritten"] = _rewritten()
     return {"figures": figures, "facts": facts}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.dynamo import trace_instead
 from dorafx.errors import DorafxWarning
 
 from .fingerprint import fingerprint
@@ -98,7 +98,7 @@ def _install_one(polyfill: Polyfill) -> str | None:
     substitute = polyfill.make(target)
     if polyfill.method:
         # Dynamo looks substitutes of functions up where a function is a value of its own, which methods are not.
-        return None if _compat.trace_instead(target, substitute) else "this version of torch traces methods otherwise"
+        return None if trace_instead(target, substitute) else "this version of torch traces methods otherwise"
     try:
         torch.compiler.substitute_in_graph(target)(substitute)
     except Exception as error:  # another library may have substituted it already

@@ -3,8 +3,9 @@
 from . import transfer as _transfer  # noqa: F401  (fills the table of transfer functions)
 from .algebra import Atom, Diag, Expr, Mat, Poly
 from .leaves import leaves_of
-from .lifter import Lifter, tensor_of
+from .lifter import Lifter
 from .quantized import PackedWeight, packed_weight
+from .show import Notation, show, term_of
 from .values import AtomInfo, Gemm, MatrixValue, Value, VectorValue
 
 __all__ = [
@@ -16,11 +17,13 @@ __all__ = [
     "Lifter",
     "Mat",
     "MatrixValue",
+    "Notation",
     "PackedWeight",
     "Poly",
     "Value",
     "VectorValue",
     "leaves_of",
     "packed_weight",
-    "tensor_of",
+    "show",
+    "term_of",
 ]

@@ -6,32 +6,27 @@ An operator that the table does not know becomes an atom: never an error, never 
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from enum import IntEnum
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import fx
 
-from .algebra import ONES, Atom, Expr, Mat, Poly, TooComplex
-from .effects import written_nodes
-from .grad_mode import GradMode
-from .inputs import attribute_id, looks_like_parameter
-from .quantized import quantizes_activations
-from .targets import canonical_name, drops_nothing
-from .values import (
-    FLOAT_DTYPES,
-    AtomInfo,
-    Gemm,
-    MatrixValue,
-    Value,
-    VectorValue,
-    loses_accuracy,
-    tensor_of,
-    vector_axis,
-)
+from dorafx._compat.graphs import is_inference_input
+from dorafx.graphs.grad_mode import GradMode
+from dorafx.graphs.inputs import attribute_id, looks_like_parameter
+from dorafx.graphs.operators import canonical_name, drops_nothing
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
-__all__ = ["TRANSFER", "Lifter", "tensor_of", "transfer"]
+from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
+from .quantized import quantizes_activations
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
+
+__all__ = ["Lifter", "Reading", "transfer", "transfers"]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -40,21 +35,53 @@ Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 T = TypeVar("T")
 E = TypeVar("E", Expr, Poly)
 V = TypeVar("V", bound=MatrixValue | VectorValue)
-TRANSFER: dict[str, Transfer] = {}
 
 _CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
 _PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
-def transfer(*names: str) -> Callable[[Transfer], Transfer]:
-    """Register the transfer function of the operators with these canonical names."""
+class Reading(IntEnum):
+    """What an operator may be read by, in the order in which it is asked: the first that gives a value is heard."""
+
+    STACK = 1
+    """As a step of a sum over a stack of matrices, or of one matrix for all entries of a batch."""
+    TAKEN_APART = 2
+    """As a step of a product that a tracer took apart, by the letters of its axes."""
+    MATRIX = 3
+    """As a vector that has the shape of a matrix again, which it was."""
+    OPERATOR = 4
+    """By what the operator does."""
+    MOVED = 5
+    """As axes that were only moved, by their letters."""
+    ROW = 6
+    """As a matrix of one row that is a vector by its shape."""
+
+
+_TRANSFER: dict[str, dict[Reading, Transfer]] = {}
+
+
+def transfer(*names: str, reading: Reading = Reading.OPERATOR) -> Callable[[Transfer], Transfer]:
+    """Register a transfer function of the operators with these canonical names; one for each reading.
+
+    Raises:
+        ValueError: the operator has one for this reading.
+    """
 
     def register(fn: Transfer) -> Transfer:
         for name in names:
-            TRANSFER[name] = fn
+            known = _TRANSFER.setdefault(name, {})
+            if reading in known:
+                raise ValueError(f"transfer: {name!r} is read by {known[reading].__name__} as {reading.name} already")
+            known[reading] = fn
+            _TRANSFER[name] = dict(sorted(known.items()))
         return fn
 
     return register
+
+
+def transfers() -> dict[str, tuple[Transfer, ...]]:
+    """The transfer functions of each operator, in the order in which they are asked."""
+    return {name: tuple(known.values()) for name, known in _TRANSFER.items()}
 
 
 class Lifter:
@@ -82,6 +109,7 @@ class Lifter:
         self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
         """Which nodes hold a given term, in graph order: operands to reuse."""
         self.gemms: dict[Expr, list[Gemm]] = {}
+        self._product_dtypes: dict[frozenset[Any], set[torch.dtype]] | None = None
         self.expanded: dict[fx.Node, VectorValue] = {}
         """Nodes that are a vector repeated along other axes, and the vector."""
         self.absolute: dict[fx.Node, MatrixValue] = {}
@@ -92,6 +120,8 @@ class Lifter:
         """Nodes that are one matrix for each entry of a batch, and the matrix."""
         self.roundings: dict[fx.Node, torch.dtype] = {}
         """Nodes whose term leaves out that something in it was cast to this dtype, which holds fewer values."""
+        self.failures: dict[fx.Node, str] = {}
+        """Nodes whose transfer function raised, and what and where."""
         self.subscripts: dict[fx.Node, Any] = {}
         """Nodes whose axes are known by letters (see ``transfer.rearranged``)."""
         self.written = written_nodes(graph)
@@ -104,6 +134,7 @@ class Lifter:
         self._lifted: fx.Node | None = None
         self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
+        self._inference: set[fx.Node] = set()
         self._grad_mode = GradMode(graph)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -125,7 +156,7 @@ class Lifter:
                 if verdict == "seal":
                     self.seal(node)
                     value = self.values[node]
-            if value is not None and node not in self.written:
+            if value is not None and node not in self.written and not self._is_new_leaf(node):
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
                 if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
                     self.nodes.setdefault(key, []).append(node)
@@ -141,6 +172,8 @@ class Lifter:
     def _lift_here(self, node: fx.Node) -> Value | None:
         self._lifted, self._unrounded = node, set()
         value = self._lift(node)
+        if self._made_in_inference_mode(node):
+            self._inference.add(node)
         self._lifted = None
         aside: tuple[dict[fx.Node, Any], ...] = (self.expanded, self.absolute, self.stacked, self.repeated)
         if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
@@ -157,21 +190,27 @@ class Lifter:
             return None
         if node in self.written:
             return self.atom_value(node)
-        if name is not None and (fn := TRANSFER.get(name)) is not None and not quantizes_activations(node, name):
+        known = _TRANSFER.get(name) if name is not None else None
+        if name is not None and known is not None and not quantizes_activations(node, name):
+            self.failures.pop(node, None)  # of a time before an operand was sealed
             try:
-                value = fn(self, node)
+                for read in known.values():
+                    value = read(self, node)
+                    if value is not None:
+                        return value
             except TooComplex:
-                value = None
+                pass
             except Exception as error:
-                value = self._failed(node, error)
-            if value is not None:
-                return value
+                self._failed(node, error)
         return self.atom_value(node)
 
-    def _failed(self, node: fx.Node, error: Exception) -> Value | None:
-        """A transfer function met what it was not written for. The node is an unknown value, as if the table did not know it."""
+    def _failed(self, node: fx.Node, error: Exception) -> None:
+        """A transfer function met what it was not written for. The node is an unknown value, as if the table did not know it; where
+        DoRA depends on it, the matcher says so."""
         _logger.debug("%s is left as an unknown value", node.format_node(), exc_info=error)
-        return None
+        message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        self.failures[node] = f"{message} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
 
     def _depends_on_parameters_only(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
@@ -219,7 +258,7 @@ class Lifter:
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
         """The one-hot rows of an embedding's indices. ``options`` decide which rows have a gradient."""
         key = ("onehot", indices, options) if indices not in self.written else None
-        return self._intern(key, AtomInfo("onehot", requires_grad=False))
+        return self._intern(key, AtomInfo("onehot", requires_grad=False, of=indices))
 
     def laid_out(self, arg: Any, layout: Literal["filter", "channels"]) -> Expr | None:
         """The argument as a matrix in the layout of a convolution's weight or activations; an indeterminate of its own where
@@ -272,7 +311,7 @@ class Lifter:
 
     def unfold(self, activations: Expr, options: tuple[Any, ...]) -> Atom:
         """The patches of activations that a convolution with these options takes."""
-        info = AtomInfo("unfold", self.requires_grad(activations), False)
+        info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations)
         return self._intern(("unfold", activations, options), info)
 
     def intern(self, info: AtomInfo) -> Atom:
@@ -443,6 +482,30 @@ class Lifter:
         """Whether gradients are recorded at the node that is lifted."""
         return self._grad_mode.records
 
+    def _is_new_leaf(self, node: fx.Node) -> bool:
+        """Whether a node is a view that was made where nothing is recorded, of what requires a gradient: a leaf of its own, with a
+        gradient that reaches nothing else."""
+        tensor = tensor_of(node) if node in self.unrecorded else None
+        return tensor is not None and tensor.requires_grad
+
+    def can_be_saved(self, node: fx.Node, site: fx.Node) -> bool:
+        """Whether a backward of what is computed at a site may save a value: one of a tensor that was made in inference mode may not."""
+        return node not in self._inference or site in self.unrecorded or not self._grad_mode.may_record
+
+    def _made_in_inference_mode(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return is_inference_input(node)
+        if node.op == "get_attr":
+            value = attribute_of(node)
+            return isinstance(value, torch.Tensor) and value.is_inference()
+        if not (self._grad_mode.inference or self._inference):
+            return False
+        storage = storage_of(node)
+        for argument in node.all_input_nodes:
+            if storage is not None and storage == storage_of(argument):
+                return argument in self._inference  # a view is what it is of, in either mode
+        return self._grad_mode.inference
+
     def recorded(self, value: V) -> V:
         """A value as it is here: without gradients, where none are recorded."""
         return value if self.records_gradients else self.detach(value)
@@ -456,6 +519,40 @@ class Lifter:
     def detached(self, term: E) -> E:
         """A term without gradients; what has none is no twin of itself."""
         return term.detached(frozenset(self._no_grad_ids))
+
+    def product_dtypes(self, chain: Chain) -> set[torch.dtype]:
+        """The dtypes in which the graph multiplies the factors of a chain, of its transpose, or of multiples of these; empty where it
+        does not. fp32 stands for fp16 where the multiple is multiplied: fp16 may hold it and not the factors themselves."""
+        if self._product_dtypes is None:
+            self._product_dtypes = {}
+            made = [(term, gemm.node) for term, gemms in self.gemms.items() for gemm in gemms]
+            # Not every product is one of matrices: a column times a row.
+            made += [(term, node) for term, nodes in self.nodes.items() for node in nodes if isinstance(term, Expr)]
+            for term, node in made:
+                if len(term.items) != 1:
+                    continue
+                (((scalars, factors), coefficient),) = term.items
+                product = _either_way(factors)
+                if any(self._product_held_by(operand) == product for operand in node.all_input_nodes):
+                    continue  # it casts, views or scales what was multiplied before
+                tensor = tensor_of(node)
+                dtype = torch.float32 if tensor is None else tensor.dtype
+                if dtype == torch.float16 and (scalars or coefficient != 1.0):
+                    dtype = torch.float32
+                self._product_dtypes.setdefault(product, set()).add(dtype)
+        return self._product_dtypes.get(_either_way(chain), set())
+
+    def _product_held_by(self, node: fx.Node) -> frozenset[Any] | None:
+        """The chain of which a node holds a multiple; None where it is no single one."""
+        value = self.values.get(node)
+        if not isinstance(value, MatrixValue) or len(value.expr.items) != 1:
+            return None
+        (((_, factors), _),) = value.expr.items
+        return _either_way(factors)
+
+    def depends_on_parameters_only(self, node: fx.Node) -> bool:
+        """Whether a node is computed from parameters and buffers that the graph names, or from constants."""
+        return self._param_node.get(node, False)
 
     def is_made_of_weights(self, expr: Expr) -> bool:
         """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
@@ -482,6 +579,17 @@ class Lifter:
         return found
 
 
+def _either_way(chain: Chain) -> frozenset[Any]:
+    """Equal for a chain and its transpose, with and without gradients."""
+
+    def key(factor: Mat | Diag) -> Any:
+        if isinstance(factor, Mat):
+            return factor.atom.id, factor.transposed
+        return tuple(sorted((atom.id, exponent) for atom, exponent in factor.mono))
+
+    return frozenset(tuple(map(key, c)) for c in (chain, transpose_chain(chain)))
+
+
 def _may_be_parameter(node: fx.Node) -> bool:
     """Not a constant of indices or a number, which tracers make attributes, too."""
     return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
@@ -489,7 +597,7 @@ def _may_be_parameter(node: fx.Node) -> bool:
 
 def _hands_back(node: fx.Node) -> bool:
     """Whether an operator returns its argument itself, as ``contiguous`` and ``to`` do where there is nothing to do. Where no gradients
-    are recorded that one still has its own; what is computed, a view included, has none."""
+    are recorded that one still has its own; nothing that is computed passes one on."""
     if canonical_name(node) == "dropout" and drops_nothing(node):
         return True  # a fake dropout returns another tensor
     result = tensor_of(node)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .targets import arguments
+from dorafx.graphs.operators import arguments
 
 __all__ = ["PackedWeight", "is_torchao", "packed_weight", "quantizes_activations"]
 

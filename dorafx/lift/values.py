@@ -19,7 +19,6 @@ __all__ = [
     "Value",
     "VectorValue",
     "loses_accuracy",
-    "tensor_of",
     "vector_axis",
 ]
 
@@ -107,6 +106,8 @@ class AtomInfo:
     """Of a node that casts a matrix to a dtype which cannot hold all of its values: the matrix."""
     sites: list[fx.Node] = field(default_factory=list, compare=False)
     """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
+    of: fx.Node | Expr | None = field(default=None, compare=False)
+    """For ``onehot``: the indices; for ``unfold``: the activations. For those who read a term only."""
 
 
 @dataclass(frozen=True)
@@ -123,14 +124,6 @@ class Gemm:
     options: tuple[Any, ...] = ()
     detached: bool = False
     """Whether it is computed where no gradients are recorded, of operands that have some."""
-
-
-def tensor_of(node: Any) -> torch.Tensor | None:
-    """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""
-    if not isinstance(node, fx.Node):
-        return None
-    value = node.meta.get("example_value", node.meta.get("val"))
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:

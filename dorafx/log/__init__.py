@@ -2,7 +2,8 @@
 
 from .counters import NormCounters
 from .drawing import MAX_NODES, Drawing, DrawnNode
-from .folding import fold_key
+from .folding import folded_site
+from .kinds import ReasonKind
 from .record import Record
 from .rewritelog import SCHEMA_VERSION, RewriteLog, rewrite_log
 
@@ -12,8 +13,9 @@ __all__ = [
     "Drawing",
     "DrawnNode",
     "NormCounters",
+    "ReasonKind",
     "Record",
     "RewriteLog",
-    "fold_key",
+    "folded_site",
     "rewrite_log",
 ]

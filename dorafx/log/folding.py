@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .record import Record
 
-__all__ = ["Fold", "Totals", "fold", "fold_key", "totals"]
+__all__ = ["Fold", "Totals", "fold", "folded_site", "totals"]
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
@@ -18,10 +18,10 @@ def folded_site(site: str) -> str:
     return _NUMBER.sub("*", site)
 
 
-def fold_key(r: Record) -> tuple[object, ...]:
+def _key(r: Record) -> tuple[object, ...]:
     """What records have in common that differ only in the number of the layer."""
     site = folded_site(r.site)
-    return site, r.status, r.pattern, r.reason, r.d_out, r.d_in, r.rank, r.dtype, r.norm_algorithm, r.codegen
+    return site, r.status, r.pattern, r.reason, r.kind, r.d_out, r.d_in, r.rank, r.dtype, r.norm_algorithm, r.codegen
 
 
 class Fold:
@@ -43,7 +43,7 @@ def fold(records: Iterable[Record]) -> list[Fold]:
     that was compiled into several graphs counts once."""
     folds: dict[tuple[object, ...], Fold] = {}
     for r in records:
-        one = folds.setdefault(fold_key(r), Fold(r))
+        one = folds.setdefault(_key(r), Fold(r))
         one.sites.add(r.site)
         if r.drawing:
             one.drawings[r.drawing] = None

@@ -10,24 +10,21 @@ import base64
 import hashlib
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING
 
 import jinja2
 
+from .content import LogContent
 from .drawing import Drawing, DrawnNode
 from .folding import Fold, fold, totals
 from .layout import HEIGHT, WIDTH, Picture, lay_out
 from .table import human_bytes, human_flops
-
-if TYPE_CHECKING:
-    from .rewritelog import RewriteLog
 
 __all__ = ["render"]
 
 _CHARACTERS = 20  # of 11-pixel text in a box
 
 
-def render(log: RewriteLog) -> str:
+def render(log: LogContent) -> str:
     """The page's text: summary, misses first, a table that sorts and filters, pictures of the distinct layers; readable on a
     laptop and a phone, light and dark."""
     environment = jinja2.Environment(
@@ -50,6 +47,7 @@ def render(log: RewriteLog) -> str:
         graphs=len({r.graph for r in log.records}),
         norms=log.norms,
         folds=folds,
+        kinds=sorted({f.first.kind for f in folds if f.first.kind}),
         layers=layers,
         drawn={layer.key for layer in layers},
         notes=log.notes,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from .advice import advice_for
+from .kinds import ReasonKind
 
 __all__ = ["Record"]
 
@@ -22,6 +22,8 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
+        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; all of them are listed in ``examples/reasons.md``. Empty where there
+            is no reason, and in logs of earlier versions.
         decision: what a choice by cost was made on, what became of a kernel that was asked for, and which operator keeps a
             norm in the graph that could have left it; empty where there was none of these.
         source: ``file:line`` of the user's code.
@@ -37,7 +39,7 @@ class Record:
         drawing: key of a picture of the region in the log's ``drawings``; empty where there is none.
 
     >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
-    ...     "low-rank product and the norm", source="model.py:14")
+    ...     "low-rank product and the norm", kind="hidden-delta", source="model.py:14")
     >>> print(record)
     missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
     >>> record.advice[:60]
@@ -62,6 +64,7 @@ class Record:
     codegen: str = ""
     graph: int = 0
     drawing: str = ""
+    kind: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in ("rewritten", "missed"):
@@ -74,8 +77,9 @@ class Record:
 
     @property
     def advice(self) -> str:
-        """What to do about the reason; empty where there is none."""
-        return advice_for(self.reason)
+        """What to do about the reason; empty where there is none, or the log does not say its kind."""
+        kind = ReasonKind.named(self.kind)
+        return kind.advice if kind is not None else ""
 
     def __str__(self) -> str:
         site = self.site or "(function)"

@@ -32,16 +32,19 @@ sort.addEventListener("change", () => sortBy(Number(sort.value), !headers[sort.v
 
 const filter = document.getElementById("filter");
 const status = document.getElementById("status");
+const kind = document.getElementById("kind");  // null where no record has one
 const apply = () => {
   const text = filter.value.toLowerCase();
   for (const row of rows) {
     const fits = row.textContent.toLowerCase().includes(text);
-    row.hidden = !fits || (status.value !== "" && !row.classList.contains(status.value));
+    const ofKind = !kind || kind.value === "" || row.dataset.kind === kind.value;
+    row.hidden = !fits || !ofKind || (status.value !== "" && !row.classList.contains(status.value));
   }
   document.getElementById("shown").textContent = `${rows.filter((row) => !row.hidden).length} of ${rows.length} rows`;
 };
 filter.addEventListener("input", apply);
 status.addEventListener("change", apply);
+if (kind) kind.addEventListener("change", apply);
 apply();
 
 const openTarget = () => {

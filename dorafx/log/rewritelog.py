@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import threading
 import warnings
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["SCHEMA_VERSION", "RewriteLog", "rewrite_log"]
 
 SCHEMA_VERSION = 2
-"""Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "drawings": {key:
-drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
+"""Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
+{station: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
 Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
 
 _READABLE = (1, SCHEMA_VERSION)
@@ -45,6 +46,7 @@ class RewriteLog:
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
+        seconds: that the pass spent on all graphs, by station, in the order of the road.
 
     >>> log = dorafx.RewriteLog()
     >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
@@ -63,13 +65,19 @@ class RewriteLog:
         self._stream_failed = False
         self.dropped = 0
         self.norms = NormCounters()
+        self.seconds: dict[str, float] = {}
 
     def add(self, record: Record) -> None:
         """Append a record."""
         self.extend((record,))
 
-    def extend(self, records: Iterable[Record], drawings: Mapping[str, Drawing] | None = None) -> None:
-        """Append records, and the drawings that they refer to by key."""
+    def extend(
+        self,
+        records: Iterable[Record],
+        drawings: Mapping[str, Drawing] | None = None,
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        """Append records, the drawings that they refer to by key, and the seconds that each station of the pass took."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
@@ -78,6 +86,8 @@ class RewriteLog:
             added = {key: d for key, d in (drawings or {}).items() if key not in self._drawings}
             added = dict(itertools.islice(added.items(), self._max_drawings - len(self._drawings)))
             self._drawings.update(added)
+            for station, spent in (seconds or {}).items():
+                self.seconds[station] = self.seconds.get(station, 0.0) + spent
         if self is _PROCESS_LOG:
             for record in records:
                 _logger.info("%s", record)
@@ -89,12 +99,13 @@ class RewriteLog:
             self._notes.append(text)
 
     def clear(self) -> None:
-        """Forget records, notes, drawings and counts."""
+        """Forget records, notes, drawings, seconds and counts."""
         self.norms.clear()
         with self._lock:
             self._records.clear()
             self._notes.clear()
             self._drawings.clear()
+            self.seconds.clear()
             self.dropped = 0
 
     @property
@@ -135,6 +146,7 @@ class RewriteLog:
             "dorafx_log": SCHEMA_VERSION,
             "notes": self.notes,
             "norms": self.norms.to_dict(),
+            "seconds": dict(self.seconds),
             "records": self.to_records(),
             "drawings": {key: drawing.to_dict() for key, drawing in self.drawings.items()},
         }
@@ -179,7 +191,7 @@ class RewriteLog:
                 raise ValueError(f"dorafx log, record {i}: {error}") from None
         for note in notes:
             log.add_note(str(note))
-        log.extend((), drawings_from(data.get("drawings", {})))
+        log.extend((), drawings_from(data.get("drawings", {})), _seconds_from(data.get("seconds", {})))
         if "norms" in data:
             log.norms = NormCounters.from_dict(data["norms"])
         return log
@@ -246,6 +258,15 @@ def drawings_from(values: Any) -> dict[str, Drawing]:
         except ValueError as error:
             raise ValueError(f"dorafx log, drawing {key!r:.40}: {error}") from None
     return found
+
+
+def _seconds_from(values: Any) -> dict[str, float]:
+    if not isinstance(values, dict):
+        raise ValueError("dorafx log: 'seconds' must be an object")
+    for station, spent in values.items():
+        if type(spent) not in (int, float) or not 0 <= spent < math.inf:
+            raise ValueError(f"dorafx log: the seconds of {station!r:.40} must be a number from 0")
+    return {str(station): float(spent) for station, spent in values.items()}
 
 
 def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing], str]:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import io
 import shutil
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .content import LogContent
 from .folding import Fold, Totals, fold, totals
-
-if TYPE_CHECKING:
-    from .rewritelog import RewriteLog
 
 __all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "renderable", "show"]
 
@@ -81,7 +79,7 @@ def finding(head: str, style: str, what: str, where: str, advice: str) -> Text:
     return text
 
 
-def renderable(log: RewriteLog) -> RenderableType:
+def renderable(log: LogContent) -> RenderableType:
     """The table, what was left alone in part or as a whole, and the totals."""
     rewrites, misses = fold(log.rewrites), fold(log.misses)
     sums = totals(log.records)

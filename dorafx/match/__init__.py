@@ -1,14 +1,17 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
-from .composition import Candidate, Composition, Match, Part, base_core, part_scale
-from .matcher import Matches, Verdict, match_graph
-from .near_misses import Reason, operator_name, source_of
+from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
+from .emission import Emit
+from .matcher import Verdict, match_graph
+from .matches import Matches
+from .near_misses import Reason, ReasonKind
 from .norms import LowRank, NormFactors
 from .registry import Form, forms, pattern
 
 __all__ = [
     "Candidate",
     "Composition",
+    "Emit",
     "Form",
     "LowRank",
     "Match",
@@ -16,12 +19,12 @@ __all__ = [
     "NormFactors",
     "Part",
     "Reason",
+    "ReasonKind",
     "Verdict",
     "base_core",
     "forms",
     "match_graph",
-    "operator_name",
+    "no_base_product",
     "part_scale",
     "pattern",
-    "source_of",
 ]

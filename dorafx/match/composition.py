@@ -6,17 +6,24 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight, tensor_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight
 from dorafx.lift.algebra import ONES, Chain, Factor
 
+from .near_misses import Reason, ReasonKind
 from .norms import NormFactors
 
-__all__ = ["Candidate", "Composition", "Match", "Part", "base_core", "group", "part_scale"]
+__all__ = ["Candidate", "Composition", "Match", "Part", "base_core", "group", "no_base_product", "part_scale"]
 
 
 @dataclass(frozen=True)
 class Composition:
-    """The cores of an activation with the polynomial in vectors and scalars that scales each on the output side."""
+    """A term by the products in it.
+
+    Attributes:
+        cores: of each product, ``x·Wᵀ`` or ``x·Aᵀ·Bᵀ``, the polynomial in vectors and scalars that it is scaled by on the output's side.
+        bias: what is added and multiplies no activation.
+    """
 
     cores: dict[Chain, Poly]
     bias: Poly
@@ -40,7 +47,15 @@ def group(expr: Expr) -> Composition:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A node whose term is scaled by the reciprocal of a DoRA norm: what a form's ``check`` looks at."""
+    """A node whose term is scaled by the reciprocal of a DoRA norm: what a form's ``check`` looks at.
+
+    Attributes:
+        lift: the terms of the graph.
+        node: the node.
+        expr: its term.
+        composition: the term by the products in it.
+        norm: the norm that scales it; a node that several norms scale is a candidate for each.
+    """
 
     lift: Lifter
     node: fx.Node
@@ -51,7 +66,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Part:
-    """One summand ``scale · core`` inside the scaled bracket."""
+    """One summand ``scale · core`` inside the scaled bracket.
+
+    Attributes:
+        core: the product.
+        scale: what it is multiplied by.
+    """
 
     core: Chain
     scale: Poly
@@ -59,34 +79,53 @@ class Part:
 
 @dataclass(frozen=True)
 class Match:
-    """A recognised composition: ``y = constant + g ⊙ (base + Σ parts) [- base] + bias``."""
+    """A recognised composition: ``y = constant + g ⊙ (base + Σ parts) [- base] + bias``.
+
+    Attributes:
+        pattern: the form's name.
+        node: the last node that still is one.
+        expr: its term.
+        norm: the norm in ``g``.
+        scaling: ``g`` as a polynomial, ``m · n⁻¹`` in the plain case.
+        base: the product with the norm's weight.
+        parts: the low-rank products.
+        constant: in the delta form, what the base without dropout contributes, unscaled; else None.
+        bias: what is added unscaled.
+        first: where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only carries it
+            on: the layer that it belongs to.
+        transposed: whether the node holds the transpose of ``expr``: the weight multiplies from the left, and tokens are columns.
+    """
 
     pattern: str
     node: fx.Node
     expr: Expr
     norm: NormFactors
     scaling: Poly
-    """``g`` as a polynomial, ``m · n⁻¹`` in the plain case."""
     base: Chain
     parts: tuple[Part, ...]
     constant: Expr | None = None
-    """Delta form only: what the undropped base contributes, unscaled."""
     bias: Poly = Poly(())
     first: fx.Node | None = None
-    """Where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only
-    carries it on: the layer that it belongs to."""
-
     transposed: bool = False
-    """Whether the node holds the transpose of ``expr``: the weight multiplies from the left, and tokens are columns."""
 
     @property
     def origin(self) -> fx.Node:
+        """The node that the composition belongs to."""
         return self.first or self.node
 
 
 def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
     """``q`` with ``poly = q · scaling``, where q is what an adapter is scaled by: constants, scalars and vectors in
-    products. Not a quotient: a residual of constant scale is ``1/g`` times ``g``, and no part of the layer."""
+    products. Not a quotient: a residual of constant scale is ``1/g`` times ``g``, and no part of the layer.
+
+    Args:
+        candidate: the node.
+        poly: what a product is scaled by.
+        scaling: what the base product is scaled by, ``g``.
+
+    Returns:
+        q; None where there is no such.
+    """
     ratio = poly.ratio_to(scaling)
     if ratio is None or candidate.lift.norms_in(ratio):
         return None
@@ -111,10 +150,15 @@ def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
 
 
 def base_core(candidate: Candidate) -> Chain | None:
-    """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own."""
-    weight = tuple(candidate.norm.weight)
-    (mat,) = weight
-    assert isinstance(mat, Mat)
+    """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own.
+
+    Args:
+        candidate: the node.
+
+    Returns:
+        The product; None where the term has none.
+    """
+    mat = candidate.norm.weight
     scaled = [
         core
         for core, poly in candidate.composition.cores.items()
@@ -140,3 +184,13 @@ def base_core(candidate: Candidate) -> Chain | None:
     # Not the norm's own weight: scaled by column, it is a weight in the making, and no layer's output.
     values = [core for core in scaled if len(core) == 1 and isinstance(core[0], Mat) and core[0].atom.id != mat.atom.id]
     return values[0] if len(values) == 1 else None
+
+
+def no_base_product(candidate: Candidate) -> Reason:
+    """What a form says of a node in which it finds no product with the norm's weight.
+
+    Args:
+        candidate: the node.
+    """
+    text = "the output scaled by this norm has no product with the norm's weight"
+    return Reason(text, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 
 from torch import fx
 
-from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue, tensor_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue
 
 from .composition import Candidate, Match, group
+from .failures import blame_failures
+from .matches import Matches
 from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
 from .registry import forms
 
-__all__ = ["Matches", "Verdict", "match_graph"]
+__all__ = ["Verdict", "match_graph"]
 
 
 class Verdict(Enum):
@@ -24,35 +27,6 @@ class Verdict(Enum):
     KEEP = "keep"
     SEAL = "seal"
     RELIFT = "relift"
-
-
-@dataclass
-class Matches:
-    """What was found in one graph. Norms are keyed by the id of their atom."""
-
-    lift: Lifter
-    norms: dict[int, NormFactors] = field(default_factory=dict)
-    compositions: list[Match] = field(default_factory=list)
-    misses: dict[int, Reason] = field(default_factory=dict)
-    """Norms that look like DoRA's and are left alone."""
-    composition_misses: dict[int, Reason] = field(default_factory=dict)
-    """Norms that are rewritten while the composition around them is not."""
-    unknown: list[tuple[fx.Node, Reason]] = field(default_factory=list)
-    """Nodes that look like a DoRA norm and are no norm that the lifter knows."""
-
-    def refuse(self, site: fx.Node | None, reason: Reason) -> None:
-        """Take back what was matched at a node: a composition leaves its norm, a norm takes its compositions along."""
-        refused = [m for m in self.compositions if m.node is site]
-        if refused:
-            self.compositions = [m for m in self.compositions if m.node is not site]
-            for match in refused:
-                self.composition_misses[match.norm.atom.id] = reason
-            return
-        lost = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
-        for atom_id in lost:
-            del self.norms[atom_id]
-            self.misses[atom_id] = reason
-        self.compositions = [m for m in self.compositions if m.norm.atom.id not in lost]
 
 
 class _Matcher:
@@ -106,6 +80,7 @@ class _Matcher:
                 if lost is not None:
                     matches.composition_misses[atom_id] = lost
         matches.unknown.extend(unknown_norms(lift))
+        blame_failures(matches)
         return matches
 
     def _classify(self, lift: Lifter, atom: Atom) -> NormFactors | None:

@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value, tensor_of
+from dorafx.graphs.operators import arguments, canonical_name
+from dorafx.graphs.provenance import operator_name, source_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value
 from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
-from dorafx.lift.targets import arguments, canonical_name
 from dorafx.lift.values import VectorValue
+from dorafx.log.kinds import ReasonKind
 
 __all__ = [
     "Reason",
+    "ReasonKind",
     "described",
     "hidden_delta",
-    "operator_name",
-    "source_of",
     "unknown_consumer",
     "unknown_norms",
     "vanished",
@@ -38,27 +40,13 @@ class Reason:
         text: names the operator, the operand that differs and the source line, as far as each is known.
         node: where.
         specific: whether it says more than that a form did not apply; a specific reason is kept rather than another.
+        kind: for programs that read the log, and for what to do about it.
     """
 
     text: str
     node: fx.Node | None = None
     specific: bool = True
-
-
-def source_of(node: fx.Node) -> str:
-    """``file:line`` of the innermost user frame that a node's stack trace names; empty where there is none."""
-    trace = node.meta.get("stack_trace") or ""
-    for line in reversed(trace.splitlines()):
-        stripped = line.strip()
-        if stripped.startswith('File "'):
-            path, _, rest = stripped[6:].partition('"')
-            return f"{path}:{rest.split('line ')[1].split(',')[0]}" if "line " in rest else path
-    return ""
-
-
-def operator_name(node: fx.Node) -> str:
-    """A node's operator as a person would write it."""
-    return str(getattr(node.target, "__name__", node.target))
+    kind: ReasonKind = ReasonKind.FORM
 
 
 def _at(node: fx.Node) -> str:
@@ -84,14 +72,19 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                     f"the low-rank product made at {_at(node)} is rounded to {dtype} and then read with more digits; a rewrite "
                     "would leave the rounding out: cast the factors, or nothing",
                     node,
+                    kind=ReasonKind.ROUNDED_PRODUCT,
                 )
             if _reaches_product(lift, node, _DEPTH):
                 if node in lift.written:
-                    return Reason(f"the sum made at {_at(node)} is written in place before the norm is taken", node)
-                return Reason(
-                    _cuts_rows(node)
-                    or f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    return Reason(
+                        f"the sum made at {_at(node)} is written in place before the norm is taken",
+                        node,
+                        kind=ReasonKind.WRITTEN_IN_PLACE,
+                    )
+                return _cut_rows(node) or Reason(
+                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
                     node,
+                    kind=ReasonKind.HIDDEN_DELTA,
                 )
     return None
 
@@ -104,20 +97,23 @@ def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Re
         f"{what} is multiplied by zero, or cancels out: without it the rewrite would lose its gradient (of zeros) and its NaN; "
         "leave the term out of the program where neither is needed",
         node,
+        kind=ReasonKind.VANISHING_TERM,
     )
 
 
-def _cuts_rows(node: fx.Node) -> str:
+def _cut_rows(node: fx.Node) -> Reason | None:
     """What to say of a reshape that makes several rows of each row of a product: PEFT's delta of a grouped convolution."""
     after, before = tensor_of(node), tensor_of(node.all_input_nodes[0])
     if canonical_name(node) != "view" or before is None or after is None or before.dim() != 2:
-        return ""
+        return None
     rows, cut = before.shape[0], after.shape[0]
     if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
-        return ""
-    return (
+        return None
+    return Reason(
         f"operator {operator_name(node)} at {_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
-        f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one"
+        f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one",
+        node,
+        kind=ReasonKind.GROUPED_CONVOLUTION,
     )
 
 
@@ -130,7 +126,11 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
         if node is None or tensor is None or node.op not in ("call_function", "call_method"):
             continue
         if node in lift.written:
-            return Reason(f"the delta at {_at(node)} is written in place, and no product of factors", node)
+            return Reason(
+                f"the delta at {_at(node)} is written in place, and no product of factors",
+                node,
+                kind=ReasonKind.WRITTEN_IN_PLACE,
+            )
         leaves = [t for leaf in _leaves(node) if (t := tensor_of(leaf)) is not None]
         if leaves and all(str(t.numel()) != str(tensor.numel()) for t in leaves):
             made = node
@@ -141,11 +141,16 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             }
             if canonical_name(made) in _PRODUCTS and len(dtypes) > 1:
                 what = f"operator {operator_name(made)} at {_at(made)}"
-                return Reason(f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})", made)
+                return Reason(
+                    f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
+                    made,
+                    kind=ReasonKind.MIXED_DTYPES,
+                )
             return Reason(
                 f"operator {operator_name(made)} at {_at(made)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",
                 made,
+                kind=ReasonKind.UNKNOWN_DELTA,
             )
     return None
 
@@ -194,7 +199,11 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
         seen.add(node)
         for user in node.users:
             if user.op == "output":
-                return Reason("the norm itself is an output of the program, and scales nothing in it", node)
+                return Reason(
+                    "the norm itself is an output of the program, and scales nothing in it",
+                    node,
+                    kind=ReasonKind.NORM_IS_OUTPUT,
+                )
             value = lift.values.get(user)
             term = value.expr if isinstance(value, MatrixValue) else value.poly if value is not None else None
             if (canonical_name(user) or "").endswith("_like"):
@@ -203,7 +212,9 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                 stack.append(user)
             elif value is not None:
                 return Reason(
-                    f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales", user
+                    f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales",
+                    user,
+                    kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
     return None
 
@@ -217,7 +228,7 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
         reason = _lost_squares(lift, node, rootless) if rootless else None
         reason = reason or _unknown_norm(lift, node)
         if reason is not None and node in lift.written:
-            reason = Reason(f"the norm at {_at(node)} is written in place", node)
+            reason = Reason(f"the norm at {_at(node)} is written in place", node, kind=ReasonKind.WRITTEN_IN_PLACE)
         if reason is not None:
             yield node, reason
 
@@ -237,10 +248,10 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         if not looks_so or (not out.dim() and name not in _NORMS) or not _is_adapted(lift, value.expr):
             continue
         if name in _NORMS:
-            return Reason(_what_norm(node, before), node)
+            return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
         what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
-        return Reason(f"{what}, and is not known as a norm", node)
+        return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
     return None
 
 
@@ -279,7 +290,11 @@ def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | N
         made = lift.values.get(argument)
         if isinstance(made, VectorValue) and any(atom.id in rootless for atom in made.poly.atoms()):
             what = f"operator {operator_name(node)} at {_at(node)}"
-            return Reason(f"{what} reads the sum of squares of the adapted weight before its root is taken", node)
+            return Reason(
+                f"{what} reads the sum of squares of the adapted weight before its root is taken",
+                node,
+                kind=ReasonKind.SQUARES_READ,
+            )
     return None
 
 
@@ -310,6 +325,7 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
         f"the delta added to the weight at {_at(source)} is another for each token (its shape is {list(total.shape)}): a factored "
         "norm serves one delta a layer",
         node,
+        kind=ReasonKind.DELTA_PER_TOKEN,
     )
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat, tensor_of
-from dorafx.lift.algebra import Chain, Mono, is_ones, transpose_chain
+from dorafx.graphs.provenance import source_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat
+from dorafx.lift.algebra import Chain, Mono, is_ones
 
-from .near_misses import Reason, described, hidden_delta, source_of, unknown_delta, vanished
+from .near_misses import Reason, ReasonKind, described, hidden_delta, unknown_delta, vanished
 
 __all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
 
@@ -29,11 +31,20 @@ class LowRank:
 
 @dataclass(frozen=True)
 class NormFactors:
-    """``n = sqrt(eps + rowsum((W + Σ delta)²))``: what the factored norm of one site is computed from."""
+    """``n = sqrt(eps + rowsum((W + Σ delta)²))``: what the factored norm of one site is computed from.
+
+    Attributes:
+        atom: stands for the norm in terms.
+        info: what the lifter knows of it: side, epsilon, the nodes that compute it.
+        weight: ``W [d_out, d_in]``.
+        weight_coefficient: what W is multiplied by.
+        delta: the low-rank products.
+        d_out, d_in: rows and columns; of a norm by columns those of the transpose.
+    """
 
     atom: Atom
     info: AtomInfo
-    weight: Chain
+    weight: Mat
     weight_coefficient: float
     delta: tuple[LowRank, ...]
     d_out: int
@@ -41,12 +52,13 @@ class NormFactors:
 
     @property
     def rank(self) -> int:
+        """Of all low-rank products together."""
         return sum(part.rank for part in self.delta)
 
     @property
     def dense_atom(self) -> Atom:
-        (mat,) = [f for f in self.weight if isinstance(f, Mat)]
-        return mat.atom
+        """What stands for W in terms."""
+        return self.weight.atom
 
 
 def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
@@ -65,7 +77,23 @@ def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
 
 def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     """The factors of a norm atom; a :class:`Reason` for a near miss; None for a norm that has nothing to do with DoRA
-    (of one matrix, a weight norm or an RMS norm)."""
+    (of one matrix, a weight norm or an RMS norm; of activations)."""
+    split = _split(lift, atom)
+    return None if isinstance(split, Reason) and not _is_of_a_weight(lift, atom) else split
+
+
+def _is_of_a_weight(lift: Lifter, atom: Atom) -> bool:
+    """Whether a norm is made of weights alone, or of a sum in which a weight stands by itself. Others are of activations, such as two
+    layers' outputs that are added and normalised."""
+    expr = lift.atom_of(atom).expr
+    assert expr is not None
+    alone = (chain[0] for (_, chain), _ in expr.items if len(chain) == 1)
+    return lift.is_made_of_weights(expr) or any(
+        isinstance(f, Mat) and lift.is_made_of_weights(Expr.mat(f.atom)) for f in alone
+    )
+
+
+def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     info = lift.atom_of(atom)
     assert info.expr is not None
     expr = info.expr if info.side == "row" else info.expr.transposed()
@@ -91,12 +119,17 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         if len(mats) < 2:
             made = _made(lift, [chain], scalars)
             what = f" ({made})" if made else ""
-            return Reason(f"the norm's operand has a scaled or diagonal part{what} besides the weight", _site(info))
+            return Reason(
+                f"the norm's operand has a scaled or diagonal part{what} besides the weight",
+                _site(info),
+                kind=ReasonKind.SCALED_WEIGHT,
+            )
         part = _cut(lift, chain, c, scalars)
         if part is None:
-            repeated = any(map(is_ones, chain))
-            what = "is one row repeated" if repeated else "has a symbolic or non-matrix shape"
-            return Reason(f"a factor of the delta {what}", _site(info))
+            if any(map(is_ones, chain)):
+                return Reason("a factor of the delta is one row repeated", _site(info), kind=ReasonKind.NOT_EMITTED)
+            what = "a factor of the delta has a symbolic or non-matrix shape"
+            return Reason(what, _site(info), kind=ReasonKind.SYMBOLIC_SHAPE)
         delta.append(part)
     if not delta:
         chains = [chain for chain, _ in dense]
@@ -105,18 +138,24 @@ def split_norm(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     if len(dense) != 1:
         made = _made(lift, [chain for chain, _ in dense])
         what = f"{len(dense)} dense matrices ({made})" if dense else "no dense weight"
-        return Reason(f"the norm is of a sum with {what} beside the low-rank product; one is supported", _site(info))
+        return Reason(
+            f"the norm is of a sum with {what} beside the low-rank product; one is supported",
+            _site(info),
+            kind=ReasonKind.OTHER_SUMMANDS,
+        )
     ((weight, c),) = dense
     if any(isinstance(f, Diag) for f in weight):
-        return Reason("the weight inside the norm is itself scaled by a vector", _site(info))
+        what = "the weight inside the norm is itself scaled by a vector"
+        return Reason(what, _site(info), kind=ReasonKind.SCALED_WEIGHT)
     (mat,) = weight
     assert isinstance(mat, Mat)
     size = _size(lift, mat)
     if size is None:
-        return Reason("the weight inside the norm has a symbolic shape or is not a matrix", _site(info))
+        what = "the weight inside the norm has a symbolic shape or is not a matrix"
+        return Reason(what, _site(info), kind=ReasonKind.SYMBOLIC_SHAPE)
     if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
         return None  # activations: a residual stream plus a layer's output, normalised
-    return NormFactors(atom, info, weight, c, tuple(delta), *size)
+    return NormFactors(atom, info, mat, c, tuple(delta), *size)
 
 
 def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
@@ -149,12 +188,3 @@ def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
 
 def _site(info: AtomInfo) -> fx.Node | None:
     return info.sites[0] if info.sites else None
-
-
-def output_chain(factors: NormFactors) -> Chain:
-    """The chain by which an activation meets the weight: ``Wᵀ`` for a norm by rows of ``W``."""
-    return transpose_chain(factors.weight)
-
-
-def expr_of_low_rank(part: LowRank) -> Expr:
-    return Expr.chain((*part.left, *part.right), part.coefficient)

@@ -5,27 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
+from torch import fx
+
 from dorafx.errors import DorafxError
 
 from .composition import Candidate, Match
+from .emission import Emit
 from .norms import Reason
 
 __all__ = ["Form", "forms", "pattern"]
 
 
 class Form(Protocol):
-    """A canonical form.
+    """A canonical form: what a class under :func:`dorafx.pattern` has.
 
-    ``check`` gives a :class:`Match`, or a :class:`Reason` that says what differs. ``rewrite`` emits the replacement of a
-    match into the new graph and returns its node. ``spellings`` names programs that are known to reduce to the form.
+    A form may also have a ``statement``, a function that computes it in plain PyTorch, and an ``example`` that makes arguments of it
+    by name: a near miss of the form is then shown beside it (``dorafx explain --terms``).
+
+    Attributes:
+        name: what the log calls it; the decorator sets it.
     """
 
     name: str
-    spellings: tuple[str, ...]
 
-    def check(self, candidate: Candidate) -> Match | Reason: ...
+    def check(self, candidate: Candidate) -> Match | Reason:
+        """A :class:`Match`, or a :class:`Reason` that says what differs."""
+        ...
 
-    def rewrite(self, match: Match, emit: Any) -> Any: ...
+    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+        """The node that replaces a match, made by the emitter."""
+        ...
 
 
 _FORMS: dict[str, Form] = {}
@@ -39,7 +48,7 @@ def pattern(*, name: str) -> Callable[[type[T]], type[T]]:
         name: what the log calls it.
 
     Returns:
-        A decorator that returns the class as it is; :class:`Form` says what the class must have.
+        A decorator that returns the class as it is; :class:`dorafx.extension.Form` says what the class must have.
 
     Raises:
         DorafxError: the class has no ``check`` or ``rewrite``, or another class has the name already.
@@ -60,8 +69,6 @@ def pattern(*, name: str) -> Callable[[type[T]], type[T]]:
             raise DorafxError(f"a pattern named {name!r} is registered already: {type(previous).__qualname__}")
         form: Any = cls()
         form.name = name
-        if not hasattr(form, "spellings"):
-            form.spellings = ()
         _FORMS[name] = form
         return cls
 

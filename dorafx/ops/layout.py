@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.tensors import is_known
 
 __all__ = ["empty", "owned", "settled", "strides"]
 
-_known = _compat.is_known
+_known = is_known
 
 
 def strides(shape: Sequence[int], *operands: torch.Tensor | None) -> tuple[int, ...]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.autograd import below_autocast
 from dorafx.errors import DorafxWarning
 
 from . import layout
@@ -21,6 +21,7 @@ from . import layout
 __all__ = [
     "check_algorithm",
     "check_backward",
+    "check_factor_dtype",
     "check_lists",
     "check_operands",
     "compute_dtype",
@@ -75,12 +76,22 @@ def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
         )
 
 
-def check_algorithm(algorithm: str) -> None:
+def check_algorithm(algorithm: str, factor_dtype: torch.dtype | None = None) -> None:
     """Raises:
     ValueError: an unknown algorithm.
+    TypeError: see :func:`check_factor_dtype`.
     """
+    check_factor_dtype(factor_dtype)
     if algorithm not in ("auto", "tiled", "factored"):
         raise ValueError(f"row_norm: unknown algorithm {algorithm!r}; allowed are 'auto', 'tiled', 'factored'")
+
+
+def check_factor_dtype(dtype: torch.dtype | None) -> None:
+    """Raises:
+    TypeError: another dtype than fp16, bf16, fp32, fp64 and None.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"row_norm: factor_dtype is fp16, bf16, fp32, fp64 or None; got {dtype}")
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -202,7 +213,12 @@ def factored(
 
 
 def row_norm(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, algorithm: str = "auto"
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    algorithm: str = "auto",
+    factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``n[i] = ‖weight[i] + scale·(left·right)[i]‖₂``.
 
@@ -212,6 +228,8 @@ def row_norm(
         right: ``[r, d_in]``.
         scale: the scaling ``s``.
         algorithm: ``"tiled"``, ``"factored"``, or ``"auto"`` (tiled).
+        factor_dtype: a dtype that the factors may be rounded to before they are multiplied, as the program does it itself (under
+            autocast); sums are still fp32. A kernel multiplies in it on tensor cores; ATen calls multiply in fp32 all the same.
 
     Returns:
         ``[d_out]`` in fp32, in fp64 where an operand is fp64. A zero row gives 0; NaN and inf propagate.
@@ -221,16 +239,16 @@ def row_norm(
         RuntimeError: out of memory, with the smallest blocks too (see :func:`with_less_memory`).
     """
     check_operands(weight, left, right)
-    check_algorithm(algorithm)
+    check_algorithm(algorithm, factor_dtype)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
-    with _compat.below_autocast():
+    with below_autocast():
         if algorithm == "factored":
             return with_less_memory(lambda shrink: factored(weight, left, right, scale, shrink=shrink))
         return with_less_memory(lambda shrink: tiled(weight, left, right, scale, shrink))
 
 
 def row_norm_unrolled(
-    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, algorithm: str = "auto"
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, *how: Any
 ) -> torch.Tensor:
     """:func:`row_norm` as a fixed sequence of aten calls, for graphs that may hold nothing else: at most ten blocks of rows,
     twenty where the weight is cast, so that no intermediate reaches one eighth of the weight.
@@ -255,7 +273,7 @@ def row_norm_unrolled(
 def row_squares(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``‖W‖²`` by row: ``[d_out]`` in fp32; in fp64 for an fp64 weight, or where ``dtype`` is fp64."""
     left, right = weight.new_empty(weight.shape[0], 0, dtype=dtype), weight.new_empty(0, weight.shape[1])
-    with _compat.below_autocast():
+    with below_autocast():
         return with_less_memory(lambda shrink: tiled(weight, left, right, 0.0, shrink)).square_()
 
 
@@ -266,6 +284,7 @@ def row_norms(
     scales: Sequence[float],
     algorithm: str,
     squares: Sequence[torch.Tensor | None],
+    factor_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
     """Several norms, each as :func:`row_norm` computes it; any shapes and dtypes.
 
@@ -275,11 +294,11 @@ def row_norms(
     Raises:
         ValueError, TypeError: see :func:`check_lists`.
     """
-    check_lists(weights, lefts, rights, scales, algorithm, squares)
+    check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
     norms = []
     for i, operands in enumerate(zip(weights, lefts, rights, scales)):
         if algorithm == "factored" and squares and squares[i] is not None:
-            with _compat.below_autocast():
+            with below_autocast():
                 norms.append(with_less_memory(functools.partial(factored, *operands, squares[i])))
         else:
             norms.append(row_norm(*operands, algorithm))
@@ -293,6 +312,7 @@ def check_lists(
     scales: Sequence[float],
     algorithm: str,
     squares: Sequence[torch.Tensor | None],
+    factor_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise what is wrong with the operands of several row norms.
 
@@ -306,7 +326,7 @@ def check_lists(
             f"row_norms takes lists of one length; got {lengths[0]} weights, {lengths[1]} lefts, {lengths[2]} rights, "
             f"{lengths[3]} scales and {len(squares)} squares"
         )
-    check_algorithm(algorithm)
+    check_algorithm(algorithm, factor_dtype)
     for operands in zip(weights, lefts, rights):
         check_operands(*operands)
     for weight, left, right, square in zip(weights, lefts, rights, squares):
@@ -373,7 +393,7 @@ def row_norm_backward(
     """
     check_backward(grad, weight, left, right, norm)
     needs = needs_weight, needs_left, needs_right
-    with _compat.below_autocast():
+    with below_autocast():
         return with_less_memory(lambda shrink: _gradients(grad, weight, left, right, norm, scale, *needs, shrink))
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from dorafx import _compat
+from dorafx._compat.autograd import below_autocast
 
 from . import layout, norm
 
@@ -291,6 +291,7 @@ def row_norm_quantized(
     shape: Sequence[int],
     group: int,
     dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``n[i] = ‖W[i] + scale·(left·right)[i]‖₂`` of a quantised weight.
 
@@ -298,6 +299,7 @@ def row_norm_quantized(
         packed, scales, zeros, format, shape, group, dtype: the weight, see this module.
         left: ``[d_out, r]``; right: ``[r, d_in]``; any floating dtypes.
         scale: the scaling ``s``.
+        factor_dtype: as :func:`dorafx.ops.norm.row_norm` has it.
 
     Returns:
         ``[d_out]`` in fp32, in fp64 where a factor is fp64.
@@ -308,8 +310,9 @@ def row_norm_quantized(
     """
     weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     check_operands(weight, left, right)
+    norm.check_factor_dtype(factor_dtype)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
-    with _compat.below_autocast():
+    with below_autocast():
         return norm.with_less_memory(lambda shrink: _tiled(weight, left, right, scale, shrink))
 
 
@@ -365,10 +368,14 @@ def row_norm_quantized_unrolled(
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    *rest: Any,
+    format: str,
+    shape: Sequence[int],
+    group: int,
+    dtype: torch.dtype,
+    factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`)."""
-    weight = _to_trace(packed, scales, zeros, *rest)
+    weight = _to_trace(packed, scales, zeros, format, shape, group, dtype)
     d_out = weight.shape[0]
     rows = max(1, -(-d_out // (10 if weight.dtype == torch.float32 else 20)))
     wide = norm.compute_dtype(left, right)

@@ -15,11 +15,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from dorafx import _compat
-
-from . import composition, layout, linear, norm, quantized
-from .composition import refuse_forward_mode, refuse_second_derivative
-from .triton import dispatch as cuda
+from . import autograd, composition, layout, linear, norm, quantized
+from . import dispatch as cuda
 
 # A quantised weight, as :class:`dorafx.ops.quantized.Packed` has it.
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
@@ -27,16 +24,18 @@ _LAYOUT = "str format, int[] shape, int group, ScalarType dtype"
 
 _LIBRARY = torch.library.Library("dorafx", "DEF")
 _LIBRARY.define(
-    'row_norm(Tensor weight, Tensor left, Tensor right, float scale, str algorithm="auto") -> Tensor',
+    'row_norm(Tensor weight, Tensor left, Tensor right, float scale, str algorithm="auto", '
+    "ScalarType? factor_dtype=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
     "row_norms(Tensor[] weights, Tensor[] lefts, Tensor[] rights, float[] scales, str algorithm, "
-    "Tensor?[] squares) -> Tensor[]",
+    "Tensor?[] squares, ScalarType? factor_dtype=None) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
-    f"row_norm_quantized({_WEIGHT}, Tensor left, Tensor right, float scale, {_LAYOUT}) -> Tensor",
+    f"row_norm_quantized({_WEIGHT}, Tensor left, Tensor right, float scale, {_LAYOUT}, "
+    "ScalarType? factor_dtype=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(f"dequantize({_WEIGHT}, {_LAYOUT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -66,35 +65,9 @@ for _schema in (
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-class _RowNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, algorithm: str) -> torch.Tensor:
-        with _compat.below_autograd():
-            n: torch.Tensor = torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)
-        ctx.save_for_backward(weight, left, right, n)
-        ctx.scale = scale
-        return n
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("row_norm")
-        weight, left, right, n = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.dorafx.row_norm_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
-        return (*(g if need else None for g, need in zip(grads, needs)), None, None)
-
-
-def _row_norm_autograd(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
-    refuse_forward_mode("row_norm", weight, left, right)
-    if composition.records_gradients(weight, left, right):
-        return _RowNorm.apply(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
-    with _compat.below_autograd():
-        return torch.ops.dorafx.row_norm.default(weight, left, right, scale, algorithm)  # type: ignore[no-any-return]
-
-
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
-_LIBRARY.impl("row_norm", _row_norm_autograd, "Autograd")
+_LIBRARY.impl("row_norm", autograd.row_norm, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
 _LIBRARY.impl("row_norm_quantized", quantized.row_norm_quantized, "CompositeExplicitAutograd")
@@ -102,15 +75,28 @@ _LIBRARY.impl("row_norm_quantized", cuda.row_norm_quantized, "CUDA")
 _LIBRARY.impl("dequantize", quantized.dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 for _name, _function in (
-    ("compose", composition.compose),
-    ("compose_delta", composition.compose_delta),
-    ("compose_", composition.compose_into),
-    ("compose_delta_", composition.compose_delta_into),
-    ("dora_linear", linear.dora_linear),
-    ("cast_linear", linear.cast_linear),
+    ("compose", autograd.compose),
+    ("compose_delta", autograd.compose_delta),
+    ("compose_", autograd.compose_into),
+    ("compose_delta_", autograd.compose_delta_into),
+    ("dora_linear", autograd.dora_linear),
+    ("cast_linear", autograd.cast_linear),
 ):
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _function, "Autograd")
+
+
+def _compose_into_functional(base: Any, *operands: Any) -> None:
+    base.copy_(torch.ops.dorafx.compose.default(base, *operands, base.dtype))
+
+
+def _compose_delta_into_functional(result: Any, *operands: Any) -> None:
+    result.copy_(torch.ops.dorafx.compose_delta.default(result, *operands, result.dtype))
+
+
+# ``torch.func.functionalize`` takes no writing operator apart that is not ATen's.
+_LIBRARY.impl("compose_", _compose_into_functional, "Functionalize")
+_LIBRARY.impl("compose_delta_", _compose_delta_into_functional, "Functionalize")
 # Each of these is one kernel where it runs on a CUDA device, and opaque to compilers.
 _LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
@@ -119,10 +105,10 @@ _LIBRARY.impl("cast_linear_backward", linear.cast_linear_backward, "CompositeExp
 
 
 DECOMPOSITIONS: dict[Any, Any] = {
-    torch.ops.dorafx.compose.default: composition.compose,
-    torch.ops.dorafx.compose_delta.default: composition.compose_delta,
-    torch.ops.dorafx.dora_linear.default: linear.dora_linear,
-    torch.ops.dorafx.cast_linear.default: linear.cast_linear,
+    torch.ops.dorafx.compose.default: autograd.compose,
+    torch.ops.dorafx.compose_delta.default: autograd.compose_delta,
+    torch.ops.dorafx.dora_linear.default: autograd.dora_linear,
+    torch.ops.dorafx.cast_linear.default: autograd.cast_linear,
 }
 
 
@@ -131,9 +117,11 @@ DECOMPOSITIONS: dict[Any, Any] = {
 
 
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
-def _row_norm_fake(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> torch.Tensor:
+def _row_norm_fake(
+    weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
+) -> torch.Tensor:
     norm.check_operands(weight, left, right)
-    norm.check_algorithm(algorithm)
+    norm.check_algorithm(algorithm, factor_dtype)
     return _norms_of(weight, left, right)
 
 
@@ -143,9 +131,15 @@ def _norms_of(weight: Any, left: Any, right: Any) -> torch.Tensor:
 
 @torch.library.register_fake("dorafx::row_norms", lib=_LIBRARY)
 def _row_norms_fake(
-    weights: Any, lefts: Any, rights: Any, scales: Any, algorithm: str, squares: Any
+    weights: Any,
+    lefts: Any,
+    rights: Any,
+    scales: Any,
+    algorithm: str,
+    squares: Any,
+    factor_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    norm.check_lists(weights, lefts, rights, scales, algorithm, squares)
+    norm.check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
     return [_norms_of(*operands) for operands in zip(weights, lefts, rights)]
 
 
@@ -161,9 +155,11 @@ def _row_norm_quantized_fake(
     shape: Any,
     group: int,
     dtype: Any,
+    factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
+    norm.check_factor_dtype(factor_dtype)
     return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=packed.device)
 
 

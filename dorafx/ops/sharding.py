@@ -30,8 +30,10 @@ def register_sharding_rules() -> None:
     partial_norm = _distributed.partial_norm()
 
     @register_sharding(torch.ops.dorafx.row_norm.default)  # type: ignore[untyped-decorator]
-    def _row_norm(weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto") -> Any:
-        rest = [None, None]
+    def _row_norm(
+        weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: Any = None
+    ) -> Any:
+        rest = [None, None, None]
         return [
             ([whole], [whole, whole, whole, *rest]),
             ([rows], [rows, rows, whole, *rest]),

@@ -11,18 +11,26 @@ from torch import fx
 
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx._compat.distributed import placements
-from dorafx.lift import Atom, VectorValue, tensor_of
-from dorafx.lift.targets import canonical_name, drops_nothing
-from dorafx.match import Matches, forms
+from dorafx.graphs.copying import copy_graph, module_with_graph
+from dorafx.graphs.operators import canonical_name, drops_nothing
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Atom, Expr, Poly, VectorValue
+from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import NormPlan, RewritePlan
 
-from .copying import copy_graph, module_with_graph
 from .emit import CannotEmit, Emitter
+from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
-from .norm_operands import factor_operands, in_its_dtype, in_order, packed_operands, weight_operand
+from .norm_operands import (
+    factor_operands,
+    in_its_dtype,
+    in_order,
+    packed_operands,
+    product_dtype,
+    weight_operand,
+)
 from .placements import placed_like, reduced
-from .prologue import DENSE, NORM, SITE
 
 __all__ = ["apply_plan"]
 
@@ -47,7 +55,7 @@ class _Norms:
         for key in ((atom.id, unrecorded), (atom.id, not unrecorded)):
             if key in self.made and (atom.detached or unrecorded or not key[1]):
                 return self.made[key]
-        made = self.made[atom.id, unrecorded] = _emit_norm(norm, self.plan.sites[atom.id], emit)
+        made = self.made[atom.id, unrecorded] = _emit_norm(norm, (self.plan.part, atom.id), emit)
         made.meta[NORM] = atom.id
         return made
 
@@ -65,40 +73,78 @@ class _Norms:
             self.made = made
 
 
-def _emit_norm(norm: NormPlan, site: str, emit: Emitter) -> fx.Node:
+def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
     with in_its_dtype(emit, norm.factors.info):
         n = _row_norm(norm, emit)
-    n.meta[SITE] = site
+    n.meta[KEY] = key
     n = reduced(emit, n)
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     info = norm.factors.info
-    if info.eps or info.rooted:
-        # An infinite norm has no gradient, as the root of a sum of squares has none; that of ``n·n`` would be ``0·inf``.
-        n = emit.call(torch.clamp_max, n, torch.finfo(emit.tensor(n).dtype).max)
-        n = emit.call(torch.mul, n, n)
-        n = emit.call(torch.sqrt, emit.call(torch.add, n, info.eps) if info.eps else n)
-    return n
+    if not (info.eps or (info.rooted and info.requires_grad)):
+        return n
+    # The root of a sum of squares has no gradient at zero, where a norm has one: ``sqrt(n·n)``. An infinite norm has that of a norm in
+    # either case, NaN where what comes in is NaN; that of ``n·n`` would be ``0·inf``.
+    largest = torch.finfo(emit.tensor(n).dtype).max
+    finite = emit.call(torch.clamp_max, n, largest)
+    square = emit.call(torch.mul, finite, finite)
+    rooted = emit.call(torch.sqrt, emit.call(torch.add, square, info.eps) if info.eps else square)
+    return emit.call(torch.where, emit.call(torch.le, n, largest), rooted, n) if info.requires_grad else rooted
 
 
 def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
+    _refuse_inference_tensors(norm, emit)
     left, right, scale = factor_operands(emit, norm.factors)
     if norm.factors.info.double:
         # One operand decides what the norm is computed in, and this is the smallest.
         right = emit.cast(right, torch.float64)
+    dtype = product_dtype(emit, norm.factors, left, right)
+    rounded = () if dtype is None else (dtype,)
     if norm.packed is None:
         weight, order = weight_operand(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
             register_sharding_rules()
-        return emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, norm.algorithm)
+        how = (norm.algorithm, *rounded)
+        return emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, *how)
     w = norm.packed
-    options = w.format, list(w.shape), w.group, w.dtype
+    options = w.format, list(w.shape), w.group, w.dtype, *rounded
     n = emit.call(torch.ops.dorafx.row_norm_quantized.default, *packed_operands(emit, w), left, right, scale, *options)
     dense = emit.lift.atom_of(norm.factors.dense_atom).node
     assert dense is not None
     n.meta[DENSE] = dense.name
     return n
+
+
+def _refuse_lost_gradient(emit: Emitter, node: fx.Node, term: Expr | Poly) -> None:
+    """A view of what requires a gradient requires one also where none are recorded: a leaf, by way of which no gradient reaches what it
+    is a view of. Its term has none; what is made of it alone would require none either."""
+    tensor = tensor_of(node)
+    recorded = tensor is not None and tensor.requires_grad and node not in emit.lift.unrecorded
+    if recorded and not emit.lift.requires_grad(term):
+        raise CannotEmit(
+            f"{node.name} requires a gradient by way of a view alone that was made where none are recorded: make the view where they "
+            "are, or detach it",
+            ReasonKind.VIEW_WITHOUT_GRADIENT,
+        )
+
+
+def _refuse_inference_tensors(norm: NormPlan, emit: Emitter) -> None:
+    """The backward of a sum of squares saves the sum, that of the factored norm what it is the sum of."""
+    assert emit.site is not None
+    if not norm.factors.info.requires_grad:
+        return
+    if norm.packed is None:
+        operands = [emit.lift.atom_of(norm.factors.dense_atom).node]
+    else:
+        operands = [source[0] for source in norm.packed.tensors if source is not None]
+    for operand in operands:
+        if operand is not None and not emit.lift.can_be_saved(operand, emit.site):
+            raise CannotEmit(
+                f"{operand.name} was made in inference mode, and the gradient of its norm needs it: "
+                "make it under torch.no_grad(), or clone it outside of inference mode",
+                ReasonKind.INFERENCE_TENSOR,
+            )
 
 
 def apply_plan(
@@ -131,6 +177,7 @@ def apply_plan(
                     continue
                 composition = plan.compositions[index]
                 emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
+                _refuse_lost_gradient(emit, node, composition.match.expr)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = laid_out_like(emit, node, placed_like(emit, node, made))
                 made = memory.of(emit, node, made)
@@ -173,7 +220,8 @@ def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
         _logger.debug("%s is left alone", site.format_node(), exc_info=error)
         text = str(error).strip().splitlines()
         refusal = CannotEmit(
-            f"its replacement failed ({type(error).__name__}: {text[0] if text else ''}): please report it"
+            f"its replacement failed ({type(error).__name__}: {text[0] if text else ''}): please report it",
+            ReasonKind.REPLACEMENT_FAILED,
         )
     refusal.site = site
     return refusal
@@ -185,6 +233,7 @@ def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:
     assert tensor is not None
     if not isinstance(value, VectorValue):
         raise CannotEmit(f"{node.name} is not known as a vector")
+    _refuse_lost_gradient(emit, node, value.poly)
     made = emit.vector(value.poly)
     if not norm.factors.info.requires_grad:
         made = emit.method("detach", made)

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat
-from dorafx.lift import tensor_of
+from dorafx._compat.autograd import below_autocast
+from dorafx._compat.tensors import fake_mode_of, under
+from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.provenance import operator_name, source_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import nodes_in
 from dorafx.lift.quantized import is_torchao
-from dorafx.lift.targets import canonical_name
-from dorafx.match import operator_name, source_of
 
-__all__ = ["NORMS", "TRANSPOSES", "closure_of", "is_number", "makes_memory"]
+__all__ = ["NORMS", "TRANSPOSES", "closure_of", "is_number", "makes_memory", "waits_for_device"]
 
 NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
 TRANSPOSES = ("T", "mT")
@@ -32,13 +34,16 @@ _ARITHMETIC = frozenset(
      "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
 )  # fmt: skip
 
+# What takes a tensor of no axes where it takes a number.
+_NUMERIC = frozenset(("add", "div", "mul", "neg", "reciprocal", "rsub", "sub"))
+
 
 def closure_of(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | str:
     """The nodes from the graph's inputs to a norm, in their order; or which of them cannot leave the graph.
 
     Args:
         norm: a node that is one of :data:`NORMS`.
-        written: what the graph writes to (:func:`dorafx.lift.effects.written_nodes`): before the graph it has another value.
+        written: what the graph writes to (:func:`dorafx.graphs.writes.written_nodes`): before the graph it has another value.
     """
     found: dict[fx.Node, None] = {}
     stack = [norm]
@@ -55,7 +60,14 @@ def closure_of(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | st
     cast = next((node for node in closure if not _is_same_outside_of_autocast(node)), None)
     if cast is not None and not (canonical_name(cast) in _PRODUCTS and _runs_outside_of_autocast(closure)):
         return f"{_named(cast)} runs in an autocast region"
-    return _weight_that_is_made(norm) or closure
+    return _weight_that_is_made(norm) or _number_of_a_device(closure) or closure
+
+
+def waits_for_device(node: fx.Node) -> bool:
+    """Whether a node of a closure reads a number from an accelerator, for which the host would wait (and which fails while a CUDA
+    graph is captured). The prologue takes the tensor instead."""
+    source = tensor_of(node.args[0]) if node.target == "item" else None
+    return source is not None and source.device.type != "cpu"
 
 
 def is_number(node: fx.Node) -> bool:
@@ -108,7 +120,7 @@ def _runs_outside_of_autocast(closure: list[fx.Node]) -> bool:
     an error."""
     values: dict[fx.Node, Any] = {}
     try:
-        with _compat.below_autocast(), torch.no_grad():
+        with below_autocast(), torch.no_grad():
             for node in closure:
                 known = node.meta.get("example_value", node.meta.get("val"))
                 if node.op == "placeholder" or node.target == "item":
@@ -118,7 +130,7 @@ def _runs_outside_of_autocast(closure: list[fx.Node]) -> bool:
                     return False  # of which fake tensors know nothing
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 target: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
-                with _compat.under(_compat.fake_mode_of(known)):
+                with under(fake_mode_of(known)):
                     values[node] = target(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):
         return False
@@ -137,6 +149,21 @@ def _weight_that_is_made(norm: fx.Node) -> str:
         if canonical_name(node) not in _VIEWS | _COPIES:
             return f"the weight is made by {_named(node)}"
         node = node.args[0]
+    return ""
+
+
+def _number_of_a_device(closure: list[fx.Node]) -> str:
+    """What has to have a number that lies on an accelerator, and cannot take the tensor in its place; empty where nothing does."""
+    numbers = {node for node in closure if waits_for_device(node)}
+    for node in closure:
+        if numbers.isdisjoint(node.all_input_nodes):
+            continue
+        if canonical_name(node) not in _NUMERIC or not numbers.isdisjoint(
+            nodes_in((*node.args[2:], *node.kwargs.values()))
+        ):
+            return f"{_named(node)} takes a number that lies on a device"
+        if tensor_of(node) is None:
+            numbers.add(node)
     return ""
 
 

@@ -1,312 +1,48 @@
-"""Emit: terms back to nodes of a new graph, reusing what the graph already computes."""
+"""Compositions as nodes of a new graph: base products, low-rank sums, and the operator that scales and adds them."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from dorafx._compat.distributed import placements
-from dorafx.kernels import dies
-from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly, tensor_of
-from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
-from dorafx.match import Match, Part
+from dorafx.graphs.shapes import sizes_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.uses import dies
+from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly
+from dorafx.lift.algebra import Chain, is_ones
+from dorafx.lift.quantized import is_torchao
+from dorafx.match import Match, Part, ReasonKind
 from dorafx.ops import sharding
+from dorafx.plan.kernel import linear_operands
 
-from .cast_weight import base_product
-from .linear_kernel import linear_kernel
-from .nodes import CannotEmit, NodeEmitter
-from .shapes import sizes_of
+from .nodes import CannotEmit
+from .terms import TermEmitter
 
 __all__ = ["CannotEmit", "Emitter"]
 
 _ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
 
 
-class Emitter(NodeEmitter):
-    """Emits into a copy of the lifted graph.
-
-    Args:
-        lift: the terms of the original graph.
-        graph: the copy.
-        copied: original node -> its node in the copy; a rewritten node maps to its replacement.
-        norms: makes the vector of a norm atom: ``[d_out]``, fp32 or fp64.
-    """
+class Emitter(TermEmitter):
+    """Emits replacements into a copy of the lifted graph; the arguments are :class:`TermEmitter`'s."""
 
     def __init__(
-        self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node], norms: Callable[[Atom, Emitter], fx.Node]
+        self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node], norms: Callable[[Atom, Any], fx.Node]
     ) -> None:
-        super().__init__(lift, graph, copied)
-        self._norms = norms
+        super().__init__(lift, graph, copied, norms)
         self.accumulate = False
         self.kernel = "auto"
         """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
-        self.transposed = False
-        """Whether the site has tokens by column, and what is emitted for it has them by row."""
-        self.channels = False
-        """Whether the columns of activations lie along the second axis, as a convolution's do."""
-        self.compute_dtype = torch.float32
-        self._precisely = False
-        self._vectors: dict[tuple[Any, ...], fx.Node] = {}
-        self._products: dict[Chain, fx.Node] = {}
 
     def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto", transposed: bool = False) -> None:
         """Start the replacement of an original node: everything is emitted just before it."""
-        self.site = site
-        self.transposed = transposed
+        self.begin_terms(site, transposed)
         self.accumulate = accumulate
         self.kernel = kernel
-        self.channels = False
-        self._vectors.clear()
-        self._products.clear()
-        tensor = tensor_of(site)
-        self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
-
-    @contextmanager
-    def precisely(self, dtype: torch.dtype) -> Iterator[None]:
-        """Make factors, products and vectors in at least ``dtype``, whatever the site's value is in."""
-        kept = self.compute_dtype, self._precisely, self._vectors, self._products
-        self.compute_dtype, self._precisely = torch.promote_types(dtype, self.compute_dtype), True
-        self._vectors, self._products = {}, {}
-        try:
-            yield
-        finally:
-            self.compute_dtype, self._precisely, self._vectors, self._products = kept
-
-    # -- vectors ------------------------------------------------------------------------------------------------------
-
-    def vector(self, poly: Poly) -> fx.Node:
-        """A polynomial in vectors as a ``[d]`` tensor (or scalar) of the compute dtype, fp32 or fp64, or fp64 where an atom is."""
-        key = ("poly", poly)
-        if key not in self._vectors:
-            total: Any = None
-            for mono, c in poly.items:
-                term: Any = self._monomial(mono)
-                if term is None:
-                    term = c
-                elif c != 1.0:
-                    term = self._arithmetic("mul", term, c)
-                if total is None:
-                    total = term
-                elif isinstance(total, float) and isinstance(term, float):
-                    total += term
-                elif isinstance(total, float):
-                    total = self._arithmetic("add", term, total)
-                else:
-                    total = self._arithmetic("add", total, term)
-            if not isinstance(total, fx.Node):
-                raise CannotEmit("a scaling is a constant")
-            self._vectors[key] = total
-        return self._vectors[key]
-
-    def _monomial(self, mono: Mono) -> fx.Node | None:
-        product: fx.Node | None = None
-        for atom, exponent in sorted(mono, key=lambda item: -item[1]):
-            factor = self._vector_atom(atom)
-            for _ in range(abs(exponent)):
-                if product is not None:
-                    product = self._arithmetic("mul" if exponent > 0 else "truediv", product, factor)
-                elif exponent > 0:
-                    product = factor
-                else:
-                    product = self._arithmetic("truediv", 1.0, factor)
-        return product
-
-    def _arithmetic(self, name: str, *operands: Any) -> fx.Node:
-        """Of tensors, or of numbers that are symbols: torch would make of these a tensor of fp32."""
-        if not any(tensor_of(o) is not None for o in operands):
-            return self.call(getattr(operator, name), *operands)
-        if name == "truediv":
-            numerator, divisor = operands
-            return self.call(torch.reciprocal, divisor) if numerator == 1.0 else self.call(torch.div, *operands)
-        return self.call(getattr(torch, name), *operands)
-
-    def _vector_atom(self, atom: Atom) -> fx.Node:
-        key = ("atom", atom)
-        if key in self._vectors:
-            return self._vectors[key]
-        info = self.lift.atom_of(atom)
-        if info.kind == "norm":
-            node = self._norms(atom, self)
-        elif info.kind == "reciprocal":
-            assert info.poly is not None
-            node = self._arithmetic("truediv", 1.0, self.vector(info.poly))
-        elif info.kind == "clamp_min":
-            assert info.poly is not None
-            node = self.call(torch.clamp_min, self.vector(info.poly), info.eps)
-        elif info.kind == "maximum":
-            assert info.poly is not None
-            value = self.vector(info.poly)
-            node = self.call(torch.maximum, value, self.call(torch.full_like, value, info.eps))
-        elif info.kind == "rounded":
-            assert info.poly is not None and info.dtype is not None
-            value = self.vector(info.poly)
-            if tensor_of(value) is None:
-                raise CannotEmit("a number that is a symbol is rounded")
-            node = self._wide(self.cast(value, info.dtype))
-        elif info.kind == "node":
-            node = self.atom(atom)
-            if tensor_of(node) is not None:
-                if self.tensor(node).dim() > 1:
-                    node = self.method("reshape", node, -1)
-                node = self._wide(node)
-        else:
-            raise CannotEmit("a sum of squares is used without its root")
-        if info.kind != "node" and atom.detached and tensor_of(node) is not None:
-            node = self.method("detach", node)
-        self._vectors[key] = node
-        return node
-
-    def existing_vector(self, atom: Atom) -> fx.Node:
-        """A vector as the graph itself computes it, in the compute dtype."""
-        node = self._existing(Poly.var(atom))
-        if node is None:
-            raise CannotEmit("a norm that the output is scaled by is no value of the graph")
-        return self._wide(self.method("reshape", node, -1) if self.tensor(node).dim() > 1 else node)
-
-    def _wide(self, node: fx.Node) -> fx.Node:
-        """In the compute dtype; what is fp64 stays so, also where the site's value is narrower."""
-        return self.cast(node, torch.promote_types(self.tensor(node).dtype, self.compute_dtype))
-
-    # -- products -----------------------------------------------------------------------------------------------------
-
-    def _existing(self, expr: Expr | Poly) -> fx.Node | None:
-        """The last node before the site that holds a term: the one whose dtype the products around it use."""
-        assert self.site is not None
-        for node in reversed(self.lift.nodes.get(expr, ())):
-            if self.order[node] < self.order[self.site] and node not in self.lift.written:
-                return self.copied[node]
-        return None
-
-    def product(self, chain: Chain) -> fx.Node:
-        """A chain as a node: reused where the graph has it, else one product on the longest prefix that it has."""
-        if chain not in self._products:
-            self._products[chain] = self._product(chain)
-        return self._products[chain]
-
-    def _product(self, chain: Chain) -> fx.Node:
-        existing = self._existing(Expr.chain(chain))
-        if existing is not None:
-            return self.precise(existing) if len(chain) == 1 else existing
-        flipped = self._existing(Expr.chain(transpose_chain(chain))) if self.transposed and len(chain) > 1 else None
-        if flipped is not None:
-            return self.method("t", flipped)
-        for gemm in self.lift.gemms.get(Expr.chain(chain), ()):
-            assert self.site is not None
-            if self.order[gemm.node] < self.order[self.site]:
-                return self._again(gemm)
-        head = chain[0] if chain else None
-        if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
-            raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
-        if len(chain) == 1 and isinstance(chain[0], Mat):
-            return self.precise(
-                self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
-            )
-        if not chain or (len(chain) == 1 and is_ones(chain[0])):
-            raise CannotEmit("an identity or a matrix of ones stands alone in the product")
-        prefix, last = chain[:-1], chain[-1]
-        if is_ones(last):
-            return self._summed(prefix)
-        if isinstance(last, Diag):
-            vector = self.vector(Poly(((last.mono, 1.0),)))
-            node = self.product(prefix)
-            return self.call(torch.mul, node, self.cast(vector, self.tensor(node).dtype))
-        if isinstance(prefix[-1], Diag) and len(prefix) == 1:
-            vector = self.vector(Poly(((prefix[-1].mono, 1.0),)))
-            node = self.flat(self.product((last,)))
-            column = self.method("unsqueeze", self.cast(vector, self.tensor(node).dtype), -1)
-            return self.call(torch.mul, column, node)
-        if len(prefix) > 1 and is_ones(prefix[-1]):
-            return self._multiply_sum(self._summed(prefix[:-1]), last)
-        return self._multiply(self.product(prefix), last)
-
-    def precise(self, factor: fx.Node) -> fx.Node:
-        """A factor of a product, in fp64 where the site's value is, and in the dtype that was asked for."""
-        return self._wide(factor) if self._precisely or self.compute_dtype == torch.float64 else factor
-
-    def _again(self, gemm: Gemm) -> fx.Node:
-        """A product of the graph, without its bias."""
-        lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
-        if gemm.convolution is not None:
-            made = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
-        else:
-            made = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
-        return self.method("detach", made) if gemm.detached else made
-
-    def _summed(self, chain: Chain) -> fx.Node:
-        """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""
-        if len(chain) == 1 and isinstance(chain[0], Diag):
-            return self.method("unsqueeze", self.vector(Poly(((chain[0].mono, 1.0),))), -1)
-        if isinstance(chain[-1], Diag):
-            left = self.product(chain[:-1])
-            vector = self.cast(self.vector(Poly(((chain[-1].mono, 1.0),))), self.tensor(left).dtype)
-            return self.call(torch.matmul, left, self.method("unsqueeze", vector, -1))
-        return self.call(torch.sum, self.product(chain), -1, True)
-
-    def _multiply(self, left: fx.Node, factor: Mat) -> fx.Node:
-        right = self.cast(self.matrix(factor.atom), self.tensor(left).dtype)
-        if factor.transposed:
-            return self.call(torch.nn.functional.linear, left, right)
-        return self.call(torch.matmul, left, right)
-
-    def _multiply_sum(self, column: fx.Node, factor: Mat) -> fx.Node:
-        """``column · 𝟙 · factor``, which is the column times the sum of the factor's rows."""
-        matrix = self.cast(self.matrix(factor.atom), self.tensor(column).dtype)
-        return self.call(torch.mul, column, self.call(torch.sum, matrix, 1 if factor.transposed else 0))
-
-    def expression(self, expr: Expr) -> fx.Node:
-        """A sum of chains as a node, reused where the graph has it."""
-        existing = self._existing(expr)
-        if existing is not None:
-            return existing
-        total: fx.Node | None = None
-        bias = Poly(())
-        for (scalars, chain), c in expr.items:
-            if chain[:1] == (Mat(ONES),) and len(chain) == 2 and isinstance(chain[1], Diag):
-                bias = bias + Poly(((chain[1].mono, c),)) * Poly(((scalars, 1.0),))
-                continue
-            term = self.product(chain)
-            scale = Poly(((scalars, c),))
-            if scale.constant != 1.0:
-                term = self.scaled(term, scale)
-            total = term if total is None else self._added(total, term)
-        if total is None:
-            raise CannotEmit("a sum of nothing but biases")
-        if bias.items:
-            total = self.call(torch.add, total, self._along_columns(self.vector(bias), total))
-        return total
-
-    def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
-        """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
-        if sizes_of(self.tensor(total).shape) != sizes_of(self.tensor(term).shape):
-            if self.channels:
-                raise CannotEmit("two convolutions that are added have different shapes")
-            total, term = self.flat(total), self.flat(term)
-        return self.call(torch.add, total, term)
-
-    def scaled(self, node: fx.Node, scale: Poly) -> fx.Node:
-        constant = scale.constant
-        if constant is not None:
-            return self.call(torch.mul, node, constant)
-        factor = self.vector(scale)
-        return self.call(
-            torch.mul, node, self._along_columns(factor, node) if tensor_of(factor) is not None else factor
-        )
-
-    def _along_columns(self, vector: fx.Node, node: fx.Node) -> fx.Node:
-        """A vector ``[d]`` in a value's dtype, shaped to lie along its columns. A scalar decides no dtype, and is not rounded."""
-        if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:
-            return vector
-        vector = self.cast(vector, self.tensor(node).dtype)
-        if not self.channels or self.tensor(vector).dim() == 0:
-            return vector
-        return self.method("reshape", vector, (-1,) + (1,) * (self.tensor(node).dim() - 2))
-
-    # -- composition --------------------------------------------------------------------------------------------------
 
     def base(self, core: Chain, bias: Poly, scaling: Poly) -> tuple[fx.Node, Poly]:
         """The base product and the bias that remains to be added after the scaling.
@@ -319,7 +55,7 @@ class Emitter(NodeEmitter):
         gemms = [g for g in self.lift.gemms.get(Expr.chain(core), ()) if self.order[g.node] < self.order[self.site]]
         for gemm in gemms:
             if gemm.bias is None:
-                return base_product(self, core, gemm), bias
+                return _base_product(self, core, gemm), bias
         for gemm in gemms:
             vector = self.lift.vector(gemm.bias)
             if vector is None:
@@ -410,7 +146,7 @@ class Emitter(NodeEmitter):
 
     def linear_kernel(self, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
         """The whole layer as one kernel; None where the plan does not say so, or an operand does not fit."""
-        return linear_kernel(self, match, g, bias) if self.kernel == "triton_linear" else None
+        return _linear_kernel(self, match, g, bias) if self.kernel == "triton_linear" else None
 
     def _kernel_argument(self) -> tuple[str, ...]:
         return () if self.kernel == "auto" else ("triton",)
@@ -435,19 +171,71 @@ class Emitter(NodeEmitter):
                 return self.method("reshape_as", out, o)
         if all(isinstance(s, int) for s in wanted):
             return self.method("reshape", out, tuple(wanted))
-        raise CannotEmit("the parts of the output have different leading dimensions, and these are symbolic")
+        what = "the parts of the output have different leading dimensions, and these are symbolic"
+        raise CannotEmit(what, ReasonKind.SYMBOLIC_SHAPE)
 
-    def flat(self, node: fx.Node) -> fx.Node:
-        """A matrix with one axis of rows: a graph may hold a term in several shapes."""
-        value = self.tensor(node)
-        if value.dim() == 1:
-            return self.method("unsqueeze", node, 0)  # a single token
-        return node if value.dim() == 2 else self.method("flatten", node, 0, -2)
 
-    def matrix(self, atom: Atom) -> fx.Node:
-        """A weight with two axes: factors may be stacked in one parameter of three, of which the graph takes a view."""
-        return self.flat(self.atom(atom))
+def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
+    """A product that the graph has; made anew of the uncast weight where that spares the backward a dense copy of it, as PEFT's with a
+    dropout in front of fp32 adapters."""
+    copy = emit.copied[gemm.node]
+    weight = _uncast_weight(emit, core, gemm)
+    out, x, cast = (tensor_of(node) for node in (gemm.node, gemm.lhs, gemm.rhs))
+    if weight is None or out is None or x is None or cast is None:
+        return copy
+    last = core[-1]
+    assert isinstance(last, Mat)
+    tensor = emit.tensor(weight)
+    d_out = tensor.shape[0 if last.transposed else 1]
+    if sizes_of(out.shape) != sizes_of((*x.shape[:-1], d_out)):
+        return copy
+    lhs = emit.operand(gemm.lhs)
+    if out.dtype == tensor.dtype:
+        # Autocast undoes the cast: the copy is the weight's own values.
+        target = torch.nn.functional.linear if last.transposed else torch.matmul
+        made = emit.graph.call_function(target, (lhs, weight))
+        made.meta = dict(copy.meta)  # not by running it: the region's autocast is not on here
+        return made
+    if out.dtype == x.dtype == cast.dtype and out.requires_grad:
+        weight = weight if last.transposed else emit.method("t", weight)
+        return emit.call(torch.ops.dorafx.cast_linear.default, lhs, weight)
+    return copy
 
-    def out_dtype(self) -> torch.dtype:
-        assert self.site is not None
-        return self.tensor(self.site).dtype
+
+def _uncast_weight(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node | None:
+    """The weight, if it is a frozen input of the graph that the product reads in a higher precision than its own."""
+    last = core[-1]
+    if gemm.bias is not None or gemm.convolution is not None or not isinstance(last, Mat) or last.atom.detached:
+        return None
+    node, lift = emit.lift.atom_of(last.atom).node, emit.lift
+    weight, cast = tensor_of(node) if node is not None else None, tensor_of(gemm.rhs)
+    if node is None or node.op not in ("placeholder", "get_attr") or weight is None or cast is None:
+        return None
+    if weight.dim() != 2 or weight.requires_grad or is_torchao(weight) or placements(weight) is not None:
+        return None
+    if not weight.is_floating_point() or weight.dtype.itemsize >= cast.dtype.itemsize:
+        return None
+    assert emit.site is not None
+    if not lift.written.isdisjoint((node, gemm.lhs)) or not dies(gemm.node, emit.site, emit.order):
+        return None
+    return emit.operand(node)
+
+
+def _linear_kernel(emit: Emitter, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
+    """The whole layer as one operator, ``dorafx::dora_linear``; None where an operand does not fit, which the plan could not see."""
+    operands = linear_operands(emit.lift, match, emit.order)
+    if isinstance(operands, str):
+        return None
+    x, weight, h, left = (emit.operand(node) for node in operands.nodes)
+    assert emit.site is not None
+    wanted, vectors = emit.tensor(emit.site).shape, [v for v in (g, bias) if v is not None]
+    flat = any(sizes_of(emit.tensor(t).shape[:-1]) != sizes_of(wanted[:-1]) for t in (x, h))
+    if any(sizes_of(emit.tensor(v).shape) != sizes_of(wanted[-1:]) for v in vectors):
+        return None
+    if flat:
+        if not all(isinstance(size, int) for size in wanted):
+            return None
+        x, h = emit.flat(x), emit.flat(h)
+    weight, left = (emit.method("t", t) if flip else t for t, flip in zip((weight, left), operands.transposed))
+    y = emit.call(torch.ops.dorafx.dora_linear.default, x, weight, h, left, g, bias, operands.scale, emit.out_dtype())
+    return emit.method("reshape", y, tuple(wanted)) if flat else y

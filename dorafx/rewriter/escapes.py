@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import fx
 
-from dorafx import _compat
 from dorafx._compat import operators
-from dorafx.lift.effects import attribute_of, names_another_memory, nodes_in, written_arguments
-from dorafx.lift.targets import canonical_name
+from dorafx._compat.operators import body_operands_start, is_overload, takes_operands_for_body
+from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.writes import attribute_of, names_another_memory, nodes_in, written_arguments
 
 from .closures import is_number
 
@@ -126,10 +126,10 @@ class _Reach:
 
     def _protected_in_body(self, alias: fx.Node, call: fx.Node) -> bool:
         """Whether the body of a higher-order operator is known, and lets an operand no further."""
-        if not _compat.takes_operands_for_body(call.target) or not isinstance(call.args[0], fx.Node):
+        if not takes_operands_for_body(call.target) or not isinstance(call.args[0], fx.Node):
             return False
         body = attribute_of(call.args[0])
-        operands = call.args[_compat.body_operands_start(call.target) :]
+        operands = call.args[body_operands_start(call.target) :]
         if not isinstance(body, fx.GraphModule):
             return False
         inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
@@ -155,20 +155,24 @@ def _is_other_memory(tensor: fx.Node, reader: fx.Node) -> bool:
     if operators.is_higher_order(reader.target):
         return True  # whose bodies were seen to
     target: Any = reader.target
-    if _compat.is_overload(target) and target.namespace == "dorafx":
+    if is_overload(target) and target.namespace == "dorafx":
         return not operators.views(target)
     return canonical_name(reader) in _FRESH and _depends_on_others(reader, tensor)
 
 
 def _depends_on_others(node: fx.Node, tensor: fx.Node) -> bool:
-    """Whether any tensor that comes into the graph, but one, goes into a node's value."""
+    """Whether any tensor that comes into the graph, but one, goes into a node's value. Sizes are numbers, and of what a value is made
+    like (``ones_like``, ``new_full``) nothing but the shape, dtype and device goes into it."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
         current = stack.pop()
-        if current.op == "placeholder" and current is not tensor and not is_number(current):
+        if is_number(current) or current in seen:
+            continue
+        if current.op == "placeholder" and current is not tensor:
             return True
-        if current not in seen:
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
+        seen.add(current)
+        name = canonical_name(current) or ""
+        made_like = name.endswith("_like") or name.startswith("new_")
+        stack.extend(current.all_input_nodes[1:] if made_like else current.all_input_nodes)
     return False

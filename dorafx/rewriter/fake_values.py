@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat
-from dorafx._compat.tensors import FakeLayout
-
-from .shapes import of_mode
+from dorafx._compat.tensors import FakeLayout, storage_id, under
+from dorafx.graphs.shapes import of_mode
 
 __all__ = ["FakeValues"]
 
@@ -37,14 +35,14 @@ class FakeValues:
         if known is not None and all(operand.fake_mode is mode for operand in operands):
             layout, alias = known
             return layout.made(mode, None if alias is None else operands[alias])
-        with _compat.under(mode):
+        with under(mode):
             args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: of_mode(value, mode))
             made = target(*args, **kwargs)
         layout_made = FakeLayout.of(made)
         if key is not None and layout_made is not None:
-            storages = [_compat.storage_id(operand) for operand in operands]
-            mine = _compat.storage_id(made)
-            self._known[key] = layout_made, storages.index(mine) if mine in storages else None
+            storages = [storage_id(operand) for operand in operands]
+            storage = storage_id(made)
+            self._known[key] = layout_made, storages.index(storage) if storage in storages else None
         return made
 
 

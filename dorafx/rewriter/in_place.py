@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx.lift import tensor_of
-from dorafx.lift.targets import canonical_name
-
-from .shapes import sizes_of
+from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.shapes import sizes_of
+from dorafx.graphs.tensors import tensor_of
 
 __all__ = ["reuse_buffers"]
 

@@ -9,15 +9,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from dorafx import _compat
-from dorafx._compat.operators import is_higher_order
-from dorafx.lift import tensor_of
+from dorafx._compat.operators import is_higher_order, is_overload
+from dorafx._compat.tensors import under
+from dorafx.graphs.copying import copy_graph_module
+from dorafx.graphs.shapes import of_mode
+from dorafx.graphs.tensors import tensor_of
 from dorafx.ops.norm import row_norm_unrolled
 from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
 from dorafx.ops.register import DECOMPOSITIONS
-
-from .copying import copy_graph_module
-from .shapes import of_mode
 
 __all__ = ["lower_to_aten", "own_operators", "without_own_operators"]
 
@@ -52,7 +51,7 @@ def lower_to_aten(gm: fx.GraphModule) -> None:
 def _is_torch_function(target: Any) -> bool:
     return (
         not is_higher_order(target)
-        and not _compat.is_overload(target)
+        and not is_overload(target)
         and (getattr(target, "__module__", None) or "torch").split(".")[0] == "torch"
     )
 
@@ -61,7 +60,7 @@ def own_operators(gm: fx.GraphModule) -> list[str]:
     """The names of dorafx's operators that a graph and the bodies of its higher-order operators call."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     targets = {n.target for graph in graphs for n in graph.nodes if n.op == "call_function"}
-    return sorted(str(t) for t in targets if _compat.is_overload(t) and t.namespace == "dorafx")
+    return sorted(str(t) for t in targets if is_overload(t) and t.namespace == "dorafx")
 
 
 def without_own_operators(gm: fx.GraphModule) -> fx.GraphModule:
@@ -98,7 +97,7 @@ def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None =
     found = [tensor_of(n) for n in inputs]
     mode = next((m for m in (getattr(value, "fake_mode", None) for value in found) if m is not None), None)
     slots = [slot for slot in ("example_value", "val") if slot in node.meta] or ["val"]
-    with _compat.under(mode):
+    with under(mode):
         values = [of_mode(value, mode) for value in found]
         traced = make_fx(call, pre_dispatch=True)(*values)
     made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat
 from dorafx._compat.distributed import placements
-from dorafx.lift import tensor_of
+from dorafx._compat.tensors import size_hint
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import storage_of
+from dorafx.match import ReasonKind
 
 from .nodes import CannotEmit, NodeEmitter
 
@@ -38,9 +40,9 @@ def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Nod
         CannotEmit: the value lies in memory as no copy does (broadcast, or with gaps).
     """
     wanted, found = tensor_of(original), tensor_of(made)
-    if wanted is None or found is None or placements(wanted) is not None or _is_empty(wanted):
+    if wanted is None or found is None or placements(wanted) is not None:
         return made
-    if _strides_of(wanted) == _strides_of(found):
+    if _is_empty(wanted) or _strides_of(wanted) == _strides_of(found):
         return _exactly(emit, wanted, made)
     order = _outermost_first(wanted.shape, wanted.stride())
     inverse = [order.index(axis) for axis in range(len(order))]
@@ -51,13 +53,14 @@ def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Nod
     if _strides_of(emit.tensor(copy)) != _strides_of(wanted):
         raise CannotEmit(
             f"the original's result has the strides {tuple(wanted.stride())} for the shape {tuple(wanted.shape)}, which "
-            "no result of the rewrite has"
+            "no result of the rewrite has",
+            ReasonKind.STRIDES,
         )
     return _exactly(emit, wanted, copy)
 
 
 def _exactly(emit: NodeEmitter, wanted: torch.Tensor, made: fx.Node) -> fx.Node:
-    """Also in the strides of axes of one element. They lead nowhere, but ``stride()`` tells them."""
+    """Also in the strides of axes of one element, and of what has none. They lead nowhere, but ``stride()`` tells them."""
     known = all(isinstance(n, int) for n in (*wanted.shape, *wanted.stride()))
     if not known or tuple(emit.tensor(made).stride()) == tuple(wanted.stride()):
         return made
@@ -71,7 +74,7 @@ def _is_empty(tensor: torch.Tensor) -> bool:
 def _outermost_first(sizes: Sequence[Any], strides: Sequence[Any]) -> list[int]:
     """The axes in the order in which they lie in memory; those of one element where they stand."""
     long = [axis for axis, size in enumerate(sizes) if not _is_one(size)]
-    ordered = iter(sorted(long, key=lambda axis: -_compat.size_hint(strides[axis])))
+    ordered = iter(sorted(long, key=lambda axis: -size_hint(strides[axis])))
     return [next(ordered) if axis in long else axis for axis in range(len(sizes))]
 
 
@@ -117,5 +120,4 @@ def is_view(node: fx.Node) -> bool:
 
 
 def _storage(node: fx.Node) -> int | None:
-    tensor = tensor_of(node)
-    return None if tensor is None or placements(tensor) is not None else _compat.storage_id(tensor)
+    return None if placements(tensor_of(node)) is not None else storage_of(node)

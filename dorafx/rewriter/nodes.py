@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx import _compat
-from dorafx.lift import Atom, Lifter, tensor_of
+from dorafx._compat.tensors import fake_mode_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Atom, Lifter
 from dorafx.lift.quantized import is_torchao
+from dorafx.match import Reason, ReasonKind
 
 from .fake_values import FakeValues
 
@@ -23,10 +25,19 @@ class CannotEmit(Exception):
     """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.
 
     Attributes:
+        kind: of the reason.
         site: the original node whose replacement failed.
     """
 
-    site: fx.Node | None = None
+    def __init__(self, text: str, kind: ReasonKind = ReasonKind.NOT_EMITTED) -> None:
+        super().__init__(text)
+        self.kind = kind
+        self.site: fx.Node | None = None
+
+    @property
+    def reason(self) -> Reason:
+        """Why the site is left alone."""
+        return Reason(str(self), self.site, kind=self.kind)
 
 
 @functools.cache  # fake values are kept by what made them
@@ -78,7 +89,7 @@ class NodeEmitter:
                 node.meta[key] = self.site.meta[key]
         slot = "example_value" if "example_value" in self.site.meta else "val"
         value = self.site.meta.get(slot)
-        mode = _compat.fake_mode_of(value)
+        mode = fake_mode_of(value)
         if mode is not None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
             with _gradients_as_of(value):
@@ -89,7 +100,8 @@ class NodeEmitter:
         """The copy of an original node, for reading at the site."""
         assert self.site is not None
         if node in self.lift.written:
-            raise CannotEmit(f"{node.name} is written in place, so it cannot be read again")
+            what = f"{node.name} is written in place, so it cannot be read again"
+            raise CannotEmit(what, ReasonKind.WRITTEN_IN_PLACE)
         if self.order[node] >= self.order[self.site]:
             raise CannotEmit(f"{node.name} is computed after {self.site.name}")
         copy = self.copied[node]

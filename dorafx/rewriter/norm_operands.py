@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import fx
 
-from dorafx.lift import AtomInfo, Mat, PackedWeight, Poly, tensor_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import AtomInfo, Mat, PackedWeight, Poly
 from dorafx.lift.algebra import Chain, is_ones, transpose_chain
 from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["factor_operands", "in_its_dtype", "in_order", "packed_operands", "weight_operand"]
+__all__ = ["factor_operands", "in_its_dtype", "in_order", "packed_operands", "product_dtype", "weight_operand"]
 
 
 def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
@@ -22,23 +23,21 @@ def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int
     Filters in ``channels_last`` are a matrix as they lie in memory, and flattening them in the order of their axes would copy all
     of the weight. Norms do not depend on the order of columns, so that of the right factor is changed instead.
     """
-    head = norm.weight[0]
-    if len(norm.weight) == 1 and isinstance(head, Mat) and not head.transposed:
+    head = norm.weight
+    if not head.transposed:
         info = emit.lift.atom_of(head.atom)
         order = _order_in_memory(emit.tensor(info.node)) if info.kind == "filter" and info.node is not None else ()
         if order and info.node is not None:
             filters = emit.operand(info.node, head.atom.detached)
             return emit.method("flatten", emit.method("permute", filters, (0, *order)), 1), order
-    return _factor(emit, norm.weight), ()
+    return _factor(emit, (norm.weight,)), ()
 
 
 def in_order(emit: Emitter, right: fx.Node, norm: NormFactors, order: tuple[int, ...]) -> fx.Node:
     """The right factor ``[r, d_in]`` with its columns in the order that :func:`weight_operand` has them in."""
     if not order:
         return right
-    head = norm.weight[0]
-    assert isinstance(head, Mat)
-    filters = emit.lift.atom_of(head.atom).node
+    filters = emit.lift.atom_of(norm.dense_atom).node
     assert filters is not None
     split = emit.method("unflatten", right, 1, tuple(emit.tensor(filters).shape[1:]))
     return emit.method("flatten", emit.method("permute", split, (0, *order)), 1)
@@ -96,6 +95,22 @@ def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node,
     if len(lefts) == 1:
         return lefts[0], rights[0], 1.0
     return emit.call(torch.cat, _one_dtype(emit, lefts), 1), emit.call(torch.cat, _one_dtype(emit, rights), 0), 1.0
+
+
+def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> torch.dtype | None:
+    """The dtype in which the program multiplies the factors of a norm, where it rounds them to one that is narrower than theirs, as
+    under autocast; None otherwise. Their own rounding to it costs no accuracy that the program has, and tensor cores multiply
+    halves several times as fast."""
+    own = [emit.tensor(factor).dtype for factor in (left, right)]
+    if norm.info.double or any(dtype.itemsize < 4 for dtype in own):
+        return None
+    found = set()
+    for part in norm.delta:
+        # Of a column times a row, both have the matrix of ones that stands between them.
+        twice = is_ones(part.left[-1]) and is_ones(part.right[0])
+        found |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
+    (dtype, *others) = found
+    return dtype if not others and dtype in (torch.float16, torch.bfloat16) else None
 
 
 def _factor(emit: Emitter, chain: Chain) -> fx.Node:

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from dorafx._compat import distributed as _distributed
-from dorafx.lift import tensor_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.match import ReasonKind
 
 from .emit import CannotEmit, Emitter
 
@@ -36,7 +37,8 @@ def placed_like(emit: Emitter, original: fx.Node, made: fx.Node) -> fx.Node:
     if wanted == found:
         return made
     if wanted is None or found is None or any(map(_distributed.is_partial, wanted)):
-        raise CannotEmit(f"the original's result is {_text(wanted)} and the rewrite's would be {_text(found)}")
+        what = f"the original's result is {_text(wanted)} and the rewrite's would be {_text(found)}"
+        raise CannotEmit(what, ReasonKind.PLACEMENTS)
     return emit.call(_redistribution(wanted), made)
 
 

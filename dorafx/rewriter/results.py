@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from dorafx._compat.distributed import placements
-from dorafx.lift import tensor_of
-from dorafx.lift.effects import nodes_in, written_arguments
+from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import nodes_in, written_arguments
 from dorafx.ops import layout
 
 from .memory import is_view

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
 
-from dorafx import _compat
-from dorafx._compat.autograd import in_backward, saved_tensors_are_packed
+from dorafx._compat.autograd import below_autocast, forward_mode, in_backward, saved_tensors_are_packed
 from dorafx._compat.distributed import placements
-from dorafx.ops.composition import refuse_forward_mode
+from dorafx.ops.autograd import refuse_forward_mode
+from dorafx.ops.dispatch import being_captured
 from dorafx.ops.norm import compute_dtype, row_squares
-from dorafx.ops.triton.dispatch import being_captured
 from dorafx.rewriter import HoistedNorm
 from dorafx.rewriter.closures import TRANSPOSES, makes_memory
 
 from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
+from .streams import Streams
+from .together import Together
 from .watch import parts
 
 __all__ = ["with_prologue"]
@@ -63,53 +64,64 @@ def with_prologue(
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
     escaping = [i for i, norm in enumerate(norms) if norm.escapes]
+    together = Together(kept_in)
+    inputs_of = _inputs([(inputs, scalars, apart) for _, inputs, scalars, _, apart in prologue])
+
+    def one_by_one(
+        args: Sequence[Any], may_read: _Read, streams: Streams
+    ) -> tuple[list[Any], list[_Missing], list[tuple[str, list[torch.Tensor]]]]:
+        """The norms that are kept, those that are not, and what each is computed from."""
+        values: list[Any] = [None] * len(prologue)
+        missing, looked_at = [], []
+        for i, inputs, scalars, signature, takes_apart in prologue:
+            tensors = [args[k] for k in inputs]
+            numbers = _numbers(args[k] for k in scalars)
+            if scalars:
+                signature = f"{signature}{numbers}"
+            watched = parts(tensors) if takes_apart else tensors
+            looked_at.append((signature, watched))
+            norm = None
+            if may_read != "nothing":
+                norm = kept_in.kept(signature, watched, may_read == "its own", streams)
+            if norm is None:
+                missing.append(_Missing(i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
+            else:
+                values[i] = norm
+        return values, missing, looked_at
 
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
-        if _compat.forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
+        if forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
             # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
             refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
         # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
         # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
         captured = being_captured()
-        # A forward that records gradients within a backward is the recomputation of a checkpointed region.
-        recomputing = reuse == "auto" and recording and in_backward()
-        may_reuse = not captured and (
-            reuse == "step" or recomputing or (reuse == "auto" and few_tokens and not recording)
-        )
-        values: list[Any] = [None] * len(prologue)
-        missing = []
-        for i, inputs, scalars, signature, takes_apart in prologue:
-            tensors = [args[k] for k in inputs]
-            numbers: list[float] = []
-            if scalars:
-                numbers = [
-                    value.item() if isinstance(value, torch.Tensor) else value for value in (args[k] for k in scalars)
-                ]
-                signature = f"{signature}{numbers}"
-            watched = parts(tensors) if takes_apart else tensors
-            norm = kept_in.kept(signature, watched, recomputing) if may_reuse else None
-            if norm is None:
-                missing.append((i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
-            else:
-                values[i] = norm
+        may_read = "nothing" if captured else _may_read(reuse, few_tokens, recording)
+        streams = Streams()
+        inputs = inputs_of(args) if may_read == "anyone's" else None
+        values = together.norms(*inputs, streams) if inputs is not None else None
+        missing: list[_Missing] = []
+        if values is None:
+            values, missing, looked_at = one_by_one(args, may_read, streams)
+            if inputs is not None and not missing:
+                together.remember(*inputs, looked_at)
         if recording and reuse != "step":  # after a recomputation has taken what was kept for it
             kept_in.recorded(args)
         if missing:
-            for_anyone = not captured and (reuse == "step" or (reuse == "auto" and not recording))
-            for_recomputation = not captured and reuse == "auto" and recording and saved_tensors_are_packed()
+            keeps_for = "nobody" if captured else _keeps_for(reuse, recording)
             # Before the norms are computed: a write that comes meanwhile must show afterwards.
             observed = [
-                kept_in.observe(signature, watched, for_recomputation) if for_anyone or for_recomputation else None
+                None if keeps_for == "nobody" else kept_in.observe(signature, watched, keeps_for == "recomputation")
                 for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
             computed = _compute([wanted for _, wanted, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
-                if recording and not for_anyone:
+                if recording and keeps_for != "anyone":
                     kept_in.drop(signature, watched)
-                kept_in.keep(state, norm)
+                kept_in.keep(state, norm, streams)
         if escaping:
             with torch.inference_mode(False), torch.no_grad():
                 for i in escaping:
@@ -118,6 +130,50 @@ def with_prologue(
         return compiled(*args, *values)
 
     return run
+
+
+_Read = Literal["nothing", "anyone's", "its own"]
+"""The norms that a call may take from the store: none, those that serve any forward, those of the forward that it recomputes."""
+
+
+def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
+    if reuse == "step":
+        return "anyone's"
+    if reuse == "auto" and recording and in_backward():
+        return "its own"  # a forward that records gradients within a backward recomputes a checkpointed region
+    return "anyone's" if reuse == "auto" and few_tokens and not recording else "nothing"
+
+
+def _keeps_for(reuse: str, recording: bool) -> Literal["nobody", "anyone", "recomputation"]:
+    """Who may take the norms that a call computes."""
+    if reuse == "step" or (reuse == "auto" and not recording):
+        return "anyone"
+    return "recomputation" if reuse == "auto" and saved_tensors_are_packed() else "nobody"
+
+
+def _inputs(
+    norms: Sequence[tuple[Sequence[int], Sequence[int], bool]],
+) -> Callable[[Sequence[Any]], tuple[list[torch.Tensor], list[float]]]:
+    """Gives all tensors that norms are computed from, of a graph's inputs, and all numbers.
+
+    Args:
+        norms: of each the positions of its tensors and of its numbers, and whether its tensors are taken apart.
+    """
+    whole = {k: None for inputs, _, takes_apart in norms if not takes_apart for k in inputs}
+    apart = {k: None for inputs, _, takes_apart in norms if takes_apart for k in inputs}
+    scalars = {k: None for _, numbers, _ in norms for k in numbers}
+
+    def inputs(args: Sequence[Any]) -> tuple[list[torch.Tensor], list[float]]:
+        tensors = list(map(args.__getitem__, whole))
+        if apart:
+            tensors += parts(list(map(args.__getitem__, apart)))
+        return tensors, _numbers(map(args.__getitem__, scalars))
+
+    return inputs
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return [value.item() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 def _takes_apart(norm: HoistedNorm) -> bool:
@@ -131,7 +187,7 @@ class _Recipe:
 
     Attributes:
         operands: makes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` of the inputs.
-        scale, algorithm: see :func:`dorafx.ops.norm.row_norm`.
+        scale, algorithm, factor_dtype: see :func:`dorafx.ops.norm.row_norm`.
         frozen: the position of the weight among the inputs, and whether it is transposed; None where it is computed.
         makes: whether operands are anything else than the inputs and views of them.
     """
@@ -141,6 +197,7 @@ class _Recipe:
     algorithm: str
     frozen: tuple[int, bool] | None
     makes: bool = False
+    factor_dtype: torch.dtype | None = None
     whole: Callable[..., torch.Tensor] | None = None
     """Computes the norm of a quantised weight, whose operator has other operands."""
 
@@ -160,6 +217,21 @@ class _Wanted(NamedTuple):
     placements: tuple[Any, ...] | None
 
 
+class _Missing(NamedTuple):
+    """A norm that no kept one serves.
+
+    Attributes:
+        place: among the graph's norms.
+        wanted: how it is computed.
+        signature, watched: see :meth:`NormStore.kept`.
+    """
+
+    place: int
+    wanted: _Wanted
+    signature: str
+    watched: list[torch.Tensor]
+
+
 _RECIPES: dict[str, _Recipe] = {}
 
 
@@ -175,7 +247,8 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
             whole = fx.GraphModule(torch.nn.Module(), graph).forward
             _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole=whole)
             return _RECIPES[norm.signature]
-        weight, left, right, scale, *algorithm = output.args
+        weight, left, right, scale, *how = output.args
+        algorithm, factor_dtype = (how[0] if how else "auto"), (how[1] if len(how) > 1 else None)
         graph.output((weight, left, right))
         graph.erase_node(output)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -186,7 +259,7 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
             frozen = inputs.index(weight.args[0]), True
         makes = any(makes_memory(node) for node in graph.nodes)
         operands = fx.GraphModule(torch.nn.Module(), graph).forward
-        _RECIPES[norm.signature] = _Recipe(operands, float(scale), str((*algorithm, "auto")[0]), frozen, makes)  # type: ignore[arg-type]
+        _RECIPES[norm.signature] = _Recipe(operands, float(scale), str(algorithm), frozen, makes, factor_dtype)  # type: ignore[arg-type]
     return _RECIPES[norm.signature]
 
 
@@ -201,15 +274,16 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
     placed: list[Any] = [None] * len(norms)
     groups: dict[Any, list[int]] = {}
     # What a recipe makes has the dtypes that it has outside of autocast, as the rewriter has made sure.
-    with torch.inference_mode(False), torch.no_grad(), _compat.below_autocast():
+    with torch.inference_mode(False), torch.no_grad(), below_autocast():
         for i, n in enumerate(norms):
             if n.recipe.whole is not None:
                 found[i] = n.recipe.whole(*n.tensors, *n.numbers)
             else:
-                groups.setdefault((n.recipe.algorithm, i if n.recipe.makes else None), []).append(i)
-        for (algorithm, _), group in groups.items():
-            lying = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
-            operands = [of for of, _ in lying]
+                key = n.recipe.algorithm, n.recipe.factor_dtype, i if n.recipe.makes else None
+                groups.setdefault(key, []).append(i)
+        for (algorithm, factor_dtype, _), group in groups.items():
+            local = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
+            operands = [of for of, _ in local]
             kept = [
                 _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*of), squares)
                 if algorithm == "factored"
@@ -217,8 +291,8 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
                 for i, of in zip(group, operands)
             ]
             scales = [norms[i].recipe.scale for i in group]
-            results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept)
-            for i, result, (_, how) in zip(group, results, lying):
+            results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept, factor_dtype)
+            for i, result, (_, how) in zip(group, results, local):
                 found[i], placed[i] = result, how
     if not any(placed):
         return found

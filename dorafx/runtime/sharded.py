@@ -82,7 +82,7 @@ def placed_norms(
         if how is None:
             results.append(norm)
             continue
-        lies = tuple(
+        current = tuple(
             p
             if _distributed.is_shard(p, 0)
             else _distributed.partial_norm()
@@ -90,7 +90,7 @@ def placed_norms(
             else _distributed.replicated()
             for dimension, p in enumerate(how.weight)
         )
-        results.append(_distributed.from_parts(norm, how.d_out, how.mesh, lies, placements))
+        results.append(_distributed.from_parts(norm, how.d_out, how.mesh, current, placements))
     return results
 
 

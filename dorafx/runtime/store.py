@@ -14,6 +14,8 @@ A norm is reused only where all of this still holds of every tensor that it was 
 - it serves what it was kept for: a norm of a forward that recorded gradients serves the recomputation of that forward in the
   backward (activation checkpointing) and nothing else.
 
+A stream that reads what another one computes waits for it (:mod:`dorafx.runtime.streams`).
+
 A kept norm is never handed out: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
 
 The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers and the recorded gradients:
@@ -24,7 +26,7 @@ are read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,9 +34,10 @@ import torch
 
 from dorafx.log import NormCounters, rewrite_log
 
+from .streams import Ready, Streams
 from .watch import SAMPLES, Watch, parts, watchable, without_tensor
 
-__all__ = ["NormStore", "Observed", "norm_store"]
+__all__ = ["Entry", "NormStore", "Observed", "norm_store"]
 
 _RECORDED = "a forward recorded gradients"
 # Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
@@ -53,45 +56,57 @@ class Observed:
     recorded: bool
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """``norm`` is None where the memory of a tensor is gone: what is left tells why the norm is computed again."""
+@dataclass(eq=False)
+class Entry:
+    """A norm and what it was computed from. ``norm`` is None where the memory of a tensor is gone, and once the entry serves no more. While the memory alone is gone
+    the entry stays: what is left tells why the norm is computed again. Nothing else of it changes."""
 
     norm: torch.Tensor | None
     watch: Watch
     optimizer_steps: int
     recorded: bool = False
+    ready: Ready | None = None
 
 
 class NormStore:
     """Norms by what they are computed from.
 
-    Thread-safe: entries are replaced whole, never changed. Holds no parameter alive: a norm goes when the memory of the first
+    Thread-safe: of an entry nothing changes but that its norm goes. Holds no parameter alive: a norm goes when the memory of the first
     of its tensors does. What is left of an entry goes, and so does the norm of a tensor that is gone while another has its memory,
     when as many entries again were added.
 
     Args:
         counters: counts what happens.
+
+    Attributes:
+        optimizer_steps: how many any optimizer made. A norm from before the last one is stale.
     """
 
     def __init__(self, counters: NormCounters) -> None:
         self.counters = counters
-        self._entries: dict[Any, _Entry] = {}
-        self._squares: dict[Any, _Entry] = {}
+        self._entries: dict[Any, Entry] = {}
+        self._squares: dict[Any, Entry] = {}
         # By the id of a tensor: the norms that read it and serve any forward. Those that are gone may be among them.
         self._readers: dict[int, set[Any]] = {}
         self._lock = threading.RLock()
         self._purge_at = _FEW_ENTRIES
-        self._steps = 0
+        self.optimizer_steps = 0
         self._watching = False
 
-    def kept(self, signature: str, tensors: Sequence[torch.Tensor], recomputing: bool = False) -> torch.Tensor | None:
+    def kept(
+        self,
+        signature: str,
+        tensors: Sequence[torch.Tensor],
+        recomputing: bool = False,
+        streams: Streams | None = None,
+    ) -> torch.Tensor | None:
         """The norm of these tensors, if there is one that cannot be stale. The caller counts what it reuses.
 
         Args:
             signature: how it is computed.
             tensors: what it is computed from.
             recomputing: whether it is wanted by a forward that records gradients within a backward.
+            streams: of the call that reads it, which wait for the norm where another stream computes it.
         """
         key = (signature, *map(id, tensors))
         entry = self._entries.get(key)
@@ -100,14 +115,31 @@ class NormStore:
         if entry.recorded and not recomputing:
             reason = _RECORDED
         else:
-            reason = "the optimizer stepped" if entry.optimizer_steps != self._steps else entry.watch.change(tensors)
-        if not reason and entry.norm is not None:
+            reason = (
+                "the optimizer stepped"
+                if entry.optimizer_steps != self.optimizer_steps
+                else entry.watch.change(tensors)
+            )
+        norm = entry.norm
+        if not reason and norm is not None:
             if recomputing and not entry.recorded:  # the region's forward, which is reentrant, recorded nothing itself
-                self._entries[key] = replace(entry, recorded=True)
-            return entry.norm
+                self._put(key, replace(entry, recorded=True))
+            if entry.ready is not None and streams is not None:
+                streams.read(norm, entry.ready)
+            return norm
         self.counters.count_invalidated(reason or "a parameter's data was replaced")
-        self._entries.pop(key, None)
+        self._end(key)
         return None
+
+    def entries(self, norms: Iterable[tuple[str, Sequence[torch.Tensor]]]) -> list[Entry] | None:
+        """What is kept of several norms that serve any forward; None if one is not there.
+
+        Args:
+            norms: signature and tensors of each, as for :meth:`kept`.
+        """
+        found = [self._entries.get((signature, *map(id, tensors))) for signature, tensors in norms]
+        entries = [entry for entry in found if entry is not None and not entry.recorded]
+        return entries if len(entries) == len(found) else None
 
     def observe(self, signature: str, tensors: Sequence[torch.Tensor], recorded: bool = False) -> Observed | None:
         """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched.
@@ -120,18 +152,36 @@ class NormStore:
         if not watchable(tensors):
             return None
         key = (signature, *map(id, tensors))
-        return Observed(key, _watch(self._entries, key, tensors), self._steps, recorded)
+        return Observed(key, _watch(self._entries, key, tensors), self.optimizer_steps, recorded)
 
-    def keep(self, observed: Observed | None, norm: torch.Tensor) -> None:
-        """Keep a norm that was computed since; nothing happens if the tensors cannot be watched."""
+    def keep(self, observed: Observed | None, norm: torch.Tensor, streams: Streams | None = None) -> None:
+        """Keep a norm that was computed since; nothing happens if the tensors cannot be watched.
+
+        Args:
+            streams: of the call that computed it, and all others that it keeps.
+        """
         if observed is None:
             return
+        ready = None if streams is None else streams.ready(norm)
         with self._lock:
             self._purge()
             if not observed.recorded:
                 for tensor in observed.key[1:]:
                     self._readers.setdefault(tensor, set()).add(observed.key)
-            self._entries[observed.key] = _Entry(norm, observed.watch, observed.optimizer_steps, observed.recorded)
+            entry = Entry(norm, observed.watch, observed.optimizer_steps, observed.recorded, ready)
+            self._put(observed.key, entry)
+
+    def _put(self, key: Any, entry: Entry) -> None:
+        before, self._entries[key] = self._entries.get(key), entry
+        if before is not None:
+            before.norm = None
+
+    def _end(self, key: Any) -> bool:
+        """Forget an entry, and its norm, whoever else knows the entry; whether there was one."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            entry.norm = None
+        return entry is not None
 
     def _purge(self) -> None:
         """Forget what is left of tensors that are gone, whenever there are twice as many entries as were left last time."""
@@ -141,7 +191,9 @@ class NormStore:
             known = list(entries.items())
             dead = [key for key, entry in known if entry.norm is None]
             for key in (*dead, *without_tensor([(key, entry.watch) for key, entry in known])):
-                entries.pop(key, None)
+                entry = entries.pop(key, None)
+                if entry is not None:
+                    entry.norm = None
         readers: dict[int, set[Any]] = {}
         for key, entry in list(self._entries.items()):
             for tensor in () if entry.recorded else key[1:]:
@@ -173,7 +225,7 @@ class NormStore:
             return entry.norm
         self._watch_optimizers()
         watch = _watch(self._squares, key, [weight], _SQUARE_SAMPLES)
-        entry = _Entry(compute(weight), watch, 0)
+        entry = Entry(compute(weight), watch, 0)
         with self._lock:
             self._purge()
             self._squares[key] = entry
@@ -193,32 +245,37 @@ class NormStore:
                 for key in self._readers.pop(tensor, ()):
                     entry = self._entries.get(key)
                     if entry is not None and not entry.recorded:
-                        dropped += self._entries.pop(key, None) is not None
+                        dropped += self._end(key)
         if dropped:
             self.counters.count_invalidated(_RECORDED, dropped)
 
     def drop(self, signature: str, tensors: Sequence[torch.Tensor]) -> None:
         """Forget the norm of these tensors, if it is kept: a forward records gradients."""
-        entry = self._entries.pop((signature, *map(id, tensors)), None) if self._entries else None
-        if entry is not None and not entry.recorded:
+        key = (signature, *map(id, tensors))
+        entry = self._entries.get(key)
+        if self._end(key) and entry is not None and not entry.recorded:
             self.counters.count_invalidated(_RECORDED)
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
         """Forget every norm that was computed from one of these tensors, or their parts; returns how many."""
         wanted = set(map(id, parts(tensors)))
         stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
+        kept = [entry for entry in map(self._entries.get, stale) if entry is not None]
+        # Without a norm are those of tensors that died, whose id another may have.
+        forgotten = sum(entry.norm is not None for entry in kept)
         for key in stale:
-            self._entries.pop(key, None)
+            self._end(key)
         for square in [key for key in list(self._squares) if key[1] in wanted]:
             self._squares.pop(square, None)
-        if stale:
-            self.counters.count_invalidated("the user invalidated it", len(stale))
-        return len(stale)
+        if forgotten:
+            self.counters.count_invalidated("the user invalidated it", forgotten)
+        return forgotten
 
     def clear(self) -> None:
         """Forget all norms."""
         with self._lock:
-            self._entries.clear()
+            for key in list(self._entries):
+                self._end(key)
             self._squares.clear()
             self._readers.clear()
 
@@ -233,7 +290,7 @@ class NormStore:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            self._steps += 1
+            self.optimizer_steps += 1
             if self._squares:
                 written = {id(p) for group in optimizer.param_groups for p in group["params"]}
                 for key in [key for key in list(self._squares) if key[1] in written]:
@@ -243,14 +300,14 @@ class NormStore:
 
 
 def _watch(
-    entries: dict[Any, _Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
+    entries: dict[Any, Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
 ) -> Watch:
     """What the tensors are; the norm of their entry goes when the memory of one does."""
 
     def forget(_: Any) -> None:
         entry = entries.get(key)
         if entry is not None:
-            entries[key] = replace(entry, norm=None)
+            entry.norm = None
 
     return Watch(tensors, forget, samples)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import operator
 import sys
 import weakref
 from collections import Counter
@@ -13,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from dorafx._compat.distributed import fully_sharded_process
-from dorafx._compat.tensors import Geometry, is_wrapper, weak_storage, wrapped
+from dorafx._compat.tensors import Geometry, is_wrapper, version_of, weak_storage, wrapped
 
-__all__ = ["SAMPLES", "TensorState", "Watch", "parts", "watchable", "without_tensor"]
+__all__ = ["SAMPLES", "TensorState", "Watch", "WatchedTogether", "parts", "watchable", "without_tensor"]
 
 SAMPLES = 8
 
@@ -45,7 +46,7 @@ class TensorState:
             self.reference = weakref.ref(tensor, on_death)
         else:
             self.attributes = tensor.__dict__
-        self.version = tensor._version
+        self.version = version_of(tensor)
         self.pointer = tensor.data_ptr()
         self.storage = weak_storage(tensor, on_death)
         self.storage_size = tensor.untyped_storage().nbytes()
@@ -55,7 +56,7 @@ class TensorState:
         """What differs now, but for the geometry; empty if nothing does."""
         if tensor.__dict__ is not self.attributes and (self.reference is None or self.reference() is not tensor):
             return "another parameter"
-        if tensor._version != self.version:
+        if version_of(tensor) != self.version:
             return "a parameter was written"
         storage = tensor.untyped_storage()
         if self.storage() is not storage or tensor.data_ptr() != self.pointer or storage.nbytes() != self.storage_size:
@@ -92,6 +93,72 @@ class Watch:
                 return reason
         # `p.data = p.data.t()` has the same memory and the same version.
         return "" if self.geometry.holds(tensors) else "a parameter's shape, strides or dtype changed"
+
+
+_attributes_of = operator.attrgetter("__dict__")
+_attributes_seen = operator.attrgetter("attributes")
+
+
+class WatchedTogether:
+    """That tensors still are what their states say, of hundreds at a time.
+
+    Asks what :meth:`Watch.change` asks, a question of all tensors at once: it runs no Python a tensor, which is most of what a
+    decoding step costs the host. So it cannot say which of them changed, and how.
+
+    Whoever holds one has to know when the memory of one of the tensors is gone: storages are told apart by their address here.
+
+    Args:
+        tensors: each once.
+        states: of each.
+    """
+
+    __slots__ = (
+        "_alike",
+        "_geometry",
+        "_pointers",
+        "_referenced",
+        "_samples",
+        "_states",
+        "_storages",
+        "_versions",
+        "_views",
+    )
+
+    def __init__(self, tensors: Sequence[torch.Tensor], states: Sequence[TensorState]) -> None:
+        self._geometry = Geometry(tensors)
+        self._states = states
+        self._alike = [k for k, state in enumerate(states) if state.reference is None]
+        self._referenced = [(k, state.reference) for k, state in enumerate(states) if state.reference is not None]
+        if self._referenced:
+            self._states = [states[k] for k in self._alike]
+        self._versions = [state.version for state in states]
+        self._pointers = [state.pointer for state in states]
+        self._storages = [id(state.storage()) for state in states]
+        self._views = [view for state in states for view, _ in state.samples]
+        self._samples = [sample for state in states for _, sample in state.samples]
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing differs.
+
+        Args:
+            tensors: in the order in which they were given.
+        """
+        if list(map(version_of, tensors)) != self._versions:
+            return False
+        alike: Iterable[torch.Tensor] = tensors
+        if self._referenced:
+            if not all(reference() is tensors[k] for k, reference in self._referenced):
+                return False
+            alike = map(tensors.__getitem__, self._alike)
+        # A state holds the dictionary, this holds the states: whose tensor is gone is told by counting who holds a dictionary.
+        if not all(map(operator.is_, map(_attributes_of, alike), map(_attributes_seen, self._states))):
+            return False
+        if list(map(torch.Tensor.data_ptr, tensors)) != self._pointers:
+            return False
+        if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != self._storages:
+            return False
+        # From here on the memory is known to be the tensors' still.
+        return self._views == self._samples and self._geometry.holds(tensors)
 
 
 class _Alone:

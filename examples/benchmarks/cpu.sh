@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that dorafx claims of a CPU, in fp32, each part into a JSON file of its own, and the page of them all:
 #
-#     examples/benchmarks/cpu.sh [FOLDER] [PART...]      parts: demo norm compose layer model generate memory compile pass parity
+#     examples/benchmarks/cpu.sh [FOLDER] [PART...]      parts: demo norm compose layer model generate memory compile host pass parity
 #
 # PYTHON (default python). FOLDER is results beside this script by default. All parts but parity take about an hour on two idle
 # cores; on busy ones they are worth nothing. A part that fails does not stop the rest.
@@ -10,7 +10,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 folder=${1:-$here/results}
 shift || true
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(demo norm compose layer model generate memory compile pass parity)
+[ ${#parts[@]} -gt 0 ] || parts=(demo norm compose layer model generate memory compile host pass parity)
 mkdir -p "$folder"
 python=${PYTHON:-python}
 status=0
@@ -42,10 +42,11 @@ for part in "${parts[@]}"; do
             bench compile compile --layers 4 --against lora "${small[@]}"
             bench compile-scope-auto compile --scope auto --layers 4 16 64 --against none "${small[@]}"
             ;;
+        host) bench host host --rounds 4 --seconds 1 ;;
         pass) bench pass pass --rounds 1 ;;
         parity) "$python" "$here/parity.py" --rate 2e-4 --out "$folder/cpu-parity.json" || status=1 ;;
         *)
-            echo "cpu.sh: unknown part $part; parts are demo, norm, compose, layer, model, generate, memory, compile, pass, parity" >&2
+            echo "cpu.sh: unknown part $part; parts are demo, norm, compose, layer, model, generate, memory, compile, host, pass, parity" >&2
             exit 2
             ;;
     esac

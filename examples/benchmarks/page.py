@@ -1,8 +1,10 @@
-"""Write results/RESULTS.md from the JSON files beside it: what is reached of what dorafx wants to reach, then every figure.
+"""Write results/RESULTS.md from the JSON files beside it: what is reached of what dorafx wants to reach, then every figure; and the
+part of README.md that says what was measured on a GPU. Whatever is there is told; what is not there is unmeasured.
 
-    python examples/benchmarks/page.py [FOLDER]
+    python examples/benchmarks/page.py [FOLDER] [--readme FILE]
 
-The files are what ``examples/benchmarks/cpu.sh`` and ``gpu.sh`` leave: ``dorafx bench -o``, ``dorafx demo`` and ``parity.py``.
+The files are what ``examples/benchmarks/cpu.sh`` and ``dorafx bench gpu`` leave: ``dorafx bench -o``, ``dorafx demo`` and
+``parity.py``. README.md is written only for the folder of this repository, or where it is named.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ from dorafx.bench.results import Results, Row
 from dorafx.bench.table import human, markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
+README = RESULTS.parents[2] / "README.md"
 
 HEAD = """# Measured
 
 Written by `python examples/benchmarks/page.py` from the JSON files beside this page, which `examples/benchmarks/cpu.sh` measures: two
-cores of a shared virtual machine, so single medians scatter by a tenth or more; the quartiles say how much. Nothing has been measured
-on a GPU: `examples/benchmarks/gpu.sh` does that.
+cores of a shared virtual machine, so single medians scatter by a tenth or more; the quartiles say how much. What is measured on a
+GPU, `dorafx bench gpu` measures.
 """
+
+BEGIN = "<!-- measured on a GPU: written by python examples/benchmarks/page.py -->"
+END = "<!-- end of what was measured on a GPU -->"
+NOTHING = "Nothing has been measured on a GPU; `dorafx bench gpu --budget 300` does that."
 
 
 class Verdict(NamedTuple):
@@ -38,24 +45,48 @@ UNMEASURED = Verdict("", None)
 
 
 def rows(files: Files, suite: str, name: str, case: str = "") -> list[Row]:
-    """The rows of a suite's implementation, of all files (of one case: where its name begins so)."""
+    """The rows of a suite's implementation, of all files, of dense weights and factors like them (of one case: where its name
+    begins so)."""
     found = [row for results in files.values() if isinstance(results, Results) for row in results.rows]
-    dense = [row for row in found if row.parameters.get("weights", "dense") == "dense"]
+    dense = [r for r in found if r.parameters.get("weights", "dense") == "dense" and "factors" not in r.parameters]
     return [r for r in dense if (r.suite, r.name) == (suite, name) and r.case.startswith(case) and not r.error]
+
+
+def ratios(files: Files, suite: str, metric: str, peer: str) -> dict[str, float]:
+    """By case, dorafx's median over a peer's: both of one run, the last one that has the case. ``metric`` is how its name begins."""
+    found: dict[str, float] = {}
+    runs = [(stem, content) for stem, content in files.items() if isinstance(content, Results)]
+    for stem, results in sorted(runs, key=lambda run: run[1].environment.get("time", "")):
+        medians: list[dict[str, float]] = [
+            {
+                row.case: figure.median
+                for row in rows({stem: results}, suite, name)
+                for key, figure in row.metrics.items()
+                if key == metric or (key.startswith(f"{metric}, ") and not key.endswith(", host"))
+            }
+            for name in ("dorafx", peer)
+        ]
+        ours, theirs = medians
+        found.update({case: ours[case] / theirs[case] for case in ours if case in theirs})
+    return found
 
 
 def ratio(files: Files, suite: str, metric: str, peer: str, most: float, least: float = 0.0) -> Verdict:
     """dorafx's median over a peer's (with ``least``: the peer's over dorafx's), the worst of all cases."""
-    ours = {row.case: row.metrics[metric].median for row in rows(files, suite, "dorafx") if metric in row.metrics}
-    theirs = {row.case: row.metrics[metric].median for row in rows(files, suite, peer) if metric in row.metrics}
-    shared = ours.keys() & theirs.keys()
-    if not shared:
+    found = ratios(files, suite, metric, peer).values()
+    if not found:
         return UNMEASURED
+    worst = max(found)
     if least:
-        fewest = min(theirs[case] / ours[case] for case in shared)
-        return Verdict(f"{fewest:.1f}x", fewest >= least)
-    worst = max(ours[case] / theirs[case] for case in shared)
+        return Verdict(f"{1 / worst:.1f}x", 1 / worst >= least)
     return Verdict(f"{worst:.2f}x", worst <= most)
+
+
+def cosine(files: Files, least: float) -> Verdict:
+    """Of all models, the least cosine of dorafx's logits and stock PEFT's."""
+    figures = [row.metrics.get("cosine of logits") for row in rows(files, "model", "dorafx")]
+    found = [figure.median for figure in figures if figure is not None]
+    return Verdict(f"{min(found):.6f}", min(found) > least) if found else UNMEASURED
 
 
 def at_most(files: Files, suite: str, metric: str, case: str, most: float) -> Verdict:
@@ -176,7 +207,10 @@ GPU: dict[str, tuple[str, Callable[[Files], Verdict]]] = {
         "at least 4x faster",
         lambda f: ratio(f, "model", "prefill", "peft", 0, 4),
     ),
-    "the same, gradients": ("at least 3x faster", lambda f: ratio(f, "model", "training step", "peft", 0, 3)),
+    "the same, gradients of 8 micro-batches": (
+        "at least 3x faster",
+        lambda f: ratio(f, "model", "gradients", "peft", 0, 3),
+    ),
     "one token, against stock PEFT": ("at least 8x faster", lambda f: ratio(f, "decode", "one token", "peft", 0, 8)),
     "training step, against plain LoRA": ("at most 1.08x", lambda f: ratio(f, "model", "training step", "lora", 1.08)),
     "prefill, against plain LoRA": ("at most 1.12x", lambda f: ratio(f, "model", "prefill", "lora", 1.12)),
@@ -187,22 +221,132 @@ GPU: dict[str, tuple[str, Callable[[Files], Verdict]]] = {
     ),
     "peak memory of a training step, 32B-shaped, against plain LoRA": (
         "at most 1.02x",
-        lambda f: ratio(f, "memory", "peak", "lora", 1.02),
+        lambda f: ratio(f, "model", "peak", "lora", 1.02),
     ),
+    "logits beside stock PEFT's: cosine": ("more than 0.9999", lambda f: cosine(f, 0.9999)),
 }
 
 
+WORDS = {True: "reached", False: "not reached", None: "unmeasured"}
+
+
+def measured_on(files: Files, cuda: bool) -> Files:
+    """What was measured on a kind of device, without dry runs, whose sizes say nothing."""
+    found: Files = {}
+    for stem, content in files.items():
+        if isinstance(content, Results):
+            if content.settings.get("quick") or str(content.settings.get("device", "cpu")).startswith("cuda") != cuda:
+                continue
+        elif cuda:
+            continue
+        found[stem] = content
+    return found
+
+
 def targets(files: Files) -> Iterable[str]:
-    """A table for each kind of device; its figures come from the files that are named after it."""
-    words = {True: "reached", False: "not reached", None: "unmeasured"}
-    for kind, title, wanted in (("cpu-", "on a CPU, 2 cores, fp32", CPU), ("gpu-", "on a CUDA GPU", GPU)):
-        of_kind = {stem: content for stem, content in files.items() if stem.startswith(kind)}
+    """A table for each kind of device."""
+    for cuda, title, wanted in ((False, "on a CPU, 2 cores, fp32", CPU), (True, "on a CUDA GPU, bf16", GPU)):
+        of_kind = measured_on(files, cuda)
         yield f"| {title} | wanted | measured | |"
         yield "|---|---|---|---|"
         for what, (want, measure) in wanted.items():
             verdict = measure(of_kind)
-            yield f"| {what} | {want} | {verdict.measured} | {words[verdict.reached]} |"
+            yield f"| {what} | {want} | {verdict.measured} | {WORDS[verdict.reached]} |"
         yield ""
+
+
+NAMES = {
+    "dorafx": "dorafx", "lora": "plain LoRA", "merged": "merged", "peft": "PEFT", "peft-inductor": "PEFT, Inductor",
+    "dense": "dense `B·A`", "chunked": "factored chunks", "paper": "fork of arXiv:2603.22276", "axolotl": "axolotl's kernel",
+    "product": "`W·Aᵀ` alone",
+}  # fmt: skip
+"""Implementations, in the order of a table's columns."""
+SHOWN = ("time", "forward", "forward + backward", "prefill", "training step", "gradients", "peak", "one token")
+"""How the names of the figures begin that README.md shows."""
+
+
+def on_a_gpu(files: Files) -> Iterable[str]:
+    """What README.md says of GPUs: verdicts, then a line for each figure of each case, a column for each implementation."""
+    measured = measured_on(files, cuda=True)
+    if not measured:
+        yield NOTHING
+        return
+    cards = dict.fromkeys(content.environment.get("device", "") for content in measured.values())
+    versions = dict.fromkeys(
+        f"torch {content.environment['versions'].get('torch', '?')}, Triton {content.environment['versions'].get('triton', '?')}"
+        for content in measured.values()
+    )
+    yield (
+        f"On {' and '.join(cards)} ({'; '.join(versions)}), bf16, as `dorafx bench gpu` measured it; ratios are taken within one run "
+        "([every figure](examples/benchmarks/results/RESULTS.md)):"
+    )
+    yield from ("", "| | measured | wanted |", "|---|---|---|")
+    verdicts = {what: (want, measure(measured)) for what, (want, measure) in GPU.items()}
+    for what, (want, verdict) in verdicts.items():
+        if verdict.reached is not None:
+            yield f"| {what} | {verdict.measured} | {want}: {WORDS[verdict.reached]} |"
+    unmeasured = [what for what, (_, verdict) in verdicts.items() if verdict.reached is None]
+    if unmeasured:
+        yield from ("", f"Not measured: {'; '.join(unmeasured)}.")
+    for peer, said in (("dorafx", "DoRA through dorafx"), ("peft", "stock PEFT's DoRA")):
+        told = list(over_lora(measured, peer))
+        if told:
+            yield from ("", f"{said} takes over plain LoRA: {'; '.join(told)}.")
+    for content in measured.values():
+        yield from table_of(content)
+
+
+def over_lora(files: Files, name: str) -> Iterable[str]:
+    """``+x %`` over plain LoRA, of the model of users."""
+    for metric in ("one token", "training step"):
+        for case, mine in ratios(files, "overhead", metric, "lora").items():
+            theirs = ratios(files, "overhead", metric, name).get(case) if name != "dorafx" else 1.0
+            if theirs:
+                yield f"{metric} {mine / theirs - 1:+.1%} ({case})"
+
+
+def table_of(results: Results) -> Iterable[str]:
+    """The medians of one run."""
+    shown = [row for row in results.rows if row.metrics and row.suite != "tune"]
+    lines = dict.fromkeys(
+        (row.suite, row.case, metric)
+        for row in shown
+        for metric in row.metrics
+        if any(metric == name or metric.startswith(f"{name}, ") for name in SHOWN) and not metric.endswith(", host")
+    )
+    names = [name for name in NAMES if any(row.name == name for row in shown)]
+    if not lines or not names:
+        return
+    yield from ("", f"| | {' | '.join(NAMES[name] for name in names)} |", f"|---|{'---:|' * len(names)}")
+    for suite, case, metric in lines:
+        cells = []
+        for name in names:
+            found = [row.metrics.get(metric) for row in shown if (row.suite, row.case, row.name) == (suite, case, name)]
+            figure = next((f for f in found if f is not None), None)
+            cells.append("" if figure is None else human(figure.median, figure.unit))
+        yield f"| {suite} {case}: {metric} | {' | '.join(cells)} |"
+
+
+def with_region(text: str, lines: Iterable[str]) -> str:
+    """A text whose marked region holds the lines.
+
+    Raises:
+        ValueError: the marks are not there, each once and in their order.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in after or END in after:
+        raise ValueError(f"there is no region between {BEGIN} and {END}")
+    return "\n".join([before + BEGIN, *lines, END + after])
+
+
+def read(folder: Path) -> Files:
+    """The JSON files of a folder, by their names without the ending."""
+    files: Files = {}
+    for path in sorted(folder.glob("*.json")):
+        text = path.read_text(encoding="utf-8")
+        files[path.stem] = Results.from_json(text) if '"dorafx bench"' in text[:200] else json.loads(text)
+    return files
 
 
 def section(title: str, said: str, heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> Iterable[str]:
@@ -247,10 +391,7 @@ def parity(document: dict[str, Any]) -> Iterable[str]:
 
 def page(folder: Path) -> str:
     """The page's text."""
-    files: Files = {}
-    for path in sorted(folder.glob("*.json")):
-        text = path.read_text(encoding="utf-8")
-        files[path.stem] = Results.from_json(text) if '"dorafx bench"' in text[:200] else json.loads(text)
+    files = read(folder)
     lines = [HEAD, *targets(files)]
     for stem, content in files.items():
         if isinstance(content, Results):
@@ -266,9 +407,17 @@ def main() -> int:
     parser.add_argument(
         "folder", type=Path, nargs="?", default=RESULTS, help="where the JSON files are (default: results)"
     )
-    folder = parser.parse_args().folder
+    parser.add_argument(
+        "--readme", type=Path, help="where its marked region is written (default: this repository's README.md)"
+    )
+    options = parser.parse_args()
+    folder: Path = options.folder
     (folder / "RESULTS.md").write_text(page(folder), encoding="utf-8")
     print(f"{folder / 'RESULTS.md'} is written")
+    readme: Path | None = options.readme or (README if folder.resolve() == RESULTS else None)
+    if readme is not None:
+        readme.write_text(with_region(readme.read_text(encoding="utf-8"), on_a_gpu(read(folder))), encoding="utf-8")
+        print(f"{readme} is written")
     return 0
 
 

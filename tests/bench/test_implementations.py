@@ -103,6 +103,49 @@ def test_every_adapter_has_the_models_dtype() -> None:
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
 
 
+def test_under_autocast_adapters_are_fp32_and_products_are_not() -> None:
+    """PEFT's default, ``autocast_adapter_dtype``: a base in bf16, adapters in fp32."""
+    asked = Task("peft", {}, Clock("cpu", 0), torch.bfloat16, autocast=True)
+    model = build_model(asked, Size(64, 1, 4, 8))
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
+    seen: list[torch.dtype] = []
+    layer = next(m for name, m in model.named_modules() if name.endswith("lora_A.default"))
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    loss = asked.compiled(model)(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+    loss.backward()
+    assert torch.bfloat16 in seen  # the identity that PEFT sends through may be of another dtype
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_checkpointed_model_is_one_graph() -> None:
+    asked = Task("peft", {}, Clock("cpu", 0), torch.float32, checkpointing=True)
+    model = build_model(asked, Size(64, 1, 4, 8)).train()
+    ids = torch.arange(8)[None]
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    dorafx.optimize(torch.nn.Linear(2, 2))  # installs the polyfills
+    torch.compile(model, backend=keep, fullgraph=True, dynamic=False)(input_ids=ids, labels=ids).loss.backward()
+    (graph,) = graphs
+    assert "tag_activation_checkpoint" in str(graph.graph)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_against_fp64(dtype: torch.dtype) -> None:
+    weight, left, right = (t.to(dtype) for t in operands(1030, 40, 3))
+    exact = torch.linalg.norm(weight.double() + 0.7 * (left.double() @ right.double()), dim=1)
+    assert norms.largest_error(exact, weight, left, right, 0.7) < 1e-15
+    exact[1029] *= 1.25
+    assert norms.largest_error(exact, weight, left, right, 0.7) == pytest.approx(0.25)
+    found = norms.product(weight, left, right, 0.7)
+    torch.testing.assert_close(found.double(), weight.double() @ right.double().T, rtol=0.02, atol=0.1)
+
+
 @pytest.mark.parametrize("compose", ["auto", "epilogue"])
 def test_the_way_of_composing_reaches_the_compiler(compose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []

@@ -42,6 +42,21 @@ def test_table_as_markdown(file: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert lines.count("### norm") == 1
 
 
+def test_what_is_to_be_said_of_a_row_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = sample()
+    results.rows[0].note = "without a kernel"
+    results.rows[1].metrics, results.rows[1].left_out = {}, "no time"
+    path = tmp_path / "run.json"
+    results.write(path)
+    assert Results.read(path) == results
+    assert main(["bench", "--table", str(path), "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 8x8 r2 | note: without a kernel | dorafx | | | | |" in lines
+    assert "| 8x8 r2 | left out: no time | peft | | | | |" in lines
+    assert main(["bench", "--table", str(path)]) == 0
+    assert "dorafx note: without a kernel" in capsys.readouterr().out
+
+
 def test_table_as_json(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--table", str(file), "--json"]) == 0
     assert Results.from_json(capsys.readouterr().out) == sample()

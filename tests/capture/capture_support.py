@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dorafx._compat import lookup_backend
+from dorafx._compat.dynamo import lookup_backend
 
 SITES = 7
 """Linear layers of one Llama decoder layer."""

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dorafx import _compat
+from dorafx._compat.inductor import has_cpp_compiler
 
 
 @pytest.fixture(autouse=True)
 def _uncached() -> Iterator[None]:
-    _compat.has_cpp_compiler.cache_clear()
+    has_cpp_compiler.cache_clear()
     yield
-    _compat.has_cpp_compiler.cache_clear()
+    has_cpp_compiler.cache_clear()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows looks for cl by other means")
@@ -27,10 +27,10 @@ class TestSearch:
         compiler.write_text("#!/bin/sh\nexit 0\n")
         compiler.chmod(0o755)
         with torch._inductor.config.patch("cpp.cxx", (None, str(compiler))):
-            assert _compat.has_cpp_compiler() is True
+            assert has_cpp_compiler() is True
         # The answer is kept: the search starts a process each time.
         compiler.unlink()
-        assert _compat.has_cpp_compiler() is True
+        assert has_cpp_compiler() is True
 
     @pytest.mark.parametrize("kind", ["missing", "failing", "a directory"])
     def test_finds_none(self, tmp_path: Path, kind: str) -> None:
@@ -41,9 +41,9 @@ class TestSearch:
         elif kind == "a directory":
             compiler.mkdir()
         with torch._inductor.config.patch("cpp.cxx", (None, str(compiler))):
-            assert _compat.has_cpp_compiler() is False
+            assert has_cpp_compiler() is False
 
     @pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here")
     def test_finds_the_compiler_of_this_machine(self) -> None:
         with torch._inductor.config.patch("cpp.cxx", (None, "g++")):
-            assert _compat.has_cpp_compiler() is True
+            assert has_cpp_compiler() is True

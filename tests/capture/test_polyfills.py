@@ -46,7 +46,7 @@ class Hqq(nn.Module):
         return self.W_q * 0.5
 
 
-class Quantised(torch.Tensor):
+class Quantized(torch.Tensor):
     def dequantize(self) -> torch.Tensor:
         return self * 7
 
@@ -74,7 +74,7 @@ def forget_imports(name: str) -> None:
 
 
 @pytest.fixture
-def _quantisers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _quantizers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As much of bitsandbytes and torchao as PEFT sees."""
 
     def dequantize_4bit(data: torch.Tensor, state: Any) -> torch.Tensor:
@@ -90,7 +90,7 @@ def _quantisers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         dequantize_4bit=dequantize_4bit, int8_vectorwise_dequant=int8_vectorwise_dequant
     )
     monkeypatch.setitem(sys.modules, "bitsandbytes", module)
-    monkeypatch.setattr(Quantised, "__module__", "torchao.dtypes")
+    monkeypatch.setattr(Quantized, "__module__", "torchao.dtypes")
     forget_imports("bitsandbytes")
     yield
     forget_imports("bitsandbytes")
@@ -110,7 +110,7 @@ BRANCHES: dict[str, Callable[[], nn.Module]] = {
     "parameter": lambda: Plain(nn.Parameter(weight())),
     "own parameter class": lambda: Plain(Custom(weight())),
     "HQQ": Hqq,
-    "torchao": lambda: Plain(weight().as_subclass(Quantised)),
+    "torchao": lambda: Plain(weight().as_subclass(Quantized)),
     "bare tensor": lambda: Plain(weight()),
     "4 bit": lambda: Plain(Params4bit(weight())),
     "8 bit": eight_bit,
@@ -118,7 +118,7 @@ BRANCHES: dict[str, Callable[[], nn.Module]] = {
 CHANGED = {"HQQ": weight() * 0 + 2.5, "torchao": weight() * 7, "4 bit": weight() * 3}
 
 
-@pytest.mark.usefixtures("_quantisers")
+@pytest.mark.usefixtures("_quantizers")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_dequantize_equals_the_original(branch: str) -> None:
     expected_module, module = BRANCHES[branch](), BRANCHES[branch]()
@@ -134,7 +134,7 @@ def test_dequantize_equals_the_original(branch: str) -> None:
         assert module.state.SCB is module.weight.SCB  # the original remembers the scales in the state
 
 
-@pytest.mark.usefixtures("_quantisers")
+@pytest.mark.usefixtures("_quantizers")
 @pytest.mark.parametrize("branch", BRANCHES)
 def test_dequantize_is_traced_in_the_place_of_the_original(branch: str) -> None:
     module, graphs = BRANCHES[branch](), Graphs()

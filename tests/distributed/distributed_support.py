@@ -63,7 +63,7 @@ def launch_once(worker: str, factory: pytest.TempPathFactory, *arguments: str) -
 
 
 def run(command: list[str], results: Path, timeout: int) -> dict[str, Any]:
-    paths = [str(HERE), str(HERE.parent), str(HERE.parent / "integration"), os.environ.get("PYTHONPATH", "")]
+    paths = [str(HERE), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
     loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
     environment = {**os.environ, **loopback, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(

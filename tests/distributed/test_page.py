@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from distributed_support import SITES, STEPS, check, launch
+from pages import is_current
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -21,8 +22,13 @@ def _costs() -> Any:
     return module
 
 
+@pytest.mark.page
 def test_the_page_holds_what_the_script_prints() -> None:
-    assert (EXAMPLES / "distributed.md").read_text().endswith(_costs().tables(rank=16, tokens=8192) + "\n")
+    page, tables = EXAMPLES / "distributed.md", _costs().tables(rank=16, tokens=8192)
+    written = page.read_text(encoding="utf-8")
+    head = tables.split("\n", 1)[0]
+    assert written.count(f"\n{head}\n") == 1
+    is_current(page, written[: written.index(f"\n{head}\n") + 1] + tables + "\n")
 
 
 def test_parameters_are_counted_as_peft_makes_them() -> None:

@@ -100,7 +100,7 @@ def zero3() -> dict[str, Any]:
         return {"output": relative(compiled(batch(0)), adapted(batch(0))), **seen()}
 
 
-def quantised() -> dict[str, Any]:
+def in_four_bits() -> dict[str, Any]:
     """A base in 4 bits: what is trained has the gradients of stock in both processes."""
     stock, adapted = (quantized("nf4").train() for _ in range(2))
     calls = wrapped(stock), _outer(adapted, "eager")
@@ -124,7 +124,7 @@ MORE = {
     "modules checkpointed": lambda: train("modules", checkpointed=True),
     "explained": explained,
     "zero3": zero3,
-    "quantised": quantised,
+    "quantised": in_four_bits,
 }
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ import json, sys
 import torch
 from torch._dynamo.utils import counters
 from integration_support import call, dora_sites, peft_perceptron, run
-from dorafx import _compat, rewrite_log
+from dorafx import rewrite_log
+from dorafx._compat import inductor
 
 settings = json.loads(sys.argv[1])
 if settings["source_hash"]:
-    _compat.source_hash = lambda: settings["source_hash"]
+    inductor.source_hash = lambda: settings["source_hash"]
 model = peft_perceptron().train()
 expected = run(model, lambda: call(model, model))
 found = []
@@ -56,7 +57,9 @@ def _process(cache: Path, *options: dict[str, Any], source_hash: str = "") -> li
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     settings = json.dumps({"options": list(options) or [{}], "source_hash": source_hash})
     done = subprocess.run(

@@ -10,14 +10,14 @@ from integration_support import assert_close, assert_same_run, call, check_model
 from torch import fx
 
 from dorafx import codegen, rewrite_log
-from dorafx.ops.triton import dispatch
+from dorafx.ops import dispatch
 
 
 @pytest.fixture
 def kernels_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan as for a CUDA device; the operators of the kernels then compute on the CPU, by ATen calls."""
     monkeypatch.setattr(dispatch, "runs_kernels", lambda device, *dtypes: torch.float64 not in dtypes)
-    monkeypatch.setattr("dorafx.kernels.runs_kernels", lambda device, *dtypes: torch.float64 not in dtypes)
+    monkeypatch.setattr("dorafx.plan.kernel.runs_kernels", lambda device, *dtypes: torch.float64 not in dtypes)
     monkeypatch.setattr(dispatch, "_served", lambda *a: False)
     monkeypatch.setattr(dispatch, "_served_linear", lambda *a: False)
 
@@ -175,3 +175,33 @@ def test_in_place_values() -> None:
         written = result.clone()
         torch.ops.dorafx.compose_delta_(written, base, lora, g, 1.3)
         assert torch.equal(written, torch.ops.dorafx.compose_delta(result, base, lora, g, 1.3, dtype))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_functionalize(grad: bool) -> None:
+    """What is written over in a graph that runs as it stands is taken apart by ``torch.func.functionalize``, as an operator of ATen is."""
+    W, A, B, m = torch.randn(4, 5), torch.randn(2, 5), torch.randn(4, 2).requires_grad_(), torch.rand(4)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        low = torch.nn.functional.linear(torch.nn.functional.linear(x, A), B)
+        return m / (W + 0.5 * (B @ A)).norm(dim=1) * (torch.nn.functional.linear(x, W) + 0.5 * low)
+
+    x = torch.randn(3, 5)
+    call = torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.func.functionalize(call)(x), layer(x))
+    assert rewrite_log().rewrites
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_the_writing_operators_are_compiled(backend: str) -> None:
+    base, lora, g, bias = torch.randn(3, 4), torch.randn(3, 4), torch.rand(4), torch.randn(4)
+
+    def both(base: torch.Tensor, result: torch.Tensor) -> torch.Tensor:
+        torch.ops.dorafx.compose_(base, lora, g, bias, 1.3)
+        torch.ops.dorafx.compose_delta_(result, base, lora, g, 1.3)
+        return base + result
+
+    wanted, got = ([base.clone(), lora.clone()] for _ in range(2))
+    torch.testing.assert_close(torch.compile(both, backend=backend)(*got), both(*wanted))
+    torch.testing.assert_close(got, wanted)

@@ -12,6 +12,7 @@ from integration_support import (
     assert_all_rewritten,
     assert_close,
     assert_same_run,
+    captured_graph,
     compile_eagerly,
     dora_sites,
     peft_model,
@@ -21,17 +22,17 @@ from integration_support import (
 )
 from torch import fx, nn
 
-import dorafx.backend
 import dorafx.match.matcher
-from dorafx import DorafxWarning, RewriteMissError, _compat, codegen, rewrite_log
+import dorafx.pipeline
+from dorafx import DorafxWarning, RewriteMissError, codegen, rewrite_log
 from dorafx.lift import Lifter
 from dorafx.options import Options
 
 STATIONS = {
     "lift": (dorafx.match.matcher, "Lifter"),
-    "match": (dorafx.backend, "match_graph"),
-    "plan": (dorafx.backend, "make_plan"),
-    "rewrite": (dorafx.backend, "apply_plan"),
+    "match": (dorafx.pipeline, "match_graph"),
+    "plan": (dorafx.pipeline, "make_plan"),
+    "rewrite": (dorafx.pipeline, "apply_plan"),
 }
 
 
@@ -116,7 +117,7 @@ def test_failure_after_a_body_was_rewritten_is_no_rewrite_in_the_log(monkeypatch
         return torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
 
     calls = 0
-    original = dorafx.backend.match_graph
+    original = dorafx.pipeline.match_graph
 
     def fail_on_the_outer_graph(graph: fx.Graph, *rest: Any) -> Any:
         nonlocal calls
@@ -131,7 +132,7 @@ def test_failure_after_a_body_was_rewritten_is_no_rewrite_in_the_log(monkeypatch
     assert len(rewrite_log().rewrites) == 2
     torch._dynamo.reset()
     rewrite_log().clear()
-    monkeypatch.setattr(dorafx.backend, "match_graph", fail_on_the_outer_graph)
+    monkeypatch.setattr(dorafx.pipeline, "match_graph", fail_on_the_outer_graph)
     with pytest.warns(DorafxWarning, match="outer graph"):
         assert_same_run(run(model, lambda: _compile(checkpointed)(x)), expected)
     assert calls > 1
@@ -158,7 +159,7 @@ def test_what_cannot_be_rewritten_stays_right() -> None:
 def test_strict_names_the_first_miss(monkeypatch: pytest.MonkeyPatch) -> None:
     from dorafx.match import Reason
 
-    original = dorafx.backend.match_graph
+    original = dorafx.pipeline.match_graph
 
     def refuse_all(graph: fx.Graph, *rest: Any) -> Any:
         matches = original(graph, *rest)
@@ -168,7 +169,7 @@ def test_strict_names_the_first_miss(monkeypatch: pytest.MonkeyPatch) -> None:
         matches.compositions = []
         return matches
 
-    monkeypatch.setattr(dorafx.backend, "match_graph", refuse_all)
+    monkeypatch.setattr(dorafx.pipeline, "match_graph", refuse_all)
     model, x = peft_perceptron(), torch.randn(3, 24)
     with pytest.raises(Exception, match="not on a Sunday") as caught:
         _compile(model, **{"dorafx.strict": True})(x)
@@ -206,11 +207,11 @@ def test_wrong_option(wrong: dict[str, Any], named: list[str]) -> None:
 def test_inductors_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[tuple[str | None, dict[str, Any]]] = []
 
-    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], _: Any) -> Any:
         received.append((mode, options))
         return gm.forward
 
-    monkeypatch.setattr(_compat, "compile_with_inductor", compile_with_inductor)
+    monkeypatch.setattr(codegen, "compile_with_inductor", compile_with_inductor)
     model, x = peft_perceptron(), torch.randn(3, 24)
     options = {"dorafx.norm": "factored", "max_autotune": False, "trace.graph_diagram": False}
     assert_close(torch.compile(model, backend="dorafx", options=options)(x), model(x), 1e-5)
@@ -224,11 +225,11 @@ def test_inductors_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None
 def test_inductors_mode_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[str | None] = []
 
-    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any]) -> Any:
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], _: Any) -> Any:
         received.append(mode)
         return gm.forward
 
-    monkeypatch.setattr(_compat, "compile_with_inductor", compile_with_inductor)
+    monkeypatch.setattr(codegen, "compile_with_inductor", compile_with_inductor)
     model, x = peft_perceptron(), torch.randn(3, 24)
     assert_close(torch.compile(model, backend="dorafx", mode="max-autotune-no-cudagraphs")(x), model(x), 1e-5)
     assert received == ["max-autotune-no-cudagraphs"]
@@ -296,8 +297,8 @@ def test_no_compiler_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_inductor(*args: Any) -> Any:
         raise AssertionError("Inductor was asked though there is no compiler")
 
-    monkeypatch.setattr(_compat, "has_cpp_compiler", lambda: False)
-    monkeypatch.setattr(_compat, "compile_with_inductor", no_inductor)
+    monkeypatch.setattr(codegen, "has_cpp_compiler", lambda: False)
+    monkeypatch.setattr(codegen, "compile_with_inductor", no_inductor)
     monkeypatch.setattr(codegen, "_warned_no_compiler", False)
     model, x = peft_perceptron().train(), torch.randn(3, 24)
     expected = run(model, lambda: model(x))
@@ -315,24 +316,12 @@ def test_no_compiler_on_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- graphs without DoRA ----------------------------------------------------------------------------------------------
 
 
-def _captured(function: Any, *args: Any) -> fx.GraphModule:
-    graphs: list[fx.GraphModule] = []
-
-    def capture(gm: fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(gm)
-        return gm.forward
-
-    torch.compile(function, backend=capture, fullgraph=True)(*args)
-    (graph,) = graphs
-    return graph
-
-
 def test_graph_without_dora_is_the_same_object(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.1, batch_first=True)
-    graph = _captured(model, torch.randn(2, 5, 16))
+    graph = captured_graph(model, torch.randn(2, 5, 16))
     before = graph.print_readable(print_output=False)
-    assert dorafx.backend.rewrite_graph_module(graph, Options()) is graph
+    assert dorafx.pipeline.rewrite_graph(graph, Options()).graph is graph
     assert graph.print_readable(print_output=False) == before
     assert not rewrite_log().records
 
@@ -368,9 +357,9 @@ def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest
 
     def pass_over(layers: int) -> tuple[int, int]:
         torch._dynamo.reset()
-        graph = _captured(lambda ids: model(input_ids=ids).logits, tokens())
+        graph = captured_graph(lambda ids: model(input_ids=ids).logits, tokens())
         lifted.clear()
-        dorafx.backend.rewrite_graph_module(graph, Options())
+        dorafx.pipeline.rewrite_graph(graph, Options(strict=True))
         assert max(lifted.values()) <= (2 if use_dora else 1)
         return sum(lifted.values()), len(graph.graph.nodes)
 
@@ -389,7 +378,7 @@ def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest
 @pytest.mark.parametrize("station", STATIONS)
 def test_failing_station_leaves_the_users_program_as_it_is(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = peft_perceptron(), torch.randn(3, 24)
-    exported, traced = torch.export.export(model, (x,)), _captured(model, x)
+    exported, traced = torch.export.export(model, (x,)), captured_graph(model, x)
     _break(monkeypatch, station, f"no {station} for rewrite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

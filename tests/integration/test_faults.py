@@ -169,7 +169,9 @@ def test_caches_of_a_process_killed_while_it_compiles(tmp_path: Path) -> None:
         "TORCHINDUCTOR_FX_GRAPH_CACHE": "1",
         "TORCHINDUCTOR_AUTOGRAD_CACHE": "1",
         "DORAFX_LOG": str(tmp_path / "log.jsonl"),
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONPATH": os.pathsep.join(
+            [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
     }
     start = [sys.executable, "-W", "ignore", "-c", _COMPILES]
     with subprocess.Popen([*start, "announce"], env=environment, stdout=subprocess.PIPE, text=True) as killed:

@@ -18,6 +18,7 @@ from integration_support import (
     assert_same_run,
     call,
     compile_eagerly,
+    dora_sites,
     graphs_in_log,
     lora_config,
     peft_model,
@@ -29,6 +30,7 @@ from integration_support import (
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from transformers import CompileConfig
 
 import dorafx
 from dorafx import rewrite_log
@@ -138,6 +140,47 @@ def test_an_unknown_option_of_inductor_is_inductors_error() -> None:
     compiled = torch.compile(peft_perceptron(), backend="dorafx", options={**STRICT, "max_autotoon": True})
     with pytest.raises(Exception, match="Unexpected optimization option max_autotoon"):
         compiled(torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("way", ["mode", "options", "optimize", "generate"])
+def test_reduce_overhead_reaches_inductor(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor's CUDA graphs: by the mode, with options of dorafx by Inductor's own option, and by ``generate`` unasked."""
+    asked: list[bool] = []
+
+    def compile_fx(gm: Any, inputs: Any, config_patches: dict[str, Any], **rest: Any) -> Any:
+        asked.append(config_patches.get("triton.cudagraphs", False))
+        return gm.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    with torch.no_grad():
+        if way == "generate":
+            decoder = peft_model()
+            settings = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static"}
+            for config in (
+                CompileConfig(backend="dorafx"),
+                CompileConfig(backend="dorafx", mode=None, options={**STRICT, "triton.cudagraphs": True}),
+            ):
+                config._compile_all_devices = True
+                decoder.generate(input_ids=tokens(), compile_config=config, **settings)
+            assert asked == [True, True]
+            assert len(rewrite_log().rewrites) == 2 * len(dora_sites(decoder)) and not rewrite_log().misses
+            return
+        model, x = peft_perceptron(), torch.randn(1, 24)
+        expected = model(x)
+        torch.compile(model, backend="dorafx", options=STRICT)(x)
+        assert asked.pop() is False
+        rewrite_log().clear()
+        torch._dynamo.reset()
+        if way == "optimize":
+            dorafx.optimize(model, scope="model", mode="reduce-overhead", norm_reuse="never", strict=True)
+            compiled = model
+        elif way == "mode":
+            compiled = torch.compile(model, backend="dorafx", mode="reduce-overhead")
+        else:
+            options = {**STRICT, "dorafx.norm_reuse": "never", "triton.cudagraphs": True}
+            compiled = torch.compile(model, backend="dorafx", options=options)
+        assert_close(compiled(x), expected, 1e-5)
+    assert asked == [True] and len(rewrite_log().rewrites) == 2
 
 
 @pytest.mark.slow
@@ -277,10 +320,11 @@ from pathlib import Path
 import torch
 from torch._dynamo.utils import counters
 from integration_support import call, peft_perceptron, run
-from dorafx import _compat, rewrite_log
+from dorafx import rewrite_log
+from dorafx._compat import inductor
 file, edited = Path(sys.argv[1]), sys.argv[2]
 if edited:
-    _compat.source_hash = lambda: edited
+    inductor.source_hash = lambda: edited
 if file.exists():
     assert torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
 model = peft_perceptron().train()
@@ -307,7 +351,9 @@ def test_cache_artifacts_of_another_machine(tmp_path: Path) -> None:
         environment = {
             **os.environ,
             "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache),
-            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(Path(__file__).parents[1] / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            ),
         }
         command = [sys.executable, "-W", "ignore", "-c", _ARTIFACTS, str(tmp_path / "artifacts"), edited]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

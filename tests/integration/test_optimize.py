@@ -29,7 +29,7 @@ from integration_support import (
 )
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import CompileConfig, Trainer, TrainingArguments
 
 import dorafx
 from dorafx import DorafxError, rewrite_log
@@ -202,6 +202,21 @@ def test_generate(cache: str, scope: str) -> None:
         assert set(rewritten_sites()) == set(dora_sites(model))
 
 
+def test_generate_that_compiles_its_decoding_step_with_dorafx() -> None:
+    """The prompt goes through the layers compiled in place, the other tokens through a graph that reuses their norms."""
+    model = peft_model()
+    settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    expected = model.generate(input_ids=tokens(), disable_compile=True, **settings)
+    dorafx.optimize(model, codegen="eager", strict=True)
+    options = {"dorafx.codegen": "eager", "dorafx.strict": True}
+    config = CompileConfig(backend="dorafx", mode=None, fullgraph=True, options=options)
+    config._compile_all_devices = True  # without it, on GPUs alone
+    assert torch.equal(model.generate(input_ids=tokens(), compile_config=config, **settings), expected)
+    sites = len(dora_sites(model))
+    assert len(rewrite_log().rewrites) == 2 * sites and not rewrite_log().misses
+    assert (rewrite_log().norms.computed, rewrite_log().norms.reused) == (sites, 3 * sites)
+
+
 @pytest.mark.slow
 def test_generate_longer_compiles_nothing_more() -> None:
     model = _optimize(peft_model())
@@ -317,7 +332,9 @@ def test_pickle(scope: str) -> None:
     expected = call(model, model)
     _optimize(model, scope=scope)
     call(model, model)
-    loaded = pickle.loads(pickle.dumps(model))
+    pickled = pickle.dumps(model)
+    assert b"dorafx" not in pickled.replace(b"_dorafx_restore", b"")  # it is loaded where dorafx is not installed
+    loaded = pickle.loads(pickled)
     assert_close(call(loaded, loaded), expected, 1e-5)
     # Compiled code is not pickled, as with Module.compile; the loaded model can be optimized like any other.
     rewrite_log().clear()
@@ -437,3 +454,19 @@ def test_dora_beside_plain_lora() -> None:
     _optimize(model)
     assert_same_run(run(model, lambda: call(model, model)), expected)
     assert rewritten_sites() == dora_sites(model)
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_transforms_of_torch_func(codegen: str) -> None:
+    """Under them Dynamo leaves the model as it is, as it does after ``module.compile()``."""
+    model, x = peft_perceptron(), torch.randn(4, 24)
+    transforms: list[Any] = [
+        lambda: torch.vmap(model)(x),
+        lambda: torch.func.jacrev(lambda v: model(v).sum())(x[0]),
+        lambda: torch.func.grad(lambda v: model(v).sum())(x),
+    ]
+    expected = [transform() for transform in transforms]
+    dorafx.optimize(model, codegen=codegen)
+    model(x)
+    for transform, value in zip(transforms, expected):
+        torch.testing.assert_close(transform(), value)

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from integration_support import base_model, dora_sites, lora_config, peft_model, randomise, tokens
 from peft import get_peft_model, inject_adapter_in_model
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils.checkpoint import CheckpointPolicy
 
 from dorafx.bench.allocations import saved_bytes
 
 TOKENS, D_IN, D_OUT = 96, 40, 56
 # Of each module: g, the norm, the magnitude as a row, and what g is made of, in fp32.
 VECTORS = 4 * 4
+
+JOINT_GRAPHS: list[torch.fx.Graph] = []
+"""Forward and backward in one, as what decides what to save is given them."""
+
+
+def _partition(gm: torch.fx.GraphModule, inputs: Any, **how: Any) -> Any:
+    JOINT_GRAPHS.append(copy.deepcopy(gm.graph))
+    return min_cut_rematerialization_partition(gm, inputs, **how)
+
+
+torch._dynamo.register_backend(
+    aot_autograd(fw_compiler=lambda gm, _: make_boxed_func(gm), partition_fn=_partition), name="dorafx_test_joint"
+)
 
 
 def layer(use_dora: bool, dropout: float, dtype: torch.dtype) -> Any:
@@ -61,6 +78,32 @@ def test_layer(trained: bool, dropout: float, dtype: torch.dtype) -> None:
     extra = TOKENS * D_OUT * dtype.itemsize if trained else 0
     assert found["dorafx"] <= found["lora"] + extra + VECTORS * D_OUT, found
     assert found["dorafx"] < found["stock"], found
+
+
+@pytest.mark.default_cases("0.0")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_half_precision_compiled_by_inductor(dropout: float) -> None:
+    """One ``[tokens, d_out]`` in half precision, the sum, and not both products of which it is the sum."""
+    x = torch.randn(TOKENS, D_IN, dtype=torch.bfloat16, requires_grad=True)
+    found = {}
+    for name, backend in (("lora", "inductor"), ("dorafx", "dorafx")):
+        module = layer(name != "lora", dropout, torch.bfloat16)
+        call = compiled(module, backend, "inductor")
+        found[name] = saved(module, lambda call=call: call(x))
+    assert found["lora"] + 2 * TOKENS * D_OUT <= found["dorafx"], found
+    assert found["dorafx"] <= found["lora"] + (2 * TOKENS + VECTORS) * D_OUT, found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_cast_reads_the_sum_that_is_saved(dropout: float) -> None:
+    """Of two casts, one after the other, some versions of Inductor (2.11) make one before they choose what to save."""
+    JOINT_GRAPHS.clear()
+    module = layer(True, dropout, torch.bfloat16)
+    compiled(module, "dorafx", "dorafx_test_joint")(torch.randn(TOKENS, D_IN, dtype=torch.bfloat16))
+    (graph,) = JOINT_GRAPHS
+    (kept,) = (node for node in graph.nodes if node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE)
+    assert kept.target is torch.ops.aten._to_copy.default and kept.meta["val"].dtype == torch.bfloat16
+    assert [user.target for user in kept.users if user.op != "output"] == [torch.ops.aten.mul.Tensor]
 
 
 def with_fp32_adapters(module: Any) -> Any:

@@ -165,6 +165,7 @@ def test_no_text_of_a_log_becomes_part_of_the_page(hostile: str, tmp_path: Path)
             "site",
             "pattern",
             "reason",
+            "kind",
             "decision",
             "source",
             "dtype",

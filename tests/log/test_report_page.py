@@ -53,7 +53,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     node = DrawnNode(HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, HOSTILE, "new", replaces=(HOSTILE,))
     hostile = Drawing((node,), (node,))
-    values = {f: HOSTILE for f in ("site", "pattern", "reason", "decision", "source", "dtype", "norm_algorithm")}
+    words = ("site", "pattern", "reason", "kind", "decision", "source", "dtype", "norm_algorithm")
+    values = dict.fromkeys(words, HOSTILE)
     log.extend([Record("missed", codegen=HOSTILE, drawing=hostile.key, **values)], {hostile.key: hostile})
     log.add_note(HOSTILE)
     return log.to_html(tmp_path_factory.mktemp("report") / "report.html")
@@ -117,6 +118,20 @@ def test_misses_come_first_and_the_table_filters(browser: Any, page: Path) -> No
     field.send_keys("\ue003 ")  # clear() sends no event
     field.send_keys("\ue003")
     all_of(browser, "#status option[value=rewritten]")[0].click()
+    assert visible(browser) == ["rewritten", "rewritten"]
+
+
+def test_the_table_filters_by_kind(browser: Any, page: Path) -> None:
+    show(browser, page)
+    kinds = all_of(browser, "#kind option")
+    assert [kind.text for kind in kinds] == ["all", HOSTILE, "hidden-delta"]
+    for kind in kinds[1:]:
+        kind.click()
+        assert visible(browser) == ["missed"]
+        assert kind.text in all_of(browser, "#log tbody tr:not([hidden])")[0].text
+    all_of(browser, "#status option[value=rewritten]")[0].click()
+    assert visible(browser) == []
+    kinds[0].click()
     assert visible(browser) == ["rewritten", "rewritten"]
 
 

@@ -17,8 +17,8 @@ from near_unity import check_near_unity
 from triton.runtime import interpreter
 
 import dorafx
-from dorafx.ops import reference
-from dorafx.ops.triton import configs, dispatch
+from dorafx.ops import dispatch, reference
+from dorafx.ops.triton import configs
 from dorafx.ops.triton import linear as linear_kernel
 from dorafx.ops.triton.compose import launch_backward, launch_forward
 

@@ -58,6 +58,9 @@ def fake(op: Any, arguments: Any, symbolic: bool) -> Any:
         return described(op(*given))
 
 
+WRITERS = ("compose_", "compose_delta_")
+
+
 def outcome(run: Any) -> Any:
     try:
         return run()
@@ -68,9 +71,12 @@ def outcome(run: Any) -> Any:
 def check(name: str, arguments: tuple[Any, ...], symbolic: bool) -> None:
     op = operator(name)
     # Before the real one, which may write to its arguments.
-    expected = fake(op, arguments, symbolic)
+    expected = outcome(lambda: fake(op, arguments, symbolic))
     with torch.no_grad():
-        out = op(*arguments)
+        out = outcome(lambda: op(*arguments))
+    if name in WRITERS and isinstance(out, tuple) and out[:1] == (RuntimeError,):
+        assert out == expected  # a tensor of which several elements share memory cannot be written to
+        return
     what = name, described(arguments), [a for a in arguments if not tensors(a)]
     assert described(out) == expected, what
     mine, theirs = storages(out), storages(arguments)

@@ -7,8 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dorafx.ops  # noqa: F401
-from dorafx.ops import norm, reference
-from dorafx.ops.triton import dispatch
+from dorafx.ops import dispatch, norm, reference
 
 row_norms = torch.ops.dorafx.row_norms.default
 SHAPES = [(5, 12, 3), (40, 9, 2), (5, 12, 3), (7, 30, 8)]

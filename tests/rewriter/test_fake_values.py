@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dorafx import _compat
+from dorafx._compat.tensors import fake_mode, fake_mode_of, storage_id
 from dorafx.rewriter.fake_values import FakeValues
 
 OPERATORS = {
@@ -23,7 +23,7 @@ def described(value: torch.Tensor) -> tuple[object, ...]:
 @pytest.mark.parametrize("gradients", [True, False])
 def test_as_the_operator_says(name, gradients):
     function = OPERATORS[name]
-    mode = _compat.fake_mode()
+    mode = fake_mode()
     values = FakeValues()
     with mode:
         pairs = [
@@ -38,10 +38,10 @@ def test_as_the_operator_says(name, gradients):
             wanted = function(x, w)
         found = values(function, (x, w), {}, mode)
         assert described(found) == described(wanted)
-        assert _compat.fake_mode_of(found) is mode
+        assert fake_mode_of(found) is mode
         for operand in (x, w):
-            shared = _compat.storage_id(wanted) == _compat.storage_id(operand)
-            assert (_compat.storage_id(found) == _compat.storage_id(operand)) == shared
+            shared = storage_id(wanted) == storage_id(operand)
+            assert (storage_id(found) == storage_id(operand)) == shared
 
 
 def test_once_for_equal_layouts():
@@ -51,7 +51,7 @@ def test_once_for_equal_layouts():
         calls.append(scale)
         return torch.mul(x, scale)
 
-    mode = _compat.fake_mode()
+    mode = fake_mode()
     values = FakeValues()
     with mode:
         inputs = [torch.empty(2, 3) for _ in range(3)]

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from integration_support import assert_close, call, compile_eagerly, peft_perceptron, run
+from integration_support import (
+    assert_all_rewritten,
+    assert_close,
+    call,
+    compile_eagerly,
+    dora_sites,
+    lora_config,
+    peft_model,
+    peft_perceptron,
+    randomise,
+    run,
+    tokens,
+)
+from peft import get_peft_model
 from reuse_support import LAYERS, OPTIMIZERS, Decoder, counts, one_token, overwrite, parameters
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import CompileConfig
 
-from dorafx import _compat, rewrite_log
+from dorafx import rewrite_log
+from dorafx.backend import dorafx as backend
+from dorafx.rewriter import hoist
 from dorafx.runtime import norm_store, prologue
 
 
@@ -115,13 +136,13 @@ def test_decoding_replays_with_norms_that_changed(graphs: list[Captured]) -> Non
 
 def test_the_contract_tells_static_norms(monkeypatch: pytest.MonkeyPatch, graphs: list[Captured]) -> None:
     """The same with norms declared static, which they are not: every call that computes them has to record again."""
-    mark = _compat.mark_new_input
+    mark = hoist.mark_new_input
 
     def static(node: Any) -> None:
         mark(node)
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
 
-    monkeypatch.setattr(_compat, "mark_new_input", static)
+    monkeypatch.setattr(hoist, "mark_new_input", static)
     model = peft_perceptron()
     compiled = compile_eagerly(model, **CODEGEN, **{"dorafx.norm_reuse": "never"})
     earlier = []  # alive, so that no two calls compute their norms at the same address
@@ -183,6 +204,99 @@ def test_graphs_that_share_parameters() -> None:
     assert counts() == (2, 6), "once a step"
 
 
+def test_generate_with_a_static_cache(graphs: list[Captured]) -> None:
+    """``generate`` compiles its decoding step itself: one graph for all of its calls, recorded once for each cache that it makes."""
+    model = peft_model()
+    ids, sites = tokens(length=5), len(dora_sites(model))
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "cache_implementation": "static"}
+    expected = model.generate(input_ids=ids, disable_compile=True, **settings)
+    rewrite_log().clear()
+    counters.clear()
+    config = CompileConfig(backend="dorafx", mode=None, fullgraph=True, options={**CODEGEN, "dorafx.strict": True})
+    config._compile_all_devices = True  # without it, on GPUs alone
+    for change in (None, overwrite):
+        if change is not None:
+            for p in parameters(model):
+                change(p)
+            expected = model.generate(input_ids=ids, disable_compile=True, **settings)
+        before = counts()
+        assert torch.equal(model.generate(input_ids=ids, compile_config=config, **settings), expected)
+        # The first of the tokens comes with the prompt, which is not compiled.
+        assert counts() == (before[0] + sites, before[1] + 4 * sites)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    (graph,) = graphs
+    assert 1 <= graph.recordings <= 2
+    assert_all_rewritten(model.base_model.model)
+
+
+class _TwoLayers(torch.nn.Module):
+    """DoRA written by hand, so that it can be made of fake tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for i in range(2):
+            for name, shape in (("W", (8, 8)), ("A", (2, 8)), ("B", (8, 2)), ("m", (8,))):
+                self.register_parameter(f"{name}{i}", torch.nn.Parameter(torch.empty(shape), requires_grad=name != "W"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for i in range(2):
+            w, a, b, m = (self.get_parameter(f"{name}{i}") for name in "WABm")
+            n = torch.linalg.norm(w + 0.5 * (b @ a), dim=1).detach()
+            linear = torch.nn.functional.linear
+            x = (m / n) * (linear(x, w) + 0.5 * linear(linear(x, a), b))
+        return x
+
+
+class _Calls(TorchDispatchMode):
+    """What is called of ATen and dorafx, with the shapes of operands; all results lie on one device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(func, torch._ops.OpOverload) and func.namespace != "prim":
+            self.seen.append((str(func), [tuple(t.shape) for t in tree_leaves(args) if isinstance(t, torch.Tensor)]))
+            assert all(t.device.type == self.device for t in tree_leaves(result) if isinstance(t, torch.Tensor)), func
+        return result
+
+
+torch._dynamo.register_backend(lambda gm, inputs: gm.forward, name="dorafx_test_operators")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_capture_calls_what_the_first_warm_up_called(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that all it launches was compiled before; and nothing reads what lies on the device. Of CUDA by fake tensors, of which no
+    norm is kept."""
+    calls = _Calls(device)
+
+    def compiler(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        made = backend(gm, inputs, options={"dorafx.codegen": "dorafx_test_operators", "dorafx.strict": True})
+
+        def run(*args: Any) -> Any:
+            with calls:  # here, for Dynamo runs nothing compiled within such a mode
+                return made(*args)
+
+        return run
+
+    seen = []
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext(), torch.device(device), torch.no_grad():
+        compiled, x = torch.compile(_TwoLayers(), backend=compiler, fullgraph=True), torch.empty(1, 8)
+        for captured in (False, False, True, True):
+            monkeypatch.setattr(prologue, "being_captured", lambda captured=captured: captured)
+            calls.seen = []
+            compiled(x)
+            seen.append(calls.seen)
+    first, second, *captures = seen
+    assert captures == [first, first]
+    operators = [name for name, _ in first]
+    assert operators.count("dorafx.row_norms.default") == 1, "both norms in one call"
+    assert not {"aten._local_scalar_dense.default", "aten._to_copy.default", "aten.copy_.default"} & set(operators)
+    assert ("dorafx.row_norms.default" in [name for name, _ in second]) == (device == "cuda"), "a kept norm is read"
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 needs_device = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -214,10 +328,19 @@ def test_cuda_graphs_of_inductor(mode: str) -> None:
                 p.mul_(1.1)
 
 
+def _of_one_shape() -> Any:
+    """Layers whose norms are computed together."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(24, 24), torch.nn.Tanh(), torch.nn.Linear(24, 24))
+    return randomise(get_peft_model(layers, lora_config(target_modules=["0", "2"], task_type=None))).eval()
+
+
 @pytest.mark.gpu
 @needs_device
-def test_cuda_graph_of_the_user() -> None:
-    model = peft_perceptron().cuda()
+@pytest.mark.parametrize("build", [peft_perceptron, _of_one_shape])
+def test_cuda_graph_of_the_user(build: Callable[[], Any]) -> None:
+    """Launch by launch what is captured was loaded before: ``tests/ops/test_captured_launches.py`` counts that without a device."""
+    model = build().cuda()
     compiled = torch.compile(model, backend="dorafx", fullgraph=True)
     token = torch.randn(1, 24, device="cuda")
     with torch.no_grad():

@@ -128,8 +128,11 @@ def test_modes_do_not_look_like_changes() -> None:
     for mode in (torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad()):
         with torch.no_grad(), mode:
             call(x)
+            call(x)
     assert rewrite_log().norms.invalidated == {}
-    assert rewrite_log().norms.reused == 3
+    # Under autocast the program rounds the factors, so that the norm is another one.
+    assert rewrite_log().norms.computed == 2
+    assert rewrite_log().norms.reused == 5
 
 
 def test_another_object_in_the_place_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

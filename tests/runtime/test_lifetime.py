@@ -56,6 +56,20 @@ def test_entries_of_parameters_that_are_gone_do_not_pile_up() -> None:
     assert store.kept("n999", parameters) is not None
 
 
+def test_the_norm_of_a_tensor_that_is_gone_is_not_another_ones() -> None:
+    """Python gives the id of what is gone to what comes next."""
+    store = NormStore(NormCounters())
+    gone = torch.randn(4, 3)
+    store.keep(store.observe("n", [gone]), torch.randn(4))
+    assert len(store) == 1
+    number = id(gone)
+    del gone
+    later = [torch.randn(4, 3) for _ in range(100)]
+    (same,) = (tensor for tensor in later if id(tensor) == number)
+    assert store.invalidate([same]) == 0
+    assert store.counters.invalidated == {}
+
+
 @pytest.mark.parametrize("attribute", [None, True, "itself"], ids=["none", "a flag", "a cycle"])
 def test_attributes_keep_no_parameter_alive(attribute: Any) -> None:
     parameter: Any = torch.nn.Parameter(torch.randn(4, 3))

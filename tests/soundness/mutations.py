@@ -45,13 +45,13 @@ FAULTS: dict[str, Fault] = {
         (FUZZ, VALUES),
     ),
     "a view read after a later write": Fault(
-        "lift/functional.py",
+        "graphs/functional.py",
         "            return None  # a view that is read after the memory was written again\n",
         "            pass\n",
         (WRITES, FUZZ),
     ),
     "a kept norm is handed out": Fault(
-        "rewriter/prologue.py",
+        "rewriter/hoist.py",
         "        escaping = copy_escaping(gm, entered)\n",
         "        escaping = frozenset()\n",
         ("runtime", FUZZ),
@@ -63,9 +63,11 @@ FAULTS: dict[str, Fault] = {
         ("runtime", FUZZ),
     ),
     "versions are not watched": Fault(
-        "runtime/watch.py", "if tensor._version != self.version:", "if False:", ("runtime", FUZZ)
+        "runtime/watch.py", "if version_of(tensor) != self.version:", "if False:", ("runtime", FUZZ)
     ),
-    "optimizers are not watched": Fault("runtime/store.py", "            self._steps += 1\n", "", ("runtime", FUZZ)),
+    "optimizers are not watched": Fault(
+        "runtime/store.py", "            self.optimizer_steps += 1\n", "", ("runtime", FUZZ)
+    ),
     "a forward that records drops nothing": Fault(
         "runtime/prologue.py",
         "            if records or torch.is_grad_enabled():\n                kept_in.recorded(args)\n",
@@ -73,7 +75,10 @@ FAULTS: dict[str, Fault] = {
         ("runtime", FUZZ),
     ),
     "strides change": Fault(
-        "rewriter/memory.py", "    if _strides_of(wanted) == _strides_of(found):", "    if True:", (FUZZ, LAYOUT)
+        "rewriter/memory.py",
+        "    if _is_empty(wanted) or _strides_of(wanted) == _strides_of(found):",
+        "    if True:",
+        (FUZZ, LAYOUT),
     ),
     "two results are one tensor": Fault(
         "rewriter/memory.py", '            made = emit.method("clone", made)\n', "            pass\n", (LAYOUT, FUZZ)
@@ -110,14 +115,14 @@ FAULTS: dict[str, Fault] = {
         (VALUES,),
     ),
     "a symbol in fp32": Fault(
-        "rewriter/emit.py",
+        "rewriter/terms.py",
         "            return self.call(getattr(operator, name), *operands)\n",
         '            return self.call(getattr(torch, {"truediv": "div"}.get(name, name)), *operands)\n',
         (VALUES, FUZZ),
     ),
     "an eps is forgotten": Fault("lift/transfer/elementwise.py", "eps=eps / scale,", "eps=0.0,", (FUZZ, VALUES)),
     "a detach is forgotten": Fault(
-        "rewriter/emit.py",
+        "rewriter/terms.py",
         '        if info.kind != "node" and atom.detached and tensor_of(node) is not None:\n',
         "        if False:\n",
         (FUZZ, "soundness/test_gradient_modes.py"),
@@ -132,8 +137,8 @@ FAULTS: dict[str, Fault] = {
         (FUZZ, "ops/test_composition.py"),
     ),
     "what was computed before gradients were switched on has them": Fault(
-        "lift/grad_mode.py",
-        "self._enabled = not switches or torch.is_grad_enabled()",
+        "graphs/grad_mode.py",
+        "self._enabled = not followed or self._began_enabled",
         "self._enabled = True",
         (RESULTS, FUZZ),
     ),

@@ -5,6 +5,7 @@ runs by itself."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ import torch
 from comparing import Verdict, compared
 from composing import compose
 from random_programs import Program, namespace, shrunk
-from tests_support import defects
+from same_results import defects
 
 EAGER, INDUCTOR = 490, 10
 CHUNKS, INDUCTOR_CHUNKS = 14, 2
@@ -48,8 +49,15 @@ def verdict_of(program: Program) -> Verdict:
         verdict = compared(namespace(program.source()), **vars(program.how))
     except Exception as error:
         return Verdict(wrong=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    differences = verdict.wrong.split("; ")
+    if " - bias)" in program.source() and all(map(_BIAS_IS_NAN.fullmatch, differences)):
+        verdict.wrong, verdict.excused = "", "a bias that is taken off and added again"
     verdict.wrong = verdict.wrong or next(iter(defects(verdict.records)), "")
     return verdict
+
+
+# README says so of PEFT's form: the gradients that cancel do not, where the norm of an adapted row is zero or NaN.
+_BIAS_IS_NAN = re.compile(r"call \d+: the gradient of bias is \S+ where the original gives nan")
 
 
 def check(seeds: range, inductor: bool = False) -> Report:

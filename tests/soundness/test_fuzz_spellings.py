@@ -11,7 +11,7 @@ import pytest
 import torch
 from fuzz_programs import ROUNDED, Operands, Spec, exemption, program, specs
 from hypothesis import HealthCheck, assume, given, settings
-from tests_support import defects
+from same_results import defects
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import Layer, lora
-from tests_support import check_everything, check_same
+from same_results import check_everything, check_same
 
 from dorafx import rewrite_log
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import Layer, S, lora
-from tests_support import check_everything
+from same_results import check_everything
 
 from dorafx import rewrite_log
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import Layer, S, lora
-from tests_support import check_everything
+from same_results import check_everything
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import dorafx
@@ -91,6 +91,17 @@ def test_an_infinite_weight(name: str) -> None:
     p.W.data[1] = p.B.data[1] = 0.0
     check_everything(
         lambda p, x: (POWERS[name](adapted(p), 1, False), x * 1), p, torch.randn(3, 7, dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_a_gradient_that_is_not_a_number(name: str) -> None:
+    """What is NaN on its way in is NaN on its way out, of an infinite norm and of a finite one."""
+    p = Layer(6, 7, 2)
+    p.W.data[0, 1] = float("inf")
+    factors = torch.tensor([float("nan"), float("nan"), 1.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    check_everything(
+        lambda p, x: (POWERS[name](adapted(p), 1, False) * factors, x * 1), p, torch.randn(3, 7, dtype=torch.float64)
     )
 
 

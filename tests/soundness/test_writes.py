@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests_support import defects
+from same_results import defects
 from torch.fx.experimental.proxy_tensor import make_fx
 from written_programs import Factors, program_of, statements
 

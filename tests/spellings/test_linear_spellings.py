@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests_support import check_same
+from same_results import check_same
 from torch import fx
+from transfer_functions import wrap
 
 from dorafx import rewrite_log
 from dorafx.lift import Lifter
-from dorafx.lift.lifter import TRANSFER
 
 from factor_programs import WIDE  # isort: skip
 from programs import LINEAR, Layer, Program, lora  # isort: skip
@@ -43,7 +43,7 @@ def test_spelling_is_rewritten_and_exact(name: str) -> None:
 def test_one_kernel_serves_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every spelling under ``dorafx.compose="triton_linear"``, planned as for a CUDA device: exact, whichever operator each
     layer becomes, and a layer that does not become one kernel has a reason. The operators compute by ATen calls here."""
-    monkeypatch.setattr("dorafx.kernels.runs_kernels", lambda device, *dtypes: True)
+    monkeypatch.setattr("dorafx.plan.kernel.runs_kernels", lambda device, *dtypes: True)
     whole = 0
     for name in sorted(SPELLINGS):
         rewrite_log().clear()
@@ -130,7 +130,7 @@ def test_what_a_transfer_function_does_not_expect(monkeypatch: pytest.MonkeyPatc
         return LINEAR["direct"](p, -x)
 
     monkeypatch.undo()  # what makes such an error one of the test
-    monkeypatch.setitem(TRANSFER, "neg", failing)
+    wrap(monkeypatch, "neg", lambda _: failing)
     check_same(program, Layer(), torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True))
     assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
 

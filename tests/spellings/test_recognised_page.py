@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import html
 import inspect
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from negative_programs import NEGATIVES
+from pages import is_current
 from test_linear_spellings import FORMS, SPELLINGS
-from test_negatives import NEGATIVES
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "recognised.md"
 HEAD = """# What is recognised, and what is not
@@ -20,7 +21,7 @@ Each program below is one that a test runs: its values and gradients are compare
 (`tests/spellings`, `tests/soundness/test_negatives.py`). `p` holds a layer's parameters, `lora(p, x)` is `x·Aᵀ·Bᵀ`, `S` a number.
 Any combination of their parts is fair too: `tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and
 convolutional layers are in `tests/integration`, whole models in [the zoo](zoo.md). Written by
-`DORAFX_WRITE_PAGES=1 pytest tests/spellings -k page`; the same test without it fails where this page is not current.
+`DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without it fails where this page is not current.
 
 """
 
@@ -40,6 +41,7 @@ def named(name: str) -> str:
     return name.replace("_", " ")
 
 
+@pytest.mark.page
 def test_page() -> None:
     rows = [
         f"| {named(name)} | {code(fn)} | {', '.join(FORMS.get(name, ['linear']))} |" for name, fn in SPELLINGS.items()
@@ -54,7 +56,5 @@ def test_page() -> None:
     text += (
         "| program | code | what happens | part of the logged reason |\n|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
-    if os.environ.get("DORAFX_WRITE_PAGES"):
-        PAGE.write_text(text, encoding="utf-8")
-    assert PAGE.read_text(encoding="utf-8") == text
+    is_current(PAGE, text)
     assert len(rows) >= 50 and len(lines) >= 40

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from models import ARCHITECTURES, build, dora_sites
+from pages import is_current
 from running import InDouble, relative_squares, run
 from wide_models import WIDE
 
@@ -25,7 +25,7 @@ _HEAD = """# The zoo
 Architectures from transformers and diffusers, tiny and random, with PEFT's DoRA on what PEFT adapts (all linear layers where
 nothing else is said; convolutions of ResNet, ConvNeXt, UNet and the spectrogram transformer). Graphs and graph breaks as
 `dorafx.explain` counts them in one training forward, next to those of the same model with plain LoRA. Written by
-`DORAFX_WRITE_ZOO=1 pytest tests/zoo/test_wide.py -m slow -k table`; the same test without it fails where this page is not current.
+`DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without it fails where this page is not current.
 
 | architecture | DoRA modules | rewritten | missed | patterns | graphs (LoRA) | breaks (LoRA) |
 |---|---|---|---|---|---|---|
@@ -120,6 +120,7 @@ def test_errors_against_fp64(training: bool) -> None:
     assert all(mean <= 1.05 for mean in means.values()), means
 
 
+@pytest.mark.page
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_table_is_current() -> None:
@@ -140,6 +141,4 @@ def test_table_is_current() -> None:
         )
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     text = _HEAD + "\n".join(rows) + "\n"
-    if os.environ.get("DORAFX_WRITE_ZOO"):
-        TABLE.write_text(text)
-    assert TABLE.read_text() == text
+    is_current(TABLE, text)

@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..implementations import Task
-from . import compiling, compose, decode, generate, layer, memory, model, norm, rewriting
+from ..implementations import Figures, Task
+from . import compiling, compose, decode, generate, host, layer, memory, model, norm, rewriting
 
-__all__ = ["MEASURES", "Figures"]
-
-Figures = dict[str, tuple[str, list[float]]]
+__all__ = ["MEASURES"]
 
 MEASURES: dict[str, Callable[[Task], Figures]] = {
     "norm": norm.measure,
@@ -21,5 +19,9 @@ MEASURES: dict[str, Callable[[Task], Figures]] = {
     "generate": generate.measure,
     "memory": memory.measure,
     "compile": compiling.measure,
+    "host": host.measure,
     "pass": rewriting.measure,
+    # Of ``dorafx bench gpu`` alone:
+    "regime": model.regime,
+    "overhead": decode.overhead,
 }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import dorafx.ops  # noqa: F401  (registers the operators)
 
-from ..implementations import Task
+from ..implementations import Figures, Task
 
 __all__ = ["FORMS", "measure"]
 
@@ -34,7 +34,7 @@ def _lora(base: Tensor, lora: Tensor, m: Tensor, n: Tensor) -> Tensor:
 FORMS = {"dorafx": _ours, "peft": _stock, "peft-inductor": _stock, "lora": _lora}
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def measure(task: Task) -> Figures:
     """Seconds of a forward without gradients, and of a forward with its backward to base, lora and magnitude."""
     tokens, d_out = task.parameters["tokens"], task.parameters["d_out"]
     base, lora, upstream = (task.random(tokens, d_out) for _ in range(3))
@@ -50,11 +50,11 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     def forward() -> Tensor:
         return form(base, lora, magnitude, norm)  # type: ignore[no-any-return]
 
-    figures = {"forward": ("s", task.clock.samples(forward, cold=True))}
+    figures = task.clock.figures("forward", forward, cold=True)
     trained = [t.requires_grad_() for t in ((base, lora) if task.name == "lora" else (base, lora, magnitude))]
 
     def both() -> tuple[Tensor, ...]:
         return torch.autograd.grad(form(base, lora, magnitude, norm), trained, upstream)
 
     step: Callable[[], tuple[Tensor, ...]] = both
-    return {**figures, "forward + backward": ("s", task.clock.samples(step, cold=True))}
+    return {**figures, **task.clock.figures("forward + backward", step, cold=True)}

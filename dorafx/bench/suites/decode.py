@@ -7,18 +7,33 @@ from typing import Any
 
 import torch
 
-from ..implementations import Task, build_model
+from ..implementations import Figures, Task, build_model
 from ..models import Size
-from .model import token_ids
+from ..steps import Step, time_steps
+from .model import TrainingStep, token_ids
 
-__all__ = ["measure"]
+__all__ = ["measure", "overhead"]
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def measure(task: Task) -> Figures:
     """Seconds of a step without gradients, always at the same place of a static cache, so that every call has one shape."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
+    return time_steps(task, [_one_token(task, model, task.compiled(model), size)])
+
+
+def overhead(task: Task) -> Figures:
+    """What users of a common model ask: seconds of a token, as :func:`measure` has them, and of a training step."""
+    size = Size(**task.parameters["size"])
+    model = build_model(task, size).eval()
     call = task.compiled(model)
+    token = _one_token(task, model, call, size)
+    training = TrainingStep(task, model, call, token_ids(task, size.tokens))
+    return time_steps(task, [token, Step("training step", training, model.train)])
+
+
+def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
+    """The step that is measured; ``call`` is the model or what it is compiled to."""
     cache, rewind, where = _filled_cache(task, model, size)
     token = token_ids(task, 1)
 
@@ -26,7 +41,11 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     def step() -> Any:
         return call(input_ids=token, past_key_values=cache, use_cache=True, **where)
 
-    return {"one token": ("s", task.clock.samples(step, rewind, warm_up=3))}
+    def before() -> None:
+        model.eval()
+        rewind()
+
+    return Step("one token", step, before, warm_up=3)
 
 
 def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[str, torch.Tensor]]:
@@ -37,12 +56,14 @@ def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[st
 
     cache = StaticCache(config=model.config, max_cache_len=size.tokens + 1)
     where: dict[str, torch.Tensor] = {}
-    told = "cache_position" in inspect.signature(LlamaModel.forward).parameters
+    takes_position = "cache_position" in inspect.signature(LlamaModel.forward).parameters
     with torch.no_grad():
-        if told:
+        if takes_position:
             where["cache_position"] = torch.arange(size.tokens, device=task.clock.device)
-        model(input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **where)
-    if told:
+        task.under_autocast(model)(
+            input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **where
+        )
+    if takes_position:
         where["cache_position"] = torch.tensor([size.tokens], device=task.clock.device)
 
     def rewind() -> None:

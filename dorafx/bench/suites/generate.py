@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..implementations import Task, build_model
+from ..implementations import Figures, Task, build_model
 from ..models import Size
 from .model import token_ids
 
@@ -18,7 +18,7 @@ _WARM_UP = 8
 """Tokens whose shapes are compiled: a dynamic cache grows, and the second length makes the compiler generalise."""
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def measure(task: Task) -> Figures:
     """Seconds from one new token to the next after a prompt of ``size.tokens``. What is compiled is compiled in place, an
     adapter layer at a time, as ``dorafx.optimize`` does it: ``generate`` of a PEFT model does not pass through a call of the
     whole model that ``torch.compile`` returns."""

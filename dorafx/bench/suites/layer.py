@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..implementations import Task, build_layer
+from ..implementations import Figures, Task, build_layer
 
 __all__ = ["measure"]
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def measure(task: Task) -> Figures:
     """Seconds of a forward without gradients, and of a training step: forward and backward to the input and the adapter."""
     layer = build_layer(task)
     call = task.compiled(layer)
@@ -20,7 +20,7 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     def forward() -> torch.Tensor:
         return call(x)  # type: ignore[no-any-return]
 
-    figures = {"forward": ("s", task.clock.samples(forward, cold=True))}
+    figures = task.clock.figures("forward", forward, cold=True)
     if task.name == "merged":  # nothing to train
         return figures
     layer.train()
@@ -30,4 +30,4 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
         y = call(x)
         return torch.autograd.grad(y, inputs, torch.ones_like(y))
 
-    return {**figures, "training step": ("s", task.clock.samples(step, cold=True))}
+    return {**figures, **task.clock.figures("training step", step, cold=True)}

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from ..allocations import allocations, saved_bytes, storage_bytes
-from ..implementations import Task, build_layer, build_model
+from ..allocations import allocations, peak_bytes, saved_bytes
+from ..implementations import Figures, Task, build_layer, build_model
 from ..models import Size
 from .model import TrainingStep, token_ids
 
 __all__ = ["measure"]
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def measure(task: Task) -> Figures:
     """Bytes: saved by autograd for the backward (parameters and buffers excluded); at once at most in a training step
     beyond what was there before it; and that with what was there: parameters, optimizer, input."""
     standing: Callable[[], list[torch.Tensor]]
@@ -51,18 +51,9 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
     own = [*module.parameters(), *module.buffers()]
     saved = saved_bytes(forward, own)
     temporaries = allocations(step, task.clock.device).peak
-    peak = _cuda_peak(task, step) if task.clock.cuda else storage_bytes([*own, *standing()]) + temporaries
+    peak = peak_bytes(step, task.clock.device, lambda: [*own, *standing()], temporaries)
     return {
         "saved": ("B", [float(saved)]),
         "temporaries": ("B", [float(temporaries)]),
         "peak": ("B", [float(peak)]),
     }
-
-
-def _cuda_peak(task: Task, step: Callable[[], Any]) -> int:
-    """Bytes of all tensors at the height of one step, as the caching allocator counts them."""
-    torch.cuda.synchronize(task.clock.device)
-    torch.cuda.reset_peak_memory_stats(task.clock.device)
-    step()
-    torch.cuda.synchronize(task.clock.device)
-    return int(torch.cuda.max_memory_allocated(task.clock.device))

@@ -1,4 +1,4 @@
-"""A Llama-shaped PEFT model: prefill and training step."""
+"""A Llama-shaped PEFT model: prefill and training step, and in the regime of arXiv:2603.22276 gradients without a step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
-from ..implementations import Task, build_model
+from ..allocations import peak_bytes
+from ..implementations import Figures, Task, build_model
 from ..models import VOCABULARY, Size
+from ..steps import Step, time_steps
 
-__all__ = ["TrainingStep", "measure", "token_ids"]
+__all__ = ["TrainingStep", "captured_graph", "measure", "regime", "token_ids"]
 
 
 def token_ids(task: Task, tokens: int) -> torch.Tensor:
@@ -18,38 +21,105 @@ def token_ids(task: Task, tokens: int) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (1, tokens), generator=generator).to(task.clock.device)
 
 
+def captured_graph(model: Any, **inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """The one graph that a call of a model is captured as, which runs as it is, and what the graph was called with."""
+    captured: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def keep(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            captured.append((gm, list(args)))
+            return gm.forward(*args)
+
+        return run
+
+    call: Callable[..., Any] = torch.compile(model, backend=keep, dynamic=False, fullgraph=True)
+    call(**inputs)
+    (only,) = captured
+    return only
+
+
 class TrainingStep:
     """Forward and backward of as many micro-batches as the task has, then a step of AdamW."""
 
     def __init__(self, task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor) -> None:
-        self.micro_batches, self.call, self.ids = task.micro_batches, call, ids
+        self.micro_batches = task.micro_batches
+        self.loss = _loss(task, call, ids)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def __call__(self) -> None:
-        for _ in range(self.micro_batches):
-            self.call(input_ids=self.ids, labels=self.ids).loss.backward()
+        self.backward(self.micro_batches)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def backward(self, micro_batches: int) -> None:
+        """The gradients of so many micro-batches, added up."""
+        for _ in range(micro_batches):
+            self.loss().backward()  # type: ignore[no-untyped-call]
 
     def state(self) -> list[torch.Tensor]:
         """The optimizer's tensors."""
         return [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor)]
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
+def _last(task: Task, ids: torch.Tensor) -> dict[str, Any]:
+    """The argument that leaves out the logits of all but the task's last tokens."""
+    return {"logits_to_keep": min(task.loss_tokens, ids.shape[1])} if task.loss_tokens else {}
+
+
+def _loss(task: Task, call: Callable[..., Any], ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    last = _last(task, ids)
+    labels = ids[:, -last["logits_to_keep"] :] if last else ids
+    return lambda: call(input_ids=ids, labels=labels, **last).loss
+
+
+def _prefill(task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    last = _last(task, ids)
+
+    @torch.no_grad()
+    def prefill() -> torch.Tensor:
+        return call(input_ids=ids, **last).logits  # type: ignore[no-any-return]
+
+    return prefill
+
+
+def measure(task: Task) -> Figures:
     """Seconds of a prefill without gradients, and of a training step."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
-    call = task.compiled(model)
-    ids = token_ids(task, size.tokens)
-    model.eval()
+    call, ids = task.compiled(model), token_ids(task, size.tokens)
+    steps = [Step("prefill", _prefill(task, model, call, ids), model.eval)]
+    if task.name != "merged":  # nothing to train
+        steps.append(Step("training step", TrainingStep(task, model, call, ids), model.train))
+    return time_steps(task, steps)
 
-    @torch.no_grad()
-    def prefill() -> Any:
-        return call(input_ids=ids)
 
-    figures = {"prefill": ("s", task.clock.samples(prefill))}
-    if task.name == "merged":  # nothing to train
-        return figures
+def regime(task: Task) -> Figures:
+    """Seconds of a prefill, of a training step and of the gradients of several micro-batches without an optimizer's step; bytes of
+    all tensors at the height of a training step. Logits are those of the last tokens (arXiv:2603.22276, section 5.1), and
+    those of the prefill are written to the task's file."""
+    size = Size(**task.parameters["size"])
+    model = build_model(task, size)
+    call, ids = task.compiled(model), token_ids(task, size.tokens)
+    prefill, training = _prefill(task, model, call, ids), TrainingStep(task, model, call, ids)
+    if task.logits is not None:  # before any step of the optimizer
+        model.eval()
+        torch.save(prefill().float().cpu(), task.logits)
+    steps = [Step("prefill", prefill, model.eval), Step("training step", training, model.train)]
+    if task.gradients:
+
+        def gradients() -> None:
+            training.backward(task.gradients)
+
+        def before() -> None:
+            model.train()
+            training.optimizer.zero_grad()
+
+        steps.append(Step(f"gradients, {task.gradients} micro-batches", gradients, before, warm_up=0))
+    figures = time_steps(task, steps)
     model.train()
-    return {**figures, "training step": ("s", task.clock.samples(TrainingStep(task, model, call, ids)))}
+    training.optimizer.zero_grad()
+    own = [*model.parameters(), *model.buffers()]
+    highest = peak_bytes(training, task.clock.device, lambda: [*own, *training.state()])
+    peak: Figures = {"peak": ("B", [float(highest)])}
+    task.done(peak)
+    return {**figures, **peak}

@@ -9,8 +9,9 @@ import torch
 import dorafx.ops  # noqa: F401  (registers the operators)
 
 from ..allocations import allocations
-from ..implementations import Task
-from ..norms import NORMS, Norm
+from ..implementations import Figures, Task
+from ..norms import NORMS, PRODUCT, Norm, largest_error, product
+from ..plan import DTYPES
 from ..quantized import dense_of, random_packed
 
 __all__ = ["implementation", "measure"]
@@ -22,17 +23,22 @@ def implementation(task: Task) -> Norm:
     """The norm that a name stands for."""
     if task.name == "dorafx":
         return torch.ops.dorafx.row_norm
+    if task.name == PRODUCT:
+        return product
     return task.compiled(NORMS[task.name.removesuffix("-inductor")])
 
 
-def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
-    """Seconds of a call; bytes of its largest allocation, and of all its temporaries at once."""
+def measure(task: Task) -> Figures:
+    """Seconds of a call; bytes of its largest allocation, and of all its temporaries at once; of a dense weight also the
+    largest relative error against fp64."""
     p = task.parameters
     weights, sizes = p.get("weights", "dense"), (p["d_out"], p["d_in"])
     weight = task.random(*sizes) if weights == "dense" else None
     left, right = task.random(p["d_out"], p["rank"]), task.random(p["rank"], p["d_in"])
+    if "factors" in p:
+        left, right = left.to(DTYPES[p["factors"]]), right.to(DTYPES[p["factors"]])
     if weight is None:
-        call = _of_quantised(task, weights, left, right)
+        call = _of_quantized(task, weights, left, right)
     else:
         norm = implementation(task)
 
@@ -40,16 +46,16 @@ def measure(task: Task) -> dict[str, tuple[str, list[float]]]:
             return norm(weight, left, right, _SCALE)
 
     step: Callable[[], torch.Tensor] = torch.no_grad()(call)
-    samples = task.clock.samples(step, cold=True)
+    figures = task.clock.figures("time", step, cold=True)
     memory = allocations(step, task.clock.device)
-    return {
-        "time": ("s", samples),
-        "largest allocation": ("B", [memory.largest]),
-        "temporaries": ("B", [memory.peak]),
-    }
+    figures["largest allocation"] = ("B", [memory.largest])
+    figures["temporaries"] = ("B", [memory.peak])
+    if weight is not None and task.name != PRODUCT:
+        figures["error"] = ("ratio", [largest_error(step(), weight, left, right, _SCALE)])
+    return figures
 
 
-def _of_quantised(task: Task, kind: str, left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _of_quantized(task: Task, kind: str, left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
     w = random_packed(kind, left.shape[0], right.shape[1], task.dtype, task.clock.device)
     if task.name == "dorafx":
         operator, layout = torch.ops.dorafx.row_norm_quantized, (w.format, w.shape, w.group, w.dtype)

@@ -1,8 +1,20 @@
-"""Transfer functions: one module per operator family. Importing them fills ``lifter.TRANSFER``."""
+"""Transfer functions: one module per operator family. Importing them registers them, in any order: an operator that several know is
+read in the order of :class:`dorafx.lift.lifter.Reading`."""
 
-from . import arithmetic, convolutions, einsum, elementwise, indexing, layout, norms, products, quantized
-
-from . import batched, rearranged, narrow  # isort: skip  (the last: they add to what the others do)
+from . import (
+    arithmetic,
+    batched,
+    convolutions,
+    einsum,
+    elementwise,
+    indexing,
+    layout,
+    narrow,
+    norms,
+    products,
+    quantized,
+    rearranged,
+)
 
 __all__ = [
     "arithmetic",

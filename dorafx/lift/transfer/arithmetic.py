@@ -8,9 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from torch import fx
 
+from dorafx.graphs.operators import arguments
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import ONES, Diag, Expr, Mat, Poly
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..lifter import Lifter, transfer
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
 
 Shape = tuple[Any, ...]
@@ -137,12 +139,12 @@ def _biased(
         return None
     if not v.poly.items:  # nothing is added, but what makes nothing may have a gradient, or be no number
         return replace(m, expr=m.expr.without(v.poly.vanished))
-    if _lies(m, matrix, vector, v) != "columns":
+    if _vector_side(m, matrix, vector, v) != "columns":
         return None
     return replace(m, expr=m.expr + Expr.broadcast(v.poly).scaled(sign))
 
 
-def _lies(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValue) -> Literal["rows", "columns"] | None:
+def _vector_side(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValue) -> Literal["rows", "columns"] | None:
     """Whether a vector has one entry for each column of the matrix, or for each row. A vector of one entry that has as many axes of
     size one as one likes is either where the matrix has one column, or one row."""
     axes: dict[Literal["rows", "columns"], int | None] = {
@@ -244,10 +246,10 @@ def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operan
     constant = v.poly.constant
     if v.axis is None or constant is not None:
         return replace(m, expr=m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
-    lies = _lies(m, matrix, vector, v)
-    if lies is None:
+    side = _vector_side(m, matrix, vector, v)
+    if side is None:
         return None
-    return replace(m, expr=m.expr.right_diag(v.poly) if lies == "columns" else m.expr.left_diag(v.poly))
+    return replace(m, expr=m.expr.right_diag(v.poly) if side == "columns" else m.expr.left_diag(v.poly))
 
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import fx
 
-from ..lifter import TRANSFER, Lifter, tensor_of, transfer
-from ..targets import arguments, first_argument
+from dorafx.graphs.operators import arguments, canonical_name, first_argument
+from dorafx.graphs.tensors import tensor_of
+
+from ..lifter import Lifter, Reading, transfer
 from ..values import MatrixValue, Value
 from .arithmetic import Operand, added, same_shape
 from .products import product_of
@@ -33,48 +34,30 @@ def stack(lift: Lifter, node: fx.Node) -> Value | None:
     return None
 
 
-def _over_the_stack(name: str) -> Callable[[Lifter, fx.Node], Value | None]:
-    """``sum`` or ``mean``; of what is no stack, what the table said before."""
-    otherwise = TRANSFER[name]
-
-    def reduced(lift: Lifter, node: fx.Node) -> Value | None:
-        args = arguments(node, "input", "dim", "keepdim")
-        source, dim = args.get("input"), args.get("dim")
-        known, tensor = lift.aside(lift.stacked, source), tensor_of(source)
-        dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
-        first = tensor is not None and dims in ([0], [-tensor.dim()])
-        if known is None or not first or args.get("keepdim") or args.get("dtype") is not None:
-            return otherwise(lift, node)
-        value, count = known
-        return replace(value, expr=value.expr.scaled(1.0 / count)) if name == "mean" else value
-
-    return reduced
+@transfer("sum", "mean", reading=Reading.STACK)
+def over_the_stack(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "dim", "keepdim")
+    source, dim = args.get("input"), args.get("dim")
+    known, tensor = lift.aside(lift.stacked, source), tensor_of(source)
+    dims = list(dim) if isinstance(dim, (list, tuple)) else [dim]
+    first = tensor is not None and dims in ([0], [-tensor.dim()])
+    if known is None or not first or args.get("keepdim") or args.get("dtype") is not None:
+        return None
+    value, count = known
+    is_mean = canonical_name(node) == "mean"
+    return replace(value, expr=value.expr.scaled(1.0 / count)) if is_mean else value
 
 
-for _name in ("sum", "mean"):
-    TRANSFER[_name] = _over_the_stack(_name)
-
-
-def _repeating(otherwise: Callable[[Lifter, fx.Node], Value | None]) -> Callable[[Lifter, fx.Node], Value | None]:
-    def expand(lift: Lifter, node: fx.Node) -> Value | None:
-        source, after = first_argument(node), tensor_of(node)
-        before, value = tensor_of(source), lift.matrix(source)
-        if (
-            before is not None
-            and after is not None
-            and value is not None
-            and after.dim() == 3
-            and before.dim() in (2, 3)
-        ):
-            one = before.dim() == 2 or str(before.shape[0]) == "1"
-            if one and same_shape(tuple(before.shape[-2:]), tuple(after.shape[-2:])):
-                lift.repeated[node] = lift.recorded(value)
-        return otherwise(lift, node)
-
-    return expand
-
-
-TRANSFER["expand"] = _repeating(TRANSFER["expand"])
+@transfer("expand", reading=Reading.STACK)
+def repeated(lift: Lifter, node: fx.Node) -> Value | None:
+    """No term by itself: what is repeated is noted for those who read it."""
+    source, after = first_argument(node), tensor_of(node)
+    before, value = tensor_of(source), lift.matrix(source)
+    if before is not None and after is not None and value is not None and after.dim() == 3 and before.dim() in (2, 3):
+        one = before.dim() == 2 or str(before.shape[0]) == "1"
+        if one and same_shape(tuple(before.shape[-2:]), tuple(after.shape[-2:])):
+            lift.repeated[node] = lift.recorded(value)
+    return None
 
 
 @transfer("bmm")

@@ -12,9 +12,11 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
+from dorafx.graphs.operators import arguments
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Expr
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..lifter import Lifter, transfer
 from ..values import Gemm, MatrixValue, Value
 from .products import computes
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Expr, Poly
-from ..lifter import Lifter, tensor_of, transfer
+from ..lifter import Lifter, transfer
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product, same_size
 

@@ -8,9 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from dorafx.graphs.operators import arguments, first_argument
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Poly
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments, first_argument
+from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, vector_axis
 from .arithmetic import inverse_of
 

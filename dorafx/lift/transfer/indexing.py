@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import fx
 
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments, first_argument
+from dorafx.graphs.operators import arguments, first_argument
+from dorafx.graphs.tensors import tensor_of
+
+from ..lifter import Lifter, transfer
 from ..values import Value
 from .layout import view
 

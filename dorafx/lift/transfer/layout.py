@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx.graphs.operators import arguments, drops_nothing, first_argument, permuted_axes
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Expr
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments, drops_nothing, first_argument, permuted_axes
+from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
 
 

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
+from dorafx.graphs.operators import arguments
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Poly
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least

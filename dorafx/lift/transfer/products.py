@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from dorafx.graphs.operators import arguments
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Diag, Expr, Poly
-from ..lifter import Lifter, tensor_of, transfer
-from ..targets import arguments
+from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..lifter import Lifter, tensor_of, transfer
+from dorafx.graphs.tensors import tensor_of
+
+from ..lifter import Lifter, transfer
 from ..quantized import is_torchao
 from ..values import Value
 

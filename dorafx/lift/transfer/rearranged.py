@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import fx
 
+from dorafx.graphs.operators import arguments, canonical_name, first_argument, permuted_axes
+from dorafx.graphs.tensors import tensor_of
+
 from ..algebra import Mat
-from ..lifter import TRANSFER, Lifter, tensor_of
-from ..targets import arguments, first_argument, permuted_axes
+from ..lifter import Lifter, Reading, transfer
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import same_shape, same_size
 from .einsum import by_letters
@@ -62,8 +64,10 @@ def _of(lift: Lifter, arg: Any) -> Subscripts | None:
 
 def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
     """Axes merged, or cut where they were merged before."""
-    source, after = _of(lift, first_argument(node)), tensor_of(node)
-    if source is None or after is None or after.dtype not in FLOAT_DTYPES:
+    source, before, after = _of(lift, first_argument(node)), tensor_of(first_argument(node)), tensor_of(node)
+    if source is None or before is None or after is None or after.dtype not in FLOAT_DTYPES:
+        return None
+    if before.dtype != after.dtype:  # view(dtype) reads the bits as other numbers
         return None
     rest = [s for axis in source.axes for s in axis]
     axes: list[tuple[int, ...]] = []
@@ -179,16 +183,16 @@ def _joined(
     names: dict[int, int] = {}
     axes = list(left.axes)
     for i, j in shared:
-        mine, other = left.axes[i], right.axes[j]
-        if mine and other:
-            if len(mine) != len(other) or not all(
-                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(mine, other)
+        own_axis, other = left.axes[i], right.axes[j]
+        if own_axis and other:
+            if len(own_axis) != len(other) or not all(
+                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(own_axis, other)
             ):
                 return None
-            names.update(zip(other, mine))
-        elif i in summed and (mine or other):
+            names.update(zip(other, own_axis))
+        elif i in summed and (own_axis or other):
             return None
-        axes[i] = mine or other
+        axes[i] = own_axis or other
     if summed:
         axes[summed[0]] = right.axes[-1]
     right = right.renamed(names)
@@ -248,28 +252,7 @@ def _equation(subscripts: Subscripts, long: list[int]) -> tuple[list[str], str, 
     return inputs, result, [node for node, _ in subscripts.sources]
 
 
-def _reads(first: Callable[..., Any] | None, trace: Callable[..., Any]) -> Callable[[Lifter, fx.Node], Value | None]:
-    def read(lift: Lifter, node: fx.Node) -> Value | None:
-        subscripts = trace(lift, node)
-        if subscripts is not None:
-            if not lift.records_gradients:
-                subscripts = replace(subscripts, detached=True)
-            lift.subscripts[node] = subscripts
-        # What was only moved is known by its layout; of a product the tables of layouts see the last step alone.
-        value: Value | None = None
-        mine_first = subscripts is not None and len(subscripts.sources) > 1 and trace is not _multiplied
-        if mine_first and subscripts is not None:
-            value = _value(lift, subscripts)
-        if value is None and first is not None:
-            value = first(lift, node)
-        if value is None and subscripts is not None and not mine_first:
-            value = _value(lift, subscripts)
-        return value
-
-    return read
-
-
-for _name, _trace in {
+_TRACES: dict[str, Callable[[Lifter, fx.Node], Subscripts | None]] = {
     "view": _viewed,
     "permute": _permuted,
     "transpose": _transposed,
@@ -281,5 +264,32 @@ for _name, _trace in {
     "mul": _multiplied,
     "bmm": _batched_product,
     "matmul": _batched_product,
-}.items():
-    TRANSFER[_name] = _reads(TRANSFER.get(_name), _trace)
+}
+
+
+def _of_several(name: str | None, subscripts: Subscripts | None) -> bool:
+    """Whether the letters are those of a product's operands, of which what an operator does by itself tells the last step alone. (Of a
+    product of entries it tells all.)"""
+    return subscripts is not None and len(subscripts.sources) > 1 and name != "mul"
+
+
+@transfer(*_TRACES, reading=Reading.TAKEN_APART)
+def taken_apart(lift: Lifter, node: fx.Node) -> Value | None:
+    """Follows the letters of the axes, and reads a product of several sources by them."""
+    name = canonical_name(node)
+    subscripts = _TRACES[name](lift, node) if name is not None else None
+    if subscripts is None:
+        lift.subscripts.pop(node, None)  # of a time before an operand was sealed
+        return None
+    if not lift.records_gradients:
+        subscripts = replace(subscripts, detached=True)
+    lift.subscripts[node] = subscripts
+    return _value(lift, subscripts) if _of_several(name, subscripts) else None
+
+
+@transfer(*_TRACES, reading=Reading.MOVED)
+def moved(lift: Lifter, node: fx.Node) -> Value | None:
+    """Reads by the letters of its axes what no layout tells."""
+    subscripts = lift.subscripts.get(node)
+    of_several = _of_several(canonical_name(node), subscripts)
+    return _value(lift, subscripts) if subscripts is not None and not of_several else None

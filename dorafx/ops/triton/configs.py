@@ -7,31 +7,37 @@ any layout, with d_in divided or whole; the tests check that ahead of time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
 __all__ = [
+    "AMPERE",
+    "BLACKWELL",
+    "BLACKWELL_CONSUMER",
     "COMPOSE",
     "COMPOSE_TABLES",
+    "HOPPER",
     "LINEAR",
     "LINEAR_TABLES",
     "PROGRAMS_PER_PROCESSOR",
-    "QUANTIZED_ROW_NORM",
-    "ROW_NORM",
-    "ROW_NORM_80",
     "TABLES",
+    "WIDEST_CONVERTED_RANK",
     "ComposeConfig",
     "ComposeConfigs",
+    "Gpu",
     "LinearConfig",
+    "Problem",
     "RowNormConfig",
     "architecture",
+    "code_bytes",
     "compose_config",
+    "division",
+    "gpu",
     "linear_config",
     "multiprocessors",
-    "quantized_config",
     "row_norm_config",
     "splits",
     "table_of",
@@ -41,61 +47,165 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What of a GPU decides how kernels run on it.
+
+    Attributes:
+        architecture: ten times its compute capability.
+        processors: its streaming multiprocessors.
+        block_bytes: shared memory that one program may have.
+        processor_bytes: shared memory of a multiprocessor; each resident program takes 1 KiB more than it asks for.
+    """
+
+    architecture: int
+    processors: int
+    block_bytes: int
+    processor_bytes: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row norm, as far as it decides block sizes.
+
+    Attributes:
+        rank: of the factors.
+        operand_bytes: of an element of the product's operands.
+        factor_bytes: of an element of the factors as they are loaded, the wider one's.
+        weight_bytes: of an element of W; see :func:`code_bytes` of a quantised one.
+        scattered: whether no dimension of W lies side by side in memory.
+    """
+
+    rank: int
+    operand_bytes: int
+    factor_bytes: int
+    weight_bytes: int
+    scattered: bool = False
+
+
+def code_bytes(format: str, scale: int, zero: int = 0) -> int:
+    """What an element of a quantised W counts for, in bytes, rounded up: its code, the scale of its group (4-bit codes share one, and
+    8-bit ones of bitsandbytes have one a row), and its zero point. At least 3: values take more registers until they are
+    dequantised than half precision does.
+
+    Args:
+        scale, zero: bytes of these.
+    """
+    if format == "bnb8":
+        return 3
+    return max(3, -(-(1 + scale) // 2) if format in ("nf4", "fp4") else 1 + scale + zero)
+
+
+WIDEST_CONVERTED_RANK = 64
+"""Up to this rank factors that are wider than the product's operands are converted tile by tile; above it before the launch:
+every block of rows would load all of ``right`` in its width, and the kernels for such ranks have no registers to spare."""
+
+
+_BARRIERS = 256
+"""Bytes of shared memory beside the tiles."""
+
+
+@dataclass(frozen=True)
 class RowNormConfig:
     """One way to run the row norm: a ``rows x columns`` tile of W, formed from products of depth ``depth``."""
 
     factor_bytes: int
     """Width of the product's operands: 2 (fp16, bf16) or 4 (fp32)."""
     max_rank: int | None
-    """The largest rank it serves; None is any."""
+    """The largest rank that it serves, whose part of ``left`` is then resident in shared memory; None is any: both factors are
+    streamed."""
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
+    """Tiles in flight. One, of a resident ``left``: the next tile of ``right`` comes to registers while this one is multiplied."""
+    programs: int = 1
+    """Programs a multiprocessor that the registers leave room for, with a weight in half precision."""
+    weight_bytes: int = 8
+    """The widest element of W that it serves; of a quantised W with its scale."""
+    scattered: bool = True
+    """Whether it serves a W of which no dimension lies side by side in memory: that takes a register an element."""
 
-    @property
-    def single(self) -> bool:
-        """Whether one product covers the whole rank: ``left`` is then loaded once, and W's tiles are prefetched."""
-        return self.max_rank is not None
+    def chunks(self, rank: int) -> int:
+        """Chunks of the rank in which ``left`` is resident; 0 where it is not."""
+        return 0 if self.max_rank is None else -(-rank // self.depth)
+
+    def shared_bytes(self, problem: Problem, architecture: int) -> int:
+        """Shared memory of a program, in bytes: no less than the compiler takes."""
+        return self._tiles_bytes(problem, architecture) + _BARRIERS
+
+    def _tiles_bytes(self, problem: Problem, architecture: int) -> int:
+        depth = self.depth * (self.chunks(problem.rank) or 1)
+        # fp32 operands are in two parts, each of them a tf32 number.
+        parts = problem.operand_bytes if problem.operand_bytes == 2 else 2 * problem.operand_bytes
+        left, right = parts * depth * self.rows, problem.factor_bytes * depth * self.columns
+        block = problem.weight_bytes * self.rows * self.columns
+        if self.max_rank is not None and self.num_stages == 1:
+            return left + right + block
+        stages = self.num_stages - 1
+        if problem.factor_bytes == problem.operand_bytes == 2:
+            # From Hopper on the tensor cores read their operands from shared memory while the next tile comes.
+            buffers, converted = self.num_stages if 90 <= architecture < 120 else stages, 0
+        else:
+            buffers, converted = stages, parts * depth * self.columns
+            if self.max_rank is None:  # Triton 3.8 writes a streamed ``left`` back as well, before it is in parts
+                converted += problem.operand_bytes * depth * self.rows
+        if self.max_rank is None:
+            return max(buffers * problem.factor_bytes * depth * (self.rows + self.columns) + converted, block)
+        return left + buffers * right + stages * block + converted
+
+    def programs_on(self, gpu: Gpu, problem: Problem) -> int:
+        """Programs that a multiprocessor has at a time."""
+        shared = self.shared_bytes(problem, gpu.architecture) + 1024
+        return max(1, min(self.programs, gpu.processor_bytes // shared))
 
 
-# Small ranks are bound by reading W: few rows a block, many blocks in flight. Large ranks are bound by the tensor cores
-# and by reading the factors from L2, which larger tiles do less often. fp32 factors are split into three tf32 products.
-ROW_NORM = (
-    RowNormConfig(2, 16, 64, 128, 16, 4, 4),
-    RowNormConfig(2, 32, 64, 128, 32, 8, 3),
-    RowNormConfig(2, 64, 64, 128, 64, 4, 3),
-    RowNormConfig(2, 128, 128, 128, 128, 8, 2),
-    RowNormConfig(2, None, 128, 128, 64, 8, 3),
-    RowNormConfig(4, 16, 64, 64, 16, 4, 3),
-    RowNormConfig(4, 32, 64, 64, 32, 4, 3),
-    RowNormConfig(4, None, 64, 128, 32, 8, 3),
+# Small ranks are bound by reading W: small tiles, many in flight. From rank 65 on reading ``right`` from L2, which every block of
+# rows does once, costs as much: the blocks are taller, and ``left`` is read once for all of them. Above 128 the next tile goes
+# through registers, so that shared memory holds ``left`` for 128 rows. fp32 factors are split into three tf32 products.
+# A rank that has several rows takes the first that serves the weight and fits into the card's shared memory.
+HOPPER = (
+    RowNormConfig(2, 16, 64, 64, 16, 8, 4, programs=4),
+    RowNormConfig(2, 64, 128, 64, 32, 8, 4, programs=2),
+    RowNormConfig(2, 128, 128, 64, 64, 8, 3, programs=2),
+    RowNormConfig(2, 384, 128, 64, 64, 8, 1, scattered=False),
+    RowNormConfig(2, 512, 128, 64, 64, 8, 1, weight_bytes=2, scattered=False),
+    RowNormConfig(2, None, 128, 128, 64, 8, 3, weight_bytes=2, scattered=False),
+    RowNormConfig(2, None, 64, 128, 64, 8, 3),
+    RowNormConfig(4, 16, 64, 64, 16, 4, 4, programs=3),
+    RowNormConfig(4, 64, 64, 64, 32, 8, 3),
+    RowNormConfig(4, None, 128, 64, 32, 8, 3, scattered=False),
+    RowNormConfig(4, None, 64, 64, 32, 8, 3),
 )
 
-# Tensor cores before Hopper's keep all of a product in registers: with an fp32 weight and transposed factors two of the rows
-# above would spill there.
-ROW_NORM_80 = (
-    *ROW_NORM[:2],
-    RowNormConfig(2, 64, 64, 128, 64, 8, 3),
-    ROW_NORM[3],
-    RowNormConfig(2, None, 128, 128, 64, 8, 2),
-    *ROW_NORM[5:],
-)
+# Their products are in the memory of the tensor cores, W's tile is not: registers end at rank 384.
+BLACKWELL = tuple(row for row in HOPPER if row.max_rank != 512)
 
-
-# Of a quantised weight. ``columns`` are bytes of codes; a table of 4-bit values is selections in registers, of which a tile
-# needs more than a dense one, so that tiles are smaller.
-QUANTIZED_ROW_NORM = (
-    RowNormConfig(2, 16, 32, 64, 16, 4, 2),
-    RowNormConfig(2, 32, 32, 64, 32, 4, 2),
-    RowNormConfig(2, None, 64, 64, 64, 8, 3),
-    RowNormConfig(4, 16, 32, 32, 16, 4, 2),
+# Tensor cores before Hopper's keep all of a product in registers. Rows for 99 KiB of shared memory follow those for 163.
+AMPERE = (
+    RowNormConfig(2, 16, 64, 64, 16, 8, 4, programs=4),
+    RowNormConfig(2, 64, 64, 64, 32, 8, 4, programs=2),
+    RowNormConfig(2, 64, 64, 64, 32, 8, 3),
+    RowNormConfig(2, 128, 128, 64, 64, 8, 3),
+    RowNormConfig(2, 128, 64, 64, 64, 8, 3),
+    RowNormConfig(2, 384, 128, 64, 64, 8, 1, weight_bytes=2, scattered=False),
+    RowNormConfig(2, None, 64, 128, 64, 8, 3),
+    RowNormConfig(4, 16, 64, 64, 16, 8, 3, programs=2),
+    RowNormConfig(4, 32, 64, 64, 32, 8, 3),
+    RowNormConfig(4, None, 64, 64, 32, 8, 3, weight_bytes=2),
     RowNormConfig(4, None, 64, 32, 32, 8, 3),
 )
 
+# The same tensor cores in cards that have 99 KiB; what is scattered, and products of fp32, spill earlier.
+BLACKWELL_CONSUMER = (
+    *AMPERE[:5],
+    RowNormConfig(2, None, 64, 128, 64, 8, 3, scattered=False),
+    RowNormConfig(2, None, 64, 64, 64, 8, 3),
+    *AMPERE[7:9],
+    AMPERE[-1],
+)
 
-TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: ROW_NORM_80, 90: ROW_NORM, 100: ROW_NORM}
+TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: AMPERE, 90: HOPPER, 100: BLACKWELL, 120: BLACKWELL_CONSUMER}
 """A table for each architecture, by ten times its compute capability; ``dorafx bench --tune`` prints one measured on the
 device at hand. None has been measured: all are made by calculation."""
 
@@ -109,10 +219,24 @@ def table_of(found: int) -> tuple[RowNormConfig, ...]:
     return _newest(TABLES, found)
 
 
-def row_norm_config(factor_bytes: int, rank: int, found: int = 90) -> RowNormConfig:
-    """The first configuration of an architecture's table that serves operands of this width and rank."""
-    table = table_of(found)
-    return next(c for c in table if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank))
+def row_norm_config(problem: Problem, gpu: Gpu) -> RowNormConfig:
+    """The first configuration of the architecture's table that serves a problem within the card's shared memory; where none is
+    within it, the one that takes least."""
+
+    def shared(config: RowNormConfig) -> int:
+        return config.shared_bytes(problem, gpu.architecture)
+
+    serving = [c for c in table_of(gpu.architecture) if _serves(c, problem)]
+    return next((c for c in serving if shared(c) <= gpu.block_bytes), min(serving, key=shared))
+
+
+def _serves(config: RowNormConfig, problem: Problem) -> bool:
+    return (
+        config.factor_bytes == problem.operand_bytes
+        and config.weight_bytes >= problem.weight_bytes
+        and (config.scattered or not problem.scattered)
+        and (config.max_rank is None or problem.rank <= config.max_rank)
+    )
 
 
 @dataclass(frozen=True)
@@ -195,39 +319,73 @@ def linear_config(operand_bytes: int, tokens: int, found: int = 90) -> LinearCon
     )
 
 
-def quantized_config(factor_bytes: int, rank: int) -> RowNormConfig:
-    """The first configuration for quantised weights that serves operands of this width and rank."""
-    return next(
-        c for c in QUANTIZED_ROW_NORM if c.factor_bytes == factor_bytes and (c.max_rank is None or rank <= c.max_rank)
+@functools.cache
+def splits(row_blocks: int, column_blocks: int, residents: int) -> int:
+    """Into how many parts to divide d_in, so that ``row_blocks x splits`` programs fill the device.
+
+    Args:
+        row_blocks: blocks of rows, of all norms of a launch.
+        column_blocks: tiles along d_in.
+        residents: programs that the device runs at a time: multiprocessors times the programs that each has.
+
+    Returns:
+        The fewest parts of those that take the least time, counted in tiles one after another (5 % more is as good, since every
+        part costs a partial sum).
+    """
+
+    def tiles(parts: int) -> int:
+        part = -(-column_blocks // parts)
+        programs = row_blocks * -(-column_blocks // part)
+        return -(-programs // residents) * part
+
+    if row_blocks >= 8 * residents:
+        return 1
+    most = min(column_blocks, max(1, -(-4 * residents // row_blocks)))
+    best = min(tiles(parts) for parts in range(1, most + 1))
+    return next(parts for parts in range(1, most + 1) if tiles(parts) <= 1.05 * best)
+
+
+def division(
+    config: RowNormConfig, problem: Problem, gpu: Gpu, shape: Sequence[int], norms: int = 1, parts: int | None = None
+) -> tuple[int, int, int]:
+    """How a launch is divided into programs.
+
+    Args:
+        shape: of the weight, ``[d_out, d_in]``.
+        norms: that are launched together.
+        parts: into which d_in is divided, at most; by default as :func:`splits` has it.
+
+    Returns:
+        Blocks of rows, parts of d_in, and columns of a part.
+    """
+    d_out, d_in = shape
+    row_blocks, column_blocks = -(-d_out // config.rows), -(-d_in // config.columns)
+    if parts is None:
+        parts = splits(row_blocks * norms, column_blocks, gpu.processors * config.programs_on(gpu, problem))
+    part = -(-column_blocks // parts) * config.columns
+    return row_blocks, -(-d_in // part), part
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """The device's properties; where kernels are interpreted on CPU tensors, those of a Hopper GPU with one multiprocessor."""
+    if device.type != "cuda":
+        return Gpu(90, 1, 227 << 10, 228 << 10)
+    properties = torch.cuda.get_device_properties(device)
+    return Gpu(
+        10 * properties.major + properties.minor,
+        properties.multi_processor_count,
+        # A CUDA device's; ROCm's have one number.
+        getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
+        properties.shared_memory_per_multiprocessor,
     )
 
 
-@functools.cache
-def splits(row_blocks: int, column_blocks: int, processors: int) -> int:
-    """Into how many parts to divide d_in, so that ``row_blocks x splits`` programs fill the device: the fewest parts
-    among those whose last wave is fullest, since every part costs a partial sum."""
-
-    def filled(parts: int) -> float:
-        programs = row_blocks * parts
-        return programs / (-(-programs // processors) * processors)
-
-    if row_blocks >= 8 * processors:
-        return 1
-    most = min(column_blocks, max(1, -(-4 * processors // row_blocks)))
-    best = max(filled(parts) for parts in range(1, most + 1))
-    return next(parts for parts in range(1, most + 1) if filled(parts) >= best - 0.05)
-
-
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """The device's streaming multiprocessors; 1 where kernels are interpreted on CPU tensors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """The device's streaming multiprocessors; see :func:`gpu`."""
+    return gpu(device).processors
 
 
-@functools.cache
 def architecture(device: torch.device) -> int:
-    """Ten times the device's compute capability; 90 where kernels are interpreted on CPU tensors."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    """Ten times the device's compute capability; see :func:`gpu`."""
+    return gpu(device).architecture

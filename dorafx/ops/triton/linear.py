@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .row_norm import operand_type
+from .tiles import operand_type, precision_of
 
 __all__ = ["dora_linear_kernel", "launch"]
 
@@ -175,7 +175,7 @@ def launch(
             DEPTH=config.depth,
             GROUP=8,
             OPERAND=operand,
-            PRECISION="tf32x3" if operand == tl.float32 else "tf32",
+            PRECISION=precision_of(operand),
             STAGES=config.num_stages,
             num_warps=config.num_warps,
         )

@@ -2,7 +2,12 @@
 """The tiled row norm on tensor cores: ``W + s·L·R`` is formed tile by tile in registers, squared and summed.
 
 One pass over W. A program owns a block of rows and a part of d_in. Where the blocks of rows do not fill the device, d_in
-is divided too; the partial sums are then added in a fixed order, so results do not change between runs.
+is divided too; the partial sums are then added in a fixed order, so results do not change between runs. Squares are added where
+the tensor cores leave them, column by column, and along a row once, at the end: no tile is moved for its sum.
+
+The loop is that of quantised weights, too (:mod:`dorafx.ops.triton.quantized`). One kernel serves one norm and several: a launch
+always takes the addresses of ``GROUP`` norms, as arguments. So a graph that is captured launches what the calls before it
+launched, and keeps the addresses itself.
 """
 
 from __future__ import annotations
@@ -14,34 +19,45 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .codes import dequantized
+from .tiles import (
+    block_constants,
+    chunks,
+    converted,
+    finish,
+    operand_type,
+    resident_product,
+    store_norms,
+    streamed_product,
+)
 
-__all__ = ["finish_kernel", "grouped_row_norm_kernel", "launch", "launch_group", "row_norm_kernel"]
+__all__ = ["GROUP", "launch", "launch_group", "loadable", "norm_of_rows", "row_norm_kernel"]
+
+Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+GROUP = 8
+"""Norms a launch, at most. Their addresses are arguments of the kernel, which take the host longer the more there are."""
 
 
 @triton.jit
-def _squares_of_rows(
-    weight,
-    left,
-    right,
-    scale,
-    d_out,
-    d_in,
-    rank,
-    part,
-    stride_wo,
-    stride_wi,
-    stride_lo,
-    stride_lr,
-    stride_rr,
-    stride_ri,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SINGLE: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+def norm_of_rows(
+    weight, left, right, scales, zeros, out, scale, d_out, d_in, rank, part, group,
+    stride_wo, stride_wi, stride_lo, stride_lr, stride_rr, stride_ri,
+    FORMAT: tl.constexpr, ZEROS: tl.constexpr, VALUE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The norms of a block of rows of one matrix, or where d_in is divided their sums of squares in a part of it.
+
+    Args:
+        weight: pointer to values, or of a quantised weight to codes, in rows of ``d_in`` or half as many bytes.
+        scales, zeros, group: of a quantised weight: see :func:`dequantized`.
+        out: pointer to the norms, or to a row for each part.
+        FORMAT: of codes, or "dense".
+        CHUNKS: chunks of the rank in which ``left`` is resident; 0 streams both factors.
+        STAGES: tiles in flight that the compiler pipelines; 1, where ``left`` is resident, keeps the next tile of ``right`` in
+            registers while this one is multiplied, which needs half the shared memory.
+    """
     row = tl.program_id(0) * ROWS
     first = tl.program_id(1) * part
     last = tl.minimum(first + part, d_in)
@@ -49,42 +65,72 @@ def _squares_of_rows(
     row_mask = tile_rows[:, None] < d_out - row
     # Scalars have 64 bits, since an embedding of 256k x 16k has more than 2**31 elements; offsets within a tile have 32,
     # since there are as many as a tile has elements, and they live in registers.
-    weight += row.to(tl.int64) * stride_wo + first.to(tl.int64) * stride_wi
+    WIDTH: tl.constexpr = 2 if FORMAT == "nf4" or FORMAT == "fp4" else 1
+    weight += row.to(tl.int64) * stride_wo + (first // WIDTH).to(tl.int64) * stride_wi
     left += row.to(tl.int64) * stride_lo
     right += first.to(tl.int64) * stride_ri
     weight_offsets = tile_rows[:, None] * stride_wo + tile_columns[None, :] * stride_wi
     left_offsets = tile_rows[:, None] * stride_lo + depth[None, :] * stride_lr
     right_offsets = depth[:, None] * stride_rr + tile_columns[None, :] * stride_ri
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    if SINGLE:
-        side = tl.load(left + left_offsets, mask=row_mask & (depth[None, :] < rank), other=0.0).to(OPERAND)
-    for start in tl.range(first, last, COLUMNS, num_stages=STAGES if SINGLE else 1):
+    groups = 0
+    if FORMAT != "dense":
+        groups = d_in // group
+        scales += row.to(tl.int64) * groups
+        zeros += row.to(tl.int64) * groups
+    squares = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if CHUNKS > 0:
+        lefts = chunks(left, left_offsets, row_mask, depth[None, :], rank, stride_lr, DEPTH, CHUNKS)
+        lefts = converted(lefts, OPERAND, CHUNKS)
+    AHEAD: tl.constexpr = CHUNKS > 0 and STAGES == 1
+    if AHEAD:
+        inside = tile_columns[None, :] < last - first
+        rights = chunks(right, right_offsets, inside, depth[:, None], rank, stride_rr, DEPTH, CHUNKS)
+    for start in tl.range(first, last, COLUMNS, num_stages=STAGES if CHUNKS > 0 else 1):
         column_mask = tile_columns[None, :] < last - start
-        if SINGLE:
-            other = tl.load(right + right_offsets, mask=column_mask & (depth[:, None] < rank), other=0.0)
-            delta = tl.dot(side, other.to(OPERAND), input_precision=PRECISION)
+        # Asked for before the product, which hides the time that it takes to come.
+        if FORMAT == "dense":
+            block = tl.load(weight + weight_offsets, mask=row_mask & column_mask, other=0.0)
         else:
-            delta = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-            a_pointers, b_pointers = left + left_offsets, right + right_offsets
-            for k in tl.range(0, rank, DEPTH, num_stages=STAGES):
-                a = tl.load(a_pointers, mask=row_mask & (depth[None, :] < rank - k), other=0.0)
-                b = tl.load(b_pointers, mask=column_mask & (depth[:, None] < rank - k), other=0.0)
-                delta = tl.dot(a.to(OPERAND), b.to(OPERAND), delta, input_precision=PRECISION)
-                a_pointers += DEPTH * stride_lr
-                b_pointers += DEPTH * stride_rr
-        block = tl.load(weight + weight_offsets, mask=row_mask & column_mask, other=0.0)
+            block = dequantized(
+                weight, scales, zeros, row_mask, tile_rows, start, last, groups, group, stride_wo,
+                COLUMNS, FORMAT, ZEROS, VALUE,
+            )  # fmt: skip
+        weight += COLUMNS // WIDTH * stride_wi
+        if AHEAD:
+            right += COLUMNS * stride_ri
+            inside = tile_columns[None, :] < last - start - COLUMNS
+            following = chunks(right, right_offsets, inside, depth[:, None], rank, stride_rr, DEPTH, CHUNKS)
+            delta = resident_product(lefts, rights, ROWS, COLUMNS, CHUNKS, OPERAND, PRECISION)
+            rights = following
+        elif CHUNKS > 0:
+            rights = chunks(right, right_offsets, column_mask, depth[:, None], rank, stride_rr, DEPTH, CHUNKS)
+            delta = resident_product(lefts, rights, ROWS, COLUMNS, CHUNKS, OPERAND, PRECISION)
+            right += COLUMNS * stride_ri
+        else:
+            delta = streamed_product(
+                left, right, left_offsets, right_offsets, row_mask, column_mask, rank, stride_lr, stride_rr,
+                ROWS, COLUMNS, DEPTH, OPERAND, PRECISION, STAGES,
+            )  # fmt: skip
+            right += COLUMNS * stride_ri
         value = block.to(tl.float32) + delta * scale
-        total += tl.sum(value * value, axis=1)
-        weight += COLUMNS * stride_wi
-        right += COLUMNS * stride_ri
-    return total
+        squares += value * value
+    store_norms(squares, out + tl.program_id(1).to(tl.int64) * d_out, row, d_out, ROWS)
+
+
+@triton.jit
+def _addressed(addresses, operand: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The pointer to an operand (0: weight, 1: left, 2: right) of the norm that this program is for."""
+    found = addresses[operand]
+    for i in tl.static_range(1, GROUP):
+        found = tl.where(tl.program_id(2) == i, addresses[3 * i + operand], found)
+    pointer = found.to(tl.pointer_type(DTYPE))
+    # What the launcher tells of pointers, it does not tell of addresses: without it loads are not vectors.
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
 def row_norm_kernel(
-    weight,
-    left,
-    right,
+    addresses,
     out,
     scale,
     d_out,
@@ -97,41 +143,7 @@ def row_norm_kernel(
     stride_lr,
     stride_rr,
     stride_ri,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SINGLE: tl.constexpr,
-    SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    total = _squares_of_rows(
-        weight, left, right, scale, d_out, d_in, rank, part,
-        stride_wo, stride_wi, stride_lo, stride_lr, stride_rr, stride_ri,
-        ROWS, COLUMNS, DEPTH, SINGLE, OPERAND, PRECISION, STAGES,
-    )  # fmt: skip
-    if not SPLIT:
-        total = tl.sqrt_rn(total)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tl.store(out + tl.program_id(1) * d_out + rows, total, mask=rows < d_out)
-
-
-@triton.jit
-def grouped_row_norm_kernel(
-    pointers,
-    out,
-    scale,
-    d_out,
-    d_in,
-    rank,
-    part,
-    stride_wo,
-    stride_wi,
-    stride_lo,
-    stride_lr,
-    stride_rr,
-    stride_ri,
+    GROUP: tl.constexpr,
     WEIGHT: tl.constexpr,
     LEFT: tl.constexpr,
     RIGHT: tl.constexpr,
@@ -139,49 +151,20 @@ def grouped_row_norm_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
-    SINGLE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    CHUNKS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    index = tl.program_id(2)
-    weight = tl.load(pointers + 3 * index).to(tl.pointer_type(WEIGHT))
-    left = tl.load(pointers + 3 * index + 1).to(tl.pointer_type(LEFT))
-    right = tl.load(pointers + 3 * index + 2).to(tl.pointer_type(RIGHT))
-    if ALIGNED:
-        # What the launcher tells of arguments, it cannot tell of addresses in memory: without it loads are not vectors.
-        weight, left, right = tl.multiple_of(weight, 16), tl.multiple_of(left, 16), tl.multiple_of(right, 16)
-    total = _squares_of_rows(
-        weight, left, right, scale, d_out, d_in, rank, part,
+    weight = _addressed(addresses, 0, GROUP, WEIGHT, ALIGNED)
+    left = _addressed(addresses, 1, GROUP, LEFT, ALIGNED)
+    right = _addressed(addresses, 2, GROUP, RIGHT, ALIGNED)
+    out += (tl.program_id(2) * tl.num_programs(1)).to(tl.int64) * d_out
+    norm_of_rows(
+        weight, left, right, weight, weight, out, scale, d_out, d_in, rank, part, 1,
         stride_wo, stride_wi, stride_lo, stride_lr, stride_rr, stride_ri,
-        ROWS, COLUMNS, DEPTH, SINGLE, OPERAND, PRECISION, STAGES,
+        "dense", False, WEIGHT, ROWS, COLUMNS, DEPTH, CHUNKS, OPERAND, PRECISION, STAGES,
     )  # fmt: skip
-    if not SPLIT:
-        total = tl.sqrt_rn(total)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    out += (index * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * d_out
-    tl.store(out + rows, total, mask=rows < d_out)
-
-
-@triton.jit
-def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
-    index = tl.program_id(1).to(tl.int64)
-    partial += index * parts * d_out
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = rows < d_out
-    total = tl.zeros([ROWS], dtype=tl.float32)
-    for part in range(parts):
-        total += tl.load(partial + part * d_out + rows, mask=mask, other=0.0)
-    tl.store(out + index * d_out + rows, tl.sqrt_rn(total), mask=mask)
-
-
-def operand_type(left: torch.dtype, right: torch.dtype, interpreted: bool = False) -> tl.dtype:
-    """What the product's operands are cast to: their own half precision where they share it, else fp32. Triton's
-    interpreter multiplies bf16 wrongly, so there everything is fp32, which holds the same values."""
-    if left == right == torch.bfloat16 and not interpreted:
-        return tl.bfloat16
-    return tl.float16 if left == right == torch.float16 and not interpreted else tl.float32
 
 
 def launch(
@@ -191,69 +174,81 @@ def launch(
     scale: float,
     parts: int | None = None,
     config: configs.RowNormConfig | None = None,
+    operand: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.norm.row_norm`; operands on one CUDA device, checked, not fp64, not empty.
 
     Args:
         parts: into how many parts d_in is divided; by default as many as fill the device.
         config: block sizes; by default those of the table.
+        operand: the dtype that the factors are multiplied in, where it is narrower than theirs.
     """
-    return launch_group([(weight, left, right)], scale, parts, config)[0]
+    return launch_group([(weight, left, right)], scale, parts, config, operand)[0]
 
 
 def launch_group(
-    norms: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    norms: Sequence[Norm],
     scale: float,
     parts: int | None = None,
     config: configs.RowNormConfig | None = None,
+    operand: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment, in one launch (two where d_in
-    is divided). Otherwise as :func:`launch`."""
+    """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment, ``GROUP`` a launch, and a launch more
+    where d_in is divided. Otherwise as :func:`launch`."""
+    norms = [(weight, *loadable(left, right, operand)) for weight, left, right in norms]
     weight, left, right = norms[0]
-    (d_out, d_in), rank = weight.shape, right.shape[0]
-    operand = operand_type(left.dtype, right.dtype, weight.device.type == "cpu")
+    device, (d_out, d_in), rank = weight.device, weight.shape, right.shape[0]
+    multiplied = operand_type(left.dtype, right.dtype, device.type == "cpu", operand)
+    problem = configs.Problem(
+        rank,
+        operand_bytes=4 if multiplied == tl.float32 else 2,
+        factor_bytes=max(left.element_size(), right.element_size()),
+        weight_bytes=weight.element_size(),
+        scattered=not _side_by_side(weight),
+    )
+    gpu = configs.gpu(device)
     if config is None:
-        width = 4 if operand == tl.float32 else 2
-        config = configs.row_norm_config(width, rank, configs.architecture(weight.device))
-    row_blocks, column_blocks = triton.cdiv(d_out, config.rows), triton.cdiv(d_in, config.columns)
-    if parts is None:
-        processors = configs.multiprocessors(weight.device)
-        parts = configs.splits(row_blocks * len(norms), column_blocks, processors)
-    part = triton.cdiv(column_blocks, parts) * config.columns
-    parts = triton.cdiv(d_in, part)
-    out = torch.empty((len(norms), d_out) if len(norms) > 1 else d_out, dtype=torch.float32, device=weight.device)
-    sums = torch.empty(len(norms), parts, d_out, dtype=torch.float32, device=weight.device) if parts > 1 else out
+        config = configs.row_norm_config(problem, gpu)
+    row_blocks, parts, part = configs.division(config, problem, gpu, weight.shape, min(len(norms), GROUP), parts)
+    out = torch.empty((len(norms), d_out) if len(norms) > 1 else d_out, dtype=torch.float32, device=device)
+    sums = (
+        torch.empty(len(norms), parts, d_out, dtype=torch.float32, device=device)
+        if parts > 1
+        else out.view(-1, 1, d_out)
+    )
     sizes = (scale, d_out, d_in, rank, part, *weight.stride(), *left.stride(), *right.stride())
     constants = {
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "DEPTH": config.depth,
-        "SINGLE": config.single,
-        "SPLIT": parts > 1,
-        "OPERAND": operand,
-        "PRECISION": "tf32x3" if operand == tl.float32 else "tf32",
-        "STAGES": config.num_stages,
+        "GROUP": GROUP,
+        "WEIGHT": _TYPES[weight.dtype],
+        "LEFT": _TYPES[left.dtype],
+        "RIGHT": _TYPES[right.dtype],
+        "ALIGNED": not any(t.data_ptr() % 16 for operands in norms for t in operands),
+        **block_constants(config, rank, multiplied),
         "num_warps": config.num_warps,
     }
-    with torch.accelerator.device_index(weight.device.index if weight.device.type == "cuda" else None):
-        if len(norms) == 1:
-            row_norm_kernel[(row_blocks, parts)](weight, left, right, sums, *sizes, **constants)
-        else:
-            addresses = [t.data_ptr() for operands in norms for t in operands]
-            grouped_row_norm_kernel[(row_blocks, parts, len(norms))](
-                torch.tensor(addresses, dtype=torch.int64).to(weight.device, non_blocking=True),
-                sums,
-                *sizes,
-                WEIGHT=_TYPES[weight.dtype],
-                LEFT=_TYPES[left.dtype],
-                RIGHT=_TYPES[right.dtype],
-                ALIGNED=not any(address % 16 for address in addresses),
-                **constants,
-            )
-        if parts > 1:
-            finish_kernel[(triton.cdiv(d_out, 256), len(norms))](sums, out, d_out, parts, ROWS=256, num_warps=4)
+    with torch.accelerator.device_index(device.index if device.type == "cuda" else None):
+        for start in range(0, len(norms), GROUP):
+            some = norms[start : start + GROUP]
+            addresses = [t.data_ptr() for operands in some for t in operands]
+            addresses += addresses[:3] * (GROUP - len(some))
+            row_norm_kernel[(row_blocks, parts, len(some))](tuple(addresses), sums[start:], *sizes, **constants)
+        finish(sums, out)
     # Copies: results of an operator share no memory, and one that is kept does not keep the others.
     return [row.clone() for row in out] if len(norms) > 1 else [out]
+
+
+def loadable(left: torch.Tensor, right: torch.Tensor, operand: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors as the kernel reads them: see :data:`configs.WIDEST_CONVERTED_RANK`. Every block of rows reads all of
+    ``right``, so that copies pay of factors of which no dimension lies side by side."""
+    if operand in (torch.bfloat16, torch.float16) and right.shape[0] > configs.WIDEST_CONVERTED_RANK:
+        left, right = left.to(operand), right.to(operand)
+    left, right = (t if _side_by_side(t) else t.contiguous() for t in (left, right))
+    return left, right
+
+
+def _side_by_side(matrix: torch.Tensor) -> bool:
+    """Whether one of its dimensions lies side by side in memory."""
+    return 1 in matrix.stride()
 
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}

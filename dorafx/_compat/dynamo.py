@@ -1,0 +1,208 @@
+"""Private API of Dynamo: compiling calls, what it counts and says, and what it traces in the place of what."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+__all__ = [
+    "allow_recompilations",
+    "fresh_compile",
+    "graph_breaks",
+    "graph_statistics",
+    "group_compiler",
+    "lookup_backend",
+    "quiet_tracing_errors",
+    "restore_compiled_call",
+    "set_compiled_call",
+    "through_dynamo",
+    "trace_artifact",
+    "trace_instead",
+    "whole_graphs",
+]
+
+
+_group_numbers = itertools.count()
+
+
+def lookup_backend(name: str) -> Any:
+    """A registered Dynamo backend by name.
+
+    Raises:
+        ValueError: no such backend; the message names the ones there are.
+    """
+    from torch._dynamo.backends.registry import lookup_backend as lookup
+    from torch._dynamo.exc import InvalidBackend
+
+    try:
+        return lookup(name)
+    except InvalidBackend as error:
+        known = ", ".join(sorted({"inductor", "eager", *torch.compiler.list_backends(exclude_tags=None)}))
+        raise ValueError(f"dorafx.codegen: unknown backend {name!r}; known are {known}") from error
+
+
+def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
+    """A compiled function that calls a module, with a code object of its own.
+
+    Dynamo keeps compiled graphs, and counts recompilations against its limit, per code object. ``Module._call_impl`` is
+    one code object for every module of a process, so with more shapes than the limit (8) it would fall back to eager
+    for good. A code object for each group of equal modules gives each group a cache and a limit of its own.
+    """
+
+    def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    own = types.FunctionType(
+        call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
+    )
+    return _compiled(own, backend, dynamic)
+
+
+def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
+    """``torch.compile(function, backend=backend)`` with a callable that Dynamo takes for a registered backend. After compiling by
+    one of those, Dynamo drops its weak references to the inputs; by any other, it leaves them to a fake mode that lives as
+    long as the compiled code, and ``torch.utils.swap_tensors``, with it ``.to()`` of torchao's parameters, refuses what
+    somebody refers to."""
+    compiled: Callable[..., Any] = torch._dynamo.optimize(backend=_Known(backend), dynamic=dynamic)(function)
+    return compiled
+
+
+class _Known(torch._TorchCompileWrapper):
+    """What ``torch.compile`` makes of a backend: Dynamo goes by its ``compiler_name`` (to 2.13) or ``compiler_fn`` (since)."""
+
+    def __init__(self, backend: Any) -> None:
+        # Any but "eager", by which Dynamo would compile below the transforms of torch.func instead of leaving them alone.
+        super().__init__("aot_eager", None, None, None)  # type: ignore[no-untyped-call]
+        self.compiler_name = "dorafx"
+        self._backend = backend
+
+    def __call__(self, model_: Any, inputs_: Any) -> Any:
+        return self._backend(model_, inputs_)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+
+def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
+    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns what was there."""
+    previous = module._compiled_call_impl
+    module._compiled_call_impl = functools.partial(compiled, module)
+    return previous
+
+
+def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
+    """Undo :func:`set_compiled_call`."""
+    if previous is None:
+        # The class's default; the instance had no such attribute.
+        module.__dict__.pop("_compiled_call_impl", None)
+    else:
+        module._compiled_call_impl = previous
+
+
+def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
+    """``torch.compile`` of a call of ``model`` under a code object that nothing was compiled for yet, so that earlier
+    compilations neither answer nor count."""
+    compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
+    if compiled is not None:
+        return functools.partial(compiled, model)
+    return _compiled(model, backend)
+
+
+def whole_graphs() -> Any:
+    """A context in which Dynamo does not split graphs at the buckets of DistributedDataParallel."""
+    import torch._dynamo.config as config
+
+    return config.patch(optimize_ddp=False)
+
+
+@contextlib.contextmanager
+def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
+    """The graph breaks that happen inside: of each Dynamo's reason and the user's stack (``FrameSummary``, innermost
+    last). Dynamo traces again what it has broken, so one break may come several times."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    before = len(graph_break_reasons)
+    found: list[tuple[str, Any]] = []
+    try:
+        yield found
+    finally:
+        found.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
+
+
+def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
+    """A file of the graph being compiled in what ``TORCH_TRACE`` collects and tlparse shows; ``payload`` is not called
+    where nobody collects."""
+    from torch._logging._internal import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
+
+
+def graph_statistics() -> tuple[int, int]:
+    """Graphs captured and graph breaks met in this process so far."""
+    from torch._dynamo.utils import counters
+
+    return int(counters["stats"]["unique_graphs"]), int(sum(counters["graph_break"].values()))
+
+
+def allow_recompilations(limit: int) -> None:
+    """Let Dynamo compile up to ``limit`` variants of one code object. Beyond its limit (8) it runs that code eagerly for
+    good, which a measurement of compiled code must not meet."""
+    import torch._dynamo.config as config
+
+    config.recompile_limit = limit
+
+
+def quiet_tracing_errors() -> None:
+    """Keep torch from logging the traceback of a failed shape computation; the exception itself still arrives."""
+    import logging
+
+    logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)
+
+
+def through_dynamo(error: ValueError) -> ValueError:
+    """The error as one that Dynamo hands to the user as it is. What a backend raises it wraps in a
+    ``BackendCompilerFailed`` otherwise, which is no ``ValueError``; its own kind of exceptions it lets through."""
+    return _UserValueError(*error.args)
+
+
+def _user_value_error() -> type[ValueError]:
+    try:
+        from torch._dynamo.exc import ShortenTraceback
+    except ImportError:
+        return ValueError
+
+    class UserValueError(ValueError, ShortenTraceback):
+        def __init__(self, *args: object) -> None:
+            ShortenTraceback.__init__(self, *args, first_useful_frame=None)
+
+    UserValueError.__name__ = UserValueError.__qualname__ = "ValueError"
+    return UserValueError
+
+
+_UserValueError = _user_value_error()
+
+
+def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) -> bool:
+    """Have Dynamo trace ``substitute`` where it would inline ``original``; calls outside of tracing do not change.
+
+    ``torch.compiler.substitute_in_graph`` is for functions; for methods Dynamo knows no substitutes, but it does trace
+    what ``_torchdynamo_inline`` names, a mark that ``torch.compile`` leaves on the functions it returns.
+
+    Returns:
+        Whether this torch heeds the mark; if it does not, nothing is changed.
+    """
+    from torch._dynamo.variables import UserFunctionVariable
+
+    original._torchdynamo_inline = substitute  # type: ignore[attr-defined]
+    if UserFunctionVariable(original).fn is substitute:  # type: ignore[arg-type]
+        return True
+    del original._torchdynamo_inline  # type: ignore[attr-defined]
+    return False

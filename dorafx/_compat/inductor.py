@@ -1,0 +1,133 @@
+"""Private API of Inductor: compiling a graph with it, with caches that know of dorafx."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = [
+    "compile_with_inductor",
+    "has_cpp_compiler",
+    "limit_compile_threads",
+    "load_inductor",
+    "mode_options",
+    "source_hash",
+    "split_scaled_sums",
+]
+
+
+def compile_with_inductor(
+    gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any], decompositions: Mapping[Any, Any]
+) -> Any:
+    """What ``torch.compile(backend="inductor")`` does with a graph, with a key of our own in the cache keys: the caches
+    do not see that an operator's backward or decomposition changed (pytorch issue 144344).
+
+    Args:
+        gm, example_inputs, mode, options: as Inductor takes them.
+        decompositions: of operators that it does not know.
+    """
+    _register(decompositions)
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
+    # The tag reaches what is compiled now, which is the forward. A backward is compiled at its first call, under
+    # Inductor's options alone: for its key the digest must be in one of them.
+    option = "post_grad_custom_pre_pass"
+    wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
+    with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
+        return wrapper(gm, example_inputs)
+
+
+def _keyed_pass(inner: Any) -> Any:
+    """A graph pass that splits scaled sums, does what ``inner`` does (nothing if None), and puts dorafx's digest into the cache keys."""
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    if inner is not None and not isinstance(inner, CustomGraphPass):
+        return inner  # Inductor caches nothing then
+
+    class KeyedPass(CustomGraphPass):
+        def __call__(self, graph: Any) -> None:
+            split_scaled_sums(graph)
+            if inner is not None:
+                inner(graph)
+
+        def uuid(self) -> Any:
+            own = inner.uuid() if inner is not None else ""
+            return None if own is None else f"dorafx-{source_hash()}-{own}"
+
+    return KeyedPass()
+
+
+def _register(decompositions: Mapping[Any, Any]) -> None:
+    from torch._inductor.decomposition import decompositions as known
+    from torch._inductor.decomposition import register_decomposition
+
+    for operator, decomposition in decompositions.items():
+        if operator not in known:
+            register_decomposition([operator])(decomposition)
+
+
+@functools.cache
+def source_hash() -> str:
+    """A digest of dorafx's sources, so that an edited installation never meets artefacts of the old one."""
+    import hashlib
+    import pathlib
+
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parents[1].rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def has_cpp_compiler() -> bool:
+    """Whether Inductor will find the C++ compiler that it needs for a CPU, by Inductor's own search."""
+    import subprocess
+
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except (RuntimeError, OSError, subprocess.SubprocessError):
+        # InvalidCxxCompiler is a RuntimeError, and on Windows a bare one is raised; a CXX that is no program is an OSError.
+        return False
+    return True
+
+
+def load_inductor() -> None:
+    """Import all of Inductor now, so that a compilation timed later does not pay for it."""
+    import torch._inductor.compile_fx
+    import torch._inductor.utils  # noqa: F401
+
+
+def mode_options(mode: str) -> dict[str, Any]:
+    """Inductor's options that a mode of ``torch.compile`` stands for."""
+    return dict(torch._inductor.list_mode_options(mode))
+
+
+def limit_compile_threads(threads: int) -> None:
+    """How many processes Inductor compiles kernels in; 1 is this one. To be called before anything is compiled."""
+    import torch._inductor.config as config
+
+    config.compile_threads = threads
+
+
+def split_scaled_sums(graph: fx.Graph) -> None:
+    """Write ``add(x, y, alpha=c)`` as a product with ``c`` and a sum, in a graph of ATen's operators.
+
+    Where ``y`` is a matrix product, Inductor (torch 2.11 to 2.13) makes ``addmm`` of it, without the factor, unless all that reads
+    the sum is pointwise: of a program whose norm was rewritten another reader may be left alone. Both forms it computes alike.
+    """
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):
+        factor, term = node.kwargs.get("alpha", 1), node.args[1]
+        value = term.meta.get("val") if isinstance(term, fx.Node) else None
+        if factor == 1 or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            continue
+        with graph.inserting_before(node):
+            scaled = graph.call_function(aten.mul.Tensor, (term, factor))
+        scaled.meta["val"] = value.new_empty_strided(value.shape, value.stride())
+        node.args = (node.args[0], scaled)
+        node.kwargs = {}

@@ -1,0 +1,65 @@
+"""The part micro: every kernel beside what it is compared with, all in one process, for starting and importing would take longer."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..ceilings import measure_ceilings
+from ..peers import use_peer
+from ..plan import DTYPES
+from ..processes import ALONE, DEVICE, Report, one_line, turn
+from ..worker import prepare, task_of
+
+__all__ = ["micro"]
+
+
+def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Measure ceilings and items in their order, as far as there is time until ``request["deadline"]``, in seconds
+    since 1970.
+
+    Reports, each as soon as it is there: ``{"ceilings": figures}``; ``{"begun": index}``; and of that item ``{"item": index}`` with
+    ``figures``, or ``error``, or ``left_out`` where its estimate is more than what is left.
+
+    Raises:
+        RuntimeError: the device is lost, as after an access that it does not allow: nothing more can be measured in this process.
+    """
+    clock = prepare(request)
+    from ..suites import MEASURES
+
+    report(turn(DEVICE))
+    report(turn(ALONE))
+    if request["ceilings"]:
+        found = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
+        report({"ceilings": {key: list(value) for key, value in found.items()}})
+    for index, item in request["items"]:
+        left = request["deadline"] - time.time()
+        if item["seconds"] > left:
+            why = f"its estimate of {item['seconds']:.0f} s was more than the {max(left, 0):.0f} s left"
+            report({"item": index, "left_out": why})
+            continue
+        report({"begun": index})
+        own = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
+        try:
+            if item["name"] in request["peers"]:  # one that cannot be used costs its own items
+                use_peer(item["name"], Path(request["peers"][item["name"]]))
+            task = task_of({**request, **own}, clock)
+            torch.manual_seed(0)
+            figures = MEASURES[item["suite"]](task)
+        except Exception as error:
+            if clock.cuda and is_lost(error):
+                raise
+            report({"item": index, "error": one_line(error)})
+        else:
+            report({"item": index, "figures": {key: list(value) for key, value in figures.items()}})
+        if clock.cuda:
+            torch.cuda.empty_cache()
+    return {}
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether no later call on the device can succeed in this process."""
+    return "CUDA error" in str(error) or isinstance(error, getattr(torch, "AcceleratorError", ()))

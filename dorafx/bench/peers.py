@@ -1,0 +1,97 @@
+"""Other people's DoRA, from folders that a caller names: nothing of it is part of dorafx.
+
+paper     the fork of PEFT of arXiv:2603.22276 (its repository, or one that has it below ``vendor``): all of PEFT is taken from it
+axolotl   axolotl's kernel of the norm (its repository), inside stock PEFT's layers
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dorafx.errors import DorafxError
+
+from .norms import NORMS
+
+__all__ = ["PEERS", "find_peers", "use_peer"]
+
+PEERS = {
+    "paper": "the fork of PEFT of arXiv:2603.22276, eager",
+    "axolotl": "stock PEFT with axolotl's kernel of the norm, eager",
+}
+
+_MARKS = {"paper": "peft/tuners/lora/dora_fused.py", "axolotl": "axolotl/kernels/dora.py"}
+"""Files that only they have, from where their packages are imported."""
+_ROOTS = (".", "src", "*", "*/src", "vendor/*", "vendor/*/src")
+
+
+def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
+    """By name, where the packages of the peers are imported from.
+
+    Raises:
+        ValueError: a folder in which there is none.
+    """
+    found: dict[str, Path] = {}
+    for folder in folders:
+        declared = {
+            name: file.parents[mark.count("/")].resolve()
+            for name, mark in _MARKS.items()
+            for root in _ROOTS
+            for file in sorted(folder.glob(f"{root}/{mark}" if root != "." else mark))[:1]
+        }
+        if not declared:
+            raise ValueError(
+                f"--peer-path: {folder} has neither {' nor '.join(_MARKS.values())}, there or below src or vendor"
+            )
+        for name, where in declared.items():
+            found.setdefault(name, where)
+    return found
+
+
+def use_peer(name: str, where: Path) -> None:
+    """Let this process run a peer: before anything of PEFT is imported.
+
+    Raises:
+        DorafxError: PEFT is imported already; or what is found in ``where`` cannot be used.
+    """
+    if name == "paper":
+        if "peft" in sys.modules:
+            raise DorafxError("another PEFT is imported in this process already")
+        sys.path.insert(0, str(where))
+        import peft
+
+        if not Path(peft.__file__).is_relative_to(where):
+            raise DorafxError(f"PEFT was imported from {peft.__file__}, not from {where}")
+    elif name == "axolotl":
+        NORMS[name] = _axolotl_norm(where / _MARKS[name])
+
+
+def _axolotl_norm(file: Path) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """Its function gives ``m / n``; of magnitudes of one, ``1 / n``."""
+    package, name = types.ModuleType("axolotl_kernels"), "axolotl_kernels.dora"
+    # What dequantises weights there needs bitsandbytes, and returns dense ones, which are all that is measured, as they are.
+    quantize: Any = types.ModuleType("axolotl_kernels.quantize")
+    quantize.dequantize = lambda weight, state=None: weight
+    sys.modules.update({package.__name__: package, quantize.__name__: quantize})
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        kernel = module.triton_dora_scale
+    except Exception as error:
+        raise DorafxError(f"{file} cannot be used: {type(error).__name__}: {error}") from error
+
+    def norm(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+        ones = torch.ones(weight.shape[0], dtype=weight.dtype, device=weight.device)
+        return 1 / kernel(weight, None, right, left, scale, ones, weight.dtype)  # type: ignore[no-any-return]
+
+    return norm

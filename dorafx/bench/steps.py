@@ -1,0 +1,42 @@
+"""Calls that are first made ready, all of them, and then timed one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .implementations import Figures, Task
+
+__all__ = ["Step", "time_steps"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One figure: its name, what is timed, what goes before each call outside of the time, and calls until it is ready."""
+
+    name: str
+    call: Callable[[], Any]
+    before: Callable[[], Any] | None = None
+    warm_up: int = 2
+
+
+def time_steps(task: Task, steps: Sequence[Step]) -> Figures:
+    """Warm all steps up, wait until the device is free of others, then time them in their order."""
+    for step in steps:
+        for _ in range(step.warm_up):
+            if step.before is not None:
+                step.before()
+            step.call()
+    task.clock.synchronise()
+    if task.clock.cuda:
+        torch.cuda.empty_cache()  # others share the device's memory
+    task.alone()
+    figures: Figures = {}
+    for step in steps:
+        found = task.clock.figures(step.name, step.call, step.before, warm_up=0)
+        task.done(found)
+        figures.update(found)
+    return figures

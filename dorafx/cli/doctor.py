@@ -1,0 +1,134 @@
+"""``dorafx doctor``: is this installation one that dorafx supports, and do its operators compute what they should?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from dorafx import capture
+from dorafx._compat.inductor import has_cpp_compiler
+from dorafx.bench.environment import describe_environment
+from dorafx.self_check import check_recognition
+from dorafx.versions import OPTIONAL, VERSIONS
+
+from .self_tests import SELF_TESTS, run_self_test
+
+__all__ = ["Check", "bug_report", "examine"]
+
+_VARIABLES = re.compile(
+    r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's answer.
+
+    Attributes:
+        group: ``"environment"``, ``"versions"``, ``"recognition"``, ``"polyfills"`` or ``"operators"``.
+        name: what was looked at.
+        passed: whether it is as it should be.
+        detail: what was found.
+    """
+
+    group: str
+    name: str
+    passed: bool
+    detail: str
+
+    @property
+    def mark(self) -> str:
+        return "ok" if self.passed else "FAIL"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+
+def examine() -> list[Check]:
+    """All checks, in the order to read them."""
+    return [*_environment(), *map(_version, VERSIONS), _recognition(), *_polyfills(), *_operators()]
+
+
+def bug_report(checks: Iterable[Check]) -> str:
+    """What to paste into a bug report: a block of Markdown that names no file and no person."""
+    checks = list(checks)
+    lines = [f"{c.name}: {c.detail}" for c in checks if c.group in ("environment", "versions")]
+    for group in ("recognition", "polyfills", "operators"):
+        failed = [c for c in checks if c.group == group and not c.passed]
+        total = sum(c.group == group for c in checks)
+        lines.append(f"{group}: {total - len(failed)} of {total} hold")
+        lines += [f"  FAIL {c.name}: {c.detail}" for c in failed]
+    return "\n".join(["```text", *lines, "```"])
+
+
+def _environment() -> list[Check]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = describe_environment(device, 0)
+    facts = {
+        "dorafx": " ".join(p for p in (found["dorafx"], found["commit"]) if p),
+        "python": f"{found['python']} on {found['system']}",
+        "processor": f"{found['processor']}, {found['cores']} cores, {found['threads']} threads",
+    }
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        facts["GPU"] = f"{found['device']}, compute capability {major}.{minor}, CUDA {found['cuda']}"
+    else:
+        facts["GPU"] = "none that torch can use"
+    facts["C++ compiler"] = "found" if has_cpp_compiler() else "none: graphs on a CPU run eagerly"
+    facts["variables"] = ", ".join(sorted(name for name in os.environ if _VARIABLES.fullmatch(name))) or "none set"
+    return [Check("environment", name, True, detail) for name, detail in facts.items()]
+
+
+def _version(name: str) -> Check:
+    versions = VERSIONS[name]
+    try:
+        found = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        optional = name in OPTIONAL
+        return Check("versions", name, optional, "not installed (optional)" if optional else "not installed")
+    if versions.is_too_old(found):
+        return Check("versions", name, False, f"{found} is not supported ({versions.minimum} or newer is)")
+    tested = f"tests ran with {versions.range}"
+    return Check(
+        "versions", name, True, f"{found}, newer than {tested}" if versions.is_untested(found) else f"{found}, {tested}"
+    )
+
+
+def _recognition() -> Check:
+    """A small layer in PEFT's own spelling, through capture and rewrite."""
+    check = check_recognition()
+    return Check("recognition", "a layer in PEFT's spelling", check.passed, check.reason or "rewritten whole")
+
+
+def _polyfills() -> list[Check]:
+    status = capture.status()
+    checks = [Check("polyfills", name, True, f"holds for PEFT {status.peft_version}") for name in status.installed]
+    return checks + [Check("polyfills", name, False, reason) for name, reason in status.skipped]
+
+
+def _operators() -> list[Check]:
+    """Every operator on every device in every dtype, and one graph through the backend."""
+    checks = []
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        checks.append(_guarded("backend", device, torch.float32))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            checks += [_guarded(name, device, dtype) for name in SELF_TESTS if name != "backend"]
+    return checks
+
+
+def _guarded(name: str, device: str, dtype: torch.dtype) -> Check:
+    """The self-test's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+    label = f"{name} {device} {str(dtype).removeprefix('torch.')}"
+    try:
+        passed, detail = run_self_test(name, device, dtype)
+    except Exception as error:
+        message = next(iter(str(error).splitlines()), "")
+        return Check("operators", label, False, f"{type(error).__name__}: {message}")
+    return Check("operators", label, passed, detail)

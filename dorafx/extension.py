@@ -1,0 +1,62 @@
+"""Canonical forms of one's own: what :func:`dorafx.pattern` takes, with types.
+
+A form sees every node of which the term is scaled by the reciprocal of a DoRA norm. A term is what the node computes, whatever it was
+written with: a sum of products of matrices, each product scaled by vectors. ``check`` says whether the term is the form's, ``rewrite``
+makes the nodes that replace it.
+
+>>> import torch
+>>> from dorafx.extension import Candidate, Emit, Match, Part, Poly, Reason, base_core
+>>> @dorafx.pattern(name="base_only")
+... class BaseOnly:
+...     name: str
+...
+...     def check(self, candidate: Candidate) -> Match | Reason:
+...         base = base_core(candidate)
+...         if base is None:
+...             return Reason("no product with the norm's weight is scaled by it", candidate.node)
+...         cores = dict(candidate.composition.cores)
+...         scaling = cores.pop(base)
+...         if not cores or any(scale.constant is None for scale in cores.values()):
+...             return Reason("the low-rank product is not added with a constant factor", candidate.node)
+...         parts = tuple(Part(core, scale) for core, scale in cores.items())
+...         return Match(self.name, candidate.node, candidate.expr, candidate.norm, scaling, base, parts)
+...
+...     def rewrite(self, match: Match, emit: Emit) -> torch.fx.Node:
+...         base, bias = emit.base(match.base, match.bias, match.scaling)
+...         y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0)
+...         low_rank, scale = emit.low_rank_sum(match.parts)
+...         return emit.call(torch.add, y, emit.call(torch.mul, low_rank, scale))
+"""
+
+from dorafx.lift import Diag, Expr, Mat, Poly
+from dorafx.match import (
+    Candidate,
+    Composition,
+    Emit,
+    Form,
+    Match,
+    NormFactors,
+    Part,
+    Reason,
+    ReasonKind,
+    base_core,
+    part_scale,
+)
+
+__all__ = [
+    "Candidate",
+    "Composition",
+    "Diag",
+    "Emit",
+    "Expr",
+    "Form",
+    "Mat",
+    "Match",
+    "NormFactors",
+    "Part",
+    "Poly",
+    "Reason",
+    "ReasonKind",
+    "base_core",
+    "part_scale",
+]

@@ -1,0 +1,64 @@
+"""Where a node comes from: the module that it was traced in, by the name that ``named_modules()`` gives it, the user's line, the
+operator as a person would write it."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+from dorafx._compat.graphs import input_source
+
+__all__ = ["input_path", "module_path", "operator_name", "site_of", "source_of"]
+
+# What a compiled frame calls its module: a method's ``self``, the first of the arguments that a decorator passes on; after a graph
+# break in it, the module is a value on the resumed frame's stack.
+_ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[0\]|self(?!\w))")
+_DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
+_ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
+_INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
+
+
+def module_path(access: str) -> str:
+    """``L['self']._modules['layers'].0.q_proj`` -> ``layers.0.q_proj``: how Dynamo reached a module, as a module name."""
+    path = _DICT_ACCESS.sub(r".\1", access)
+    while _ATTRIBUTE.search(path):
+        path = _ATTRIBUTE.sub(r"\1.\2", path)
+    path, roots = _ROOT.subn("", path)
+    if not roots:
+        path = re.sub(r"^[LG]\['([^']+)'\]", r"\1", path)
+    path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)
+    return path.strip(".")
+
+
+def site_of(node: fx.Node) -> str:
+    """The innermost module whose forward computes a node, relative to the module or function that was compiled."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = ""
+    for access, _cls in stack.values():
+        path = module_path(str(access))
+    return path
+
+
+def input_path(node: fx.Node) -> str:
+    """Where an input or an attribute of the graph comes from, as ``named_parameters()`` would say; empty where the graph does not."""
+    if node.op == "get_attr":
+        return str(node.target)
+    access = input_source(node) if node.op == "placeholder" else ""
+    return module_path(access).replace("._parameters.", ".").replace("._buffers.", ".") if access else ""
+
+
+def source_of(node: fx.Node) -> str:
+    """``file:line`` of the innermost user frame that a node's stack trace names; empty where there is none."""
+    trace = node.meta.get("stack_trace") or ""
+    for line in reversed(trace.splitlines()):
+        stripped = line.strip()
+        if stripped.startswith('File "'):
+            path, _, rest = stripped[6:].partition('"')
+            return f"{path}:{rest.split('line ')[1].split(',')[0]}" if "line " in rest else path
+    return ""
+
+
+def operator_name(node: fx.Node) -> str:
+    """A node's operator as a person would write it."""
+    return str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,18 @@
+"""The tensors of a graph, as a tracer saw them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+__all__ = ["tensor_of"]
+
+
+def tensor_of(node: Any) -> torch.Tensor | None:
+    """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""
+    if not isinstance(node, fx.Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None

@@ -1,0 +1,19 @@
+"""Who uses a node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+__all__ = ["dies"]
+
+
+def dies(node: fx.Node, site: fx.Node, order: Mapping[fx.Node, int], depth: int = 12) -> bool:
+    """Whether every use of a node lies on the way to the site, both of one graph and in its ``order``."""
+    if depth == 0:
+        return False
+    return all(
+        user is site or (order[user] < order[site] and bool(user.users) and dies(user, site, order, depth - 1))
+        for user in node.users
+    )

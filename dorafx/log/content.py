@@ -1,0 +1,34 @@
+"""What the views of a log read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from .counters import NormCounters
+from .drawing import Drawing
+from .record import Record
+
+__all__ = ["LogContent"]
+
+
+class LogContent(Protocol):
+    """A log, to those who show it; :class:`dorafx.RewriteLog` says what each is."""
+
+    dropped: int
+    norms: NormCounters
+
+    @property
+    def records(self) -> list[Record]: ...
+
+    @property
+    def rewrites(self) -> list[Record]: ...
+
+    @property
+    def misses(self) -> list[Record]: ...
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    @property
+    def drawings(self) -> Mapping[str, Drawing]: ...

@@ -1,0 +1,307 @@
+"""The operators as programs call them: what autograd records of each, what is saved, and how gradients are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dorafx._compat.autograd import below_autograd, forward_mode, save_for_backward
+
+from . import composition, dispatch, layout, linear
+
+__all__ = [
+    "CastLinear",
+    "Compose",
+    "DoraLinear",
+    "RowNorm",
+    "cast_linear",
+    "compose",
+    "compose_delta",
+    "compose_delta_into",
+    "compose_into",
+    "dora_linear",
+    "records_gradients",
+    "refuse_forward_mode",
+    "refuse_second_derivative",
+    "row_norm",
+]
+
+
+def refuse_second_derivative(operator: str) -> None:
+    """Called in a backward: gradients are recorded there exactly when the caller passed ``create_graph=True``.
+
+    Raises:
+        RuntimeError: always in that case. A silent zero would be wrong, and training DoRA needs no second derivatives.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"dorafx.{operator} has no second derivative (create_graph=True); call dorafx.restore(model), or compile "
+            "with another backend, where one is needed"
+        )
+
+
+def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
+    """Called where tangents would be lost, or refused by torch with an error that names none of this.
+
+    Raises:
+        RuntimeError: a tensor carries a tangent.
+    """
+    if not forward_mode():
+        return
+    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            f"dorafx.{operator} has no forward-mode derivative (torch.autograd.forward_ad, jvp); call dorafx.restore(model) "
+            "where one is needed"
+        )
+
+
+def records_gradients(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what an operator does with these. In inference mode it does not, also below ``enable_grad()``."""
+    recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return recorded and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_recording(operator: str, *tensors: torch.Tensor | None) -> None:
+    if records_gradients(*tensors):
+        raise RuntimeError(f"dorafx.{operator} overwrites what its gradient needs; call it under torch.no_grad()")
+
+
+class RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, *how: Any) -> torch.Tensor:
+        with below_autograd():
+            n: torch.Tensor = torch.ops.dorafx.row_norm.default(weight, left, right, scale, *how)
+        ctx.save_for_backward(weight, left, right, n)
+        ctx.scale = scale
+        return n
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("row_norm")
+        weight, left, right, n = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.dorafx.row_norm_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
+        return (*(g if need else None for g, need in zip(grads, needs)), None, None, None)
+
+
+def row_norm(
+    weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    refuse_forward_mode("row_norm", weight, left, right)
+    operands = weight, left, right, scale, algorithm, factor_dtype
+    if records_gradients(weight, left, right):
+        return RowNorm.apply(*operands)  # type: ignore[no-any-return]
+    with below_autograd():
+        return torch.ops.dorafx.row_norm.default(*operands)  # type: ignore[no-any-return]
+
+
+def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
+    """Whether to call the operator that is one kernel.
+
+    Raises:
+        ValueError: an unknown kernel.
+    """
+    if kernel not in composition.KERNELS:
+        raise ValueError(f"compose: unknown kernel {kernel!r}; allowed are {', '.join(map(repr, composition.KERNELS))}")
+    if kernel == "triton":
+        return True
+    # A compiler traces with fake and functional tensors, which are subclasses: it is to see ATen calls.
+    present = [t for t in tensors if t is not None]
+    plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in present)
+    return plain and dispatch.runs_kernels(present[0].device, *(t.dtype for t in present))
+
+
+class Compose(torch.autograd.Function):
+    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor where
+    g is trained, none where it is not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        result: Any,
+        base: Any,
+        lora: Any,
+        g: Any,
+        bias: Any,
+        scale: float,
+        out_dtype: torch.dtype,
+        fused: bool,
+    ) -> torch.Tensor:
+        kept = composition.kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
+        forward = torch.ops.dorafx.compose_forward.default if fused else composition.forward_math
+        y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
+        y = layout.settled(y, result, base, lora, g, bias)
+        if total is not None and kept is not None:
+            # The two products exist anyway, so that saving both of them looks cheap to the partitioner.
+            save_for_backward(total)
+        else:
+            total = base if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(g, total)
+        ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
+        ctx.bias_shape = () if bias is None else tuple(bias.shape)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("compose_delta" if ctx.delta else "compose")
+        g, total = ctx.saved_tensors
+        needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
+        d_result = grad.to(ctx.dtypes[0]) if needs_result else None
+        needs = (needs_base, needs_lora, needs_bias)
+        of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
+        backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
+        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
+        wanted = (needs_base, needs_lora, needs_g, needs_bias)
+        return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
+
+
+def compose(
+    base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
+) -> torch.Tensor:
+    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout that :mod:`dorafx.ops.layout` gives.
+
+    Raises:
+        ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
+        RuntimeError: forward-mode differentiation.
+    """
+    inputs = (base, lora, g, bias)
+    composition.check_compose(None, *inputs)
+    fused = _fused(kernel, *inputs)
+    recorded = records_gradients(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose", *inputs)
+    if recorded:
+        return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
+    if fused:
+        return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    return layout.settled(composition.compose_math(*inputs, scale, out_dtype), *inputs)
+
+
+def compose_delta(
+    result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
+) -> torch.Tensor:
+    """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``, otherwise as :func:`compose`."""
+    inputs = (result, base, lora, g)
+    composition.check_compose(*inputs, None)
+    fused = _fused(kernel, *inputs)
+    recorded = records_gradients(*inputs)
+    if fused or recorded:
+        refuse_forward_mode("compose_delta", *inputs)
+    if recorded:
+        return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
+    if fused:
+        return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    return layout.settled(composition.delta_math(*inputs, scale, out_dtype), *inputs)
+
+
+def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
+    """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
+
+    Raises:
+        RuntimeError: gradients are recorded, for which ``base`` would be needed; or see :func:`dorafx.ops.composition.check_overwritten`.
+        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_overwritten`.
+    """
+    _refuse_recording("compose_", base, lora, g, bias)
+    dispatch.compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base)
+
+
+def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) -> None:
+    """``torch.ops.dorafx.compose_delta_``: the delta form, written over ``result``.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`compose_into`.
+    """
+    _refuse_recording("compose_delta_", result, base, lora, g)
+    dispatch.compose_forward(result, base, lora, g, None, scale, result.dtype, None, result)
+
+
+class DoraLinear(torch.autograd.Function):
+    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves ``x·Wᵀ + s·h·Bᵀ`` where g is trained, and what plain LoRA saves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        of_x, of_weight, of_h, of_left, of_g, of_bias = ctx.needs_input_grad[:6]
+        kept = composition.kept_dtype(x, h, out_dtype) if of_g else None
+        y, total = torch.ops.dorafx.dora_linear_forward.default(x, weight, h, left, g, bias, scale, out_dtype, kept)
+        ctx.save_for_backward(
+            g,
+            total if of_g else None,
+            x if of_weight else None,
+            weight if of_x else None,
+            h if of_left else None,
+            left if of_h else None,
+        )
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype if of_bias else None
+        ctx.base_dtype = x.dtype if of_x or of_weight else None
+        ctx.lora_dtype = h.dtype if of_h or of_left else None
+        return y  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("dora_linear")
+        g, total, x, weight, h, left = ctx.saved_tensors
+        dtypes = (ctx.base_dtype, ctx.lora_dtype, total is not None, ctx.bias_dtype)
+        d_base, d_lora, d_g, d_bias = torch.ops.dorafx.compose_backward.default(
+            grad, g, total, ctx.scale, False, *dtypes
+        )
+        return (
+            None if weight is None else d_base @ weight,
+            None if x is None else linear.rows(d_base).mT @ linear.rows(x),
+            None if left is None else d_lora @ left,
+            None if h is None else linear.rows(d_lora).mT @ linear.rows(h),
+            d_g if total is not None else None,
+            d_bias if ctx.bias_dtype is not None else None,
+            None,
+            None,
+        )
+
+
+def dora_linear(
+    x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``torch.ops.dorafx.dora_linear``: ``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``."""
+    linear.check_linear(x, weight, h, left, g, bias)
+    inputs = (x, weight, h, left, g, bias)
+    refuse_forward_mode("dora_linear", *inputs)
+    if records_gradients(*inputs):
+        return DoraLinear.apply(*inputs, scale, out_dtype)  # type: ignore[no-any-return]
+    return torch.ops.dorafx.dora_linear_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+
+
+class CastLinear(torch.autograd.Function):
+    """``x·Wᵀ`` with ``W`` cast to the dtype of ``x``. Saves ``W``, where autograd would keep the cast copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, weight: Any) -> torch.Tensor:
+        of_x, of_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        ctx.weight_dtype = weight.dtype
+        return linear.cast_linear_math(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("cast_linear")
+        x, weight = ctx.saved_tensors
+        # An operator of its own: a partitioner that sees a cast in it would take it for the forward's, and keep the copy.
+        d_x = None if weight is None else torch.ops.dorafx.cast_linear_backward.default(grad, weight)
+        d_weight = None if x is None else (linear.rows(grad).mT @ linear.rows(x)).to(ctx.weight_dtype)
+        return d_x, d_weight
+
+
+def cast_linear(x: Any, weight: Any) -> torch.Tensor:
+    """``torch.ops.dorafx.cast_linear``: ``x·Wᵀ``, x ``[.., d_in]``, W ``[d_out, d_in]`` of any floating dtype; the result has
+    the dtype of x, also under autocast.
+
+    Raises:
+        ValueError: see :func:`dorafx.ops.linear.check_cast_linear`.
+        RuntimeError: forward-mode differentiation.
+    """
+    linear.check_cast_linear(x, weight)
+    refuse_forward_mode("cast_linear", x, weight)
+    if records_gradients(x, weight):
+        return CastLinear.apply(x, weight)  # type: ignore[no-any-return]
+    return linear.cast_linear_math(x, weight)

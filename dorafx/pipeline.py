@@ -1,0 +1,359 @@
+"""The road of a graph, a line a station. Importing this changes nothing in the process; what comes of a graph is in the program that
+is returned, and in the log that is given."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from dorafx._compat.transforms import transform_around_products
+from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.graphs.copying import copy_graph_module
+from dorafx.graphs.functional import has_writes, without_private_writes
+from dorafx.graphs.grad_mode import modes_of_bodies
+from dorafx.log import RewriteLog, rewrite_log
+from dorafx.match import Matches, Reason, ReasonKind, match_graph
+from dorafx.options import Options
+from dorafx.plan import make_plan
+from dorafx.recording import Recorder, SiteTerms
+from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, hoist_norms, norms_inside
+
+if TYPE_CHECKING:
+    from dorafx.validation import Check, Validation
+
+__all__ = ["STATIONS", "Program", "functional_copy", "log_failure", "refuse", "rewrite_graph"]
+
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
+_warned: set[str] = set()
+
+STATIONS = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist")
+"""What a graph passes, in this order; the log has the seconds that each took."""
+
+
+@dataclass
+class Program:
+    """What a graph became: a norm prologue and a main graph.
+
+    Attributes:
+        graph: the main graph; its last inputs are the norms. The graph that was given, where nothing was there to rewrite.
+        norms: how the prologue computes each of them.
+        few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
+        checks: what the validation of each rewrite found.
+        log: the records of this graph alone.
+        error: what was raised on the way, if anything was: the graph is the one that was given then.
+        terms: of every site, where they were asked for.
+        failures: reasons that are a failure of the lifter's, also where only the composition was left alone.
+    """
+
+    graph: fx.GraphModule
+    norms: tuple[HoistedNorm, ...] = ()
+    few_tokens: bool = False
+    checks: list[Check] = field(default_factory=list)
+    log: RewriteLog = field(default_factory=RewriteLog)
+    error: Exception | None = None
+    terms: list[SiteTerms] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def norm_values(self) -> list[Any]:
+        """Fake values of the norms, for a compiler."""
+        return [norm.value for norm in self.norms]
+
+
+def rewrite_graph(
+    gm: fx.GraphModule,
+    options: Options,
+    graph_id: int = 0,
+    members: tuple[str, ...] = ("",),
+    *,
+    prologue: bool = False,
+    is_parameter: Callable[[fx.Node], bool] | None = None,
+    log: RewriteLog | None = None,
+    terms: bool = False,
+) -> Program:
+    """Rewrite one graph and the bodies of higher-order operators in it.
+
+    Args:
+        gm: the graph; it is not changed.
+        options: dorafx's options.
+        graph_id: number of the graph in the log.
+        members: names of the modules that this graph serves; the log has the records once for each.
+        prologue: whether norms leave the graph; without it they stay, as in graphs that others compile.
+        is_parameter: tells which inputs are parameters or buffers, where they do not say so themselves.
+        log: where the records go besides into the program's own; the process's log by default.
+        terms: whether the program has the terms of every site.
+
+    Returns:
+        The program. Where anything goes wrong it is the graph as it was, with a logged miss and one warning.
+
+    Raises:
+        RewriteMissError: ``options.strict`` and a candidate was not rewritten.
+        Exception: whatever goes wrong, if ``options.strict``.
+    """
+    recorder = Recorder(options, graph_id, members, terms)
+    transform = transform_around_products(gm)
+    try:
+        if transform is None:
+            program = _Road(options, recorder, is_parameter).through(gm, prologue)
+        else:
+            program = _under_transform(gm, recorder, *transform)
+    except Exception as error:
+        if options.strict:
+            raise
+        program = Program(gm, error=error)
+        log_failure(error, options, program.log, members[0], graph_id)
+    (rewrite_log() if log is None else log).extend(program.log.records, program.log.drawings, program.log.seconds)
+    _raise_if_strict(program, options)
+    return program
+
+
+def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, site: str = "") -> Program:
+    """The program as it is, with a miss in the process's log.
+
+    Raises:
+        RewriteMissError: ``options.strict``.
+    """
+    recorder = Recorder(options, graph_id, (site,))
+    recorder.left_alone(reason)
+    program = Program(gm, log=recorder.log({}))
+    rewrite_log().extend(program.log.records)
+    _raise_if_strict(program, options)
+    return program
+
+
+def _raise_if_strict(program: Program, options: Options) -> None:
+    if options.strict and program.failures:
+        raise RewriteMissError(f"dorafx.strict: {program.failures[0]}")
+    missed = program.log.misses if options.strict else []
+    if missed:
+        first = f"{missed[0].site or 'the graph'}: {missed[0].reason}"
+        raise RewriteMissError(f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {first}")
+
+
+def _under_transform(gm: fx.GraphModule, recorder: Recorder, transform: str, norms: bool) -> Program:
+    """The graph as it is, with a miss where it might hold DoRA."""
+    if norms:
+        recorder.left_alone(
+            Reason(
+                f"the program is transformed ({transform} of torch.func or torch.autograd.forward_ad), and dorafx has no rule for "
+                "what its operators are under a transform; the graph is left as it was",
+                kind=ReasonKind.TRANSFORMED,
+            )
+        )
+    return Program(gm, log=recorder.log({}))
+
+
+def log_failure(error: Exception, options: Options, log: RewriteLog, site: str = "", graph_id: int = 0) -> None:
+    """What every fallback says: a miss in the log with the last line of the traceback, and one warning for equal failures.
+
+    Args:
+        error: what was raised while a graph was rewritten.
+        options: those of the graph.
+        log: receives the miss.
+        site: the module that the graph serves.
+        graph_id: number of the graph in the log.
+    """
+    last = traceback.format_exception_only(type(error), error)[-1].strip()
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    file = where.filename.rsplit("/", 1)[-1]
+    recorder = Recorder(options, graph_id, (site,))
+    what = f"internal failure, graph left as it was: {last} ({file}:{where.lineno})"
+    recorder.left_alone(Reason(what, kind=ReasonKind.INTERNAL_FAILURE))
+    log.extend(recorder.log({}).records)
+    if last not in _warned:
+        _warned.add(last)
+        warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=3)
+
+
+class _Road:
+    """One graph and its bodies on their way.
+
+    Args:
+        options: dorafx's options.
+        recorder: collects what the log will say.
+        is_parameter: see :func:`rewrite_graph`.
+    """
+
+    def __init__(
+        self, options: Options, recorder: Recorder, is_parameter: Callable[[fx.Node], bool] | None = None
+    ) -> None:
+        self.options = options
+        self.recorder = recorder
+        self.is_parameter = is_parameter
+        self.checks: list[Check] = []
+        self.few_tokens: list[bool] = []
+        self.failures: list[str] = []
+        self.seconds = dict.fromkeys(STATIONS, 0.0)
+
+    def through(self, gm: fx.GraphModule, prologue: bool) -> Program:
+        """All stations of a graph: those of the graphs in it, then the norms of all of them."""
+        with _unseen_by_saved_tensors_hooks(), _garbage_kept():
+            new = self._graph(gm)
+            norms = self._hoisted(new) if prologue and new is not gm else ()
+            if norms and self.options.verify:
+                new, norms = self._verified(gm, new, norms)
+        log = self.recorder.log(norms_inside(new) if new is not gm else {}, self.seconds)
+        return Program(
+            new,
+            norms,
+            self._serves_few_tokens,
+            self.checks,
+            log,
+            terms=self.recorder.terms or [],
+            failures=self.failures,
+        )
+
+    def _graph(self, gm: fx.GraphModule, part: str = "") -> fx.GraphModule:
+        """The stations of one graph; its bodies go before it."""
+        bodies = self._bodies(gm, part)
+        with self._station("functional copy"):
+            pure = functional_copy(gm)
+        with self._station("lift and match"):
+            matches = match_graph(pure.graph, self.is_parameter)
+        new = self._rewritten(gm, pure, matches, part)
+        return _with_bodies(new, gm, bodies) if bodies else new
+
+    def _bodies(self, gm: fx.GraphModule, part: str) -> dict[str, fx.GraphModule]:
+        """The bodies that changed."""
+        bodies = {n: b for n, b in gm.named_children() if isinstance(b, fx.GraphModule) and _is_body(gm, n)}
+        modes = modes_of_bodies(gm.graph) if bodies else {}
+        changed = {}
+        for name, body in bodies.items():
+            with modes[name].entered() if name in modes else contextlib.nullcontext():
+                new = self._graph(body, f"{part}.{name}")
+            if new is not body:
+                changed[name] = new
+        return changed
+
+    def _rewritten(self, gm: fx.GraphModule, pure: fx.GraphModule, matches: Matches, part: str) -> fx.GraphModule:
+        """Plan, rewrite, verify; once more without a candidate that cannot be emitted, or is wrong."""
+        validation: Validation | None = None
+        while True:
+            new = gm
+            refused: list[Reason] = []
+            copied: dict[fx.Node, fx.Node] = {}
+            with self._station("plan"):
+                plan = make_plan(matches, self.options, part)
+            if plan.empty:
+                break
+            if self.options.verify and validation is None:
+                validation = self._validation(gm)
+            try:
+                with self._station("rewrite"):
+                    new, copied = apply_plan(pure, matches, plan)
+            except CannotEmit as failed:
+                refused = [failed.reason]
+            if validation is not None and not refused:
+                with self._station("verify"):
+                    refused = validation.failures(pure, matches, plan, new, copied)
+            if not refused:
+                break
+            for reason in refused:
+                matches.refuse(reason.node, reason)
+        _logger.debug("%s", plan)
+        with self._station("record"):
+            self.recorder.rewritten(matches, plan, copied)
+        self.few_tokens.extend(c.few_tokens for c in plan.compositions)
+        self.failures.extend(reason.text for reason in matches.failures)
+        return new
+
+    def _validation(self, gm: fx.GraphModule) -> Validation:
+        # Who does not ask for it does not pay for its import either.
+        from dorafx.validation import Validation
+
+        return Validation(gm, self.checks)
+
+    def _hoisted(self, new: fx.GraphModule) -> tuple[HoistedNorm, ...]:
+        with self._station("hoist"):
+            return hoist_norms(new)
+
+    def _verified(
+        self, gm: fx.GraphModule, new: fx.GraphModule, norms: tuple[HoistedNorm, ...]
+    ) -> tuple[fx.GraphModule, tuple[HoistedNorm, ...]]:
+        """The rewritten graph and its prologue; with all norms in the graph, and a miss, where repeated calls show that they may not
+        leave it."""
+        from dorafx.validation import check_prologue
+
+        with self._station("verify"):
+            check = check_prologue(gm, new, norms, self.options.norm_reuse, self._serves_few_tokens)
+        self.checks.append(check)
+        if check.passed:
+            return new, norms
+        self.recorder.forget()
+        again = _Road(self.options, self.recorder, self.is_parameter)
+        new = again._graph(gm)  # what takes the norms out changes the graph
+        self.few_tokens = again.few_tokens
+        assert check.kind is not None
+        self.recorder.left_alone(
+            Reason(f"the norms stay in the graph: {check.reason}", kind=check.kind), "norm prologue"
+        )
+        return new, ()
+
+    @property
+    def _serves_few_tokens(self) -> bool:
+        return bool(self.few_tokens) and all(self.few_tokens)
+
+    @contextlib.contextmanager
+    def _station(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - start
+
+
+def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """``gm``, or a copy without the in-place arithmetic that nobody else can see."""
+    if not has_writes(gm.graph):
+        return gm
+    copy, _ = copy_graph_module(gm)
+    if not without_private_writes(copy.graph):
+        return gm
+    copy.graph.lint()
+    copy.recompile()
+    return copy
+
+
+def _is_body(gm: fx.GraphModule, name: str) -> bool:
+    return any(node.op == "get_attr" and node.target == name for node in gm.graph.nodes)
+
+
+def _with_bodies(new: fx.GraphModule, original: fx.GraphModule, bodies: dict[str, fx.GraphModule]) -> fx.GraphModule:
+    if new is original:
+        new, _ = copy_graph_module(original)
+    for name, body in bodies.items():
+        setattr(new, name, body)
+    return new
+
+
+@contextlib.contextmanager
+def _unseen_by_saved_tensors_hooks() -> Iterator[None]:
+    """The shapes of new nodes are found by running operators on fake tensors, which autograd records. Dynamo may compile
+    inside activation checkpointing, whose hooks count what is saved and would count these."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(RuntimeError):  # hooks are forbidden here: then there are none to hide from
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        yield
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Graphs are made of cycles and nothing of them dies while they are rewritten: a collector would walk all of them
+    again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,5 @@
+"""Plan: what may be rewritten, what should be, and which kernel serves it."""
+
+from .planner import CompositionPlan, Left, NormPlan, RewritePlan, make_plan, serves_few_tokens
+
+__all__ = ["CompositionPlan", "Left", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]

@@ -1,0 +1,242 @@
+"""Plan: what may be rewritten (legality) and what should be (cost). A plan is plain data that one can print."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import fx
+
+from dorafx._compat.distributed import placements
+from dorafx._compat.tensors import size_hint
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight
+from dorafx.lift.algebra import ONES, transpose_chain
+from dorafx.match import Match, Matches, NormFactors, Reason, ReasonKind
+from dorafx.options import Options
+
+from .accounting import dense_bytes, merging, norm_closure
+from .cost import MergedCost, merged_cost
+from .kernel import choose_kernel
+
+__all__ = ["CompositionPlan", "Left", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]
+
+_FEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class NormPlan:
+    """One norm: its factors and the algorithm that computes it.
+
+    ``packed``: what its weight is dequantised from, block by block; None for a weight that exists dense. ``formed``: why a
+    quantised weight has to be formed for it; else empty.
+    """
+
+    factors: NormFactors
+    algorithm: Literal["tiled", "factored"]
+    packed: PackedWeight | None = None
+    formed: str = ""
+
+
+@dataclass(frozen=True)
+class CompositionPlan:
+    """One composition.
+
+    ``accumulate``: add the low-rank product into the base product inside the GEMM, leaving one ``[tokens, d_out]``
+    intermediate. In half precision that would round the sum once more than the original does, so there the two products
+    stay apart and the epilogue adds them in fp32.
+
+    ``few_tokens``: see :func:`serves_few_tokens`. ``kernel``: see :func:`dorafx.plan.kernel.choose_kernel`.
+    """
+
+    match: Match
+    accumulate: bool
+    few_tokens: bool
+    kernel: str = "auto"
+
+
+@dataclass(frozen=True)
+class Left:
+    """A candidate that is left alone.
+
+    Attributes:
+        reason: why.
+        sites: the nodes that compute its norm; none where no node does by itself.
+        decision: what a choice by cost was made on; empty where none was.
+    """
+
+    reason: Reason
+    sites: tuple[fx.Node, ...] = ()
+    decision: str = ""
+
+
+@dataclass
+class RewritePlan:
+    """Everything that will happen to one graph.
+
+    Attributes:
+        norms: those that are computed by a factored norm, by the id of their atom.
+        compositions: those that are replaced.
+        composed: of a norm, the composition that it is read by.
+        without_composition: of a norm that no planned composition reads, why none does.
+        decisions: of a norm, what choices were made on.
+        left: candidates that are left alone.
+        part: the name of the graph among the bodies of the graph that it is in; empty for the outermost.
+    """
+
+    norms: dict[int, NormPlan] = field(default_factory=dict)
+    compositions: list[CompositionPlan] = field(default_factory=list)
+    composed: dict[int, Match] = field(default_factory=dict)
+    without_composition: dict[int, Reason] = field(default_factory=dict)
+    decisions: dict[int, str] = field(default_factory=dict)
+    left: list[Left] = field(default_factory=list)
+    part: str = ""
+
+    @property
+    def empty(self) -> bool:
+        return not self.norms
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.norms)} norms, {len(self.compositions)} compositions"]
+        for c in self.compositions:
+            f = c.match.norm
+            how = "accumulated in the GEMM" if c.accumulate else "added in the epilogue"
+            if c.kernel != "auto":
+                how += ", one kernel" + (" with both products" if c.kernel == "triton_linear" else "")
+            lines.append(
+                f"  {c.match.pattern} at {c.match.node.name}: [{f.d_out}, {f.d_in}] rank {f.rank}, low-rank product {how}"
+            )
+        return "\n".join(lines)
+
+
+def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan:
+    """Decide for every candidate of a graph.
+
+    Args:
+        matches: what the matcher found.
+        options: ``norm`` and ``compose`` override the measured choices.
+        part: see :class:`RewritePlan`.
+    """
+    plan = RewritePlan(part=part)
+    lift = matches.lift
+    for atom_id, factors in matches.norms.items():
+        plan.norms[atom_id] = _norm_plan(lift, factors, options)
+    misses = dict(matches.composition_misses)
+    order = {node: i for i, node in enumerate(lift.graph.nodes)}
+    for match in matches.compositions:
+        # One composition may be scaled by several norms, by row and by column: all of them are served by it.
+        norms = {atom.id for atom in lift.norms_in(match.expr)} | {match.norm.atom.id}
+        cost = _cost_if_merged(lift, match)
+        if cost is not None:
+            plan.decisions.update((atom_id, str(cost)) for atom_id in norms)
+            if not cost.pays:
+                cheaper = Reason("the merged weight is cheaper", match.node, kind=ReasonKind.MERGED_CHEAPER)
+                misses.update(dict.fromkeys(norms, cheaper))
+                continue
+        kernel, said = choose_kernel(lift, match, options, order)
+        for atom_id in norms if said else ():
+            plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), said)))
+        plan.compositions.append(
+            CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)), kernel)
+        )
+        plan.composed.update((atom_id, match) for atom_id in norms)
+    for atom_id in [i for i, n in plan.norms.items() if i not in plan.composed and not n.factors.info.sites]:
+        # No node computes this norm alone (``F.normalize``), so without its composition there is nothing to replace.
+        del plan.norms[atom_id]
+        lost = misses.pop(atom_id, None) or Reason(
+            "no node computes this norm by itself", kind=ReasonKind.NORM_IN_OPERATOR
+        )
+        plan.left.append(Left(lost, decision=plan.decisions.get(atom_id, "")))
+    plan.left += [Left(reason, tuple(lift.atoms[i].sites)) for i, reason in matches.misses.items()]
+    # A refused composition beside others of its norm, whose record is theirs.
+    beside = {i: reason for i, reason in misses.items() if i in plan.composed}
+    plan.left += [Left(reason, (reason.node,)) for reason in beside.values() if reason.node is not None]
+    plan.left += [Left(reason, (node,)) for node, reason in matches.unknown]
+    unread = Reason("no activation is scaled by it", kind=ReasonKind.SCALES_NOTHING)
+    plan.without_composition = {i: misses.get(i, unread) for i in plan.norms if i not in plan.composed}
+    return plan
+
+
+def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
+    """What it costs to take a merged weight apart; None where the graph multiplies by the weight itself anyway."""
+    bases = [Expr.chain(match.base), *([Expr.chain(transpose_chain(match.base))] if match.transposed else ())]
+    if len(match.base) < 2 or any(lift.gemms.get(base) or lift.nodes.get(base) for base in bases):
+        return None
+    output, weight = tensor_of(match.node), tensor_of(lift.atom_of(match.norm.dense_atom).node)
+    if output is None or weight is None or not weight.numel():
+        return None
+    d_out = match.norm.d_out if match.norm.info.side == "row" else match.norm.d_in
+    tokens = math.prod(int(size_hint(size)) for size in output.shape) // max(d_out, 1)
+    return merged_cost(
+        tokens,
+        match.norm.d_out,
+        match.norm.d_in,
+        match.norm.rank,
+        dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)),
+        output.requires_grad,
+        output.device,
+        sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
+    )
+
+
+def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan:
+    node = lift.atom_of(factors.dense_atom).node
+    packed = packed_weight(node) if node is not None else ""
+    if isinstance(packed, PackedWeight):
+        if any(t is not None and not t[1] and t[0] in lift.written for t in packed.tensors):
+            packed = "its codes are written in place"
+        elif factors.weight.transposed:
+            packed = "it is transposed, and its rows are no rows of the norm"
+        elif factors.info.requires_grad:
+            packed = "gradients flow through the norm"
+    if isinstance(packed, str):
+        formed = f"the dequantised weight is formed: {packed}" if packed else ""
+        return NormPlan(factors, _norm_algorithm(options), None, formed)
+    # The expansion would dequantise the weight for each of its terms.
+    return NormPlan(factors, "tiled", packed)
+
+
+def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
+    # Measured on a CPU and on the paper's H200 numbers: the tiled form reads W once, has no cancellation and costs the
+    # same FLOPs; the factored form wins only where ‖W‖² is kept between calls.
+    return "factored" if options.norm == "factored" else "tiled"
+
+
+def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
+    head = match.base[0]
+    if match.constant is not None or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels")):
+        return False
+    if options.compose != "auto":
+        return options.compose == "accumulated"
+    tensor = tensor_of(match.node)
+    if placements(tensor) is not None:
+        return False  # of partial sums DTensor would make whole ones before it accumulates into them
+    if tensor is None:
+        return False
+    # Under autocast the result may be fp32 while the products are bf16, and fp64 adapters may stand on an fp32 weight; the
+    # narrowest dtype on the way decides.
+    dtypes = {tensor.dtype, *(t.dtype for a in _near(match.node, 8) if (t := tensor_of(a)) is not None)}
+    narrow = {torch.float16, torch.bfloat16} | ({torch.float32} if torch.float64 in dtypes else set())
+    return not dtypes & narrow
+
+
+def serves_few_tokens(output: torch.Tensor | None) -> bool:
+    """Whether a composition's output ``[.., d_out]`` has so few tokens that its norm (2·d_out·d_in·r FLOPs) costs more
+    than all the rest (2·tokens·d_out·d_in): at most 8, or one a sequence. Such forwards, and no others, reuse norms."""
+    if output is None or output.dim() == 0:
+        return False
+    leading = output.shape[:-1]
+    if len(leading) > 1 and isinstance(leading[-1], int) and leading[-1] == 1:
+        return True
+    return all(isinstance(size, int) for size in leading) and math.prod(leading) <= _FEW_TOKENS
+
+
+def _near(node: fx.Node, depth: int) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    frontier = [node]
+    for _ in range(depth):
+        frontier = [a for n in frontier for a in n.all_input_nodes if a not in seen and a.op != "placeholder"]
+        seen.update(frontier)
+    return seen

@@ -1,0 +1,196 @@
+"""One record a candidate, made once: when the graph is rewritten, and its norms have taken their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from dorafx.graphs.operators import first_argument
+from dorafx.graphs.provenance import site_of, source_of
+from dorafx.graphs.tensors import tensor_of
+from dorafx.lift import Lifter
+from dorafx.log import Drawing, Record, RewriteLog, folded_site
+from dorafx.match import Match, Matches, Reason
+from dorafx.options import Options
+from dorafx.plan import Left, NormPlan, RewritePlan
+from dorafx.plan.accounting import dense_bytes, gemm_flops, merging, norm_closure, still_formed
+from dorafx.rewriter import NormKey
+
+from .drawings import Subject, draw
+from .terms import ONLY_THE_NORM, SiteTerms, site_terms
+
+__all__ = ["Recorder"]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What is known of a candidate before its norm has its place.
+
+    Attributes:
+        fields: of the record.
+        norm: the norm whose place the record tells; None for what is left alone.
+    """
+
+    fields: dict[str, Any]
+    norm: NormKey | None = None
+
+    def record(self, inside: Mapping[NormKey, str], member: str) -> Record:
+        """The record of one of the modules that the graph serves.
+
+        Args:
+            inside: the norms that the graph computes itself, each with what keeps it there.
+            member: the module's name.
+        """
+        placed = dict(self.fields)
+        placed["site"] = ".".join(part for part in (member, placed["site"]) if part)
+        if self.norm is not None:
+            kept = inside.get(self.norm)
+            placed["norm_placement"] = "prologue" if kept is None else "graph"
+            said = placed["decision"], kept and f"norm kept in the graph: {kept}"
+            placed["decision"] = "; ".join(filter(None, said))
+        return Record(**placed)
+
+
+class Recorder:
+    """Collects what the log will say of one graph and the bodies in it.
+
+    Args:
+        options: those of the graph.
+        graph_id: its number in the log.
+        members: names of the modules that it serves; the log has the records once for each.
+        terms: whether to collect the terms of every site, too.
+    """
+
+    def __init__(
+        self, options: Options, graph_id: int = 0, members: tuple[str, ...] = ("",), terms: bool = False
+    ) -> None:
+        self.members = members
+        self._common = {"codegen": options.codegen, "graph": graph_id}
+        self._drafts: list[_Draft] = []
+        self._drawings: dict[str, Drawing] = {}
+        self.terms: list[SiteTerms] | None = [] if terms else None
+
+    def rewritten(self, matches: Matches, plan: RewritePlan, copied: dict[fx.Node, fx.Node]) -> None:
+        """What became of one graph. To be called before the norms leave it: the drawings show them in it.
+
+        Args:
+            matches, plan: its candidates, and what was decided.
+            copied: original node -> the node that stands for it in the new graph; empty where nothing was rewritten.
+        """
+        if self.terms is not None:
+            self.terms.extend(site_terms(matches, plan))
+        lift, flops = matches.lift, gemm_flops(matches.lift)
+        replaced = {c.match.node for c in plan.compositions}
+        replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
+        found: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
+        # First what has no norm to stand for it, then the norms, then the rest.
+        found += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
+        for atom_id, norm in plan.norms.items():
+            match, lost = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
+            fields = _rewritten(lift, norm, match, lost, flops)
+            fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
+            found.append((fields, _subject(norm, match, lost), (plan.part, atom_id)))
+        found += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
+        keys: dict[tuple[object, ...], str] = {}
+        for fields, subject, norm_key in found:
+            # One drawing for all layers that differ in their number only.
+            layer = tuple({**fields, "site": folded_site(fields["site"]), "source": "", "decision": ""}.values())
+            if layer not in keys:
+                drawing = draw(subject, lift, copied, replaced)
+                keys[layer] = drawing.key
+                self._drawings[drawing.key] = drawing
+            self._drafts.append(_Draft({**fields, **self._common, "drawing": keys[layer]}, norm_key))
+
+    def left_alone(self, reason: Reason, pattern: str = "") -> None:
+        """A miss of the graph as a whole."""
+        self._drafts.append(
+            _Draft({"status": "missed", "site": "", "pattern": pattern, **_why(reason), **self._common})
+        )
+
+    def forget(self) -> None:
+        """Nothing of what was said before holds any more."""
+        self._drafts.clear()
+        self._drawings.clear()
+        if self.terms is not None:
+            self.terms.clear()
+
+    def log(self, inside: Mapping[NormKey, str], seconds: Mapping[str, float] | None = None) -> RewriteLog:
+        """The records, for each member.
+
+        Args:
+            inside: see :func:`dorafx.rewriter.norms_inside`.
+            seconds: that each station of the pass took.
+        """
+        log = RewriteLog()
+        records = (draft.record(inside, member) for member in self.members for draft in self._drafts)
+        log.extend(records, self._drawings, seconds)
+        return log
+
+
+def _subject(norm: NormPlan, match: Match | None, lost: Reason | None) -> Subject:
+    sites = tuple(norm.factors.info.sites)
+    if match is not None:
+        return Subject((match.node,), (match.expr,), sites)
+    return Subject(sites, (), sites, lost.node if lost is not None else None)
+
+
+def _subject_left(left: Left) -> Subject:
+    node = left.reason.node
+    return Subject(left.sites or ((node,) if node is not None else ()), (), left.sites, node)
+
+
+def _rewritten(
+    lift: Lifter, norm: NormPlan, match: Match | None, lost: Reason | None, flops: Mapping[fx.Node, int]
+) -> dict[str, Any]:
+    factors = norm.factors
+    site = match.origin if match is not None else next(iter(factors.info.sites), None)
+    closure = norm_closure(factors) or (merging(lift, match) if match is not None else [])
+    weight = tensor_of(lift.atom_of(factors.dense_atom).node)
+    return {
+        "status": "rewritten",
+        "site": site_of(site) if site is not None else "",
+        "pattern": match.pattern if match is not None else "norm_only",
+        **_why(lost, ONLY_THE_NORM),
+        "source": source_of(site) if site is not None else "",
+        "d_out": factors.d_out,
+        "d_in": factors.d_in,
+        "rank": factors.rank,
+        "dtype": norm.packed.format if norm.packed is not None else _dtype(weight),
+        "dense_bytes_avoided": dense_bytes(factors, closure, still_formed(norm.packed is not None, closure)),
+        "flops_before": sum(flops.get(node, 0) for node in closure),
+        "flops_after": 2 * factors.d_out * factors.d_in * factors.rank,
+        "norm_algorithm": norm.algorithm,
+    }
+
+
+def _left(left: Left) -> dict[str, Any]:
+    node = left.reason.node or next(iter(left.sites), None)
+    operand = tensor_of(first_argument(left.sites[0])) if left.sites else None
+    matrix = operand is not None and operand.dim() == 2 and all(isinstance(s, int) for s in operand.shape)
+    d_out, d_in = operand.shape if matrix and operand is not None else (0, 0)
+    return {
+        "status": "missed",
+        "site": site_of(node) if node is not None else "",
+        "pattern": "norm_only",
+        **_why(left.reason),
+        "source": source_of(node) if node is not None else "",
+        "d_out": int(d_out),
+        "d_in": int(d_in),
+        "dtype": _dtype(operand),
+        "decision": left.decision,
+    }
+
+
+def _why(reason: Reason | None, before: str = "") -> dict[str, str]:
+    """The fields of a record that say why."""
+    if reason is None:
+        return {"reason": "", "kind": ""}
+    return {"reason": f"{before}{reason.text}", "kind": reason.kind.value}
+
+
+def _dtype(tensor: torch.Tensor | None) -> str:
+    return str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""
