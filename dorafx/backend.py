@@ -12,12 +12,13 @@ from torch import fx
 
 from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
-from dorafx._compat.dynamo import through_dynamo, trace_artifact
+from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
 from dorafx._compat.hooks import guard_on_hooks
 from dorafx.graphs.grad_mode import switches_gradients_on
+from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
-from dorafx.pipeline import Program, refuse, rewrite_graph
+from dorafx.pipeline import Program, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import own_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
@@ -70,26 +71,65 @@ def dorafx(
     capture.install()
     guard_on_hooks()
     announce_untested_versions()
-    graph_id = next(_graph_ids)
-    if any(map(zero3_parameter, example_inputs)):
-        program = refuse(gm, _ZERO3, ours, graph_id, members[0])
-    else:
-        program = rewrite_graph(gm, ours, graph_id, members, prologue=True)
+    program, compiled = _compiled(gm, example_inputs, ours, inductor, mode, members)
+    records = switches_gradients_on(program.graph)
+    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: dict[str, Any],
+    mode: str | None,
+    members: tuple[str, ...],
+) -> tuple[Program, Callable[..., Any]]:
+    """The rewritten program and what the codegen makes of it; the original, and a miss, where the codegen fails on the rewritten one.
+    What is logged is what runs."""
+    log = RewriteLog()
+    try:
+        graph_id = next(_graph_ids)
+        if any(map(zero3_parameter, example_inputs)):
+            program = refuse(gm, _ZERO3, options, graph_id, members[0], log)
+        else:
+            program = rewrite_graph(gm, options, graph_id, members, prologue=True, log=log)
+        _trace(gm, program)
+
+        def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return codegen.compile_graph(graph, inputs, options, inductor, mode)
+
+        try:
+            compiled = _code(gm, program, example_inputs, options, compile_piece)
+        except Exception as error:
+            if restarts_tracing(error):
+                log.clear()  # the graph comes again
+                raise
+            if program.graph is gm or options.strict:
+                raise
+            original = without_rewrites(program, gm, error)
+            compiled = _code(gm, original, example_inputs, options, compile_piece)
+            program, log = original, original.log
+    finally:
+        rewrite_log().extend(log.records, log.drawings, log.seconds)
+    trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
+    return program, compiled
+
+
+def _code(
+    gm: fx.GraphModule,
+    program: Program,
+    example_inputs: Sequence[Any],
+    options: Options,
+    compile_piece: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
-    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, ours.codegen):
+    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, options.codegen):
         if not torch.is_grad_enabled():
             reuse_buffers(program.graph)
         own_results(gm, program.graph)
-    _trace(gm, program)
     inputs = [*example_inputs, *program.norm_values]
-
-    def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return codegen.compile_graph(graph, inputs, ours, inductor, mode)
-
     split = bucket_splitter()
-    compiled = compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
-    records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
+    return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:
@@ -97,7 +137,6 @@ def _trace(gm: fx.GraphModule, program: Program) -> None:
     if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
         _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
         _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))
-    trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
     if program.graph is not gm:
         trace_artifact("dorafx_rewritten_graph", "string", lambda: program.graph.print_readable(print_output=False))
 

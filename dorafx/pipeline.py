@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,15 @@ from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, hoist_norms, no
 if TYPE_CHECKING:
     from dorafx.validation import Check, Validation
 
-__all__ = ["STATIONS", "Program", "functional_copy", "log_failure", "refuse", "rewrite_graph"]
+__all__ = [
+    "STATIONS",
+    "Program",
+    "functional_copy",
+    "log_failure",
+    "refuse",
+    "rewrite_graph",
+    "without_rewrites",
+]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _warned: set[str] = set()
@@ -117,8 +125,8 @@ def rewrite_graph(
     return program
 
 
-def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, site: str = "") -> Program:
-    """The program as it is, with a miss in the process's log.
+def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, site: str, log: RewriteLog) -> Program:
+    """The program as it is, with a miss in the log.
 
     Raises:
         RewriteMissError: ``options.strict``.
@@ -126,7 +134,7 @@ def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, 
     recorder = Recorder(options, graph_id, (site,))
     recorder.left_alone(reason)
     program = Program(gm, log=recorder.log({}))
-    rewrite_log().extend(program.log.records)
+    log.extend(program.log.records)
     _raise_if_strict(program, options)
     return program
 
@@ -163,16 +171,52 @@ def log_failure(error: Exception, options: Options, log: RewriteLog, site: str =
         site: the module that the graph serves.
         graph_id: number of the graph in the log.
     """
-    last = traceback.format_exception_only(type(error), error)[-1].strip()
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    file = where.filename.rsplit("/", 1)[-1]
+    last, where = _told(error)
     recorder = Recorder(options, graph_id, (site,))
-    what = f"internal failure, graph left as it was: {last} ({file}:{where.lineno})"
+    what = f"internal failure, graph left as it was: {last} ({where})"
     recorder.left_alone(Reason(what, kind=ReasonKind.INTERNAL_FAILURE))
     log.extend(recorder.log({}).records)
-    if last not in _warned:
-        _warned.add(last)
-        warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=3)
+    _warn_once(f"dorafx left a graph as it was: {last}")
+
+
+def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> Program:
+    """The program as it was, because what compiles it failed on the rewritten graph; with one warning for equal failures.
+
+    Args:
+        program: the rewritten one.
+        gm: the graph that it was made of.
+        error: what the compiler raised.
+    """
+    last, where = _told(error)
+    miss = {
+        "status": "missed",
+        "reason": f"{program.log.records[0].codegen} failed on the rewritten graph, the original is compiled instead: {last} ({where})",
+        "kind": ReasonKind.CODEGEN_FAILED.value,
+        "dense_bytes_avoided": 0,
+        "flops_after": 0,
+        "norm_algorithm": "",
+        "norm_placement": "",
+    }
+    log = RewriteLog()
+    records = (replace(record, **miss) if record.rewritten else record for record in program.log.records)
+    log.extend(records, program.log.drawings, program.log.seconds)
+    _warn_once(
+        f"dorafx has the original graph compiled, {program.log.records[0].codegen} failed on the rewritten one: {last}"
+    )
+    return Program(gm, checks=program.checks, log=log, error=error)
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """The message of an error, and the file and line where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    last = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+    return last, f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, DorafxWarning, stacklevel=4)
 
 
 class _Road:

@@ -19,6 +19,7 @@ __all__ = [
     "group_compiler",
     "lookup_backend",
     "quiet_tracing_errors",
+    "restarts_tracing",
     "restore_compiled_call",
     "set_compiled_call",
     "through_dynamo",
@@ -165,6 +166,13 @@ def quiet_tracing_errors() -> None:
     import logging
 
     logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)
+
+
+def restarts_tracing(error: Exception) -> bool:
+    """Whether what a compiler raised is no failure, but tells Dynamo to trace anew or not at all."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))
 
 
 def through_dynamo(error: ValueError) -> ValueError:

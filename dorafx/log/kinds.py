@@ -229,6 +229,11 @@ class ReasonKind(Enum):
         "A defect of dorafx, and the layer runs as it was. To have it rewritten now, write this line with another operator. "
         + _REPORT,
     )
+    FORM_FAILED = (
+        "form-failed",
+        "A form raised an error while it looked at a layer.",
+        f"The other forms were asked as if it were not there. If the pattern is your own, mend its `check`. If it is dorafx's: {_REPORT}",
+    )
     VERIFICATION = (
         "verification",
         "With the option `dorafx.verify`: the rewrite gave another result than the original.",
@@ -238,6 +243,11 @@ class ReasonKind(Enum):
         "not-verified",
         "With the option `dorafx.verify`: it could not be run on random data.",
         "It could not be run on random data, so it was left as it was; without the option dorafx.verify it is rewritten.",
+    )
+    CODEGEN_FAILED = (
+        "codegen-failed",
+        "What compiles the rewritten graph failed on it.",
+        f"The original graph was compiled instead, so nothing of it was rewritten. Another `dorafx.codegen` may take it. {_REPORT}",
     )
     INTERNAL_FAILURE = (
         "internal-failure",

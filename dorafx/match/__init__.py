@@ -1,12 +1,12 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
-from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
+from .composition import Candidate, Composition, Match, Part, base_core, group, no_base_product, part_scale
 from .emission import Emit
 from .matcher import Verdict, match_graph
 from .matches import Matches
 from .near_misses import Reason, ReasonKind
 from .norms import LowRank, NormFactors
-from .registry import Form, forms, pattern
+from .registry import Form, check_form, forms, pattern
 
 __all__ = [
     "Candidate",
@@ -22,7 +22,9 @@ __all__ = [
     "ReasonKind",
     "Verdict",
     "base_core",
+    "check_form",
     "forms",
+    "group",
     "match_graph",
     "no_base_product",
     "part_scale",

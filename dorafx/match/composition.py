@@ -167,8 +167,8 @@ def base_core(candidate: Candidate) -> Chain | None:
     whole = candidate.lift.unrounded(mat)
     for core in scaled:
         last = core[-1] if core else None
-        if len(core) < 2 or not isinstance(last, Mat):
-            continue
+        if sum(isinstance(factor, Mat) for factor in core) < 2 or not isinstance(last, Mat):
+            continue  # the weight alone, scaled on both sides, is a weight in the making
         # The output may have the weight in another dtype than the norm has it in.
         last = candidate.lift.unrounded(last)
         if last.atom.id == whole.atom.id and last.transposed != whole.transposed:

@@ -80,6 +80,19 @@ class Emit(Protocol):
         """``base + scale · core`` in one matrix product that accumulates."""
         ...
 
+    def scaled_sum(self, terms: Iterable[tuple[fx.Node, Poly]], bias: Poly) -> fx.Node:
+        """``Σ scale ⊙ product + bias`` over pairs of a product ``[.., d]`` and its scale, added in fp32 or fp64, in the shape and dtype of
+        what is replaced."""
+        ...
+
+    def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
+        """A value ``[.., d_in]`` times a product of matrices, ``Aᵀ·Bᵀ`` for one."""
+        ...
+
+    def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:
+        """A value times a polynomial along its columns, multiplied in fp32 or fp64 and rounded once, to the value's dtype."""
+        ...
+
     def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
         """``g ⊙ (base + scale·lora) + bias`` in the shape and dtype of what is replaced; base and lora ``[.., d]``, g and bias ``[d]``."""
         ...

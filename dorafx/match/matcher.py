@@ -10,13 +10,14 @@ from torch import fx
 
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue
+from dorafx.lift.algebra import Chain
 
 from .composition import Candidate, Match, group
 from .failures import blame_failures
 from .matches import Matches
 from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
-from .registry import forms
+from .registry import check_form, forms
 
 __all__ = ["Verdict", "match_graph"]
 
@@ -49,6 +50,13 @@ class _Matcher:
                 self._take(self._pending.pop(argument))
                 lift.seal(argument)
             return Verdict.RELIFT if continued else Verdict.KEEP
+        followed = [argument for argument in continued if not _carries_on(lift, self._pending[argument], found)]
+        if followed:
+            # The next layer, of which this one's output is the input: two compositions.
+            for argument in followed:
+                self._take(self._pending.pop(argument))
+                lift.seal(argument)
+            return Verdict.RELIFT
         for argument in continued:
             before = self._pending.pop(argument)
             if before.norm.atom == found.norm.atom:
@@ -118,7 +126,7 @@ class _Matcher:
         for norm in norms:
             candidate = Candidate(lift, node, expr, composition, norm)
             for form in self._forms.values():
-                result = form.check(candidate)
+                result = check_form(form, candidate)
                 if isinstance(result, Match):
                     return result
                 known = self.matches.composition_misses.get(norm.atom.id)
@@ -126,6 +134,15 @@ class _Matcher:
                 if known is None or not known.specific or (result.specific and result.node is not known.node):
                     self.matches.composition_misses[norm.atom.id] = result
         return None
+
+
+def _carries_on(lift: Lifter, before: Match, match: Match) -> bool:
+    """Whether a match has the layer in it that was matched at its argument: a cast, a bias, another summand follow it."""
+
+    def plain(core: Chain) -> Expr:
+        return lift.detached(Expr.chain(core))
+
+    return plain(before.base) in {plain(core) for core in group(match.expr).cores}
 
 
 def _readings(lift: Lifter, node: fx.Node, value: Value) -> Iterator[tuple[Expr, bool]]:

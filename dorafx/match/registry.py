@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -11,9 +13,11 @@ from dorafx.errors import DorafxError
 
 from .composition import Candidate, Match
 from .emission import Emit
-from .norms import Reason
+from .near_misses import Reason, ReasonKind
 
-__all__ = ["Form", "forms", "pattern"]
+__all__ = ["Form", "check_form", "forms", "pattern"]
+
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
 class Form(Protocol):
@@ -80,3 +84,14 @@ def forms() -> dict[str, Form]:
     import dorafx.patterns  # noqa: F401  (registers the built-in forms)
 
     return dict(_FORMS)
+
+
+def check_form(form: Form, candidate: Candidate) -> Match | Reason:
+    """What a form says; that it failed, where it does, which costs neither the other forms nor the other layers of the graph anything."""
+    try:
+        return form.check(candidate)
+    except Exception as error:
+        _logger.debug("%s failed at %s", form.name, candidate.node.format_node(), exc_info=error)
+        message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+        what = f"the form {form.name!r} failed in its check ({message})"
+        return Reason(what, candidate.node, kind=ReasonKind.FORM_FAILED)

@@ -12,7 +12,7 @@ from torch import fx
 from dorafx.graphs.provenance import site_of
 from dorafx.graphs.shapes import with_shapes
 from dorafx.lift import Atom, Expr, Lifter, Notation, term_of
-from dorafx.match import Candidate, Form, Match, Matches, Reason, forms
+from dorafx.match import Candidate, Form, Match, Matches, Reason, check_form, forms
 from dorafx.match.composition import group
 from dorafx.plan import RewritePlan
 
@@ -142,7 +142,7 @@ def _closest_form(matches: Matches, atom_id: int, reason: Reason | None) -> str:
     if isinstance(term := term_of(value), Expr):
         candidate = Candidate(lift, reason.node, term, group(term), matches.norms[atom_id])
         for name, form in forms().items():
-            checked = form.check(candidate)
+            checked = check_form(form, candidate)
             if isinstance(checked, Reason) and checked.text == reason.text:
                 return name
     return _form_of(lift, atom_id)

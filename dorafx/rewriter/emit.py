@@ -117,6 +117,23 @@ class Emitter(TermEmitter):
         node = self.product(part.core)
         return (self.scaled(node, part.scale), 1.0) if mono else (node, c)
 
+    def scaled_sum(self, terms: Iterable[tuple[fx.Node, Poly]], bias: Poly) -> fx.Node:
+        products, scales = zip(*terms)
+        return self._shaped(lambda *products: self._sum(products, scales, bias), *products)
+
+    def _sum(self, products: Iterable[fx.Node], scales: Iterable[Poly], bias: Poly) -> fx.Node:
+        total: fx.Node | None = None
+        for product, scale in zip(products, scales):
+            term = self._wide(product)
+            if scale.constant != 1.0:
+                constant = scale.constant
+                term = self.call(torch.mul, term, self.vector(scale) if constant is None else constant)
+            total = term if total is None else self.call(torch.add, total, term)
+        assert total is not None
+        if bias.items:
+            total = self.call(torch.add, total, self.vector(bias))
+        return self.cast(total, self.out_dtype())
+
     def shaped_like_site(self, node: fx.Node) -> fx.Node:
         """A value with the shape and dtype of what it replaces."""
         return self._shaped(lambda out: self.cast(out, self.out_dtype()), node)

@@ -298,6 +298,18 @@ class TermEmitter(NodeEmitter):
             torch.mul, node, self._along_columns(factor, node) if tensor_of(factor) is not None else factor
         )
 
+    def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:
+        dtype = self.tensor(node).dtype
+        return self.cast(self.scaled(self._wide(node), scale), dtype)
+
+    def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
+        for factor in chain:
+            if isinstance(factor, Diag):
+                node = self.scaled(node, Poly(((factor.mono, 1.0),)))
+            else:
+                node = self._multiply(node, factor)
+        return node
+
     def _along_columns(self, vector: fx.Node, node: fx.Node) -> fx.Node:
         """A vector ``[d]`` in a value's dtype, shaped to lie along its columns. A scalar decides no dtype, and is not rounded."""
         if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:

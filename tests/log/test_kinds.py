@@ -275,6 +275,26 @@ def _(patch: Patch) -> None:
     compiled(layer)
 
 
+@giving(ReasonKind.FORM_FAILED)
+def _(patch: Patch) -> None:
+    """Of the forms that are asked, one fails; the others do not know the layer."""
+    patch.setattr(registry._FORMS["linear"], "check", _fails, raising=False)
+    compiled(layer)
+
+
+@giving(ReasonKind.CODEGEN_FAILED)
+def _(patch: Patch) -> None:
+    from dorafx import codegen
+
+    original = codegen.compile_graph
+
+    def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
+        return (_fails if any("dorafx" in str(node.target) for node in gm.graph.nodes) else original)(gm, *rest)
+
+    patch.setattr(codegen, "compile_graph", compile_graph)
+    compiled(layer)
+
+
 @giving(ReasonKind.INTERNAL_FAILURE)
 def _(patch: Patch) -> None:
     import dorafx.pipeline

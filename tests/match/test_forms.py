@@ -34,7 +34,14 @@ def arguments_of(name: str, with_bias: bool) -> dict[str, Any]:
 
 
 def test_every_form_has_a_statement() -> None:
-    assert set(BUILT_IN) == {"linear", "linear_dropout", "linear_columns", "embedding", "convolution"}
+    assert set(BUILT_IN) == {
+        "linear",
+        "linear_dropout",
+        "linear_columns",
+        "linear_weight_delta",
+        "embedding",
+        "convolution",
+    }
     for name, form in BUILT_IN.items():
         statement = form.statement  # type: ignore[attr-defined]
         assert set(inspect.signature(statement).parameters) == set(arguments_of(name, True))
