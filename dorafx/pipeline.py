@@ -19,6 +19,7 @@ from torch import fx
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.graphs.copying import copy_graph_module
+from dorafx.graphs.filled import without_filled_zeros
 from dorafx.graphs.functional import has_writes, without_private_writes
 from dorafx.graphs.grad_mode import modes_of_bodies
 from dorafx.log import RewriteLog, rewrite_log
@@ -361,7 +362,7 @@ def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
     if not has_writes(gm.graph):
         return gm
     copy, _ = copy_graph_module(gm)
-    if not without_private_writes(copy.graph):
+    if not without_private_writes(copy.graph) | without_filled_zeros(copy.graph):
         return gm
     copy.graph.lint()
     copy.recompile()

@@ -32,6 +32,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "reciprocal": ("reciprocal",),
     "pow": ("pow", "__pow__"),
     "square": ("square",),
+    "float_power": ("float_power",),
     "sqrt": ("sqrt",),
     "rsqrt": ("rsqrt",),
     "sum": ("sum",),
@@ -93,11 +94,14 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "dropout": ("dropout", "native_dropout", "alpha_dropout", "feature_dropout"),
     "eye": ("eye",),
     "diag": ("diag", "diag_embed"),
+    "diagonal": ("diagonal", "diagonal_copy"),
     "getattr": ("getattr",),
     "getitem": ("getitem", "__getitem__"),
     "slice": ("slice",),
     "select": ("select",),
     "stack": ("stack",),
+    "cat": ("cat", "concat", "concatenate"),
+    "pad": ("pad", "constant_pad_nd"),
 }
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",

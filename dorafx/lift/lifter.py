@@ -314,6 +314,12 @@ class Lifter:
         info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations)
         return self._intern(("unfold", activations, options), info)
 
+    def selection(self, start: int, rows: int, total: int) -> Atom:
+        """``[total, rows]``: the columns of an identity that place rows from ``start`` on among zeros."""
+        span = (start, rows, total - start - rows)
+        info = AtomInfo("selection", requires_grad=False, parameter=True, rows=span)
+        return self._intern(("selection", span), info)
+
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         if info.poly is not None and info.poly.vanished:

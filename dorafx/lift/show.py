@@ -15,6 +15,7 @@
 ``dropout(x)₂``               another value that is written the same
 ``(x + y)``                   a sum that is one indeterminate
 ``onehot(i)``, ``patches(x)`` what an embedding, or a convolution, multiplies its weight with
+``rows(8:16)``              columns of an identity, by which what follows becomes these rows among zeros
 ``flat(W)``, ``channels(x)``  a convolution's weight as a matrix of whole filters, its activations as one with channels as columns
 ``W [without 0·p]``           what vanished: ``0·p`` was multiplied by zero, ``p − p`` cancelled, ``n·n⁻¹`` cancelled as a divisor
 ============================  =====================================================================================================
@@ -269,6 +270,8 @@ class Notation:
         if info.kind in ("onehot", "unfold"):
             of = self._expr(info.of, plain, depth) if isinstance(info.of, Expr) else self._operand(info.of, depth)
             return f"{'onehot' if info.kind == 'onehot' else 'patches'}({of})"
+        if info.kind == "selection":
+            return f"rows({info.rows[0]}:{info.rows[0] + info.rows[1]})"
         text = self._node(info.node, depth, atom)
         return {"filter": f"flat({text})", "channels": f"channels({text})"}.get(info.kind, text)
 

@@ -72,6 +72,7 @@ class AtomInfo:
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed. ``filter`` and
     ``channels``: ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies; never formed.
+    ``selection``: consecutive columns of an identity, by which rows are put among zeros; never formed.
     """
 
     kind: Literal[
@@ -87,6 +88,7 @@ class AtomInfo:
         "filter",
         "channels",
         "unfold",
+        "selection",
     ]
     requires_grad: bool = True
     parameter: bool = False
@@ -106,6 +108,8 @@ class AtomInfo:
     """Of a node that casts a matrix to a dtype which cannot hold all of its values: the matrix."""
     sites: list[fx.Node] = field(default_factory=list, compare=False)
     """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
+    rows: tuple[int, int, int] = (0, 0, 0)
+    """For a ``selection``: how many rows of zeros come before, how many rows it places, how many of zeros behind."""
     of: fx.Node | Expr | None = field(default=None, compare=False)
     """For ``onehot``: the indices; for ``unfold``: the activations. For those who read a term only."""
 

@@ -237,22 +237,36 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
     name = canonical_name(node)
     if name in _NORMS and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None:
         return reason
-    for source in node.all_input_nodes:
+    for source in (_moved(lift, argument) for argument in node.all_input_nodes):
         value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
         if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or out is None or before is None:
             continue
         made = lift.values.get(node)
         if made is not None and not _is_unknown(lift, made, node):
             continue
-        looks_so = name in _NORMS or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
-        if not looks_so or (not out.dim() and name not in _NORMS) or not _is_adapted(lift, value.expr):
+        # Of all squares, or of some that are neither a row's nor a column's.
+        of_squares = value.squared and name in ("sum", "mean") and not _is_vector_of(out.shape, before.shape)
+        is_norm = name in _NORMS or of_squares
+        looks_so = is_norm or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
+        scalar = not out.dim() and not is_norm and not _is_named_a_norm(node)
+        if not looks_so or scalar or not _is_adapted(lift, value.expr):
             continue
-        if name in _NORMS:
+        if is_norm:
             return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
         what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
     return None
+
+
+def _moved(lift: Lifter, node: fx.Node) -> fx.Node:
+    """What a value is a view or cast of, as far as the lifter knows no term of it."""
+    while canonical_name(node) in _MOVES and node.op in ("call_function", "call_method") and node.all_input_nodes:
+        value = lift.value(node)
+        if isinstance(value, MatrixValue) and not _is_unknown(lift, value, node):
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:
@@ -264,7 +278,7 @@ def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:
 
 def _is_named_a_norm(node: fx.Node) -> bool:
     """An operator that normalises, and gives back a matrix; or a power of the weight, the first half of a norm of another order."""
-    return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine"))
+    return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine", "dot"))
 
 
 def _rootless_squares(lift: Lifter) -> set[int]:
@@ -347,8 +361,9 @@ def _is_product(node: fx.Node) -> bool:
 
 def _what_norm(node: fx.Node, operand: torch.Tensor) -> str:
     order_name = "p" if "p" in node.kwargs else "ord"
-    args = arguments(node, "input", order_name, "dim")
-    order = args.get(order_name)
+    of_squares = canonical_name(node) not in _NORMS
+    args = arguments(node, "input", "dim") if of_squares else arguments(node, "input", order_name, "dim")
+    order = None if of_squares else args.get(order_name)
     if order not in (None, 2, 2.0, "fro"):
         return f"the norm at {_at(node)} is of order {order}: DoRA's is the 2-norm"
     if args.get("dim") is None or operand.dim() == 2:

@@ -62,13 +62,16 @@ class NormFactors:
 
 
 def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
-    node = lift.atom_of(mat.atom).node
+    info = lift.atom_of(mat.atom)
+    if info.kind == "selection":
+        return (info.rows[1], sum(info.rows)) if mat.transposed else (sum(info.rows), info.rows[1])
+    node = info.node
     tensor = tensor_of(node)
     if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
         return None
     if tensor.dim() < 2:
         return None
-    cut = 1 if lift.atom_of(mat.atom).kind == "filter" else tensor.dim() - 1
+    cut = 1 if info.kind == "filter" else tensor.dim() - 1
     if cut > 1 and not lift.is_weight(mat.atom):
         return None  # activations
     rows, cols = (math.prod(int(s) for s in part) for part in (tensor.shape[:cut], tensor.shape[cut:]))
@@ -117,6 +120,11 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             dense.append((chain, c))
             continue
         if len(mats) < 2:
+            # A number before a delta is not what is wrong with it.
+            alone: list[Chain] = [part for (_, part), _ in expr.items if len(part) == 1]
+            hidden = hidden_delta(lift, info, [chain]) or unknown_delta(lift, alone)
+            if hidden is not None and len(chain) == 1:
+                return hidden
             made = _made(lift, [chain], scalars)
             what = f" ({made})" if made else ""
             return Reason(

@@ -31,7 +31,7 @@ _COPIES = frozenset(("cast", "dequantize", "identity"))
 _PRODUCTS = frozenset(("addmm", "bmm", "einsum", "linear", "matmul", "outer"))
 _ARITHMETIC = frozenset(
     ("add", "addcmul", "clamp", "clamp_min", "diag", "div", "lerp", "linalg_norm", "maximum", "mean", "mul", "neg", "norm",
-     "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
+     "pad", "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
 )  # fmt: skip
 
 # What takes a tensor of no axes where it takes a number.

@@ -79,6 +79,7 @@ class Emitter(TermEmitter):
         last = part.core[-1]
         alpha = part.scale.constant
         plain = len(part.core) > 1 and isinstance(last, Mat) and not any(map(is_ones, part.core[-2:]))
+        plain = plain and not self._is_selection(last)
         if alpha is None or not plain:
             node = self.product(part.core)
             return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)

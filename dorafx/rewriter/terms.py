@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -209,7 +209,11 @@ class TermEmitter(NodeEmitter):
             )
         if not chain or (len(chain) == 1 and is_ones(chain[0])):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
+        if self._is_selection(chain[0]):
+            return self._placed(self.flat(self.product(chain[1:])), chain[0], 0)
         prefix, last = chain[:-1], chain[-1]
+        if self._is_selection(last):
+            return self._placed(self.product(prefix), last, -1)
         if is_ones(last):
             return self._summed(prefix)
         if isinstance(last, Diag):
@@ -224,6 +228,17 @@ class TermEmitter(NodeEmitter):
         if len(prefix) > 1 and is_ones(prefix[-1]):
             return self._multiply_sum(self._summed(prefix[:-1]), last)
         return self._multiply(self.product(prefix), last)
+
+    def _is_selection(self, factor: Mat | Diag) -> bool:
+        return isinstance(factor, Mat) and self.lift.atom_of(factor.atom).kind == "selection"
+
+    def _placed(self, node: fx.Node, selection: Mat | Diag, axis: Literal[0, -1]) -> fx.Node:
+        """A value with its rows (axis 0, ``S·X``) or columns (``X·Sᵀ``) among zeros; of the transposed selection, the selected ones alone."""
+        assert isinstance(selection, Mat)
+        before, rows, after = self.lift.atom_of(selection.atom).rows
+        if selection.transposed == (axis == 0):
+            return self.method("narrow", node, axis, before, rows)
+        return self.call(torch.nn.functional.pad, node, (before, after) if axis else (0, 0, before, after))
 
     def precise(self, factor: fx.Node) -> fx.Node:
         """A factor of a product, in fp64 where the site's value is, and in the dtype that was asked for."""

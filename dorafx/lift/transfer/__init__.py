@@ -4,6 +4,7 @@ read in the order of :class:`dorafx.lift.lifter.Reading`."""
 from . import (
     arithmetic,
     batched,
+    blocks,
     convolutions,
     einsum,
     elementwise,
@@ -19,6 +20,7 @@ from . import (
 __all__ = [
     "arithmetic",
     "batched",
+    "blocks",
     "convolutions",
     "einsum",
     "elementwise",

@@ -53,6 +53,16 @@ def power(lift: Lifter, node: fx.Node) -> Value | None:
     return _power(lift, node, args.get("input"), args.get("exponent"))
 
 
+@transfer("float_power")
+def float_power(lift: Lifter, node: fx.Node) -> Value | None:
+    """The square of a matrix in fp64, of which every fp32 number is one."""
+    args = arguments(node, "input", "exponent")
+    tensor, value = tensor_of(args.get("input")), lift.value(args.get("input"))
+    if tensor is None or tensor.dtype not in FLOAT_DTYPES or not isinstance(value, MatrixValue):
+        return None
+    return _power(lift, node, args["input"], args.get("exponent"))
+
+
 def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
     if not isinstance(exponent, (int, float)):
         return None

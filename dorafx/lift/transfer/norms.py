@@ -152,6 +152,37 @@ def _over_its_norm(
     return MatrixValue(value.expr.left_diag(scale) if side == "row" else value.expr.right_diag(scale))
 
 
+@transfer("diagonal")
+def diagonal(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "offset", "dim1", "dim2")
+    axes = {args.get("dim1", 0), args.get("dim2", 1)}
+    if args.get("offset", 0) != 0 or axes not in ({0, 1}, {0, -1}, {-2, 1}, {-2, -1}):
+        return None
+    return diagonal_of_gram(lift, node, args.get("input"))
+
+
+def diagonal_of_gram(lift: Lifter, node: fx.Node, product: Any) -> Value | None:
+    """The diagonal of ``W · Wᵀ``: the sum of squares of each row."""
+    out, whole = tensor_of(node), lift.matrix(product)
+    if whole is None or lift.name_of(product) != "matmul" or out is None or out.dim() != 1:
+        return None
+    args = arguments(product, "input", "other")
+    left, right = lift.matrix(args.get("input")), lift.matrix(args.get("other", args.get("mat2")))
+    if left is None or right is None or right.expr != left.expr.transposed() or whole.expr != left.expr @ right.expr:
+        return None
+    tensor = tensor_of(args["input"])
+    if tensor is None or tensor.dtype != out.dtype:
+        return None  # autocast
+    info = AtomInfo(
+        "sumsq",
+        lift.requires_grad(left.expr),
+        lift.is_parameter_term(left.expr),
+        expr=left.expr,
+        double=out.dtype == torch.float64,
+    )
+    return VectorValue(Poly.var(lift.intern(info)), -1)
+
+
 @transfer("sum")
 def sum_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "dim", "keepdim")

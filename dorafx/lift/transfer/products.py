@@ -15,6 +15,7 @@ from ..algebra import Diag, Expr, Poly
 from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product
+from .norms import diagonal_of_gram
 
 
 def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
@@ -199,6 +200,8 @@ def eye(lift: Lifter, node: fx.Node) -> Value | None:
 def diag(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "diagonal")
     tensor = tensor_of(args.get("input"))
+    if tensor is not None and tensor.dim() == 2 and args.get("diagonal", 0) == 0:
+        return diagonal_of_gram(lift, node, args.get("input"))
     vector = lift.value(args.get("input"))
     if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
         return None
