@@ -36,8 +36,6 @@ from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_
 if TYPE_CHECKING:
     from dorafx.validation import Check
 
-__all__ = ["Explanation", "VerifyReport", "explain", "invalidate", "optimize", "restore", "rewrite", "verify"]
-
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
 

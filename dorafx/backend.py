@@ -22,8 +22,6 @@ from dorafx.rewriter import own_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
 
-__all__ = ["dorafx"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
 

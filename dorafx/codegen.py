@@ -14,8 +14,6 @@ from dorafx.errors import DorafxWarning
 from dorafx.ops.register import DECOMPOSITIONS
 from dorafx.options import Options
 
-__all__ = ["check_name", "compile_graph", "runs_as_it_stands"]
-
 _warned_no_compiler = False
 
 

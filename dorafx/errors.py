@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["DorafxError", "DorafxWarning", "RewriteMissError"]
-
 
 class DorafxError(RuntimeError):
     """dorafx was asked for something that it cannot do."""

@@ -17,8 +17,6 @@ from dorafx.log import Record, RewriteLog, folded_site
 from dorafx.log.table import as_text, finding, printable, show
 from dorafx.recording import SiteTerms
 
-__all__ = ["Explanation", "GraphBreak", "graph_breaks_of"]
-
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _NODE_NUMBER = re.compile(r"(?<=[a-z])_\d+")
 _NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write Dynamo tracing rules")

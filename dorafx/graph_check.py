@@ -29,8 +29,6 @@ from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.observation import Comparison, Observation, compare, default_dtype, observe
 from dorafx.rewriter.hoist import DENSE
 
-__all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls", "crosses_dtensors"]
-
 _CASTS = {
     "double": torch.float64,
     "float": torch.float32,

@@ -18,18 +18,6 @@ import torch
 from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import flattened, is_wrapper, storage_id, unflattened
 
-__all__ = [
-    "OWN_ERRORS",
-    "Comparison",
-    "Observation",
-    "Seen",
-    "compare",
-    "default_dtype",
-    "differences",
-    "distance",
-    "observe",
-]
-
 GRAD_MODES = ("as it is", "grad", "no_grad", "inference")
 _ROUNDINGS = 64
 """How many units in the last place of a result's dtype may not show where fp64 stands for it."""

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["COMPOSE", "Options"]
-
 _PREFIX = "dorafx."
 COMPOSE = ("auto", "accumulated", "epilogue", "triton", "triton_linear")
 _CHOICES = {

@@ -31,8 +31,6 @@ from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, hoist_norms, no
 if TYPE_CHECKING:
     from dorafx.validation import Check, Validation
 
-__all__ = ["STATIONS", "Program", "functional_copy", "log_failure", "refuse", "rewrite_graph"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _warned: set[str] = set()
 

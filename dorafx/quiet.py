@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 from dorafx.errors import DorafxWarning
 
-__all__ = ["quiet_imports"]
-
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:

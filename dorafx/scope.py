@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCOPES", "adapted_modules", "entry_modules", "module_groups", "resolve_scope"]
-
 SCOPES = ("auto", "model", "modules")
 
 

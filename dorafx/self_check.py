@@ -21,8 +21,6 @@ from dorafx.options import Options
 from dorafx.pipeline import rewrite_graph
 from dorafx.versions import VERSIONS, untested
 
-__all__ = ["SelfCheck", "announce_untested_versions", "check_recognition"]
-
 _TOKENS, _D_OUT, _D_IN, _RANK, _SCALE = 3, 4, 5, 2, 2.0
 _lock = threading.Lock()
 _announced = False

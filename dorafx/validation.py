@@ -36,8 +36,6 @@ from dorafx.rewriter.hoist import DENSE, NORM
 from dorafx.runtime import with_prologue
 from dorafx.runtime.store import NormStore
 
-__all__ = ["Check", "Region", "Validation", "check_prologue"]
-
 _TO_DOUBLE = frozenset(("double", "float", "half", "bfloat16", "dequantize"))
 
 

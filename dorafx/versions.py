@@ -8,8 +8,6 @@ import re
 import sys
 from dataclasses import dataclass
 
-__all__ = ["OPTIONAL", "PYTHON", "VERSIONS", "Versions", "minor", "untested"]
-
 
 @dataclass(frozen=True)
 class Versions:

@@ -8,16 +8,6 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = [
-    "below_autocast",
-    "below_autograd",
-    "differentiates_by_itself",
-    "forward_mode",
-    "in_backward",
-    "save_for_backward",
-    "saved_tensors_are_packed",
-]
-
 
 def differentiates_by_itself(tensor: torch.Tensor) -> bool:
     """Whether all that leads to a tensor is differentiated by formulas of autograd's own, none by a ``torch.autograd.Function``'s

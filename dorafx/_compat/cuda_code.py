@@ -17,8 +17,6 @@ from unittest import mock
 import torch
 from torch import fx
 
-__all__ = ["Part", "captured_parts", "cuda_code"]
-
 _H100 = {
     "name": "NVIDIA H100",
     "major": 9,

@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["spin"]
-
 _TRIAL = 2_000_000
 """Cycles that the rate of a device's clock is taken from: about a millisecond."""
 

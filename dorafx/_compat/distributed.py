@@ -13,20 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "bucket_splitter",
-    "from_parts",
-    "fully_sharded_process",
-    "is_partial",
-    "is_shard",
-    "local_part",
-    "partial_norm",
-    "placements",
-    "replicated",
-    "rewrite_before_buckets",
-    "zero3_parameter",
-]
-
 
 def placements(value: Any) -> tuple[Any, ...] | None:
     """The placements of a DTensor; None for anything else."""

@@ -11,23 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "allow_recompilations",
-    "fresh_compile",
-    "graph_breaks",
-    "graph_statistics",
-    "group_compiler",
-    "lookup_backend",
-    "quiet_tracing_errors",
-    "restore_compiled_call",
-    "set_compiled_call",
-    "through_dynamo",
-    "trace_artifact",
-    "trace_instead",
-    "whole_graphs",
-]
-
-
 _group_numbers = itertools.count()
 
 

@@ -7,18 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    "GRAPH_MODULE_ATTRIBUTES",
-    "carry_node_attributes",
-    "codegen_of",
-    "exported_program_with_graph",
-    "input_source",
-    "is_inference_input",
-    "mark_new_input",
-    "tracer_class",
-]
-
-
 GRAPH_MODULE_ATTRIBUTES = (
     "shape_env",
     "compile_subgraph_reason",

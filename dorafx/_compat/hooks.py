@@ -12,8 +12,6 @@ import torch
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["guard_on_hooks", "has_forward_hooks"]
-
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
     "_global_forward_hooks",

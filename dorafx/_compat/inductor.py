@@ -9,16 +9,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    "compile_with_inductor",
-    "has_cpp_compiler",
-    "limit_compile_threads",
-    "load_inductor",
-    "mode_options",
-    "source_hash",
-    "split_scaled_sums",
-]
-
 
 def compile_with_inductor(
     gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any], decompositions: Mapping[Any, Any]

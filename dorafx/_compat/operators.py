@@ -9,21 +9,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = [
-    "Argument",
-    "aten_name",
-    "body_operands_start",
-    "is_higher_order",
-    "is_overload",
-    "leaves_its_operands",
-    "packet_name",
-    "recorded_calls",
-    "schemas",
-    "takes_operands_for_body",
-    "views",
-    "writes",
-]
-
 Argument = tuple[int | None, str]
 """Where an argument stands in a call: its position (None where only a keyword gives it), and its name."""
 

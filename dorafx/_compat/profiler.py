@@ -6,10 +6,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "memory_events",
-]
-
 
 def memory_events(profile: Any, device_type: str) -> list[int]:
     """Sizes in bytes of the allocations (positive) and frees (negative) that a finished ``torch.profiler.profile`` with

@@ -11,24 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = [
-    "FakeLayout",
-    "Geometry",
-    "fake_mode",
-    "fake_mode_of",
-    "flattened",
-    "is_known",
-    "is_wrapper",
-    "needs_values",
-    "size_hint",
-    "storage_id",
-    "under",
-    "unflattened",
-    "version_of",
-    "weak_storage",
-    "wrapped",
-]
-
 
 def weak_storage(tensor: torch.Tensor, on_death: Callable[[Any], None]) -> weakref.ref[torch.UntypedStorage]:
     """A weak reference to a tensor's storage, which torch keeps as one Python object while the memory lives: calling it gives

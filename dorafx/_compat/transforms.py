@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["transform_around_products"]
-
 _ENTERS = {
     "_vmap_increment_nesting": "vmap",
     "_grad_increment_nesting": "grad",

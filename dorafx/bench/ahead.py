@@ -31,29 +31,6 @@ from dorafx.ops.triton.quantized import quantized_row_norm_kernel
 from dorafx.ops.triton.row_norm import GROUP, row_norm_kernel
 from dorafx.ops.triton.tiles import block_constants
 
-__all__ = [
-    "CARDS",
-    "DTYPES",
-    "L2_LIMIT",
-    "LAYOUTS",
-    "RANKS",
-    "Card",
-    "Launch",
-    "Resources",
-    "Row",
-    "compiled",
-    "dense_launch",
-    "dense_row",
-    "markdown",
-    "quantized_launch",
-    "quantized_problem",
-    "quantized_source",
-    "resident_programs",
-    "row_norm_source",
-    "rows",
-    "violations",
-]
-
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 

@@ -11,8 +11,6 @@ import torch
 from dorafx._compat.profiler import memory_events
 from dorafx._compat.tensors import storage_id
 
-__all__ = ["Allocations", "allocations", "peak_bytes", "saved_bytes", "storage_bytes"]
-
 
 @dataclass(frozen=True)
 class Allocations:

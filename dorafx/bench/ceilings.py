@@ -6,8 +6,6 @@ import torch
 
 from .clock import Clock
 
-__all__ = ["measure_ceilings"]
-
 
 def measure_ceilings(clock: Clock, dtype: torch.dtype, side: int = 0) -> dict[str, tuple[str, list[float]]]:
     """``copy`` in bytes/s, read and written, of a tensor beyond any cache; ``matmul`` in FLOP/s, of square matrices.

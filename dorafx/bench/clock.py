@@ -11,8 +11,6 @@ import torch
 
 from dorafx._compat.devices import spin
 
-__all__ = ["Clock", "Timing"]
-
 _FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 _ISSUED = 3
 """Calls whose host time decides how long the device spins."""

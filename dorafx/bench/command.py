@@ -27,8 +27,6 @@ from .shapes import PRESETS, parse_shape
 from .table import markdown, summary, tables
 from .tune import run_tune
 
-__all__ = ["add_arguments", "run_command"]
-
 _NOT_OF_GPU = ("against", "shapes", "hidden", "rank", "dtype", "checkpointing", "autocast", "tune")
 
 

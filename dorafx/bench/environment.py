@@ -14,8 +14,6 @@ import torch
 
 import dorafx
 
-__all__ = ["describe_environment"]
-
 _PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 

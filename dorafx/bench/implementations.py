@@ -18,8 +18,6 @@ from .clock import Clock
 from .models import Size, build, move_off_initial_values
 from .norms import NORMS, Norm
 
-__all__ = ["COMPILED", "Figures", "Task", "build_layer", "build_model"]
-
 Figures = dict[str, tuple[str, list[float]]]
 """What a suite measures: by metric the unit and the samples."""
 

@@ -23,8 +23,6 @@ from dorafx.observation import default_dtype
 from .models import llama_config
 from .shapes import PRESETS, Preset
 
-__all__ = ["IMPLEMENTATIONS", "Launches", "launches"]
-
 IMPLEMENTATIONS = {"dorafx": ("dorafx", True), "lora": ("inductor", False), "peft": ("inductor", True)}
 """Name -> the backend, and whether the adapters are DoRA's."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-__all__ = ["peak_resident_bytes"]
-
 
 def peak_resident_bytes() -> int | None:
     """Peak resident memory of this process in bytes; None where the system does not tell.

@@ -11,8 +11,6 @@ from dorafx.observation import default_dtype
 
 from .shapes import Preset
 
-__all__ = ["VOCABULARY", "Size", "build", "llama_config"]
-
 VOCABULARY = 1024
 """Small, so that the head, which has no adapter, does not blur what is compared; the more where ``layers`` were cut."""
 

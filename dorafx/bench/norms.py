@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NORMS", "PRODUCT", "Norm", "chunked", "dense", "identity", "largest_error", "product"]
-
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 _CHUNK_BYTES = 256 << 20

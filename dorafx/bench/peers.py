@@ -20,8 +20,6 @@ from dorafx.errors import DorafxError
 
 from .norms import NORMS
 
-__all__ = ["PEERS", "find_peers", "use_peer"]
-
 PEERS = {
     "paper": "the fork of PEFT of arXiv:2603.22276, eager",
     "axolotl": "stock PEFT with axolotl's kernel of the norm, eager",

@@ -18,8 +18,6 @@ from .quantized import GROUPS, WEIGHTS, packed_bytes
 from .shapes import PRESETS, Shape, parse_shape
 from .work import Work
 
-__all__ = ["ANCHORS", "DTYPES", "SUITES", "Case", "Settings", "Suite", "anchors_of", "cases_of", "check_device"]
-
 ANCHORS = {
     "peft": "stock PEFT, eager",
     "peft-inductor": "stock PEFT, compiled by Inductor",

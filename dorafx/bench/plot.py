@@ -10,8 +10,6 @@ from dorafx.errors import DorafxError
 from .results import Results, Row
 from .table import human, summary
 
-__all__ = ["FORMATS", "plot"]
-
 FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = {
     "dorafx": "#0b6e4f",

@@ -15,20 +15,6 @@ from typing import Any
 
 from dorafx.errors import DorafxError
 
-__all__ = [
-    "ALONE",
-    "DEVICE",
-    "PEFT",
-    "Job",
-    "JobError",
-    "JobProcess",
-    "Report",
-    "is_turn",
-    "one_line",
-    "run_job",
-    "turn",
-]
-
 PEFT = ("dorafx.bench.preloaded",)
 """What takes a job with a model seconds to import."""
 

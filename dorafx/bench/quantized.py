@@ -8,8 +8,6 @@ import torch
 
 from dorafx.ops.quantized import Packed, dequantize
 
-__all__ = ["GROUPS", "WEIGHTS", "dense_of", "packed_bytes", "random_packed"]
-
 GROUPS = {"nf4": 64, "bnb8": 0, "affine": 32}
 """Elements of a row that share a scale; 0 for all."""
 WEIGHTS = ("dense", *GROUPS)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "Metric", "Results", "Row"]
-
 SCHEMA = 1
 _KIND = "dorafx bench"
 _UNITS = ("s", "B", "count", "share", "ratio", "B/s", "FLOP/s")

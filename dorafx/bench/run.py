@@ -21,8 +21,6 @@ from .processes import PEFT, JobError, run_job
 from .results import Metric, Results, Row
 from .worker import CEILINGS, configuration, request_for
 
-__all__ = ["progress_bar", "run_bench"]
-
 Configuration = tuple[Case, Row]
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["PRESETS", "Preset", "Shape", "parse_shape"]
-
 
 @dataclass(frozen=True)
 class Shape:

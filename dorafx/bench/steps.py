@@ -10,8 +10,6 @@ import torch
 
 from .implementations import Figures, Task
 
-__all__ = ["Step", "time_steps"]
-
 
 @dataclass(frozen=True)
 class Step:

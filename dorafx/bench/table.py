@@ -9,8 +9,6 @@ from dorafx.log.table import human_bytes
 
 from .results import Metric, Results, Row
 
-__all__ = ["human", "markdown", "remarks", "summary", "tables"]
-
 
 def human(value: float, unit: str) -> str:
     """A figure with its unit, to three digits."""

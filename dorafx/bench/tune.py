@@ -24,11 +24,6 @@ from dorafx.ops.triton.configs import TABLES, Gpu, RowNormConfig, table_of
 from .clock import Clock
 from .shapes import Shape
 
-__all__ = [
-    "Choice", "Problem", "Timer", "candidates", "check_device", "fits", "paste", "paste_for", "run_tune", "search", "served",
-    "time_on", "tune",
-]  # fmt: skip
-
 SHAPES = (Shape(4096, 4096), Shape(8192, 8192), Shape(28672, 8192), Shape(1024, 8192))
 """What is searched over by default: square and both kinds of oblong weights."""
 

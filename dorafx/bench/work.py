@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from .models import VOCABULARY, Size
 from .shapes import Preset
 
-__all__ = ["Work", "compose_work", "decode_work", "layer_work", "model_work", "norm_work"]
-
 
 @dataclass(frozen=True)
 class Work:

@@ -20,8 +20,6 @@ from .peers import use_peer
 from .plan import DTYPES, SUITES, Case, Settings
 from .processes import ALONE, DEVICE, Report, turn
 
-__all__ = ["CEILINGS", "configuration", "prepare", "request_for", "task_of"]
-
 CEILINGS = "ceilings"
 """The name of the configuration that measures the device instead of an implementation."""
 

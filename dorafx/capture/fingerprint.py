@@ -9,8 +9,6 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["fingerprint"]
-
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
 """Fields that change nothing of what a function does, or that only some Python versions have."""
 

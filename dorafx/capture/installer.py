@@ -20,8 +20,6 @@ from .late import after_import
 from .polyfills import POLYFILLS, Polyfill
 from .status import CaptureStatus
 
-__all__ = ["install", "status"]
-
 _lock = threading.Lock()
 _status: CaptureStatus | None = None
 

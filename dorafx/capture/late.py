@@ -8,8 +8,6 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 
-__all__ = ["after_import"]
-
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Finds one module by the other finders, and has its loader call back when the module's body has run."""

@@ -12,15 +12,6 @@ import torch
 
 import dorafx.ops  # noqa: F401  (registers the operator that stands for HQQ's dequantisation)
 
-__all__ = [
-    "POLYFILLS",
-    "Polyfill",
-    "make_cache_clear",
-    "make_dequantize_bnb_weight",
-    "make_dequantize_module_weight",
-    "make_transpose",
-]
-
 _HQQ_PACKINGS = {"8bit_u8": "hqq8", "4bit_u8": "hqq4", "2bit_u8": "hqq2", "1bit_u8": "hqq1"}
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 

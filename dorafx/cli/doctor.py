@@ -19,8 +19,6 @@ from dorafx.versions import OPTIONAL, VERSIONS
 
 from .self_tests import SELF_TESTS, run_self_test
 
-__all__ = ["Check", "bug_report", "examine"]
-
 _VARIABLES = re.compile(
     r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
 )

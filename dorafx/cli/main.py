@@ -25,8 +25,6 @@ from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""

@@ -9,8 +9,6 @@ import torch
 import dorafx.ops  # noqa: F401  (registers the operators)
 from dorafx.ops import dispatch, reference
 
-__all__ = ["SELF_TESTS", "run_self_test"]
-
 Tensors = Sequence[torch.Tensor]
 # What is computed from tensors, and the same in fp64.
 SelfTest = tuple[tuple[tuple[int, ...], ...], Callable[[Tensors], Tensors], Callable[[Tensors], Tensors], bool]

@@ -15,8 +15,6 @@ import torch
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
 
-__all__ = ["Target", "adapter_target", "script_target"]
-
 _BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",

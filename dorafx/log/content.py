@@ -9,8 +9,6 @@ from .counters import NormCounters
 from .drawing import Drawing
 from .record import Record
 
-__all__ = ["LogContent"]
-
 
 class LogContent(Protocol):
     """A log, to those who show it; :class:`dorafx.RewriteLog` says what each is."""

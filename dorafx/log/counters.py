@@ -6,8 +6,6 @@ import threading
 from collections import Counter
 from typing import Any
 
-__all__ = ["NormCounters"]
-
 
 class NormCounters:
     """Counts of the norm prologues of a process. Thread-safe.

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["MAX_NODES", "Drawing", "DrawnNode"]
-
 MAX_NODES = 96
 """Of one side of a drawing. A layer has 10 to 40; what is farther from the region's end than this many is left out."""
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from .record import Record
 
-__all__ = ["Fold", "Totals", "fold", "folded_site", "totals"]
-
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
 

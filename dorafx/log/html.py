@@ -19,8 +19,6 @@ from .folding import Fold, fold, totals
 from .layout import HEIGHT, WIDTH, Picture, lay_out
 from .table import human_bytes, human_flops
 
-__all__ = ["render"]
-
 _CHARACTERS = 20  # of 11-pixel text in a box
 
 

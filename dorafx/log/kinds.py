@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["ReasonKind"]
-
 _REPORT = "Report it with the reason, the source line and the output of `dorafx doctor`."
 _OWN_PATTERN = (
     "if it is DoRA spelled in a way that should be known, report it; if it is a computation of your own, write a pattern "

@@ -14,8 +14,6 @@ import networkx as nx
 
 from .drawing import DrawnNode
 
-__all__ = ["HEIGHT", "WIDTH", "Edge", "Picture", "lay_out"]
-
 WIDTH, HEIGHT = 144, 36  # of a node's box, in CSS pixels
 _BEND = 26  # the room that a passing edge takes in a layer
 _GAP, _STEP, _MARGIN = 14, 58, 8

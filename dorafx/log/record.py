@@ -8,8 +8,6 @@ from typing import Any
 
 from .kinds import ReasonKind
 
-__all__ = ["Record"]
-
 _BEYOND = 2**63  # what a table column of any program that reads the log can hold
 
 

@@ -14,8 +14,6 @@ from rich.text import Text
 from .content import LogContent
 from .folding import Fold, Totals, fold, totals
 
-__all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "renderable", "show"]
-
 _COLUMNS = (
     "module", "x", "pattern", "shape", "rank", "dtype", "dense avoided", "norm FLOPs", "after", "norm", "codegen",
 )  # fmt: skip

@@ -14,8 +14,6 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, leaves_of
 from dorafx.log import MAX_NODES, Drawing, DrawnNode
 
-__all__ = ["Subject", "draw"]
-
 _STEPS = 4  # from a norm to the operator in which it gets lost
 _NAMES = 40  # that a node may list as what it replaces
 _CHARACTERS = 200

@@ -23,8 +23,6 @@ from dorafx.rewriter import NormKey
 from .drawings import Subject, draw
 from .terms import ONLY_THE_NORM, SiteTerms, site_terms
 
-__all__ = ["Recorder"]
-
 
 @dataclass(frozen=True)
 class _Draft:

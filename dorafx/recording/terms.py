@@ -19,8 +19,6 @@ from dorafx.plan import RewritePlan
 ONLY_THE_NORM = "only the norm is rewritten: "
 """How a reason begins that says why a norm is rewritten without its composition."""
 
-__all__ = ["FormTerms", "SiteTerms", "form_terms", "site_terms"]
-
 
 @dataclass(frozen=True)
 class FormTerms:

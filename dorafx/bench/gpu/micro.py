@@ -14,8 +14,6 @@ from ..plan import DTYPES
 from ..processes import ALONE, DEVICE, Report, one_line, turn
 from ..worker import prepare, task_of
 
-__all__ = ["micro"]
-
 
 def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Measure ceilings and items in their order, as far as there is time until ``request["deadline"]``, in seconds

@@ -20,8 +20,6 @@ from ..quantized import packed_bytes
 from ..shapes import PRESETS, Shape
 from ..work import Work
 
-__all__ = ["PARTS", "Batch", "Entry", "Item", "Plan", "plan_of"]
-
 PARTS = {
     "micro": "the row norm and the composition alone, in one process",
     "model": "a model of Qwen3-32B's shape: prefill, training step, gradients, peak memory, with adapters in bf16 and under autocast",

@@ -30,8 +30,6 @@ from .plan import PARTS, Batch, Item, plan_of
 from .schedule import Budget, Group, Member, run_groups
 from .tuning import Trial, label_of, trials, tune_share
 
-__all__ = ["GpuSettings", "balance_line", "run_gpu", "tuned_table"]
-
 UNREACHED = "the run ended before it"
 COSINE = "cosine of logits"
 _MICRO_SHARE = 0.4

@@ -16,8 +16,6 @@ from typing import Any, Protocol
 
 from ..processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
 
-__all__ = ["Budget", "Group", "Listener", "Member", "run_groups"]
-
 
 class Budget:
     """Seconds that may be spent from now on."""

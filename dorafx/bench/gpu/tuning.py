@@ -18,8 +18,6 @@ from ..processes import ALONE, DEVICE, Report, one_line, turn
 from ..tune import Problem, candidates, fits, served, time_on
 from ..worker import prepare
 
-__all__ = ["Trial", "label_of", "trials", "tune_share"]
-
 _BLOCKS = (1, 4, 16)
 """What stands on a CPU for launch configurations: by how much the tiled norm's blocks are smaller than usual."""
 _RANK_OF_ANY = 384

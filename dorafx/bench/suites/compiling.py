@@ -19,8 +19,6 @@ from ..implementations import Figures, Task, build_model
 from ..models import Size
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
     """Seconds of compilation (the first prefill and the first training step, less what they take afterwards), graphs and

@@ -12,8 +12,6 @@ import dorafx.ops  # noqa: F401  (registers the operators)
 
 from ..implementations import Figures, Task
 
-__all__ = ["FORMS", "measure"]
-
 _SCALE = 2.0
 
 

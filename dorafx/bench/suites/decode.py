@@ -12,8 +12,6 @@ from ..models import Size
 from ..steps import Step, time_steps
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure", "overhead"]
-
 
 def measure(task: Task) -> Figures:
     """Seconds of a step without gradients, always at the same place of a static cache, so that every call has one shape."""

@@ -11,8 +11,6 @@ from ..implementations import Figures, Task, build_model
 from ..models import Size
 from .model import token_ids
 
-__all__ = ["measure"]
-
 NEW_TOKENS = 24
 _WARM_UP = 8
 """Tokens whose shapes are compiled: a dynamic cache grows, and the second length makes the compiler generalise."""

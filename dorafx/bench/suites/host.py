@@ -17,8 +17,6 @@ from ..models import Size
 from ..steps import Step, time_steps
 from .model import captured_graph, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
     """Seconds of one token without a cache and without gradients, on one thread; for dorafx with the whole model as one graph also

@@ -12,8 +12,6 @@ from ..implementations import Figures, Task, build_layer, build_model
 from ..models import Size
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
     """Bytes: saved by autograd for the backward (parameters and buffers excluded); at once at most in a training step

@@ -13,8 +13,6 @@ from ..implementations import Figures, Task, build_model
 from ..models import VOCABULARY, Size
 from ..steps import Step, time_steps
 
-__all__ = ["TrainingStep", "captured_graph", "measure", "regime", "token_ids"]
-
 
 def token_ids(task: Task, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)

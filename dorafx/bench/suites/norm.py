@@ -14,8 +14,6 @@ from ..norms import NORMS, PRODUCT, Norm, largest_error, product
 from ..plan import DTYPES
 from ..quantized import dense_of, random_packed
 
-__all__ = ["implementation", "measure"]
-
 _SCALE = 2.0
 
 

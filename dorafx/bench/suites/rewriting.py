@@ -11,8 +11,6 @@ from ..implementations import Figures, Task
 from ..models import Size, build
 from .model import captured_graph, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
     """Seconds of a pass over the one graph of a training forward, its nodes, and seconds a node: the same at every depth if
