@@ -268,10 +268,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     Raises:
         TypeError: ``model`` cannot be called.
 
-    >>> found = dorafx.explain(layer, x)
-    >>> found.graph_count, found.graph_break_count, [r.pattern for r in found.rewrites], found.misses
+    >>> explanation = dorafx.explain(layer, x)
+    >>> explanation.graph_count, explanation.graph_break_count, [r.pattern for r in explanation.rewrites], explanation.misses
     (1, 0, ['linear'], [])
-    >>> print(found)
+    >>> print(explanation)
     1 graph, 0 graph breaks
     module      x  pattern  shape    rank  dtype    dense avoided  norm FLOPs   after  norm   codegen
     (function)  1  linear   96 x 64     4  float32         48 KiB      49.2 k  49.2 k  tiled  inductor

@@ -60,19 +60,19 @@ class GraphBreak:
 
 def graph_breaks_of(causes: Iterable[tuple[str, list[Any]]]) -> list[GraphBreak]:
     """The distinct breaks among Dynamo's causes: (reason, user's stack of ``FrameSummary``, innermost last)."""
-    found: dict[tuple[str, str], GraphBreak] = {}
+    breaks: dict[tuple[str, str], GraphBreak] = {}
     for reason, stack in causes:
-        made = _graph_break(reason, stack)
-        found.setdefault((made.reason, made.source), made)
-    return list(found.values())
+        graph_break = _graph_break(reason, stack)
+        breaks.setdefault((graph_break.reason, graph_break.source), graph_break)
+    return list(breaks.values())
 
 
 def _graph_break(reason: str, stack: list[Any]) -> GraphBreak:
     # Dynamo's text: a headline, "  Explanation: …", "  Hint: …", then notes for its developers.
-    own = reason.split("*** While handling", 1)[0]
-    headline = next((line.strip() for line in own.splitlines() if line.strip()), "unknown")
-    explained = re.search(r"^\s*Explanation: (.+)$", own, re.MULTILINE)
-    hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", own, re.MULTILINE)]
+    for_users = reason.split("*** While handling", 1)[0]
+    headline = next((line.strip() for line in for_users.splitlines() if line.strip()), "unknown")
+    explained = re.search(r"^\s*Explanation: (.+)$", for_users, re.MULTILINE)
+    hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", for_users, re.MULTILINE)]
     outside = [frame for frame in stack if not frame.filename.startswith(_TORCH)]
     at = outside[-1] if outside else None
     return GraphBreak(
@@ -100,9 +100,9 @@ class Explanation:
     >>> def noisy(x):
     ...     print("once a forward")
     ...     return layer(x)
-    >>> found = dorafx.explain(noisy, x)
+    >>> explanation = dorafx.explain(noisy, x)
     once a forward
-    >>> found.graph_break_count, found.breaks[0].code, found.breaks[0].hints[0][:28]
+    >>> explanation.graph_break_count, explanation.breaks[0].code, explanation.breaks[0].hints[0][:28]
     (1, 'print("once a forward")', 'Avoid calling builtin `print')
     """
 
@@ -182,11 +182,11 @@ def _shown(terms: Iterable[SiteTerms]) -> Group:
         text.append(f"{printable(str(key[0]) or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
         text.append(f"  {printable(t.reason or t.pattern)}")
         form = t.closest
-        for letter, found, stated in (
+        for letter, actual, stated in (
             ("y", t.output, form.output if form else ""),
             ("n", t.norm, form.norm if form else ""),
         ):
-            lines = [("found" if form else "", found)] if found else []
+            lines = [("found" if form else "", actual)] if actual else []
             if form is not None and lines:
                 lines.append((form.name, stated))
             width = max((len(head) for head, _ in lines), default=0)

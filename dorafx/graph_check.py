@@ -76,15 +76,15 @@ class GraphCheck:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        own = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
-        modes = (own, "no_grad") if own == "grad" else (own,)
-        self.runs = [Run(draw, "exact", own) for draw in range(len(_DRAWS))]
+        current = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+        modes = (current, "no_grad") if current == "grad" else (current,)
+        self.runs = [Run(draw, "exact", current) for draw in range(len(_DRAWS))]
         self.runs += [Run(0, "exact", mode) for mode in modes[1:]]
-        self.runs.append(Run(0, "native", own))
+        self.runs.append(Run(0, "native", current))
         # Where values are in low precision by themselves, that a cast was left out cannot be told from another rounding.
         if not _low_precision(gm):
-            self.runs.append(Run(0, "rounded", own))
-        self._wanted: dict[Run, Observation] = {}
+            self.runs.append(Run(0, "rounded", current))
+        self._originals: dict[Run, Observation] = {}
         self._leaves: list[fx.Node] | None = None
         self._dense: tuple[str, ...] = ()
 
@@ -103,7 +103,7 @@ class GraphCheck:
         """
         dense = tuple(sorted({node.meta[DENSE] for node in new.graph.nodes if DENSE in node.meta}))
         if dense != self._dense:
-            self._wanted.clear()
+            self._originals.clear()
             self._dense = dense
         error = 0.0
         done: list[Run] = []
@@ -111,25 +111,25 @@ class GraphCheck:
         for run in self.runs if runs is None else runs:
             if dense and (run.mode != self.runs[0].mode or run.reading == "native"):
                 continue  # a library may multiply by the codes there, which are not those of the random weight
-            wanted = self._original(run)
-            if wanted.raised:
+            expected = self._original(run)
+            if expected.raised:
                 # The values of a draw may be none that the program accepts, or an operator none that computes in fp64.
-                failure = f"{wanted.raised}: {wanted.message}"
+                failure = f"{expected.raised}: {expected.message}"
                 continue
             actual = self._observe(new, run)
             exact = self._original(Run(run.draw, "exact", run.mode)) if run.reading == "native" else None
             dtypes = self._original(Run(run.draw, "native", run.mode)) if run.reading == "rounded" else None
             tolerance = TOLERANCE if exact is None or not exact.raised else _LOW_TOLERANCE
             finite = run.draw < _FINITE_DRAWS
-            found = compare(wanted, actual, tolerance, _whole(exact), _whole(dtypes), finite)
-            if found.differences:
+            comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite)
+            if comparison.differences:
                 moved = self._observe(self.gm, run if exact is None else Run(run.draw, "exact", run.mode), moved=True)
-                found = compare(wanted, actual, tolerance, _whole(exact), _whole(dtypes), finite, _whole(moved))
+                comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite, _whole(moved))
             done.append(run)
-            if found.differences:
-                return found, run
+            if comparison.differences:
+                return comparison, run
             if run.reading == "exact":
-                error = max(error, found.error)
+                error = max(error, comparison.error)
         if not any(run.draw == 0 for run in done) and runs is None:
             raise RuntimeError(failure or "there is nothing to run")
         return Comparison((), error), None
@@ -137,9 +137,9 @@ class GraphCheck:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def _original(self, run: Run) -> Observation:
-        if run not in self._wanted:
-            self._wanted[run] = self._observe(self.gm, run)
-        return self._wanted[run]
+        if run not in self._originals:
+            self._originals[run] = self._observe(self.gm, run)
+        return self._originals[run]
 
     def _observe(self, gm: fx.GraphModule, run: Run, moved: bool = False) -> Observation:
         with torch.inference_mode(False), torch.no_grad():
@@ -229,10 +229,10 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
         RuntimeError: the original cannot be run on random values; the message says why.
     """
     check = GraphCheck(gm)
-    own = check.runs[0].mode
+    mode = check.runs[0].mode
     placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     with torch.inference_mode(False), torch.no_grad():
-        values = [value for name, value in check._values(Run(0, "native", own)) if name in placeholders]
+        values = [value for name, value in check._values(Run(0, "native", mode)) if name in placeholders]
     tensors = {name: value for name, value in zip(placeholders, values) if isinstance(value, torch.Tensor)}
     worst = 0.0
     for how, write in _BETWEEN_CALLS.items():
@@ -247,26 +247,28 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
             return results[-1]
 
         original = _Runner(gm, "native", placeholders, ())
-        wanted = observe(original, values, grad_mode=own, seed=1, names=placeholders)
-        if wanted.raised:
-            raise RuntimeError(f"{wanted.raised}: {wanted.message}")
+        expected = observe(original, values, grad_mode=mode, seed=1, names=placeholders)
+        if expected.raised:
+            raise RuntimeError(f"{expected.raised}: {expected.message}")
         with default_dtype(torch.float64), torch.no_grad():
             wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
         with default_dtype(torch.float64):
-            exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
-        actual = observe(once, (), tensors, grad_mode=own, seed=1)
+            exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=mode, seed=1, names=placeholders)
+        actual = observe(once, (), tensors, grad_mode=mode, seed=1)
         tolerance = TOLERANCE if not exact.raised else _LOW_TOLERANCE
-        found = compare(wanted, actual, tolerance, _whole(exact))
-        if found.differences:
+        comparison = compare(expected, actual, tolerance, _whole(exact))
+        if comparison.differences:
             with torch.no_grad():
                 for value in filter(_is_floating, wide):
                     _move(value, torch.Generator().manual_seed(2), _bounds(gm))
             with default_dtype(torch.float64):
-                noise = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
-            found = compare(wanted, actual, tolerance, _whole(exact), noise=_whole(noise))
-        worst = max(worst, found.error)
-        if found.differences:
-            return f"{how}: {found.differences[0]}", found.error
+                noise = observe(
+                    _Runner(gm, "exact", placeholders, ()), wide, grad_mode=mode, seed=1, names=placeholders
+                )
+            comparison = compare(expected, actual, tolerance, _whole(exact), noise=_whole(noise))
+        worst = max(worst, comparison.error)
+        if comparison.differences:
+            return f"{how}: {comparison.differences[0]}", comparison.error
         with torch.no_grad():
             for i, output in enumerate(flattened(results[0])[0]):
                 shared = [name for pair in actual.aliases if f"output {i}" in pair for name in pair]
@@ -298,11 +300,11 @@ _BETWEEN_CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 def _bounds(gm: fx.GraphModule) -> list[float]:
     """Numbers that a norm may tie with: bounds of clamps, and one."""
-    found = {1.0}
+    bounds = {1.0}
     for node in gm.graph.nodes:
         if canonical_name(node) in ("clamp", "clamp_min", "maximum"):
-            found |= {float(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (int, float))}
-    return sorted(found)
+            bounds |= {float(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (int, float))}
+    return sorted(bounds)
 
 
 def _low_precision(gm: fx.GraphModule) -> bool:
@@ -435,40 +437,40 @@ class _Runner:
         self.dense = dense
 
     def __call__(self, *values: Any) -> Any:
-        given = dict(zip(self.names, values))
+        inputs = dict(zip(self.names, values))
         contexts: list[Any] = []
         try:
             if self.reading == "native":
-                return self._run(self.gm, given, None, contexts)
+                return self._run(self.gm, inputs, None, contexts)
             with below_autocast():
-                return self._run(self.gm, given, None, contexts)
+                return self._run(self.gm, inputs, None, contexts)
         finally:
             for context in reversed(contexts):  # an exception left them open
                 context.__exit__(None, None, None)
 
-    def _run(self, gm: fx.GraphModule, given: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
+    def _run(self, gm: fx.GraphModule, inputs: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
         """Args:
-        given: values by name.
+        inputs: values by name.
         operands: those of a body's inputs, in their order; None where the graph is the whole.
         """
         values: dict[fx.Node, Any] = {}
         unneeded = _unneeded(gm.graph, self.dense)
-        inputs = iter(operands or ())
+        body_inputs = iter(operands or ())
         for node in gm.graph.nodes:
             if node in unneeded:
                 continue
             if node.op == "placeholder":
-                values[node] = given[node.name] if operands is None else next(inputs)
+                values[node] = inputs[node.name] if operands is None else next(body_inputs)
             elif node.op == "get_attr":
                 key = f"self.{node.target}"
-                values[node] = given[key] if operands is None and key in given else self._read(gm, str(node.target))
+                values[node] = inputs[key] if operands is None and key in inputs else self._read(gm, str(node.target))
             elif node.op == "output":
                 return fx.map_arg(node.args[0], values.__getitem__)
             elif node.name in self.dense and DENSE not in node.meta:
-                values[node] = given[node.name]
+                values[node] = inputs[node.name]
             elif DENSE in node.meta:
                 left, right = (values[a] for a in node.args[3:5])
-                values[node] = torch.ops.dorafx.row_norm.default(given[node.meta[DENSE]], left, right, node.args[5])
+                values[node] = torch.ops.dorafx.row_norm.default(inputs[node.meta[DENSE]], left, right, node.args[5])
             else:
                 values[node] = self._call(gm, node, values, contexts)
         raise RuntimeError("a graph without an output")
@@ -513,12 +515,12 @@ class _Runner:
 
 def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
     """Nodes that only what is not run reads: the parts of a quantised weight, whose norm and value stand in for them."""
-    found: set[fx.Node] = set()
+    unneeded: set[fx.Node] = set()
     if not dense:
-        return found
+        return unneeded
 
     def reads(user: fx.Node, node: fx.Node) -> bool:
-        if user in found or user.name in dense:
+        if user in unneeded or user.name in dense:
             return False
         return node in user.args[3:5] if DENSE in user.meta else True
 
@@ -529,8 +531,8 @@ def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
             and node.users
             and not any(reads(u, node) for u in node.users)
         ):
-            found.add(node)
-    return found
+            unneeded.add(node)
+    return unneeded
 
 
 def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:

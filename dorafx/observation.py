@@ -22,7 +22,7 @@ GRAD_MODES = ("as it is", "grad", "no_grad", "inference")
 _ROUNDINGS = 64
 """How many units in the last place of a result's dtype may not show where fp64 stands for it."""
 
-OWN_ERRORS = 8
+ERROR_FACTOR = 8
 """How many times the original's own error, and a unit in the last place, a program in low precision may be off, both as root mean
 squares: the largest error of few elements is a matter of luck. Faithful rewrites stay below 3."""
 
@@ -116,34 +116,34 @@ def observe(
         arguments = _copied(inputs)
         before = {name: leaf.detach().clone() for name, leaf in named.items()}
     called = dict(enumerate(names))
-    given = {
+    named_inputs = {
         called.get(i, f"input {i}"): argument
         for i, argument in enumerate(flattened(list(arguments))[0])
         if isinstance(argument, torch.Tensor)
     }
-    watched = {**given, **named}
+    watched = {**named_inputs, **named}
     # Asked now: a program may change what requires grad.
     trained = {name: t for name, t in watched.items() if t.requires_grad}
-    found = Observation()
-    with _generators_kept(watched.values()):
+    observation = Observation()
+    with _preserved_generators(watched.values()):
         torch.manual_seed(seed)
         try:
             with _mode(grad_mode):
-                result = program(*arguments)
-            _see_outputs(found, result, watched)
-            found.generators = _states(watched.values())
-            found.inputs = {name: _seen(t) for name, t in watched.items()}
+                returned = program(*arguments)
+            _see_outputs(observation, returned, watched)
+            observation.generators = _states(watched.values())
+            observation.inputs = {name: _seen(t) for name, t in watched.items()}
             if backward:
-                _see_gradients(found, result, trained, seed)
+                _see_gradients(observation, returned, trained, seed)
         except Exception as error:
-            found.raised = type(error).__name__ + (" in the backward" if found.inputs else "")
-            found.message = (str(error).splitlines() or [""])[0]
-            found.inputs = found.inputs or {name: _seen(t) for name, t in watched.items()}
+            observation.raised = type(error).__name__ + (" in the backward" if observation.inputs else "")
+            observation.message = (str(error).splitlines() or [""])[0]
+            observation.inputs = observation.inputs or {name: _seen(t) for name, t in watched.items()}
     with torch.no_grad():
         for name, value in before.items():
             if not _equal_bits(named[name], value):
                 named[name].data.copy_(value)
-    return found
+    return observation
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ def _copied(inputs: Sequence[Any]) -> list[Any]:
             elif copy.is_floating_point() or copy.is_complex():
                 copy.requires_grad_(leaf.requires_grad)
             copies[id(leaf)] = copy
-    made: list[Any] = unflattened([copies.get(id(leaf), leaf) for leaf in leaves], structure)
-    return made
+    copied_tree: list[Any] = unflattened([copies.get(id(leaf), leaf) for leaf in leaves], structure)
+    return copied_tree
 
 
 def _devices(tensors: Any) -> list[torch.device]:
@@ -207,7 +207,7 @@ def _devices(tensors: Any) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def _generators_kept(tensors: Any) -> Iterator[None]:
+def _preserved_generators(tensors: Any) -> Iterator[None]:
     devices = _devices(tensors)
     kinds = {device.type for device in devices}
     with contextlib.ExitStack() as stack:
@@ -228,17 +228,17 @@ def _states(tensors: Any) -> dict[str, torch.Tensor]:
 # -- seeing -----------------------------------------------------------------------------------------------------------
 
 
-def _see_outputs(found: Observation, result: Any, watched: dict[str, torch.Tensor]) -> None:
-    leaves, structure = flattened(result)
-    found.structure = " ".join(str(structure).split())
+def _see_outputs(observation: Observation, returned: Any, watched: dict[str, torch.Tensor]) -> None:
+    leaves, structure = flattened(returned)
+    observation.structure = " ".join(str(structure).split())
     tensors: dict[str, torch.Tensor] = {}
     for i, leaf in enumerate(leaves):
         name = f"output {i}"
         if isinstance(leaf, torch.Tensor):
             tensors[name] = leaf
-            found.outputs[name] = _seen(leaf)
+            observation.outputs[name] = _seen(leaf)
         else:
-            found.outputs[name] = leaf
+            observation.outputs[name] = leaf
     others = list({**watched, **tensors}.items())
     aliases, same = set(), set()
     for name, output in tensors.items():
@@ -249,12 +249,12 @@ def _see_outputs(found: Observation, result: Any, watched: dict[str, torch.Tenso
                 same.add((other_name, name))
             if _overlap(output, other):
                 aliases.add((other_name, name))
-    found.aliases, found.same = frozenset(aliases), frozenset(same)
+    observation.aliases, observation.same = frozenset(aliases), frozenset(same)
 
 
-def _see_gradients(found: Observation, result: Any, trained: dict[str, torch.Tensor], seed: int) -> None:
+def _see_gradients(observation: Observation, returned: Any, trained: dict[str, torch.Tensor], seed: int) -> None:
     outputs, weights = [], []
-    for i, leaf in enumerate(flattened(result)[0]):
+    for i, leaf in enumerate(flattened(returned)[0]):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
             # One generator each: what comes from above depends on no other output.
             generator = torch.Generator().manual_seed(1 + seed + 1000 * i)
@@ -266,7 +266,7 @@ def _see_gradients(found: Observation, result: Any, trained: dict[str, torch.Ten
         return
     with _mode("grad"):
         gradients = torch.autograd.grad(outputs, list(trained.values()), weights, allow_unused=True)
-    found.gradients = {name: None if g is None else _local(g.detach()) for name, g in zip(trained, gradients)}
+    observation.gradients = {name: None if g is None else _local(g.detach()) for name, g in zip(trained, gradients)}
 
 
 def _seen(tensor: torch.Tensor) -> Seen:
@@ -343,14 +343,14 @@ class Comparison:
 
 
 def differences(
-    wanted: Observation, actual: Observation, tolerance: float = 1e-9, exact: Observation | None = None
+    expected: Observation, actual: Observation, tolerance: float = 1e-9, exact: Observation | None = None
 ) -> list[str]:
     """What of a program's observation differs from the original's; empty where nothing does. As :func:`compare`."""
-    return list(compare(wanted, actual, tolerance, exact).differences)
+    return list(compare(expected, actual, tolerance, exact).differences)
 
 
 def compare(
-    wanted: Observation,
+    expected: Observation,
     actual: Observation,
     tolerance: float = 1e-9,
     exact: Observation | None = None,
@@ -366,7 +366,7 @@ def compare(
     the original's is NaN if that column of all outputs is lost already: ``g·(y - b) + b`` with an infinite g.
 
     Args:
-        wanted: of the original.
+        expected: of the original.
         actual: of the other.
         tolerance: largest difference, relative to the largest finite element of the original's tensor.
         exact: of the original in fp64, for programs in lower precision. Then the other may be as far from it as a small
@@ -378,52 +378,52 @@ def compare(
         noise: of the original in fp64, on inputs that were moved by a rounding. What that changes (the gradient of a saturated softmax is
             all rounding) no order of summation keeps.
     """
-    if wanted.raised or actual.raised:
-        if wanted.raised == actual.raised:
+    if expected.raised or actual.raised:
+        if expected.raised == actual.raised:
             return Comparison((), 0.0)
-        outcomes = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, wanted)]
+        outcomes = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, expected)]
         return Comparison((f"{outcomes[0]} where the original raises {outcomes[1]}",), math.inf)
-    found = _Found(tolerance, exact, dtypes, nan_gradients, noise)
-    found.lost = _lost_columns(wanted, actual)
-    if wanted.structure != actual.structure:
-        found.say(f"the outputs' structure is {actual.structure}, not {wanted.structure}")
+    comparer = _Comparer(tolerance, exact, dtypes, nan_gradients, noise)
+    comparer.lost = _lost_columns(expected, actual)
+    if expected.structure != actual.structure:
+        comparer.say(f"the outputs' structure is {actual.structure}, not {expected.structure}")
     for group in ("outputs", "inputs"):
-        theirs, ours = getattr(wanted, group), getattr(actual, group)
+        theirs, ours = getattr(expected, group), getattr(actual, group)
         for name in theirs:
             if name in ours:
-                found.compare_any(
+                comparer.compare_any(
                     name if group == "outputs" else f"{name} after the run", theirs[name], ours[name], group
                 )
-    for pair in sorted(actual.aliases - wanted.aliases):
-        found.say(f"{pair[1]} shares memory with {pair[0]}")
-    for pair in sorted(wanted.aliases - actual.aliases):
-        found.say(f"{pair[1]} no longer shares memory with {pair[0]}")
-    for pair in sorted(actual.same ^ wanted.same):
-        if (pair in actual.aliases) == (pair in wanted.aliases):
-            found.say(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
-    for name, state in wanted.generators.items():
+    for pair in sorted(actual.aliases - expected.aliases):
+        comparer.say(f"{pair[1]} shares memory with {pair[0]}")
+    for pair in sorted(expected.aliases - actual.aliases):
+        comparer.say(f"{pair[1]} no longer shares memory with {pair[0]}")
+    for pair in sorted(actual.same ^ expected.same):
+        if (pair in actual.aliases) == (pair in expected.aliases):
+            comparer.say(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
+    for name, state in expected.generators.items():
         if name in actual.generators and not torch.equal(state, actual.generators[name]):
-            found.say(f"other random numbers were drawn on {name}")
-    for name in dict.fromkeys((*wanted.gradients, *actual.gradients)):
-        found.compare_gradients(name, wanted.gradients.get(name), actual.gradients.get(name))
-    return Comparison(tuple(dict.fromkeys(found.sentences)), found.error)
+            comparer.say(f"other random numbers were drawn on {name}")
+    for name in dict.fromkeys((*expected.gradients, *actual.gradients)):
+        comparer.compare_gradients(name, expected.gradients.get(name), actual.gradients.get(name))
+    return Comparison(tuple(dict.fromkeys(comparer.sentences)), comparer.error)
 
 
-def _lost_columns(wanted: Observation, actual: Observation) -> dict[int, torch.Tensor]:
+def _lost_columns(expected: Observation, actual: Observation) -> dict[int, torch.Tensor]:
     """For each length of a last axis of outputs, the columns in which none of them has a finite number, with or without the rewrite."""
-    found: dict[int, torch.Tensor] = {}
-    for name, one in wanted.outputs.items():
+    columns: dict[int, torch.Tensor] = {}
+    for name, one in expected.outputs.items():
         other = actual.outputs.get(name)
         values = [getattr(seen, "value", None) for seen in (one, other)]
         for value in values:
             if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point() and value.numel():
                 lost = ~value.isfinite().reshape(-1, value.shape[-1]).any(0)
                 size = value.shape[-1]
-                found[size] = found[size] & lost if size in found else lost
-    return found
+                columns[size] = columns[size] & lost if size in columns else lost
+    return columns
 
 
-class _Found:
+class _Comparer:
     def __init__(
         self,
         tolerance: float,
@@ -445,24 +445,24 @@ class _Found:
         self.sentences.append(sentence)
         self.error = math.inf
 
-    def compare_any(self, name: str, wanted: Any, actual: Any, group: str) -> None:
-        if not isinstance(wanted, Seen) or not isinstance(actual, Seen):
-            if type(wanted) is not type(actual):
-                self.say(f"{name} is a {type(actual).__name__}, not a {type(wanted).__name__}")
-            elif isinstance(wanted, float) and isinstance(actual, float):
-                self._compare_values(name, torch.tensor(wanted), torch.tensor(actual))
-            elif not _is_same(wanted, actual):
-                self.say(f"{name} is {actual!r}, not {wanted!r}")
+    def compare_any(self, name: str, expected: Any, actual: Any, group: str) -> None:
+        if not isinstance(expected, Seen) or not isinstance(actual, Seen):
+            if type(expected) is not type(actual):
+                self.say(f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}")
+            elif isinstance(expected, float) and isinstance(actual, float):
+                self._compare_values(name, torch.tensor(expected), torch.tensor(actual))
+            elif not _is_same(expected, actual):
+                self.say(f"{name} is {actual!r}, not {expected!r}")
             return
         for what in ("kind", "shape", "dtype", "device", "strides", "requires_grad"):
-            theirs, ours = getattr(wanted, what), getattr(actual, what)
+            theirs, ours = getattr(expected, what), getattr(actual, what)
             if theirs != ours:
                 self.say(
                     f"{name} has {what} {ours or 'of a plain tensor'}, not {theirs or 'of a plain tensor'}"
                     if what == "kind"
                     else f"{name} has {what} {ours}, not {theirs}"
                 )
-        if wanted.shape != actual.shape:
+        if expected.shape != actual.shape:
             return
         exact, typed, moved = (
             getattr(of, group).get(name.removesuffix(" after the run")) if of is not None else None
@@ -470,52 +470,52 @@ class _Found:
         )
         self._compare_values(
             name,
-            wanted.value,
+            expected.value,
             actual.value,
             exact.value if isinstance(exact, Seen) else None,
             typed.dtype if isinstance(typed, Seen) else None,
             moved.value if isinstance(moved, Seen) else None,
         )
 
-    def compare_gradients(self, name: str, wanted: torch.Tensor | None, actual: torch.Tensor | None) -> None:
-        if wanted is None or actual is None:
-            if wanted is not None:
-                self.say(f"{name} receives no gradient, where the original gives {_text(wanted)}")
+    def compare_gradients(self, name: str, expected: torch.Tensor | None, actual: torch.Tensor | None) -> None:
+        if expected is None or actual is None:
+            if expected is not None:
+                self.say(f"{name} receives no gradient, where the original gives {_text(expected)}")
             elif actual is not None:
                 self.say(f"{name} receives a gradient, {_text(actual)}, where the original gives none")
             return
         for what in ("shape", "dtype"):
-            if getattr(wanted, what) != getattr(actual, what):
-                self.say(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(wanted, what)}")
-        if wanted.shape == actual.shape:
+            if getattr(expected, what) != getattr(actual, what):
+                self.say(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(expected, what)}")
+        if expected.shape == actual.shape:
             exact, typed, moved = (
                 of.gradients.get(name) if of is not None else None for of in (self.exact, self.dtypes, self.noise)
             )
             self._compare_values(
-                f"the gradient of {name}", wanted, actual, exact, typed.dtype if typed is not None else None, moved
+                f"the gradient of {name}", expected, actual, exact, typed.dtype if typed is not None else None, moved
             )
 
     def _compare_values(
         self,
         name: str,
-        wanted: torch.Tensor,
+        expected: torch.Tensor,
         actual: torch.Tensor,
         exact: torch.Tensor | None = None,
         rounded_to: torch.dtype | None = None,
         moved: torch.Tensor | None = None,
     ) -> None:
-        if wanted.layout is not torch.strided:
-            wanted, actual = wanted.to_dense(), actual.to_dense()
-        if not wanted.numel():
+        if expected.layout is not torch.strided:
+            expected, actual = expected.to_dense(), actual.to_dense()
+        if not expected.numel():
             return
-        if not (wanted.is_floating_point() or wanted.is_complex()):
-            if not torch.equal(wanted, actual.to(wanted.dtype)):
-                self.say(f"{name} differs in {int((wanted != actual).sum())} of {wanted.numel()} elements")
+        if not (expected.is_floating_point() or expected.is_complex()):
+            if not torch.equal(expected, actual.to(expected.dtype)):
+                self.say(f"{name} differs in {int((expected != actual).sum())} of {expected.numel()} elements")
             return
-        wide = torch.complex128 if wanted.is_complex() else torch.float64
-        dtype = wanted.dtype
-        wanted, actual = wanted.to(wide), actual.to(wide)
-        finite = torch.isfinite(wanted)
+        wide = torch.complex128 if expected.is_complex() else torch.float64
+        dtype = expected.dtype
+        expected, actual = expected.to(wide), actual.to(wide)
+        finite = torch.isfinite(expected)
         if dtype is torch.float64:
             exact = None
         if exact is not None:
@@ -523,41 +523,41 @@ class _Found:
             finite &= torch.isfinite(exact)
         gone = finite & ~torch.isfinite(actual)
         if gone.any():
-            self.say(f"{name} is {_number(actual[gone][0])} where the original gives {_number(wanted[gone][0])}")
+            self.say(f"{name} is {_number(actual[gone][0])} where the original gives {_number(expected[gone][0])}")
             return
-        made = torch.isnan(wanted) & torch.isfinite(actual)
+        no_longer_nan = torch.isnan(expected) & torch.isfinite(actual)
         if (
             name.startswith("the gradient")
-            and wanted.numel() in self.lost
-            and wanted.numel() == max(wanted.shape, default=0)
+            and expected.numel() in self.lost
+            and expected.numel() == max(expected.shape, default=0)
         ):
-            made &= ~self.lost[wanted.numel()].view(wanted.shape)
-        if made.any() and (self.nan_gradients or not name.startswith("the gradient")):
-            self.say(f"{name} is {_number(actual[made][0])} where the original gives nan")
+            no_longer_nan &= ~self.lost[expected.numel()].view(expected.shape)
+        if no_longer_nan.any() and (self.nan_gradients or not name.startswith("the gradient")):
+            self.say(f"{name} is {_number(actual[no_longer_nan][0])} where the original gives nan")
             return
-        unlike = torch.isinf(wanted) & ~torch.isnan(actual) & (actual != wanted)
+        unlike = torch.isinf(expected) & ~torch.isnan(actual) & (actual != expected)
         if unlike.any():
-            self.say(f"{name} is {_number(actual[unlike][0])} where the original gives {_number(wanted[unlike][0])}")
+            self.say(f"{name} is {_number(actual[unlike][0])} where the original gives {_number(expected[unlike][0])}")
             return
         if not finite.any():
             return
-        wanted, actual = wanted[finite], actual[finite]
+        expected, actual = expected[finite], actual[finite]
         if exact is not None:
             against = exact.to(wide)[finite]
-            own = distance(wanted, against) + torch.finfo(dtype).eps
+            original_error = distance(expected, against) + torch.finfo(dtype).eps
             if moved is not None and moved.shape == finite.shape:
-                own = max(own, distance(moved.to(wide)[finite], against) * _coarser(dtype))
+                original_error = max(original_error, distance(moved.to(wide)[finite], against) * _coarser(dtype))
             off, error = distance(actual, against), _largest_distance(actual, against)
-            if off > max(self.tolerance, OWN_ERRORS * own):
+            if off > max(self.tolerance, ERROR_FACTOR * original_error):
                 self.sentences.append(
-                    f"{name} is {off:.1e} off in the root mean square, more than {OWN_ERRORS} times the original's {own:.1e}"
+                    f"{name} is {off:.1e} off in the root mean square, more than {ERROR_FACTOR} times the original's {original_error:.1e}"
                 )
         else:
-            allowed, error = self.tolerance, _largest_distance(actual, wanted)
+            allowed, error = self.tolerance, _largest_distance(actual, expected)
             if rounded_to is not None and rounded_to.is_floating_point and rounded_to is not torch.float64:
                 allowed = max(allowed, _ROUNDINGS * torch.finfo(rounded_to).eps)
             if moved is not None and moved.shape == finite.shape:
-                allowed = max(allowed, _NOISE * _largest_distance(moved.to(wide)[finite], wanted))
+                allowed = max(allowed, _NOISE * _largest_distance(moved.to(wide)[finite], expected))
             if not error <= allowed:
                 self.sentences.append(f"{name} differs by {error:.1e} of its largest element")
         self.error = max(self.error, error)

@@ -195,7 +195,7 @@ class _Road:
 
     def through(self, gm: fx.GraphModule, prologue: bool) -> Program:
         """All stations of a graph: those of the graphs in it, then the norms of all of them."""
-        with _unseen_by_saved_tensors_hooks(), _garbage_kept():
+        with _unseen_by_saved_tensors_hooks(), _without_garbage_collection():
             new = self._graph(gm)
             norms = self._hoisted(new) if prologue and new is not gm else ()
             if norms and self.options.verify:
@@ -345,7 +345,7 @@ def _unseen_by_saved_tensors_hooks() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _garbage_kept() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """Graphs are made of cycles and nothing of them dies while they are rewritten: a collector would walk all of them
     again and again."""
     enabled = gc.isenabled()

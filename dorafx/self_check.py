@@ -68,7 +68,7 @@ def check_recognition() -> SelfCheck:
         operands = [_numbers(i, shape) for i, shape in enumerate(shapes)]
         try:
             compiled: Any = torch.compile(called, backend=backend, fullgraph=True, dynamic=False)
-            result, wanted = compiled(*operands), layer(*operands)
+            result, expected = compiled(*operands), layer(*operands)
         except Exception as error:
             return SelfCheck(False, f"it fails: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     if not graphs:
@@ -76,7 +76,7 @@ def check_recognition() -> SelfCheck:
     if [(r.pattern, r.status) for r in log.records] != [("linear", "rewritten")]:
         reasons = [r.reason for r in log.records if r.reason] or ["it is passed over"]
         return SelfCheck(False, reasons[0])
-    off = float((result - wanted).detach().abs().max() / wanted.detach().abs().max())
+    off = float((result - expected).detach().abs().max() / expected.detach().abs().max())
     return SelfCheck(off < 1e-12, "" if off < 1e-12 else f"its result is off by {off:.1e}")
 
 

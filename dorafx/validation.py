@@ -29,7 +29,7 @@ from dorafx.lift import leaves_of
 from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.log import NormCounters
 from dorafx.match import Matches, Reason, ReasonKind
-from dorafx.observation import OWN_ERRORS, distance
+from dorafx.observation import ERROR_FACTOR, distance
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan
 from dorafx.rewriter.hoist import DENSE, NORM
@@ -139,13 +139,13 @@ class Validation:
             site = info.sites[0]
             region = Region(site, node, leaves_of(matches.lift, [info.expr]), copied, rounded=True)
             try:
-                own, off = region.errors()
+                original_error, error = region.errors()
             except Exception:  # an operator that these dtypes have none of: the graph tells
                 continue
-            if off > OWN_ERRORS * own:
-                what = f"the norm is {off:.1e} off in its own dtypes, more than {OWN_ERRORS} times the original's {own:.1e}"
+            if error > ERROR_FACTOR * original_error:
+                what = f"the norm is {error:.1e} off in its own dtypes, more than {ERROR_FACTOR} times the original's {original_error:.1e}"
                 failed.append(_differs(what, site))
-                self.checks.append(_failed(site_of(site), "norm_only", off, failed[-1]))
+                self.checks.append(_failed(site_of(site), "norm_only", error, failed[-1]))
         return failed
 
     def _graph_failures(
@@ -183,10 +183,14 @@ class Validation:
     def _compared(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[Reason | None, float, Run | None]:
         """Why a graph may not replace the original (None if it may), the largest difference, and the run that shows it."""
         try:
-            found, run = self._graph.compare(new, runs)
+            comparison, run = self._graph.compare(new, runs)
         except Exception as failed:
             return _not_run(f"the graph cannot be run on random values: {_line(failed)}"), math.inf, None
-        return (_differs(f"{run}, {found.differences[0]}") if found.differences else None), found.error, run
+        return (
+            (_differs(f"{run}, {comparison.differences[0]}") if comparison.differences else None),
+            comparison.error,
+            run,
+        )
 
 
 def _regions(plan: RewritePlan) -> list[tuple[fx.Node, str, list[Any]]]:
@@ -204,15 +208,15 @@ def _candidates(matches: Matches, plan: RewritePlan) -> list[tuple[fx.Node, str,
     def alone(norms: dict[int, NormPlan], compositions: list[CompositionPlan]) -> RewritePlan:
         return RewritePlan(norms, compositions, part=plan.part)
 
-    found: list[tuple[fx.Node, str, RewritePlan]] = []
+    candidates: list[tuple[fx.Node, str, RewritePlan]] = []
     for atom_id, norm in plan.norms.items():
         if norm.factors.info.sites:
-            found.append((norm.factors.info.sites[0], "norm_only", alone({atom_id: norm}, [])))
+            candidates.append((norm.factors.info.sites[0], "norm_only", alone({atom_id: norm}, [])))
     for c in plan.compositions:
         used = {atom.id for atom in matches.lift.norms_in(c.match.expr)} | {c.match.norm.atom.id}
         norms = {atom_id: norm for atom_id, norm in plan.norms.items() if atom_id in used}
-        found.append((c.match.node, c.match.pattern, alone(norms, [c])))
-    return found
+        candidates.append((c.match.node, c.match.pattern, alone(norms, [c])))
+    return candidates
 
 
 def check_prologue(
@@ -277,9 +281,9 @@ class Region:
         """How far outputs and gradients differ, and what is wrong with that, if anything is."""
         try:
             with torch.random.fork_rng(), torch.enable_grad(), below_autocast():
-                wanted = self._run(self.node, lambda n: n)
+                expected = self._run(self.node, lambda n: n)
                 actual = self._run(self.replacement, self.originals.get)
-                error, what = self._compare(wanted, actual)
+                error, what = self._compare(expected, actual)
         except Exception as failed:
             return math.inf, _not_run(f"{type(failed).__name__}: {str(failed).splitlines()[0]}", self.node)
         if error <= TOLERANCE:
@@ -294,22 +298,22 @@ class Region:
             ends = ((self.node, lambda n: n), (self.replacement, self.originals.get))
             exact = [self._run(*end) for end in ends]
             self.native = True
-            own, new = (self._run(*end) for end in ends)
-        rounding = torch.finfo(own.dtype).eps
-        return distance(own.double(), exact[0]) + rounding, distance(new.double(), exact[1])
+            original, replacement = (self._run(*end) for end in ends)
+        rounding = torch.finfo(original.dtype).eps
+        return distance(original.double(), exact[0]) + rounding, distance(replacement.double(), exact[1])
 
-    def _compare(self, wanted: torch.Tensor, actual: torch.Tensor) -> tuple[float, str]:
-        if wanted.shape != actual.shape:
-            return math.inf, f"shapes ({tuple(actual.shape)} and {tuple(wanted.shape)})"
-        worst = (_difference(actual, wanted), "outputs")
+    def _compare(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[float, str]:
+        if expected.shape != actual.shape:
+            return math.inf, f"shapes ({tuple(actual.shape)} and {tuple(expected.shape)})"
+        worst = (_difference(actual, expected), "outputs")
         trained = [v for v in self._values.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        if wanted.requires_grad != actual.requires_grad:
+        if expected.requires_grad != actual.requires_grad:
             return math.inf, "gradient flows"
-        if not wanted.requires_grad:
+        if not expected.requires_grad:
             return worst
-        weights = torch.randn(wanted.shape, dtype=torch.float64, generator=self._generator).to(wanted.device)
+        weights = torch.randn(expected.shape, dtype=torch.float64, generator=self._generator).to(expected.device)
         gradients = [
-            torch.autograd.grad((side * weights).sum(), trained, allow_unused=True) for side in (wanted, actual)
+            torch.autograd.grad((side * weights).sum(), trained, allow_unused=True) for side in (expected, actual)
         ]
         for one, other in zip(*gradients):
             if (one is None) != (other is None):
@@ -351,16 +355,16 @@ class Region:
         return torch.ops.dorafx.row_norm.default(weight, left, right, node.args[5])
 
     def _needed(self, end: fx.Node, original: Callable[[fx.Node], fx.Node | None]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+        needed: set[fx.Node] = set()
         stack = [end]
         while stack:
             node = stack.pop()
-            if node in found:
+            if node in needed:
                 continue
-            found.add(node)
+            needed.add(node)
             if original(node) not in self.leaves:
                 stack.extend(_factors(node) if DENSE in node.meta else node.all_input_nodes)
-        return found
+        return needed
 
     def _value(self, node: fx.Node) -> Any:
         """The value of a leaf: random where it is a floating tensor, as traced where it is a number."""
@@ -387,10 +391,10 @@ def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _difference(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    if not wanted.numel():
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.numel():
         return 0.0
-    error = (actual - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
+    error = (actual - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
     return math.inf if math.isnan(error) else error
 
 

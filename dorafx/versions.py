@@ -48,13 +48,13 @@ OPTIONAL = frozenset({"peft", "transformers", "triton"})
 
 def minor(version: str) -> tuple[int, int]:
     """``(2, 12)`` of ``"2.12.1+cu130"``, and of ``"2.12rc1"``, which counts as 2.12."""
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 def untested() -> dict[str, str]:
     """The packages of this process that are newer than all that were tested, with their versions. Nothing is imported for it."""
-    found = {}
+    newer = {}
     for name, versions in VERSIONS.items():
         if name not in sys.modules:
             continue
@@ -63,8 +63,8 @@ def untested() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # a copy on the path: what it says of itself
             version = str(getattr(sys.modules[name], "__version__", ""))
         if versions.is_untested(version):
-            found[name] = version
-    return found
+            newer[name] = version
+    return newer
 
 
 def _text(version: str) -> str:

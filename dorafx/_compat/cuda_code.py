@@ -170,10 +170,10 @@ def _pretended() -> Iterator[None]:
         "is_bf16_supported": lambda *args, **kwargs: True,
         "current_device": lambda: 0,
     }
-    found = {name: Interface for name in ("cuda", "cuda:0")}
+    interfaces = {name: Interface for name in ("cuda", "cuda:0")}
     previous = driver._active
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(device_interface.device_interfaces, found))
+        stack.enter_context(mock.patch.dict(device_interface.device_interfaces, interfaces))
         for name, answer in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(scheduler, "has_triton", return_value=True))

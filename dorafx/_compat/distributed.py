@@ -40,29 +40,29 @@ def is_shard(placement: Any, dimension: int) -> bool:
     return type(placement) is Shard and placement.dim == dimension
 
 
-def local_part(tensor: torch.Tensor, mesh: Any, wanted: tuple[Any, ...]) -> torch.Tensor:
-    """This device's part of a tensor that lies as ``wanted``; a plain tensor is one that every device has whole."""
+def local_part(tensor: torch.Tensor, mesh: Any, target: tuple[Any, ...]) -> torch.Tensor:
+    """This device's part of a tensor that is laid out by the placements ``target``; a plain tensor counts as replicated."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if tuple(tensor.placements) != wanted:
-        tensor = tensor.redistribute(mesh, wanted)
+    if tuple(tensor.placements) != target:
+        tensor = tensor.redistribute(mesh, target)
     local: torch.Tensor = tensor.to_local()
     return local
 
 
 def from_parts(
-    part: torch.Tensor, length: int, mesh: Any, current: tuple[Any, ...], wanted: tuple[Any, ...] | None
+    part: torch.Tensor, length: int, mesh: Any, current: tuple[Any, ...], target: tuple[Any, ...] | None
 ) -> torch.Tensor:
-    """The vector of ``length`` elements whose parts lie on the devices as ``lies``, brought to ``wanted``. Parts may differ
-    in length, so the whole's is not known from one of them."""
+    """The vector of ``length`` elements whose parts have the placements ``current``, redistributed to ``target``. Parts may
+    differ in length, so the length of the whole cannot be computed from one of them."""
     from torch.distributed.tensor import DTensor
 
-    made: torch.Tensor = DTensor.from_local(
+    whole: torch.Tensor = DTensor.from_local(
         part, mesh, current, run_check=False, shape=torch.Size((length,)), stride=(1,)
     )
-    return made if wanted is None or current == wanted else made.redistribute(mesh, wanted)  # type: ignore[attr-defined]
+    return whole if target is None or current == target else whole.redistribute(mesh, target)  # type: ignore[attr-defined]
 
 
 def partial_norm() -> Any:

@@ -41,10 +41,10 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    own = types.FunctionType(
+    function = types.FunctionType(
         call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
     )
-    return _compiled(own, backend, dynamic)
+    return _compiled(function, backend, dynamic)
 
 
 def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
@@ -113,11 +113,11 @@ def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
     from torch._dynamo.utils import graph_break_reasons
 
     before = len(graph_break_reasons)
-    found: list[tuple[str, Any]] = []
+    breaks: list[tuple[str, Any]] = []
     try:
-        yield found
+        yield breaks
     finally:
-        found.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
+        breaks.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:

@@ -50,8 +50,8 @@ def input_source(node: Any) -> str:
 
 def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
     """The class of the tracer that made a graph; None where it is not said."""
-    found: type[fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
-    return found
+    tracer: type[fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
+    return tracer
 
 
 def codegen_of(graph: fx.Graph) -> Any:

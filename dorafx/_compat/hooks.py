@@ -63,8 +63,8 @@ def guard_on_hooks() -> None:
             added.append(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
         else:
             paths.setdefault(local, []).append(path)
-    for local, found in paths.items():
-        added.append(local.make_guard(functools.partial(_no_late_hooks, paths=tuple(found))))
+    for local, paths_of_local in paths.items():
+        added.append(local.make_guard(functools.partial(_no_late_hooks, paths=tuple(paths_of_local))))
     if added and getattr(tls, "current_tx", None) is not None:
         module: Any = InstructionTranslator.current_tx().import_source("torch.nn.modules.module")
         # Those that hold none are looked through along with a module's own.

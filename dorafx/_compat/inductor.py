@@ -44,8 +44,8 @@ def _keyed_pass(inner: Any) -> Any:
                 inner(graph)
 
         def uuid(self) -> Any:
-            own = inner.uuid() if inner is not None else ""
-            return None if own is None else f"dorafx-{source_hash()}-{own}"
+            inner_key = inner.uuid() if inner is not None else ""
+            return None if inner_key is None else f"dorafx-{source_hash()}-{inner_key}"
 
     return KeyedPass()
 

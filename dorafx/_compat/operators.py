@@ -77,12 +77,12 @@ def views(target: Any) -> frozenset[Argument]:
 
 @functools.cache
 def _aliased(target: Any, written: bool) -> frozenset[Argument]:
-    found = schemas(target)
-    if not found and isinstance(target, types.BuiltinFunctionType):
-        found = schemas(getattr(torch.ops.aten, target.__name__, None))
+    candidates = schemas(target)
+    if not candidates and isinstance(target, types.BuiltinFunctionType):
+        candidates = schemas(getattr(torch.ops.aten, target.__name__, None))
     return frozenset(
         (None if argument.kwarg_only else position, argument.name)
-        for schema in found
+        for schema in candidates
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None
         and (argument.alias_info.is_write if written else bool(schema.returns))

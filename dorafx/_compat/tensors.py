@@ -111,11 +111,11 @@ class FakeLayout(NamedTuple):
 
     def made(self, mode: Any, alias: torch.Tensor | None = None) -> torch.Tensor:
         """A fake tensor of this layout: on the storage of ``alias``, where one is given, else on one of its own."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        fake = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if alias is not None:
-            made.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
-        made.requires_grad_(self.requires_grad)
-        return FakeTensor(mode, made, self.device)
+            fake.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
+        fake.requires_grad_(self.requires_grad)
+        return FakeTensor(mode, fake, self.device)
 
 
 version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")

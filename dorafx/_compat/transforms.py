@@ -37,7 +37,7 @@ def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
         None where there is no such transform, else its name as in ``torch.func`` and whether anything in the graph might be a
         norm.
     """
-    found, norms = None, False
+    transform, norms = None, False
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
@@ -48,9 +48,9 @@ def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
                 open_transforms.append(_ENTERS[name])
             elif name in _LEAVES and open_transforms:
                 open_transforms.pop()
-            elif open_transforms and _is_product(name) and found is None:
-                found = open_transforms[0]
-    return None if found is None else (found, norms)
+            elif open_transforms and _is_product(name) and transform is None:
+                transform = open_transforms[0]
+    return None if transform is None else (transform, norms)
 
 
 def _is_product(name: str) -> bool:

@@ -336,14 +336,14 @@ def rows(
     Args:
         report: told of each architecture that is done.
     """
-    found = []
+    result = []
     for architecture in architectures:
         card = CARDS[architecture]
         for rank in ranks:
-            found += [dense_row(card, rank, *operands) for operands in _OPERANDS]
-            found += [_quantized_row(card, rank, f, operand) for f in _FORMATS for operand in ("bf16", "fp32")]
-        report(f"sm_{architecture}: {len(found)} kernels so far")
-    return found
+            result += [dense_row(card, rank, *operands) for operands in _OPERANDS]
+            result += [_quantized_row(card, rank, f, operand) for f in _FORMATS for operand in ("bf16", "fp32")]
+        report(f"sm_{architecture}: {len(result)} kernels so far")
+    return result
 
 
 def dense_row(card: Card, rank: int, weight: str, factor: str, operand: str) -> Row:
@@ -371,11 +371,11 @@ def _row(kernel: str, dtypes: str, rank: int, card: Card, launch: Launch, source
     return Row(kernel, dtypes, rank, card, launch, resources, resident, seconds)
 
 
-def violations(found: Sequence[Row]) -> list[str]:
+def violations(rows: Sequence[Row]) -> list[str]:
     """What must not be: spilled registers, more shared memory than the card has, and on Hopper more than :data:`L2_LIMIT` of the
     norm that it is stated for."""
     wrong = []
-    for row in found:
+    for row in rows:
         named = f"sm_{row.card.gpu.architecture}, {row.dtypes}, rank {row.rank}"
         if row.resources.spilled:
             wrong.append(f"{named}: {row.resources.spilled} bytes of registers spilled")
@@ -387,9 +387,9 @@ def violations(found: Sequence[Row]) -> list[str]:
     return wrong
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """The report as a page."""
-    wrong = violations(found)
+    wrong = violations(rows)
     lines = [
         "# The row norms' kernels, compiled ahead of time",
         "",
@@ -408,11 +408,11 @@ def markdown(found: Sequence[Row]) -> str:
         f"  bytes through L2 at {L2_BYTES_A_CLOCK} bytes a clock and multiprocessor (assumed; 6 TB/s on an H200); products of whole tiles at the",
         "  tensor cores' rate (fp32 as three products of tf32). The last two are multiplied by what the last wave leaves idle.",
         "",
-        f"Spilled registers: {'none' if not any(r.resources.spilled for r in found) else 'see below'}. "
-        f"Kernels: {len(found)}. "
+        f"Spilled registers: {'none' if not any(r.resources.spilled for r in rows) else 'see below'}. "
+        f"Kernels: {len(rows)}. "
         + ("Everything is within its limits." if not wrong else "Not within limits: " + "; ".join(wrong)),
     ]
-    for card in dict.fromkeys(row.card for row in found):
+    for card in dict.fromkeys(row.card for row in rows):
         gpu = card.gpu
         lines += [
             "",
@@ -421,7 +421,7 @@ def markdown(found: Sequence[Row]) -> str:
             "| weight and factors | rank | tile | left | stages | warps | parts | registers | spilled | shared KiB | programs | L2 MB | predicted us |",
             "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
-        lines += [_line(row) for row in found if row.card == card]
+        lines += [_line(row) for row in rows if row.card == card]
     return "\n".join(lines) + "\n"
 
 

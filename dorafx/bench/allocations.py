@@ -53,18 +53,18 @@ def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) ->
         excluded: tensors that exist anyway: parameters and buffers.
     """
     known = {storage_id(t) for t in excluded}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in known:
             # Detached: a tensor that is both an output and saved by its own node would be a cycle. Held until the end, so
             # that no two storages ever have one address.
-            kept[storage_id(tensor)] = tensor.detach()
+            saved[storage_id(tensor)] = tensor.detach()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    total = storage_bytes(kept.values())
+    total = storage_bytes(saved.values())
     del result
     return total
 

@@ -88,19 +88,19 @@ class Clock:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if operator else None
         issued = [self._issued(step, before) for _ in range(_ISSUED)] if operator else []
         busy = min(2 * max(issued) + 2e-5, _LONGEST_SPIN) if issued else 0.0
-        found: list[float] = []
+        samples: list[float] = []
         start = time.perf_counter()
-        while len(found) < self.least or (len(found) < self.most and time.perf_counter() - start < self.seconds):
+        while len(samples) < self.least or (len(samples) < self.most and time.perf_counter() - start < self.seconds):
             if before is not None:
                 before()
             self.synchronise()
             if flush is not None:
                 flush.zero_()
             seconds, host = self._one(step, busy)
-            found.append(seconds)
+            samples.append(seconds)
             if not operator and self.cuda:
                 issued.append(host)
-        return Timing(found, issued)
+        return Timing(samples, issued)
 
     def _issued(self, step: Callable[[], Any], before: Callable[[], Any] | None) -> float:
         """Seconds until ``step`` returns, of a device that had nothing to do."""

@@ -178,13 +178,13 @@ def _kernels(options: argparse.Namespace) -> int:
         raise ValueError("--kernels compiles Triton kernels, and Triton is not installed")
     from . import ahead
 
-    found = ahead.rows(ranks=options.rank or ahead.RANKS, report=lambda line: print(line, file=sys.stderr))
-    page = ahead.markdown(found)
+    rows = ahead.rows(ranks=options.rank or ahead.RANKS, report=lambda line: print(line, file=sys.stderr))
+    page = ahead.markdown(rows)
     if options.output is None:
         print(page, end="")
     else:
         options.output.write_text(page)
-    return 1 if ahead.violations(found) else 0
+    return 1 if ahead.violations(rows) else 0
 
 
 def _gpu(options: argparse.Namespace) -> int:

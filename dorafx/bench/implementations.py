@@ -79,8 +79,8 @@ class Task:
             return call
         options: dict[str, Any] = {}
         if backend == "dorafx":
-            given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
-            options = {key: value for key, (value, default) in given.items() if value != default}
+            settings = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
+            options = {key: value for key, (value, default) in settings.items() if value != default}
         mode = None if self.mode == "default" else self.mode
         if mode is not None and options:  # torch.compile takes only one of the two
             options = {**mode_options(mode), **options}

@@ -100,8 +100,8 @@ def _give_memory(module: torch.nn.Module) -> None:
     """Parameters of the CPU for those of the meta device: of the fake mode, so that they have no data either."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            made = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-            setattr(owner, name, torch.nn.Parameter(made, parameter.requires_grad))
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            setattr(owner, name, torch.nn.Parameter(value, parameter.requires_grad))
 
 
 _ATTENTION = torch.library.Library("dorafx_bench", "DEF")
@@ -156,16 +156,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--names", action="store_true", help="print every launch")
     options = parser.parse_args()
-    found = {name: launches(name, PRESETS[options.shape], options.rank, options.tokens) for name in IMPLEMENTATIONS}
+    counted = {name: launches(name, PRESETS[options.shape], options.rank, options.tokens) for name in IMPLEMENTATIONS}
     table = Table(
         "", "forward", "backward", title=f"launches of a decoder layer of {options.shape}, rank {options.rank}"
     )
-    for name, of in found.items():
+    for name, of in counted.items():
         table.add_row(name, *map(str, of.counts))
     console = Console()
     console.print(table)
     if options.names:
-        for name, of in found.items():
+        for name, of in counted.items():
             for part in ("forward", "backward"):
                 console.print(f"{name}, {part}: {', '.join(getattr(of, part))}", highlight=False, soft_wrap=True)
 

@@ -36,7 +36,7 @@ def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
     Raises:
         ValueError: a folder in which there is none.
     """
-    found: dict[str, Path] = {}
+    peers: dict[str, Path] = {}
     for folder in folders:
         declared = {
             name: file.parents[mark.count("/")].resolve()
@@ -49,8 +49,8 @@ def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
                 f"--peer-path: {folder} has neither {' nor '.join(_MARKS.values())}, there or below src or vendor"
             )
         for name, where in declared.items():
-            found.setdefault(name, where)
-    return found
+            peers.setdefault(name, where)
+    return peers
 
 
 def use_peer(name: str, where: Path) -> None:

@@ -179,8 +179,8 @@ class Settings:
             wrong = [suite for suite in self.suites if suite not in served]
             value = getattr(self, name)
             if wrong and value != defaults[name]:
-                given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                raise ValueError(f"{given} goes with the suites {', '.join(served)}, not with {wrong[0]}")
+                option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                raise ValueError(f"{option} goes with the suites {', '.join(served)}, not with {wrong[0]}")
         if self.autocast and DTYPES[self.dtype].itemsize != 2:
             raise ValueError(f"--autocast is for --dtype bfloat16 or float16, not {self.dtype}")
         _one_of("--weights", self.weights, WEIGHTS)
@@ -261,10 +261,10 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
     """Every case once, however often the settings name it."""
-    found: dict[str, Case] = {}
+    distinct: dict[str, Case] = {}
     for case in cases:
-        found.setdefault(case.label, case)
-    return list(found.values())
+        distinct.setdefault(case.label, case)
+    return list(distinct.values())
 
 
 def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int, weights: str) -> Case:
@@ -304,16 +304,16 @@ def _weights(suite: str, settings: Settings) -> list[Shape]:
 
 
 def _models(suite: str, settings: Settings) -> list[tuple[str, Size]]:
-    found = []
+    models = []
     for layers, rank in itertools.product(settings.layers or (4,), settings.rank or (128,)):
         common = {"layers": layers, "rank": rank, "tokens": settings.tokens}
         for text in settings.shapes:
             _one_of(f"--shapes in the suite {suite}", text.lower(), PRESETS)
             preset = asdict(PRESETS[text.lower()])
-            found.append((text.lower(), Size(**{**preset, **common})))
+            models.append((text.lower(), Size(**{**preset, **common})))
         if not settings.shapes:
-            found += [(f"hidden {d}", Size(hidden=d, **common)) for d in settings.hidden or (1024,)]
-    return found
+            models += [(f"hidden {d}", Size(hidden=d, **common)) for d in settings.hidden or (1024,)]
+    return models
 
 
 def _one_of(what: str, value: str, known: Any) -> None:

@@ -87,9 +87,9 @@ def _panel(axis: Any, results: Results, rows: list[Row], metric: str) -> None:
     # A logarithmic axis has no place for a figure of zero.
     wide = min(medians) > 0 and max(medians) > 20 * min(medians)
     for index, name in enumerate(names):
-        own = [row for row in rows if row.name == name]
-        places = [cases.index(row.case) + (index + 0.5) * width - _BAR / 2 for row in own]
-        values = [row.metrics[metric] for row in own]
+        rows_of_name = [row for row in rows if row.name == name]
+        places = [cases.index(row.case) + (index + 0.5) * width - _BAR / 2 for row in rows_of_name]
+        values = [row.metrics[metric] for row in rows_of_name]
         errors = list(zip(*((v.median - v.quartiles[0], v.quartiles[1] - v.median) for v in values)))
         bars = axis.barh(
             places, [v.median for v in values], width, color=_COLOURS.get(name, "black"), xerr=errors,

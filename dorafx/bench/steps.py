@@ -34,7 +34,7 @@ def time_steps(task: Task, steps: Sequence[Step]) -> Figures:
     task.alone()
     figures: Figures = {}
     for step in steps:
-        found = task.clock.figures(step.name, step.call, step.before, warm_up=0)
-        task.done(found)
-        figures.update(found)
+        measured = task.clock.figures(step.name, step.call, step.before, warm_up=0)
+        task.done(measured)
+        figures.update(measured)
     return figures

@@ -46,7 +46,7 @@ def summary(results: Results) -> str:
 
 def tables(results: Results) -> list[Table]:
     """A table for each case of each suite: a line for each implementation, a section for each figure."""
-    made = []
+    result = []
     for suite, case in dict.fromkeys((row.suite, row.case) for row in results.rows):
         table = Table(title=f"{suite}: {case}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold")
@@ -61,8 +61,8 @@ def tables(results: Results) -> list[Table]:
             table.add_section()
         table.caption = "\n".join(f"{row.name} {remark}" for row in rows for remark in remarks(row)) or None
         table.caption_justify = "left"
-        made.append(table)
-    return made
+        result.append(table)
+    return result
 
 
 def markdown(results: Results) -> str:

@@ -70,7 +70,7 @@ class Choice:
 
 def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
     """Configurations that may serve what the present one does, without those that cannot fit a multiprocessor."""
-    found = []
+    configurations = []
     for rows, columns, depth, warps, stages in itertools.product(
         (64, 128, 256), (32, 64, 128), (16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4)
     ):
@@ -84,8 +84,8 @@ def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
         else:  # chunks are whole, and few
             sensible = depth <= present.max_rank <= _CHUNKS * depth
         if sensible and 8 <= accumulators <= _ACCUMULATORS and fits(config, gpu):
-            found.append(config)
-    return found
+            configurations.append(config)
+    return configurations
 
 
 def served(config: RowNormConfig) -> str:

@@ -92,8 +92,8 @@ def configuration(request: dict[str, Any], report: Report) -> dict[str, Any]:
 
     report(turn(DEVICE))
     if request["suite"] == CEILINGS:
-        found = measure_ceilings(clock, DTYPES[request["dtype"]])
-        return {"figures": {key: list(value) for key, value in found.items()}, "facts": {}}
+        ceilings = measure_ceilings(clock, DTYPES[request["dtype"]])
+        return {"figures": {key: list(value) for key, value in ceilings.items()}, "facts": {}}
     task = task_of(request, clock, report)
     rewrite_log().clear()
     before = graph_statistics()

@@ -68,14 +68,14 @@ def _install_after_import() -> None:
 
 
 def _install(peft: types.ModuleType) -> CaptureStatus:
-    found = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
+    status = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
     for polyfill in POLYFILLS:
         reason = _install_one(polyfill)
         if reason is None:
-            found.installed.append(polyfill.qualified)
+            status.installed.append(polyfill.qualified)
         elif reason:
-            found.skipped.append((polyfill.qualified, reason))
-    return found
+            status.skipped.append((polyfill.qualified, reason))
+    return status
 
 
 def _install_one(polyfill: Polyfill) -> str | None:
@@ -104,18 +104,18 @@ def _install_one(polyfill: Polyfill) -> str | None:
     return None
 
 
-def _report(found: CaptureStatus) -> None:
+def _report(status: CaptureStatus) -> None:
     from dorafx.log import rewrite_log
 
     log = rewrite_log()
-    for name in found.installed:
-        log.add_note(f"polyfill installed: {name} (PEFT {found.peft_version})")
-    for name, reason in found.skipped:
-        log.add_note(f"polyfill not installed: {name} (PEFT {found.peft_version}): {reason}")
-    if found.skipped:
-        functions = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
+    for name in status.installed:
+        log.add_note(f"polyfill installed: {name} (PEFT {status.peft_version})")
+    for name, reason in status.skipped:
+        log.add_note(f"polyfill not installed: {name} (PEFT {status.peft_version}): {reason}")
+    if status.skipped:
+        functions = "; ".join(f"{name}: {reason}" for name, reason in status.skipped)
         warnings.warn(
-            f"dorafx has no polyfill for these functions of PEFT {found.peft_version}: {functions}. DoRA layers work "
+            f"dorafx has no polyfill for these functions of PEFT {status.peft_version}: {functions}. DoRA layers work "
             "as ever, but may break the graph, and are not rewritten where they do.",
             DorafxWarning,
             stacklevel=3,

@@ -68,15 +68,15 @@ def bug_report(checks: Iterable[Check]) -> str:
 
 def _environment() -> list[Check]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = describe_environment(device, 0)
+    environment = describe_environment(device, 0)
     facts = {
-        "dorafx": " ".join(p for p in (found["dorafx"], found["commit"]) if p),
-        "python": f"{found['python']} on {found['system']}",
-        "processor": f"{found['processor']}, {found['cores']} cores, {found['threads']} threads",
+        "dorafx": " ".join(p for p in (environment["dorafx"], environment["commit"]) if p),
+        "python": f"{environment['python']} on {environment['system']}",
+        "processor": f"{environment['processor']}, {environment['cores']} cores, {environment['threads']} threads",
     }
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        facts["GPU"] = f"{found['device']}, compute capability {major}.{minor}, CUDA {found['cuda']}"
+        facts["GPU"] = f"{environment['device']}, compute capability {major}.{minor}, CUDA {environment['cuda']}"
     else:
         facts["GPU"] = "none that torch can use"
     facts["C++ compiler"] = "found" if has_cpp_compiler() else "none: graphs on a CPU run eagerly"
@@ -87,15 +87,18 @@ def _environment() -> list[Check]:
 def _version(name: str) -> Check:
     versions = VERSIONS[name]
     try:
-        found = importlib.metadata.version(name)
+        installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         optional = name in OPTIONAL
         return Check("versions", name, optional, "not installed (optional)" if optional else "not installed")
-    if versions.is_too_old(found):
-        return Check("versions", name, False, f"{found} is not supported ({versions.minimum} or newer is)")
+    if versions.is_too_old(installed):
+        return Check("versions", name, False, f"{installed} is not supported ({versions.minimum} or newer is)")
     tested = f"tests ran with {versions.range}"
     return Check(
-        "versions", name, True, f"{found}, newer than {tested}" if versions.is_untested(found) else f"{found}, {tested}"
+        "versions",
+        name,
+        True,
+        f"{installed}, newer than {tested}" if versions.is_untested(installed) else f"{installed}, {tested}",
     )
 
 

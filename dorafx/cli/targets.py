@@ -42,10 +42,10 @@ def script_target(target: str) -> Target:
         ValueError: not of that form, no such file, or no such callable in it.
         TypeError: the callable returned something else than a model, ``(model, args)`` or ``(model, args, kwargs)``.
     """
-    made = _load(target)()
-    parts = made if isinstance(made, tuple) else (made,)
+    returned = _load(target)()
+    parts = returned if isinstance(returned, tuple) else (returned,)
     if not 1 <= len(parts) <= 3 or not callable(parts[0]):
-        raise TypeError(f"{target} must return a model, (model, args) or (model, args, kwargs), not {made!r:.60}")
+        raise TypeError(f"{target} must return a model, (model, args) or (model, args, kwargs), not {returned!r:.60}")
     model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) < 3 else parts
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{target}: args must be a tuple, not {type(args).__name__}")
@@ -76,8 +76,10 @@ def _load(target: str) -> Any:
         sys.modules.pop(spec.name, None)
         raise
     if not callable(getattr(module, name, None)):
-        own = (n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__)
-        known = [n for n in own if not n.startswith("_")]
+        defined = (
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
+        )
+        known = [n for n in defined if not n.startswith("_")]
         raise ValueError(f"{path} has no callable {name!r}; it has {', '.join(known) or 'none'}")
     return getattr(module, name)
 
@@ -138,12 +140,12 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no {path.name} in {path.parent}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
-    return found
+    return content
 
 
 def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
@@ -156,7 +158,7 @@ def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    wanted = f", {named!r}," if named else ""
+    label = f", {named!r}," if named else ""
     raise ValueError(
-        f"the base model{wanted} has no config.json in or beside {folder}: give its folder with --base (nothing is downloaded)"
+        f"the base model{label} has no config.json in or beside {folder}: give its folder with --base (nothing is downloaded)"
     )

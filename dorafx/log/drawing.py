@@ -59,18 +59,18 @@ class DrawnNode:
         unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"drawing: unknown field {unknown[0]!r}; fields are {', '.join(known)}")
-        made = {"name": "", "operator": "", **values}
-        inputs, replaces = made.pop("inputs", []), made.pop("replaces", [])
-        wrong = sorted(name for name, value in made.items() if not isinstance(value, str) or len(value) > _LONGEST)
+        node = {"name": "", "operator": "", **values}
+        inputs, replaces = node.pop("inputs", []), node.pop("replaces", [])
+        wrong = sorted(name for name, value in node.items() if not isinstance(value, str) or len(value) > _LONGEST)
         if wrong:
             raise ValueError(f"drawing: field {wrong[0]!r} must be a text of at most {_LONGEST} characters")
-        if made.get("fate", "kept") not in _FATES:
-            raise ValueError(f"drawing: fate {made['fate']!r:.40} is not one of {', '.join(_FATES)}")
+        if node.get("fate", "kept") not in _FATES:
+            raise ValueError(f"drawing: fate {node['fate']!r:.40} is not one of {', '.join(_FATES)}")
         if not isinstance(inputs, list) or any(type(i) is not int or not 0 <= i < number for i in inputs):
             raise ValueError("drawing: 'inputs' must be a list of indices of earlier nodes")
         if not isinstance(replaces, list) or any(not isinstance(n, str) or len(n) > _LONGEST for n in replaces):
             raise ValueError("drawing: 'replaces' must be a list of names")
-        return DrawnNode(**made, inputs=tuple(inputs), replaces=tuple(replaces))
+        return DrawnNode(**node, inputs=tuple(inputs), replaces=tuple(replaces))
 
 
 @dataclass(frozen=True)

@@ -105,24 +105,24 @@ def _places(layers: list[list[_Key]], neighbours: dict[_Key, list[_Key]]) -> dic
             edge += _width(key)
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 else reversed(layers):
-            wanted = {
+            desired = {
                 key: sum(places[n] for n in near) / len(near) if (near := neighbours[key]) else places[key]
                 for key in layer
             }
             if sweep < _SWEEPS - 2:
-                layer.sort(key=wanted.__getitem__)
-            places.update(_apart(layer, wanted))
+                layer.sort(key=desired.__getitem__)
+            places.update(_apart(layer, desired))
     return places
 
 
-def _apart(layer: list[_Key], wanted: dict[_Key, float]) -> dict[_Key, float]:
+def _apart(layer: list[_Key], desired: dict[_Key, float]) -> dict[_Key, float]:
     """Places as near to the wanted ones as the order and the widths allow: the mean of pushing right and pushing left."""
     sides: list[list[float]] = []
     for members, sign in ((layer, 1), (layer[::-1], -1)):
         edge = float("-inf")
         pushed = []
         for key in members:
-            place = max(sign * wanted[key], edge + _width(key) / 2)
+            place = max(sign * desired[key], edge + _width(key) / 2)
             pushed.append(sign * place)
             edge = place + _width(key) / 2
         sides.append(pushed if sign > 0 else pushed[::-1])

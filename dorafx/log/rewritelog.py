@@ -165,8 +165,8 @@ class RewriteLog:
         except RecursionError:
             raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
-            found, drawings, cut = _from_lines(text, error)
-            log.extend(found, drawings)
+            parsed, drawings, cut = _from_lines(text, error)
+            log.extend(parsed, drawings)
             if cut:
                 log.add_note(cut)
             return log
@@ -249,13 +249,13 @@ def drawings_from(values: Any) -> dict[str, Drawing]:
     """
     if not isinstance(values, dict):
         raise ValueError("dorafx log: 'drawings' must be an object")
-    found = {}
+    drawings = {}
     for key, value in values.items():
         try:
-            found[str(key)] = Drawing.from_dict(value)
+            drawings[str(key)] = Drawing.from_dict(value)
         except ValueError as error:
             raise ValueError(f"dorafx log, drawing {key!r:.40}: {error}") from None
-    return found
+    return drawings
 
 
 def _seconds_from(values: Any) -> dict[str, float]:

@@ -86,14 +86,14 @@ def draw(subject: Subject, lift: Lifter, copied: dict[fx.Node, fx.Node], replace
 def _activations(lift: Lifter) -> set[fx.Node]:
     """What the graph's products multiply by a weight, and is no such product itself. A norm layer in front of a linear is
     part of its term, and not of interest."""
-    found = set()
+    activations = set()
     for gemm in (gemm for gemms in lift.gemms.values() for gemm in gemms):
         value = lift.matrix(gemm.lhs) if isinstance(gemm.lhs, fx.Node) else None
         if value is None or lift.is_parameter_term(value.expr):
             continue
         if all(sum(isinstance(f, Mat) for f in chain) < 2 for (_, chain), _ in value.expr.items):
-            found.add(gemm.lhs)
-    return found
+            activations.add(gemm.lhs)
+    return activations
 
 
 def _ancestors(ends: Iterable[fx.Node], leaves: Iterable[fx.Node], also: Iterable[fx.Node] = ()) -> list[fx.Node]:
@@ -103,20 +103,20 @@ def _ancestors(ends: Iterable[fx.Node], leaves: Iterable[fx.Node], also: Iterabl
     The other inputs of ``also`` are taken in and not followed."""
     stop = set(leaves) - set(ends)
     bounds = set(also)
-    found: dict[fx.Node, None] = {}
+    ancestors: dict[fx.Node, None] = {}
     frontier = [*ends, *also]
-    while frontier and len(found) < MAX_NODES:
+    while frontier and len(ancestors) < MAX_NODES:
         following: dict[fx.Node, None] = {}
         for node in frontier:
-            if node in found or len(found) == MAX_NODES:
+            if node in ancestors or len(ancestors) == MAX_NODES:
                 continue
-            found[node] = None
+            ancestors[node] = None
             if node not in stop:
                 following.update(dict.fromkeys(node.all_input_nodes))
                 if node in bounds:
                     stop.update(a for a in node.all_input_nodes if a not in bounds and a not in ends)
         frontier = list(following)
-    return sorted(found)
+    return sorted(ancestors)
 
 
 def _path_to(cause: fx.Node | None, ends: Iterable[fx.Node]) -> list[fx.Node]:

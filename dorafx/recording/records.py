@@ -46,10 +46,10 @@ class _Draft:
         placed = dict(self.fields)
         placed["site"] = ".".join(part for part in (member, placed["site"]) if part)
         if self.norm is not None:
-            kept = inside.get(self.norm)
-            placed["norm_placement"] = "prologue" if kept is None else "graph"
-            said = placed["decision"], kept and f"norm kept in the graph: {kept}"
-            placed["decision"] = "; ".join(filter(None, said))
+            reason = inside.get(self.norm)
+            placed["norm_placement"] = "prologue" if reason is None else "graph"
+            decisions = placed["decision"], reason and f"norm kept in the graph: {reason}"
+            placed["decision"] = "; ".join(filter(None, decisions))
         return Record(**placed)
 
 
@@ -84,17 +84,17 @@ class Recorder:
         lift, flops = matches.lift, gemm_flops(matches.lift)
         replaced = {c.match.node for c in plan.compositions}
         replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
-        found: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
+        candidates: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
         # First what has no norm to stand for it, then the norms, then the rest.
-        found += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
+        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
         for atom_id, norm in plan.norms.items():
             match, lost = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
             fields = _rewritten(lift, norm, match, lost, flops)
             fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
-            found.append((fields, _subject(norm, match, lost), (plan.part, atom_id)))
-        found += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
+            candidates.append((fields, _subject(norm, match, lost), (plan.part, atom_id)))
+        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}
-        for fields, subject, norm_key in found:
+        for fields, subject, norm_key in candidates:
             # One drawing for all layers that differ in their number only.
             layer = tuple({**fields, "site": folded_site(fields["site"]), "source": "", "decision": ""}.values())
             if layer not in keys:

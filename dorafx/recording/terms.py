@@ -72,21 +72,21 @@ def site_terms(matches: Matches, plan: RewritePlan) -> list[SiteTerms]:
     # Norms that no node computes alone come first, as their records do.
     alone = [atom_id for atom_id in matches.norms if atom_id not in plan.norms]
     lost = {atom_id: left.reason for atom_id, left in zip(alone, plan.left)}
-    found = [_of_norm(matches, atom_id, matched.get(atom_id), lost[atom_id], lost[atom_id].text) for atom_id in alone]
+    terms = [_of_norm(matches, atom_id, matched.get(atom_id), lost[atom_id], lost[atom_id].text) for atom_id in alone]
     for atom_id in plan.norms:
         reason = plan.without_composition.get(atom_id)
         why = f"{ONLY_THE_NORM}{reason.text}" if reason is not None else ""
-        found.append(_of_norm(matches, atom_id, plan.composed.get(atom_id) or matched.get(atom_id), reason, why))
+        terms.append(_of_norm(matches, atom_id, plan.composed.get(atom_id) or matched.get(atom_id), reason, why))
     for atom_id, reason in matches.misses.items():
         texts = _texts(lift, _last_scaled(lift, atom_id), Atom(atom_id))
         closest = form_terms(_form_of(lift, atom_id))
-        found.append(SiteTerms(_site(reason, lift.atoms[atom_id].sites), "", *texts, reason.text, closest))
+        terms.append(SiteTerms(_site(reason, lift.atoms[atom_id].sites), "", *texts, reason.text, closest))
     for atom_id, reason in matches.composition_misses.items():
         if atom_id in plan.composed and reason.node is not None:
-            found.append(_of_norm(matches, atom_id, None, reason, reason.text))
+            terms.append(_of_norm(matches, atom_id, None, reason, reason.text))
     for node, reason in matches.unknown:
-        found.append(SiteTerms(_site(reason, [node]), "", *_texts(lift, None, node), reason.text, form_terms("linear")))
-    return found
+        terms.append(SiteTerms(_site(reason, [node]), "", *_texts(lift, None, node), reason.text, form_terms("linear")))
+    return terms
 
 
 def _of_norm(matches: Matches, atom_id: int, match: Match | None, lost: Reason | None, why: str) -> SiteTerms:
@@ -170,9 +170,9 @@ def form_terms(name: str) -> FormTerms | None:
 
 
 def _stated(form: Form) -> FormTerms | None:
-    given: dict[str, torch.Tensor] = form.example()  # type: ignore[attr-defined]
-    gm = with_shapes(fx.symbolic_trace(form.statement), list(given.values()))  # type: ignore[attr-defined]
-    parameters = {argument for argument, value in given.items() if isinstance(value, torch.nn.Parameter)}
+    example: dict[str, torch.Tensor] = form.example()  # type: ignore[attr-defined]
+    gm = with_shapes(fx.symbolic_trace(form.statement), list(example.values()))  # type: ignore[attr-defined]
+    parameters = {argument for argument, value in example.items() if isinstance(value, torch.nn.Parameter)}
     lift = Lifter(gm.graph, is_parameter=lambda node: node.target in parameters).run()
     (result,) = next(node for node in gm.graph.nodes if node.op == "output").all_input_nodes
     notation = Notation(lift, (result,))

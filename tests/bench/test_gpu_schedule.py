@@ -61,7 +61,7 @@ class Heard:
     def started(self, member: Member) -> None:
         self.all.append(("started", member.key))
 
-    def told(self, member: Member, what: Any) -> None:
+    def reported(self, member: Member, what: Any) -> None:
         self.all.append((what, member.key))
 
     def ended(self, member: Member, result: dict[str, Any]) -> None:
@@ -182,7 +182,7 @@ def test_an_interrupted_run_ends_its_processes() -> None:
             super().end()
 
     class Interrupting(Heard):
-        def told(self, member: Member, what: Any) -> None:
+        def reported(self, member: Member, what: Any) -> None:
             raise KeyboardInterrupt
 
     listener = Interrupting()

@@ -31,8 +31,8 @@ def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
     report(turn(DEVICE))
     report(turn(ALONE))
     if request["ceilings"]:
-        found = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
-        report({"ceilings": {key: list(value) for key, value in found.items()}})
+        ceilings = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
+        report({"ceilings": {key: list(value) for key, value in ceilings.items()}})
     for index, item in request["items"]:
         left = request["deadline"] - time.time()
         if item["seconds"] > left:
@@ -40,11 +40,11 @@ def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
             report({"item": index, "left_out": why})
             continue
         report({"begun": index})
-        own = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
+        selected = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
         try:
             if item["name"] in request["peers"]:  # one that cannot be used costs its own items
                 use_peer(item["name"], Path(request["peers"][item["name"]]))
-            task = task_of({**request, **own}, clock)
+            task = task_of({**request, **selected}, clock)
             torch.manual_seed(0)
             figures = MEASURES[item["suite"]](task)
         except Exception as error:

@@ -136,14 +136,14 @@ class _Run:
         if self.out is not None:
             self.results.write(self.out)
 
-    def _request(self, **own: Any) -> dict[str, Any]:
+    def _request(self, **specific: Any) -> dict[str, Any]:
         base = {
             "dtype": "bfloat16", "device": self.settings.device, "seconds": self.settings.seconds,
             "threads": 1 if self.settings.quick else 0,  # several tiny jobs at once are quickest with one each
             "mode": "default", "codegen": "inductor", "compose": "auto", "scope": "model", "checkpointing": False,
             "micro_batches": 1, "autocast": False,
         }  # fmt: skip
-        return {**base, **own}
+        return {**base, **specific}
 
     def _member(self, key: Any, job: Any, request: dict[str, Any], needed: bool = False, fresh: bool = False) -> Member:
         """``fresh``: in a process that has imported nothing."""
@@ -225,7 +225,7 @@ class _Run:
             self.rows[member.key][0].left_out = ""
             self.rows[member.key][0].error = "it did not end"  # what a run that is killed leaves
 
-    def told(self, member: Member, what: Any) -> None:
+    def reported(self, member: Member, what: Any) -> None:
         if "ceilings" in what:
             for name, (unit, samples) in what["ceilings"].items():
                 self.results.ceilings[name] = Metric(unit, [samples])
@@ -352,10 +352,10 @@ def tuned_table(results: Results) -> str:
     """The fastest launch configurations that the part tune found on a CUDA device, as a table to paste into
     :mod:`dorafx.ops.triton.configs`; empty if it has not run there to the end of what is in use."""
     device = torch.device(results.settings["device"])
-    found = [row for row in results.rows if row.suite == "tune" and row.name == "fastest"]
-    if device.type != "cuda" or not found or not all(row.metrics for row in found):
+    fastest = [row for row in results.rows if row.suite == "tune" and row.name == "fastest"]
+    if device.type != "cuda" or not fastest or not all(row.metrics for row in fastest):
         return ""
-    chosen = {row.case: row.parameters["configuration"] for row in found}
+    chosen = {row.case: row.parameters["configuration"] for row in fastest}
     key = gpu(device).architecture
     rows = []
     for index, config in enumerate(table_of(key)):

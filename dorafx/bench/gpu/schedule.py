@@ -82,7 +82,7 @@ class Listener(Protocol):
 
     def started(self, member: Member) -> None: ...
 
-    def told(self, member: Member, what: Any) -> None:
+    def reported(self, member: Member, what: Any) -> None:
         """What a job reports that is no turn."""
 
     def ended(self, member: Member, result: dict[str, Any]) -> None: ...
@@ -96,12 +96,12 @@ class Listener(Protocol):
 class _Running:
     member: Member
     process: JobProcess
-    asked: str = ""
+    waits_for: str = ""
     holds: list[str] = field(default_factory=list)
 
     @property
     def compiled(self) -> bool:
-        return ALONE in (self.asked, *self.holds)
+        return ALONE in (self.waits_for, *self.holds)
 
 
 @dataclass
@@ -178,15 +178,15 @@ def _give_turns(current: list[_Running]) -> None:
     if any(ALONE in r.holds for r in current):
         return  # it is being timed
     for running in current:
-        if running.asked == DEVICE:
+        if running.waits_for == DEVICE:
             _give(running)
-    if all(r.asked == ALONE for r in current):
+    if all(r.waits_for == ALONE for r in current):
         _give(current[0])
 
 
 def _give(running: _Running) -> None:
-    running.holds.append(running.asked)
-    running.asked = ""
+    running.holds.append(running.waits_for)
+    running.waits_for = ""
     running.process.give_turn()
 
 
@@ -203,9 +203,9 @@ def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listene
         else:
             if "result" not in message:
                 if is_turn(message["progress"]):
-                    one.asked = message["progress"]["turn"]
+                    one.waits_for = message["progress"]["turn"]
                 else:
-                    listener.told(one.member, message["progress"])
+                    listener.reported(one.member, message["progress"])
                 continue
             listener.ended(one.member, message["result"])
         of.remove(one)

@@ -56,9 +56,9 @@ def trials(table: Sequence[RowNormConfig], sides: Sequence[int], gpu: Gpu | None
             continue
         rank = row.max_rank or _RANK_OF_ANY
         problems = tuple(astuple(Problem(side, side, rank, row.factor_bytes)) for side in sides)
-        found = [(b,) for b in _BLOCKS] if gpu is None else [astuple(c) for c in candidates(row, gpu)]
-        present = found[0] if gpu is None else astuple(row)
-        columns.append([Trial(index, c, problems) for c in (present, *(c for c in found if c != present))])
+        configurations = [(b,) for b in _BLOCKS] if gpu is None else [astuple(c) for c in candidates(row, gpu)]
+        present = configurations[0] if gpu is None else astuple(row)
+        columns.append([Trial(index, c, problems) for c in (present, *(c for c in configurations if c != present))])
     longest = max(map(len, columns), default=0)
     return [column[place] for place in range(longest) for column in columns if place < len(column)]
 

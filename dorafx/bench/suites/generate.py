@@ -48,10 +48,10 @@ def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> lis
         "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True,
         "disable_compile": True, "cache_implementation": kind,
     }  # fmt: skip
-    found: list[float] = []
+    intervals: list[float] = []
     for warming in (True, False):
         start = time.perf_counter()
-        while not found or time.perf_counter() - start < task.clock.seconds:
+        while not intervals or time.perf_counter() - start < task.clock.seconds:
             times = _Times(task)
             model.generate(
                 input_ids=ids,
@@ -61,5 +61,5 @@ def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> lis
             )
             if warming:
                 break
-            found += [after - before for before, after in zip(times.at[_WARM_UP:], times.at[_WARM_UP + 1 :])]
-    return found
+            intervals += [after - before for before, after in zip(times.at[_WARM_UP:], times.at[_WARM_UP + 1 :])]
+    return intervals

@@ -46,10 +46,10 @@ def measure(task: Task) -> Figures:
 
     for _ in range(2):  # compile, and let the optimizer make its state
         step()
-    own = [*module.parameters(), *module.buffers()]
-    saved = saved_bytes(forward, own)
+    module_tensors = [*module.parameters(), *module.buffers()]
+    saved = saved_bytes(forward, module_tensors)
     temporaries = allocations(step, task.clock.device).peak
-    peak = peak_bytes(step, task.clock.device, lambda: [*own, *standing()], temporaries)
+    peak = peak_bytes(step, task.clock.device, lambda: [*module_tensors, *standing()], temporaries)
     return {
         "saved": ("B", [float(saved)]),
         "temporaries": ("B", [float(temporaries)]),

@@ -116,8 +116,8 @@ def regime(task: Task) -> Figures:
     figures = time_steps(task, steps)
     model.train()
     training.optimizer.zero_grad()
-    own = [*model.parameters(), *model.buffers()]
-    highest = peak_bytes(training, task.clock.device, lambda: [*own, *training.state()])
+    module_tensors = [*model.parameters(), *model.buffers()]
+    highest = peak_bytes(training, task.clock.device, lambda: [*module_tensors, *training.state()])
     peak: Figures = {"peak": ("B", [float(highest)])}
     task.done(peak)
     return {**figures, **peak}
