@@ -1,7 +1,7 @@
 """The public functions: optimize, restore, explain, verify, rewrite, invalidate.
 
-The backend is imported by the functions that need it: its import puts the polyfills in place, and ``import dorafx`` alone
-must change nothing about how anything else is compiled.
+The backend is imported inside the functions that need it: its import installs the polyfills, and ``import dorafx`` alone
+must not change how anything else is compiled.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _ATTRIBUTE = "_dorafx_restore"
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
-    """What :func:`restore` puts back. A copy of a model (``deepcopy``, ``pickle``) has no compiled calls, so there is
-    nothing to put back in it either, and a plain list is loaded where dorafx is not installed."""
+    """What :func:`restore` puts back. Copied and pickled as an empty plain list: a copy of a model has no compiled calls to undo, and a
+    pickle must load where dorafx is not installed."""
 
     def __reduce__(self) -> Any:
         return list, ()
@@ -357,7 +357,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     except Exception as error:
         log_failure(error, Options(), rewrite_log())
     else:
-        # Only now: a failure on the way may not leave a claim of rewrites behind.
+        # Only now: if something failed, the log must not claim rewrites.
         rewrite_log().extend(log.records, log.drawings, log.seconds)
     left = own_operators(result.graph_module if exported else result) if portable else []
     if left:
@@ -367,7 +367,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
 
 
 def _parameters_of(program: torch.export.ExportedProgram) -> Callable[[fx.Node], bool]:
-    """Tells which inputs of an exported graph are parameters, buffers or constants: the signature knows, the nodes do not."""
+    """A predicate: whether an input of an exported graph is a parameter, buffer or constant, which only the signature shows."""
     signature = program.graph_signature
     names = {
         *signature.inputs_to_parameters,

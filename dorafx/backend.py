@@ -1,4 +1,4 @@
-"""Dynamo's door: what ``torch.compile(backend="dorafx")`` calls. The only module whose import changes something in the process."""
+"""The Dynamo backend: what ``torch.compile(backend="dorafx")`` calls. The only module whose import has side effects."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _ZERO3 = Reason(
     kind=ReasonKind.ZERO3,
 )
 
-# Polyfills must be in place before Dynamo traces, and torch.compile looks the backend up before it traces: the import of
-# this module (by the entry point) is the only moment that comes early enough.
+# Polyfills must be installed before Dynamo traces. torch.compile imports this module (by the entry point) when it looks the
+# backend up, which is before tracing; no later moment is early enough.
 capture.install()
 
 
@@ -91,7 +91,7 @@ def dorafx(
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:
-    """Show what became of a graph to those who watch: ``TORCH_LOGS="+dorafx"``, and tlparse by way of ``TORCH_TRACE``."""
+    """Show the graph before and after to ``TORCH_LOGS="+dorafx"`` and, by way of ``TORCH_TRACE``, to tlparse."""
     if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
         _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
         _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))

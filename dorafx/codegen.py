@@ -52,8 +52,8 @@ def compile_graph(
     if runs_as_it_stands(gm, name):
         return gm.forward
     if name == "eager":
-        # Run as it stands, a checkpointed body would draw another dropout mask when it is computed again: Dynamo leaves
-        # it to AOTAutograd to make both draw the same.
+        # Run without compilation, a checkpointed body would draw another dropout mask when it is recomputed: that both draw
+        # the same one is AOTAutograd's task.
         name = "aot_eager"
     if name == "inductor":
         compiled: Callable[..., Any] = compile_with_inductor(gm, example_inputs, mode, inductor_options, DECOMPOSITIONS)
@@ -63,7 +63,7 @@ def compile_graph(
 
 
 def runs_as_it_stands(gm: fx.GraphModule, name: str) -> bool:
-    """Whether a codegen of this name compiles nothing: the graph's own operators are called one by one."""
+    """Whether a codegen of this name compiles nothing, and the graph's operators are called one by one."""
     return name == "eager" and not _has_bodies(gm)
 
 

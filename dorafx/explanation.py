@@ -1,4 +1,4 @@
-"""What :func:`dorafx.explain` finds."""
+"""The result of :func:`dorafx.explain`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write D
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Where Dynamo could not go on, and why.
+    """A place where Dynamo broke the graph, and why.
 
     Attributes:
-        reason: what it met.
-        explanation: the same at more length, in Dynamo's words.
+        reason: Dynamo's headline.
+        explanation: Dynamo's longer explanation.
         hints: what Dynamo proposes.
         source: ``file:line`` of the innermost frame outside of torch.
         function: the function there.
@@ -71,17 +71,17 @@ def _graph_break(reason: str, stack: list[Any]) -> GraphBreak:
     # Dynamo's text: a headline, "  Explanation: …", "  Hint: …", then notes for its developers.
     for_users = reason.split("*** While handling", 1)[0]
     headline = next((line.strip() for line in for_users.splitlines() if line.strip()), "unknown")
-    explained = re.search(r"^\s*Explanation: (.+)$", for_users, re.MULTILINE)
+    explanation = re.search(r"^\s*Explanation: (.+)$", for_users, re.MULTILINE)
     hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", for_users, re.MULTILINE)]
     outside = [frame for frame in stack if not frame.filename.startswith(_TORCH)]
-    at = outside[-1] if outside else None
+    innermost = outside[-1] if outside else None
     return GraphBreak(
         headline,
-        explained[1].strip() if explained else "",
+        explanation[1].strip() if explanation else "",
         tuple(hint for hint in hints if not hint.startswith(_NO_HINTS)),
-        f"{at.filename}:{at.lineno}" if at else "",
-        at.name if at else "",
-        (at.line or "").strip() if at else "",
+        f"{innermost.filename}:{innermost.lineno}" if innermost else "",
+        innermost.name if innermost else "",
+        (innermost.line or "").strip() if innermost else "",
         tuple(f"{frame.filename}:{frame.lineno}" for frame in outside[:-1]),
     )
 
@@ -168,7 +168,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _shown(terms: Iterable[SiteTerms]) -> Group:
-    """Terms for a terminal: repeated layers folded, and of a near miss what was found above the form that it comes closest to."""
+    """Terms for a terminal: repeated layers folded; a near miss is shown above the form that it is closest to."""
     folds: dict[tuple[object, ...], set[str]] = {}
     firsts: dict[tuple[object, ...], SiteTerms] = {}
     for t in terms:
@@ -182,13 +182,13 @@ def _shown(terms: Iterable[SiteTerms]) -> Group:
         text.append(f"{printable(str(key[0]) or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
         text.append(f"  {printable(t.reason or t.pattern)}")
         form = t.closest
-        for letter, actual, stated in (
+        for letter, actual, expected in (
             ("y", t.output, form.output if form else ""),
             ("n", t.norm, form.norm if form else ""),
         ):
             lines = [("found" if form else "", actual)] if actual else []
             if form is not None and lines:
-                lines.append((form.name, stated))
+                lines.append((form.name, expected))
             width = max((len(head) for head, _ in lines), default=0)
             for head, line in lines:
                 equation = line if line.startswith("n₁ = ") else f"{letter} = {line}"

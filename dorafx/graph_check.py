@@ -1,10 +1,10 @@
-"""Translation validation of whole graphs: run the original, as it was captured, and its replacement, and compare all that they show.
+"""Translation validation of whole graphs: run the captured original and its replacement, and compare everything observable.
 
-A region shows which rewrite is wrong; only the whole graph shows what became of writes, aliases, layouts, random numbers and
-dead terms. Both sides run on several draws of the inputs, in three readings of their dtypes:
+A region shows which rewrite is wrong; only the whole graph shows effects on writes, aliases, layouts, random numbers and dead
+terms. Both sides run on several draws of the inputs, with three readings of their dtypes:
 
-- *exact*: every floating tensor, and every cast, is fp64, so that what remains of a difference is one of the programs;
-- *rounded*: fp64, but casts round as they say, so that one that was left out shows;
+- *exact*: every floating tensor and every cast is fp64, so that any difference is one of the programs, not of rounding;
+- *rounded*: fp64, but casts round to their dtype, so that a missing cast shows;
 - *native*: in the program's own dtypes, so that arithmetic in too low a precision shows.
 """
 
@@ -43,7 +43,7 @@ TOLERANCE = 1e-9
 order of summation stays below 1e-12."""
 
 _LOW_TOLERANCE = 1e-2
-"""The same for a program that runs in its own dtypes only, of which nobody knows how well."""
+"""The same for a program that runs in its own dtypes only, whose rounding errors are unknown."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Run:
 
 
 class GraphCheck:
-    """Compares replacements of one graph with it. Nothing of the graph is changed; what the original shows is found once.
+    """Compares a graph with replacements of it. The graph is not changed, and is observed once for each run.
 
     Args:
-        gm: the original, from before anything was done to it. It is run in the grad mode that is active now, in which a
-            Dynamo graph begins, and without gradients too.
+        gm: the captured original. It is run in the grad mode that is active now, in which a Dynamo graph begins, and without
+            gradients too.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
@@ -81,7 +81,7 @@ class GraphCheck:
         self.runs = [Run(draw, "exact", current) for draw in range(len(_DRAWS))]
         self.runs += [Run(0, "exact", mode) for mode in modes[1:]]
         self.runs.append(Run(0, "native", current))
-        # Where values are in low precision by themselves, that a cast was left out cannot be told from another rounding.
+        # With inputs in low precision, a missing cast cannot be distinguished from other rounding.
         if not _low_precision(gm):
             self.runs.append(Run(0, "rounded", current))
         self._originals: dict[Run, Observation] = {}
@@ -110,10 +110,10 @@ class GraphCheck:
         failure = ""
         for run in self.runs if runs is None else runs:
             if dense and (run.mode != self.runs[0].mode or run.reading == "native"):
-                continue  # a library may multiply by the codes there, which are not those of the random weight
+                continue  # a library may multiply by the codes, which do not belong to the random weight
             expected = self._original(run)
             if expected.raised:
-                # The values of a draw may be none that the program accepts, or an operator none that computes in fp64.
+                # The program may reject the values of this draw, or an operator may not support fp64.
                 failure = f"{expected.raised}: {expected.message}"
                 continue
             actual = self._observe(new, run)
@@ -123,8 +123,9 @@ class GraphCheck:
             finite = run.draw < _FINITE_DRAWS
             comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite)
             if comparison.differences:
-                moved = self._observe(self.gm, run if exact is None else Run(run.draw, "exact", run.mode), moved=True)
-                comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite, _whole(moved))
+                wide = run if exact is None else Run(run.draw, "exact", run.mode)
+                noise = _whole(self._observe(self.gm, wide, perturbed=True))
+                comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite, noise)
             done.append(run)
             if comparison.differences:
                 return comparison, run
@@ -141,13 +142,13 @@ class GraphCheck:
             self._originals[run] = self._observe(self.gm, run)
         return self._originals[run]
 
-    def _observe(self, gm: fx.GraphModule, run: Run, moved: bool = False) -> Observation:
+    def _observe(self, gm: fx.GraphModule, run: Run, perturbed: bool = False) -> Observation:
         with torch.inference_mode(False), torch.no_grad():
             values = self._values(run)
-            if moved:
+            if perturbed:
                 generator = torch.Generator().manual_seed(-1)
                 for value in (value for _, value in values if _is_floating(value)):
-                    _move(value, generator, _bounds(self.gm))
+                    _perturb(value, generator, _bounds(self.gm))
         program = _Runner(gm, run.reading, [name for name, _ in values], self._dense)
         names = [name for name, _ in values]
         with default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
@@ -174,7 +175,7 @@ class GraphCheck:
             if not isinstance(traced, torch.Tensor):
                 values[name] = size_hint(traced)
                 continue
-            # A write made it the result of one: before it, it recorded none.
+            # If it requires grad only as the result of an in-place write, it did not before that write.
             recorded = traced.requires_grad and (traced.is_leaf or node not in written)
             values[name] = _placed(draw(traced), traced, run.reading, storages, recorded)
         return list(values.items())
@@ -196,8 +197,8 @@ def _attribute(gm: torch.nn.Module, target: str) -> Any:
 
 
 def crosses_dtensors(gm: fx.GraphModule) -> bool:
-    """Whether a graph, or a body in it, makes DTensors of plain tensors, the reverse, or others of DTensors: for these operators a
-    plain random tensor cannot stand for a DTensor."""
+    """Whether a graph or one of its bodies converts between plain tensors and DTensors, or calls a method that only DTensors have:
+    there a plain random tensor cannot stand for a DTensor."""
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -214,16 +215,16 @@ def crosses_dtensors(gm: fx.GraphModule) -> bool:
 
 
 def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, float]:
-    """Call a rewritten program again and again, as a training or decoding loop does, and compare every call with the original: with
-    the outputs written between the calls, with parameters written in the ways that a version counter sees and does
-    not, and with square parameters transposed in place.
+    """Call a rewritten program repeatedly, as a training or decoding loop does, and compare every call with the original. Between the
+    calls the outputs are overwritten, parameters are written with and without a change of their version counters, and square
+    parameters are transposed in place.
 
     Args:
         gm: the original graph, whose inputs ``call`` takes.
         call: the program with its norm prologue, over a store of norms of its own.
 
     Returns:
-        What differs first, and the largest difference of the program's own dtypes; an empty text where nothing does.
+        The first difference (empty if there is none), and the largest error in the program's own dtypes.
 
     Raises:
         RuntimeError: the original cannot be run on random values; the message says why.
@@ -234,6 +235,11 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
     with torch.inference_mode(False), torch.no_grad():
         values = [value for name, value in check._values(Run(0, "native", mode)) if name in placeholders]
     tensors = {name: value for name, value in zip(placeholders, values) if isinstance(value, torch.Tensor)}
+
+    def original(reading: str, inputs: list[Any]) -> Observation:
+        with default_dtype(torch.get_default_dtype() if reading == "native" else torch.float64):
+            return observe(_Runner(gm, reading, placeholders, ()), inputs, grad_mode=mode, seed=1, names=placeholders)
+
     worst = 0.0
     for how, write in _BETWEEN_CALLS.items():
         with torch.no_grad():
@@ -246,26 +252,20 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
             results.append(call(*values))
             return results[-1]
 
-        original = _Runner(gm, "native", placeholders, ())
-        expected = observe(original, values, grad_mode=mode, seed=1, names=placeholders)
+        expected = original("native", values)
         if expected.raised:
             raise RuntimeError(f"{expected.raised}: {expected.message}")
         with default_dtype(torch.float64), torch.no_grad():
             wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
-        with default_dtype(torch.float64):
-            exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=mode, seed=1, names=placeholders)
+        exact = original("exact", wide)
         actual = observe(once, (), tensors, grad_mode=mode, seed=1)
         tolerance = TOLERANCE if not exact.raised else _LOW_TOLERANCE
         comparison = compare(expected, actual, tolerance, _whole(exact))
         if comparison.differences:
             with torch.no_grad():
                 for value in filter(_is_floating, wide):
-                    _move(value, torch.Generator().manual_seed(2), _bounds(gm))
-            with default_dtype(torch.float64):
-                noise = observe(
-                    _Runner(gm, "exact", placeholders, ()), wide, grad_mode=mode, seed=1, names=placeholders
-                )
-            comparison = compare(expected, actual, tolerance, _whole(exact), noise=_whole(noise))
+                    _perturb(value, torch.Generator().manual_seed(2), _bounds(gm))
+            comparison = compare(expected, actual, tolerance, _whole(exact), noise=_whole(original("exact", wide)))
         worst = max(worst, comparison.error)
         if comparison.differences:
             return f"{how}: {comparison.differences[0]}", comparison.error
@@ -299,7 +299,7 @@ _BETWEEN_CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def _bounds(gm: fx.GraphModule) -> list[float]:
-    """Numbers that a norm may tie with: bounds of clamps, and one."""
+    """Numbers that a norm may be equal to: bounds of clamps, and one."""
     bounds = {1.0}
     for node in gm.graph.nodes:
         if canonical_name(node) in ("clamp", "clamp_min", "maximum"):
@@ -316,7 +316,7 @@ def _low_precision(gm: fx.GraphModule) -> bool:
 
 
 def _factor_width(gm: fx.GraphModule) -> float:
-    """Matrices whose shorter side is below it are taken for the factors of a delta, whose rank is small."""
+    """The bound on the shorter side of matrices that count as the factors of a low-rank delta."""
     sides = [
         min(int(size_hint(size)) for size in tensor.shape)
         for node in gm.graph.nodes
@@ -339,14 +339,14 @@ class _Draw:
         if traced.dtype not in FLOAT_DTYPES:
             value = torch.ones(shape, dtype=traced.dtype)
             if value.dim() >= 2 and traced.dtype in (torch.int32, torch.int64):
-                value[..., 1::2] = 0  # of tokens that are all alike an attention has no gradients
+                value[..., 1::2] = 0  # with equal tokens, attention has no gradients
             return value
-        # Away from zero: a magnitude or a scaling near it would hide what it multiplies.
+        # Away from zero: a magnitude or scaling near zero would hide errors in what it multiplies.
         value = torch.randn(shape, dtype=torch.float64, generator=self.generator)
         value = value + 0.5 * value.sign()
         if not value.numel():
             return value
-        # As models begin: values of a size that no depth of layers blows up, and no softmax is saturated by.
+        # Scaled as at initialisation: values neither grow with depth nor saturate a softmax.
         value = value / math.sqrt(math.prod(shape[1:]))
         if self.kind == "zeros":
             if value.dim() < 2:
@@ -371,7 +371,7 @@ class _Draw:
         return value
 
     def _left_factor(self, shape: list[int]) -> bool:
-        """Whether it may be the factor that begins as zeros."""
+        """Whether a matrix of this shape may be the factor that is initialised to zeros."""
         return min(shape) < self.width and shape[0] >= shape[-1]
 
     def _heads(self) -> bool:
@@ -381,10 +381,10 @@ class _Draw:
         return int(torch.randint(size, (), generator=self.generator))
 
 
-def _move(value: torch.Tensor, generator: torch.Generator, bounds: list[float]) -> None:
-    """Move a tensor's elements by about a rounding each, but for those that something may tie with."""
+def _perturb(value: torch.Tensor, generator: torch.Generator, bounds: list[float]) -> None:
+    """Change a tensor's elements by about one rounding error each, except those that are zero or equal to a bound."""
     if any(not stride for size, stride in zip(value.shape, value.stride()) if size > 1):
-        return  # expanded: what lies below it would be moved as often as it is read
+        return  # expanded: each element of its memory would be changed several times
     noise = torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value.device, value.dtype)
     fixed = value.detach() == 0
     for bound in bounds:
@@ -451,7 +451,7 @@ class _Runner:
     def _run(self, gm: fx.GraphModule, inputs: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
         """Args:
         inputs: values by name.
-        operands: those of a body's inputs, in their order; None where the graph is the whole.
+        operands: the inputs of a body, in their order; None for the whole graph.
         """
         values: dict[fx.Node, Any] = {}
         unneeded = _unneeded(gm.graph, self.dense)
@@ -493,7 +493,7 @@ class _Runner:
         rounds = None
         if self.reading != "native":
             rounds = _cast_to(node, args, kwargs) if self.reading == "rounded" else None
-            args, kwargs = _in_double(args), _in_double(kwargs)
+            args, kwargs = in_double(args), in_double(kwargs)
         if node.op == "call_method":
             name = str(node.target)
             if self.reading != "native" and name in (*_CASTS, "dequantize"):
@@ -514,7 +514,7 @@ class _Runner:
 
 
 def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
-    """Nodes that only what is not run reads: the parts of a quantised weight, whose norm and value stand in for them."""
+    """Nodes that are read only by nodes that are not run: the parts of a quantised weight, which random dense values replace."""
     unneeded: set[fx.Node] = set()
     if not dense:
         return unneeded
@@ -536,7 +536,7 @@ def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
 
 
 def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:
-    """The dtype that a cast rounds to; None where a node is no cast, or one that widens."""
+    """The dtype that a cast rounds to; None for a node that is no cast, or a widening one."""
     if canonical_name(node) != "cast":
         return None
     dtype = _CASTS.get(str(node.target)) if node.op == "call_method" else None
@@ -549,11 +549,12 @@ def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:
     return dtype if torch.finfo(dtype).eps > torch.finfo(source.dtype).eps else None
 
 
-def _in_double(argument: Any) -> Any:
+def in_double(argument: Any) -> Any:
+    """An operator's argument with fp64 in place of every floating dtype in it."""
     if isinstance(argument, torch.dtype) and argument in FLOAT_DTYPES:
         return torch.float64
     if type(argument) in (list, tuple):
-        return type(argument)(_in_double(a) for a in argument)
+        return type(argument)(in_double(a) for a in argument)
     if isinstance(argument, dict):
-        return {k: _in_double(v) for k, v in argument.items()}
+        return {k: in_double(v) for k, v in argument.items()}
     return argument

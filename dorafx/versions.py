@@ -1,5 +1,5 @@
-"""Which versions dorafx needs, and which it was tested with: the one place that ``pyproject.toml``, the README, ``dorafx doctor`` and
-the tests agree with."""
+"""The versions that dorafx needs and those it was tested with: the single source for ``pyproject.toml``, the README, ``dorafx doctor``
+and the tests."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Versions:
-    """What is said of a package's versions.
+    """The supported versions of a package.
 
     Attributes:
-        minimum: the oldest that dorafx can work with.
+        minimum: the oldest that dorafx works with.
         tested: those that the tests were run with, oldest first.
     """
 
@@ -31,7 +31,7 @@ class Versions:
         return minor(version) < minor(self.minimum)
 
     def is_untested(self, version: str) -> bool:
-        """Whether a version is newer than all that were tested; its patch releases are not."""
+        """Whether a version is newer than all that were tested; patch releases of these are not."""
         return minor(version) > minor(self.tested[-1])
 
 
@@ -43,7 +43,7 @@ VERSIONS = {
     "triton": Versions("3.6", ("3.6.0", "3.8.0", "3.9.0")),
 }
 OPTIONAL = frozenset({"peft", "transformers", "triton"})
-"""What dorafx works without."""
+"""Packages that dorafx works without."""
 
 
 def minor(version: str) -> tuple[int, int]:
@@ -60,7 +60,7 @@ def untested() -> dict[str, str]:
             continue
         try:
             version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a copy on the path: what it says of itself
+        except importlib.metadata.PackageNotFoundError:  # a copy on the path, without metadata
             version = str(getattr(sys.modules[name], "__version__", ""))
         if versions.is_untested(version):
             newer[name] = version

@@ -122,12 +122,12 @@ def _on(device: torch.device, gm: fx.GraphModule) -> fx.GraphModule:
     output = moved.graph.graph_copy(gm.graph, {})
     moved.graph.output(output)
 
-    def there(argument: Any) -> Any:
+    def on_device(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) else argument
 
     for node in moved.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, there)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, there)
+        node.args = fx.node.map_aggregate(node.args, on_device)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, on_device)
     moved.recompile()
     return moved
 

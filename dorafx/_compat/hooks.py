@@ -141,11 +141,11 @@ def _hook_check(name: str, tree: Tree) -> Callable[[Mapping[str, Any]], bool]:
     everywhere = [getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS if not getattr(nn_module, hooks)]
 
     def forget(key: int) -> Callable[[Any], None]:
-        def gone(_: Any) -> None:
+        def remove(_: Any) -> None:
             seen.pop(key, None)
             alive.pop(key, None)
 
-        return gone
+        return remove
 
     def look_through(module: Any) -> bool:
         count = RemovableHandle.next_id  # before looking: another thread may register a hook meanwhile

@@ -160,14 +160,14 @@ def main() -> None:
     table = Table(
         "", "forward", "backward", title=f"launches of a decoder layer of {options.shape}, rank {options.rank}"
     )
-    for name, of in counted.items():
-        table.add_row(name, *map(str, of.counts))
+    for name, launched in counted.items():
+        table.add_row(name, *map(str, launched.counts))
     console = Console()
     console.print(table)
     if options.names:
-        for name, of in counted.items():
+        for name, launched in counted.items():
             for part in ("forward", "backward"):
-                console.print(f"{name}, {part}: {', '.join(getattr(of, part))}", highlight=False, soft_wrap=True)
+                console.print(f"{name}, {part}: {', '.join(getattr(launched, part))}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

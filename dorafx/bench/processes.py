@@ -69,14 +69,14 @@ class JobProcess:
         if start_method == "forkserver":
             context.set_forkserver_preload(["dorafx.bench.worker", *preload])
         self.connection: Connection
-        self.connection, theirs = context.Pipe()
+        self.connection, child_connection = context.Pipe()
         self._finished = False
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name) / "output.txt"
-        self._process: Any = context.Process(target=_run, args=(job, request, theirs, str(self._output)))
+        self._process: Any = context.Process(target=_run, args=(job, request, child_connection, str(self._output)))
         try:
             self._process.start()
-            theirs.close()
+            child_connection.close()
         except BaseException:
             self.end()
             raise

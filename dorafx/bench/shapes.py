@@ -45,7 +45,7 @@ class Preset:
         names: dict[tuple[int, int], list[str]] = {}
         for name, shape in self.linears().items():
             names.setdefault(shape, []).append(name.removesuffix("_proj"))
-        return [Shape(*shape, label="/".join(of)) for shape, of in names.items()]
+        return [Shape(*shape, label="/".join(layers)) for shape, layers in names.items()]
 
 
 PRESETS = {

@@ -90,8 +90,8 @@ def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
 
 def served(config: RowNormConfig) -> str:
     """What a row of a table serves, in words."""
-    upto = "any rank" if config.max_rank is None else f"rank to {config.max_rank}"
-    return f"{8 * config.factor_bytes}-bit factors, {upto}"
+    ranks = "any rank" if config.max_rank is None else f"rank to {config.max_rank}"
+    return f"{8 * config.factor_bytes}-bit factors, {ranks}"
 
 
 def fits(config: RowNormConfig, gpu: Gpu) -> bool:
@@ -100,7 +100,9 @@ def fits(config: RowNormConfig, gpu: Gpu) -> bool:
     return config.shared_bytes(problem, gpu.architecture) <= gpu.block_bytes
 
 
-def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer) -> Choice:
+def search(
+    present: RowNormConfig, configurations: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer
+) -> Choice:
     """The configuration with the least geometric mean of times over the problems.
 
     Raises:
@@ -111,7 +113,7 @@ def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Seq
     except Exception as error:
         raise DorafxError(f"--tune: the configuration in use, {present}, failed: {_first_line(error)}") from error
     best, gain, ran, failed = present, 1.0, 1, 0
-    for config in tried:
+    for config in configurations:
         if config == present:
             continue
         try:

@@ -98,7 +98,7 @@ def configuration(request: dict[str, Any], report: Report) -> dict[str, Any]:
     rewrite_log().clear()
     before = graph_statistics()
     figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
-    graphs, breaks = (now - then for now, then in zip(graph_statistics(), before))
+    graphs, breaks = (end - start for end, start in zip(graph_statistics(), before))
     if task.name != "dorafx" and not mended and "dorafx.backend" in sys.modules:
         # Importing the backend makes PEFT's layers traceable as one graph. No anchor may profit from that.
         raise DorafxError(f"bench {request['suite']}: dorafx's polyfills were installed while {task.name} was measured")

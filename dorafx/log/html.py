@@ -100,10 +100,10 @@ class Box:
 _FATES = {"kept": "kept", "removed": "removed", "new": "new", "cause": "the reason is about this node"}
 
 
-def _layer(key: str, drawing: Drawing, of: Fold) -> Layer:
+def _layer(key: str, drawing: Drawing, fold: Fold) -> Layer:
     names = {node.name: i for i, node in enumerate(drawing.before)}
     sides = [("before" if drawing.after else "as it is", drawing.before), ("after", drawing.after)]
-    return Layer(key, of, [(caption, *_boxes(nodes, names)) for caption, nodes in sides if nodes])
+    return Layer(key, fold, [(caption, *_boxes(nodes, names)) for caption, nodes in sides if nodes])
 
 
 def _boxes(nodes: tuple[DrawnNode, ...], names: dict[str, int]) -> tuple[Picture, list[Box]]:

@@ -132,14 +132,14 @@ def _apart(layer: list[_Key], desired: dict[_Key, float]) -> dict[_Key, float]:
 def _path(chain: list[_Key], x: dict[_Key, int], level: dict[int, int]) -> str:
     """From the bottom of the first box, down through the bends, to the top of the last."""
     (first, _), (last, _) = chain[0], chain[-1]
-    at, end = level[first] * _STEP + HEIGHT + _MARGIN, level[last] * _STEP + _MARGIN
-    text = f"M{x[chain[0]]} {at}"
-    here = x[chain[0]]
+    top, end = level[first] * _STEP + HEIGHT + _MARGIN, level[last] * _STEP + _MARGIN
+    text = f"M{x[chain[0]]} {top}"
+    x_now = x[chain[0]]
     for key in chain[1:]:
-        there, stop = x[key], end if key[1] < 0 else key[1] * _STEP + _MARGIN
-        middle = (at + stop) // 2
-        text += f"C{here} {middle} {there} {middle} {there} {stop}"
+        next_x, stop = x[key], end if key[1] < 0 else key[1] * _STEP + _MARGIN
+        middle = (top + stop) // 2
+        text += f"C{x_now} {middle} {next_x} {middle} {next_x} {stop}"
         if key[1] >= 0:
             text += f"V{stop + HEIGHT}"
-        here, at = there, stop + HEIGHT
+        x_now, top = next_x, stop + HEIGHT
     return text

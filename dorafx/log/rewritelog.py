@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 2
 """Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
-{station: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
+{stage: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
 Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
 
 _READABLE = (1, SCHEMA_VERSION)
@@ -44,7 +44,7 @@ class RewriteLog:
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
-        seconds: that the pass spent on all graphs, by station, in the order of the road.
+        seconds: that the pass spent on all graphs, by stage, in the order of the pipeline.
 
     >>> log = dorafx.RewriteLog()
     >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
@@ -75,7 +75,7 @@ class RewriteLog:
         drawings: Mapping[str, Drawing] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """Append records, the drawings that they refer to by key, and the seconds that each station of the pass took."""
+        """Append records, the drawings that they refer to by key, and the seconds that each stage of the pass took."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
@@ -84,8 +84,8 @@ class RewriteLog:
             added = {key: d for key, d in (drawings or {}).items() if key not in self._drawings}
             added = dict(itertools.islice(added.items(), self._max_drawings - len(self._drawings)))
             self._drawings.update(added)
-            for station, spent in (seconds or {}).items():
-                self.seconds[station] = self.seconds.get(station, 0.0) + spent
+            for stage, seconds_spent in (seconds or {}).items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds_spent
         if self is _PROCESS_LOG:
             for record in records:
                 _logger.info("%s", record)
@@ -261,10 +261,10 @@ def drawings_from(values: Any) -> dict[str, Drawing]:
 def _seconds_from(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
         raise ValueError("dorafx log: 'seconds' must be an object")
-    for station, spent in values.items():
-        if type(spent) not in (int, float) or not 0 <= spent < math.inf:
-            raise ValueError(f"dorafx log: the seconds of {station!r:.40} must be a number from 0")
-    return {str(station): float(spent) for station, spent in values.items()}
+    for stage, seconds_spent in values.items():
+        if type(seconds_spent) not in (int, float) or not 0 <= seconds_spent < math.inf:
+            raise ValueError(f"dorafx log: the seconds of {stage!r:.40} must be a number from 0")
+    return {str(stage): float(seconds_spent) for stage, seconds_spent in values.items()}
 
 
 def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing], str]:

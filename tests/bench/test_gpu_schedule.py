@@ -144,7 +144,7 @@ def test_what_is_left_decides_and_reasons_are_told() -> None:
 
 
 def test_a_group_that_is_not_wanted_says_why() -> None:
-    found = heard([group("a", failing="a"), group("b", wants=lambda: "there is no a"), group("c")])
+    found = heard([group("a", failing="a"), group("b", reason_to_skip=lambda: "there is no a"), group("c")])
     assert found.why == {"a": "no such kernel", "b": "there is no a"}
     assert ("ended", "c") in found.all
 

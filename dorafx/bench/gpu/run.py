@@ -185,12 +185,12 @@ class _Run:
             )  # fmt: skip
             members.append(self._member(key, configuration, request, entry.needed, fresh=entry.name == "paper"))
 
-        def wants() -> str:
-            ours = self.rows.get((batch.suite, batch.case, "dorafx"))
-            beside = ours is not None and bool(ours[0].metrics)
+        def reason_to_skip() -> str:
+            reference = self.rows.get((batch.suite, batch.case, "dorafx"))
+            beside = reference is not None and bool(reference[0].metrics)
             return "" if beside or not batch.beside else "there is nothing of dorafx beside which it would stand"
 
-        self.groups.append(Group(members, batch.together, batch.each, wants))
+        self.groups.append(Group(members, batch.together, batch.each, reason_to_skip))
 
     def _logits(self, key: tuple[str, str, str]) -> Path:
         return self.folder / f"{len(self.rows)}-{key[2]}.pt"
@@ -205,9 +205,9 @@ class _Run:
         for index in dict.fromkeys(trial.row for trial in self.trials):
             case = label_of(index, table[index])
             note = "" if cuda else "on a CPU sizes of the tiled norm's blocks in the place of launch configurations"
-            ours, other = (Row("tune", case, name, left_out=UNREACHED, note=note) for name in ("dorafx", "fastest"))
-            self.tuned[index] = ours, other
-            self.results.rows += [ours, other]
+            in_use, fastest = (Row("tune", case, name, left_out=UNREACHED, note=note) for name in ("dorafx", "fastest"))
+            self.tuned[index] = in_use, fastest
+            self.results.rows += [in_use, fastest]
         processes = max(1, min(_TUNING_PROCESSES, self.cores - 1))
         members = []
         for number in range(processes):
@@ -288,22 +288,23 @@ class _Run:
             self.groups.appendleft(self._micro(rest, deadline, ceilings=not self.results.ceilings))
 
     def _tried(self, trial: Trial, what: dict[str, Any]) -> None:
-        ours, other = self.tuned[trial.row]
+        in_use, fastest = self.tuned[trial.row]
         present = self.trials.index(next(t for t in self.trials if t.row == trial.row)) == what["trial"]
         ending = "failed" if "error" in what else "tried"
-        other.facts[ending] = 1 + other.facts.get(ending, 0)
+        fastest.facts[ending] = 1 + fastest.facts.get(ending, 0)
         if "error" in what:
             if present:
-                ours.left_out, ours.error = "", what["error"]
+                in_use.left_out, in_use.error = "", what["error"]
             return
         figures = {
             f"{p[0]}x{p[1]} r{p[2]}": Metric("s", [[seconds]]) for p, seconds in zip(trial.problems, what["seconds"])
         }
         if present:
-            ours.left_out, ours.metrics, ours.parameters = "", figures, {"configuration": list(trial.configuration)}
-        if not other.metrics or _product(figures) < _product(other.metrics):
-            other.left_out, other.metrics = "", figures
-            other.parameters = {"configuration": list(trial.configuration)}
+            in_use.left_out, in_use.metrics = "", figures
+            in_use.parameters = {"configuration": list(trial.configuration)}
+        if not fastest.metrics or _product(figures) < _product(fastest.metrics):
+            fastest.left_out, fastest.metrics = "", figures
+            fastest.parameters = {"configuration": list(trial.configuration)}
 
     def _compare(self, row: Row) -> None:
         """The cosine of the logits with stock PEFT's, of whatever of the case is there by now."""
@@ -313,8 +314,8 @@ class _Run:
         for (suite, case, name), (other, _, logits) in self.rows.items():
             same_case = (suite, case) == (row.suite, row.case) and name not in ("peft", "lora")
             if same_case and logits is not None and logits.exists() and COSINE not in other.metrics:
-                ours, theirs = (torch.load(path).double().flatten() for path in (logits, stock[2]))
-                cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
+                row_logits, stock_logits = (torch.load(path).double().flatten() for path in (logits, stock[2]))
+                cosine = torch.nn.functional.cosine_similarity(row_logits, stock_logits, dim=0)
                 other.metrics[COSINE] = Metric("ratio", [[float(cosine)]])
 
     def _say(self, row: Row) -> None:

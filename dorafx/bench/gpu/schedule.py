@@ -60,7 +60,7 @@ class Group:
     members: Sequence[Member]
     together: float
     each: float
-    wants: Callable[[], str] = lambda: ""
+    reason_to_skip: Callable[[], str] = lambda: ""
 
     def seconds(self, members: int) -> float:
         """The estimate for so many members."""
@@ -159,7 +159,7 @@ def run_groups(
 
 
 def _start(group: Group, left: float, listener: Listener, start: Callable[..., JobProcess]) -> _Stage:
-    why = group.wants()
+    why = group.reason_to_skip()
     members = [] if why else group.fitting(left)
     for member in group.members:
         if member not in members:
@@ -192,10 +192,10 @@ def _give(running: _Running) -> None:
 
 def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listener) -> None:
     """Wait for what any of them says; who is through is taken out of its list."""
-    by_connection = {id(r.process.connection): (r, of) for of in running for r in of}
-    ready = wait([r.process.connection for of in running for r in of], max(budget.left, 0))
+    by_connection = {id(r.process.connection): (r, stage) for stage in running for r in stage}
+    ready = wait([r.process.connection for stage in running for r in stage], max(budget.left, 0))
     for connection in ready:
-        one, of = by_connection[id(connection)]
+        one, stage = by_connection[id(connection)]
         try:
             message = one.process.receive()
         except JobError as error:
@@ -208,5 +208,5 @@ def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listene
                     listener.reported(one.member, message["progress"])
                 continue
             listener.ended(one.member, message["result"])
-        of.remove(one)
+        stage.remove(one)
         one.process.end()

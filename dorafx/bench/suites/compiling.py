@@ -41,16 +41,16 @@ def measure(task: Task) -> Figures:
         seconds = _first_over_steady(task, prefill)
         model.train()
         seconds += _first_over_steady(task, TrainingStep(task, model, call, ids))
-    graphs, breaks = (now - then for now, then in zip(graph_statistics(), before))
+    graphs, breaks = (end - start for end, start in zip(graph_statistics(), before))
     figures = {
         "compilation": ("s", [seconds]),
         "graphs": ("count", [float(graphs)]),
         "graph breaks": ("count", [float(breaks)]),
     }
     if task.name == "dorafx":
-        spent = sum(rewrite_log().seconds.values())
-        figures["dorafx's pass"] = ("s", [spent])
-        figures["share of the pass"] = ("share", [spent / seconds])
+        pass_seconds = sum(rewrite_log().seconds.values())
+        figures["dorafx's pass"] = ("s", [pass_seconds])
+        figures["share of the pass"] = ("share", [pass_seconds / seconds])
     return figures
 
 

@@ -27,16 +27,16 @@ def measure(task: Task) -> Figures:
     return {f"a token, {kind} cache": ("s", _between_tokens(task, model, ids, kind)) for kind in ("dynamic", "static")}
 
 
-class _Times:
+class _TokenTimes:
     """A stopping criterion that stops nothing: ``generate`` calls it after each new token."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.at: list[float] = []
+        self.seconds_at: list[float] = []
 
     def __call__(self, ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
         self.task.clock.synchronise()
-        self.at.append(time.perf_counter())
+        self.seconds_at.append(time.perf_counter())
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
@@ -52,14 +52,17 @@ def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> lis
     for warming in (True, False):
         start = time.perf_counter()
         while not intervals or time.perf_counter() - start < task.clock.seconds:
-            times = _Times(task)
+            token_times = _TokenTimes(task)
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 **options,
-                stopping_criteria=StoppingCriteriaList([times]),
+                stopping_criteria=StoppingCriteriaList([token_times]),
             )
             if warming:
                 break
-            intervals += [after - before for before, after in zip(times.at[_WARM_UP:], times.at[_WARM_UP + 1 :])]
+            intervals += [
+                after - before
+                for before, after in zip(token_times.seconds_at[_WARM_UP:], token_times.seconds_at[_WARM_UP + 1 :])
+            ]
     return intervals
