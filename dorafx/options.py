@@ -22,11 +22,11 @@ class Options:
     Attributes:
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, whose result, the sum that ``g`` scales, is
-            rounded to half precision in a half-precision model; ``"epilogue"`` after it in fp32;
-            ``"triton"``: the epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA
-            device it always is); ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels
-            do not serve (a CPU, fp64) is computed as by ``"epilogue"``, and the log says why.
+        compose: where the low-rank product is added. ``"auto"``; ``"accumulated"``: inside the GEMM, whose result (the sum that
+            ``g`` scales) a half-precision model rounds to half precision; ``"epilogue"``: after it in fp32; ``"triton"``: the
+            epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is);
+            ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU,
+            fp64) is computed as by ``"epilogue"``, and the log says why.
         norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
             also in training, until the optimizer steps (gradient accumulation).
         verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when

@@ -1,6 +1,6 @@
-"""Private API of torch.distributed, and nothing else: :mod:`dorafx._compat` for programs of several processes.
+"""Private API of torch.distributed.
 
-Nothing here imports torch.distributed.tensor for a program that has not done so.
+Nothing here imports torch.distributed.tensor into a program that has not imported it.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ def placements(value: Any) -> tuple[Any, ...] | None:
 
 
 def replicated() -> Any:
-    """The placement of a value that every device has whole."""
+    """The placement of a value that every device holds completely."""
     from torch.distributed.tensor import Replicate
 
     return Replicate()
 
 
 def is_partial(placement: Any) -> bool:
-    """Whether a placement is of values that are still to be reduced over devices."""
+    """Whether the values of a placement have yet to be reduced over devices."""
     return bool(placement.is_partial())
 
 
 def is_shard(placement: Any, dimension: int) -> bool:
-    """Whether a placement cuts a dimension into one contiguous piece a device."""
+    """Whether a placement splits a dimension into one contiguous piece for each device."""
     from torch.distributed.tensor import Shard
 
-    # The exact class: a strided shard, as combined parallelisms make them, interleaves the pieces.
+    # The exact class: a strided shard, which combined parallelisms use, interleaves the pieces.
     return type(placement) is Shard and placement.dim == dimension
 
 
@@ -94,16 +94,16 @@ _splitter: ContextVar[Callable[[Any, Any, Compile], Callable[..., Any]] | None] 
 
 
 def bucket_splitter() -> Callable[[Any, Any, Compile], Callable[..., Any]] | None:
-    """Under DistributedDataParallel, what compiles a graph in pieces that end where a bucket of gradients is full:
+    """Under DistributedDataParallel, a function that compiles a graph in pieces, one for each bucket of gradients:
     ``splitter(graph, inputs, compile_piece)``. None elsewhere."""
     return _splitter.get()
 
 
 def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
-    """Have Dynamo's DDPOptimizer hand this backend whole graphs, to be split by :func:`bucket_splitter`.
+    """Make Dynamo's DDPOptimizer pass whole graphs to this backend, which splits them with :func:`bucket_splitter`.
 
-    DDPOptimizer cuts a graph at the buckets and calls the backend for each piece. A cut may run through a layer, whose norm
-    is in one piece then and its composition in another. Other backends are called as ever.
+    DDPOptimizer splits a graph at the buckets and calls the backend for each piece. A split may separate the norm of a layer from
+    its composition. Other backends are not affected.
     """
     if not torch.distributed.is_available():
         return
@@ -130,7 +130,7 @@ def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
 
 
 def _unwrapped(backend: Any) -> Any:
-    """The function under what ``torch.compile`` and ``functools.partial`` wrap around a backend."""
+    """A backend without the wrappers of ``torch.compile`` and ``functools.partial``."""
     while True:
         inner = getattr(backend, "compiler_fn", None) or (
             backend.func if isinstance(backend, functools.partial) else None

@@ -29,13 +29,11 @@ _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "einsum"
 def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
     """The function transform of a Dynamo graph (its bodies included) under which products of tensors are formed.
 
-    Between entering and leaving a transform, a node's value is a wrapper (of a batch, of a tangent) that has no storage,
-    and its shape is not what the operator works on. A transform around no product is of no interest: Transformers makes
-    attention masks by ``vmap``.
+    Inside a transform, a node's value is a wrapper (of a batch, of a tangent) without storage, and its shape is not the one that the
+    operator works on. A transform without products does not matter: Transformers makes attention masks with ``vmap``.
 
     Returns:
-        None where there is no such transform, else its name as in ``torch.func`` and whether anything in the graph might be a
-        norm.
+        None if there is no such transform, else its name as in ``torch.func`` and whether anything in the graph might be a norm.
     """
     transform, norms = None, False
     for module in gm.modules():

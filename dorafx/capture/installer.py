@@ -27,13 +27,13 @@ _status: CaptureStatus | None = None
 def install() -> CaptureStatus:
     """Install the polyfills for the PEFT of this process; later calls cost a comparison.
 
-    It is called when the backend is looked up, which is before Dynamo traces anything for it. A PEFT that is imported by
-    then, as the one that made the user's model is, gets its polyfills here. One that is not is left alone: importing it
-    takes seconds and is nothing that a model without PEFT should pay. It gets them at the end of its own import, not
-    at the next call of the backend, because by then Dynamo has traced, and broken, the graph.
+    Called when the backend is looked up, which is before Dynamo traces anything for it. If PEFT is imported already, as it is when
+    it made the user's model, its polyfills are installed here. Otherwise PEFT is not imported, which takes seconds that a model
+    without PEFT should not pay: the polyfills are installed at the end of PEFT's own import. The next call of the backend would be
+    too late, because Dynamo has traced, and broken, the graph by then.
 
     Returns:
-        What is in place; empty while PEFT is not imported.
+        The installed polyfills; empty while PEFT is not imported.
     """
     global _status
     if _status is not None:
@@ -41,7 +41,7 @@ def install() -> CaptureStatus:
     if sys.modules.get("peft") is None:
         after_import("peft", _install_after_import)
         return CaptureStatus()
-    # Before the lock is taken: another thread may be importing PEFT, and would end in this function.
+    # Before the lock is taken: another thread may be importing PEFT, whose import calls this function at its end.
     peft = importlib.import_module("peft")
     with _lock:
         if _status is None:
@@ -51,11 +51,11 @@ def install() -> CaptureStatus:
 
 
 def status() -> CaptureStatus:
-    """What is in place for the PEFT that is installed, which is imported to know it."""
+    """The polyfills for the installed PEFT, which is imported to find out."""
     try:
         if importlib.util.find_spec("peft") is not None:
             importlib.import_module("peft")
-    except Exception as error:  # a broken installation of somebody else's package is not ours to report by crashing
+    except Exception as error:  # a broken installation of another package is reported, and does not raise here
         return CaptureStatus(skipped=[("peft", f"import failed: {type(error).__name__}: {error}")])
     return install()
 
@@ -63,7 +63,7 @@ def status() -> CaptureStatus:
 def _install_after_import() -> None:
     try:
         install()
-    except Exception as error:  # the user is importing PEFT, and must get it
+    except Exception as error:  # the user's import of PEFT must succeed
         warnings.warn(f"dorafx could not install its polyfills: {error}", DorafxWarning, stacklevel=2)
 
 
@@ -79,7 +79,7 @@ def _install(peft: types.ModuleType) -> CaptureStatus:
 
 
 def _install_one(polyfill: Polyfill) -> str | None:
-    """None if installed, "" if not needed, else the reason why not."""
+    """None if installed, "" if not needed, else the reason why it is not installed."""
     try:
         target: Any = importlib.import_module(polyfill.module)
     except Exception as error:
@@ -95,7 +95,7 @@ def _install_one(polyfill: Polyfill) -> str | None:
         return "the function differs from those that the polyfill was written for"
     substitute = polyfill.make(target)
     if polyfill.method:
-        # Dynamo looks substitutes of functions up where a function is a value of its own, which methods are not.
+        # Dynamo looks substitutes up for function values, which bound methods are not.
         return None if trace_instead(target, substitute) else "this version of torch traces methods otherwise"
     try:
         torch.compiler.substitute_in_graph(target)(substitute)

@@ -26,13 +26,13 @@ _VARIABLES = re.compile(
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's answer.
+    """One line of the doctor's report.
 
     Attributes:
         group: ``"environment"``, ``"versions"``, ``"recognition"``, ``"polyfills"`` or ``"operators"``.
-        name: what was looked at.
+        name: what was checked.
         passed: whether it is as it should be.
-        detail: what was found.
+        detail: the result.
     """
 
     group: str
@@ -50,12 +50,12 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """All checks, in the order to read them."""
+    """All checks, in the order of the report."""
     return [*_environment(), *map(_version, VERSIONS), _recognition(), *_polyfills(), *_operators()]
 
 
 def bug_report(checks: Iterable[Check]) -> str:
-    """What to paste into a bug report: a block of Markdown that names no file and no person."""
+    """A block of Markdown for a bug report, which names no file and no person."""
     checks = list(checks)
     lines = [f"{c.name}: {c.detail}" for c in checks if c.group in ("environment", "versions")]
     for group in ("recognition", "polyfills", "operators"):
@@ -125,7 +125,7 @@ def _operators() -> list[Check]:
 
 
 def _guarded(name: str, device: str, dtype: torch.dtype) -> Check:
-    """The self-test's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+    """The result of a self-test; an operator that raises is a failed check, not a failure of the command."""
     label = f"{name} {device} {str(dtype).removeprefix('torch.')}"
     try:
         passed, detail = run_self_test(name, device, dtype)

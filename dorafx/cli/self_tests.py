@@ -10,7 +10,7 @@ import dorafx.ops  # noqa: F401  (registers the operators)
 from dorafx.ops import dispatch, reference
 
 Tensors = Sequence[torch.Tensor]
-# What is computed from tensors, and the same in fp64.
+# Shapes of the operands, the computation, the same in fp64, and whether the result is in fp32 whatever the dtype.
 SelfTest = tuple[tuple[tuple[int, ...], ...], Callable[[Tensors], Tensors], Callable[[Tensors], Tensors], bool]
 
 _D_OUT, _D_IN, _RANK, _TOKENS, _SCALE = 96, 160, 8, 33, 1.5

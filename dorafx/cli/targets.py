@@ -1,4 +1,4 @@
-"""What ``dorafx explain`` is given: a Python file and a callable, or the folder of a PEFT adapter."""
+"""The target of ``dorafx explain``: a Python file and a callable, or the folder of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Target:
 
 
 def script_target(target: str) -> Target:
-    """What ``FILE.py:CALLABLE`` makes.
+    """The target that ``FILE.py:CALLABLE`` returns.
 
     Raises:
         ValueError: not of that form, no such file, or no such callable in it.
@@ -63,7 +63,7 @@ def _load(target: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
-    # Dataclasses and Dynamo look a function's module up in sys.modules; a name that is taken must stay as it is.
+    # Dataclasses and Dynamo look a function's module up in sys.modules; a module that is there under this name must stay.
     if spec.name in sys.modules:
         spec.name = f"{spec.name}_explained"
         spec.loader.name = spec.name  # type: ignore[attr-defined]
@@ -85,7 +85,7 @@ def _load(target: str) -> Any:
 
 
 def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, random_weights: bool) -> Target:
-    """The model of a PEFT adapter's folder, from configurations alone: no weight is read, and none is made unless asked.
+    """The model of a PEFT adapter's folder, from configurations alone: no weights are read, and none are made unless requested.
 
     Args:
         folder: has an ``adapter_config.json``.
@@ -93,10 +93,10 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
             that the adapter names, whichever has one.
         tokens: length of the sequence that it is called with, one sequence.
         train: as in training: dropout active, gradients recorded.
-        random_weights: make random weights instead of tensors without data, for models whose forward looks at values.
+        random_weights: make random weights instead of tensors without data, for models whose forward reads values.
 
     Raises:
-        ValueError: something is absent or not what it should be; the message names it.
+        ValueError: something is absent or wrong; the message names it.
         DorafxError: PEFT or transformers is not installed.
     """
     try:
@@ -111,7 +111,7 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
     config: Any = transformers.AutoConfig.from_pretrained(
         str(_base_folder(folder, base, settings.get("base_model_name_or_path"))), local_files_only=True
     )
-    # A cache holds values; without one the same layers run.
+    # Without a cache, which would need values; the same layers run.
     for part in (config, getattr(config, "text_config", config)):
         if hasattr(part, "use_cache"):
             part.use_cache = False

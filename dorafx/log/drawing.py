@@ -1,4 +1,4 @@
-"""A rewritten region as data: the nodes before and after, small enough to be kept in a log and drawn later."""
+"""A rewritten region as data: the nodes before and after, small enough to be stored in a log and drawn later."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 MAX_NODES = 96
-"""Of one side of a drawing. A layer has 10 to 40; what is farther from the region's end than this many is left out."""
+"""The most nodes of one side of a drawing; those farthest from the region's end are left out. A layer has 10 to 40."""
 
 _FATES = ("kept", "removed", "new", "cause")
 _LONGEST = 400  # characters of a text; a repr can be of any length
@@ -23,7 +23,7 @@ class DrawnNode:
         name: the node's name in its graph.
         operator: what it calls; ``"input"`` for a placeholder or an attribute.
         label: for an input, the parameter's name.
-        shape: of its tensor, ``"[96, 64]"``; symbolic sizes by name; empty for what is no tensor.
+        shape: of its tensor, ``"[96, 64]"``; symbolic sizes by name; empty if the value is no tensor.
         dtype: of its tensor.
         source: ``file:line`` of the user's code.
         fate: ``"kept"``; ``"removed"`` (before only); ``"new"`` (after only); ``"cause"``: the node that a miss is about.
@@ -48,7 +48,7 @@ class DrawnNode:
 
     @staticmethod
     def from_dict(values: Any, number: int) -> DrawnNode:
-        """Node ``number`` of a side: it may read only nodes before it.
+        """Node ``number`` of a side, which may read only earlier nodes.
 
         Raises:
             ValueError: an unknown, absent or wrong field; the message names it.
@@ -75,14 +75,14 @@ class DrawnNode:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A region of a graph before and after its rewrite; of what was left alone there is no ``after``."""
+    """A region of a graph before and after its rewrite; ``after`` is empty for a miss."""
 
     before: tuple[DrawnNode, ...]
     after: tuple[DrawnNode, ...] = ()
 
     @property
     def key(self) -> str:
-        """A digest of the content: what records refer to."""
+        """A digest of the content, by which records refer to the drawing."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""What kinds of reasons there are: of each a name for programs, a sentence, and what to do about it."""
+"""The kinds of reasons: for each a name for programs, a sentence, and advice."""
 
 from __future__ import annotations
 
@@ -245,5 +245,5 @@ class ReasonKind(Enum):
 
     @classmethod
     def named(cls, value: str) -> ReasonKind | None:
-        """The kind that a log names; None where it names none, as logs of earlier versions, or one that this version has not."""
+        """The kind of this value; None for an empty value (as in logs of earlier versions) and for one that this version does not have."""
         return next((kind for kind in cls if kind.value == value), None)

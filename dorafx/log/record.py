@@ -1,4 +1,4 @@
-"""One record a candidate, whatever became of it."""
+"""The record of one candidate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from .kinds import ReasonKind
 
-_BEYOND = 2**63  # what a table column of any program that reads the log can hold
+_BEYOND = 2**63  # numbers stay below it, so that they fit into a 64-bit column of any program that reads the log
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ Version 1 had no drawings and is read too. As JSON lines, a line is a record, or
 
 _READABLE = (1, SCHEMA_VERSION)
 
-# ``TORCH_LOGS="dorafx"`` gives the loggers below "dorafx" a handler and the level INFO, ``"+dorafx"`` DEBUG: torch takes
+# ``TORCH_LOGS="dorafx"`` gives the loggers below "dorafx" a handler and the level INFO, ``"+dorafx"`` DEBUG: torch accepts
 # the name of any module that can be imported.
 _logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class RewriteLog:
         return f"RewriteLog({len(self.rewrites)} rewrites, {len(self.misses)} misses)"
 
     def _stream(self, records: list[Record], drawings: Mapping[str, Drawing]) -> None:
-        """Append JSON lines to the file that the user asked for. A log must never stop a training run."""
+        """Append JSON lines to the file that ``DORAFX_LOG`` names. A log must never stop a training run."""
         path = os.environ.get("DORAFX_LOG")
         if not path or self._stream_failed:
             return
@@ -268,7 +268,7 @@ def _seconds_from(values: Any) -> dict[str, float]:
 
 
 def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing], str]:
-    """Records, drawings, and a note on a last line that was not finished, if there is one."""
+    """Records, drawings, and a note if the last line is incomplete."""
     records: list[Record] = []
     drawings: dict[str, Drawing] = {}
     cut = ""
@@ -287,7 +287,7 @@ def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], d
         except json.JSONDecodeError:
             if not records and not drawings:
                 raise ValueError(f"not a dorafx log: not JSON (line {whole.lineno}: {whole.msg})") from None
-            if number == len(lines):  # a finished line ends
+            if number == len(lines):  # without a newline at its end
                 cut = f"line {number} of the log was cut off, and is left out"
                 continue
             raise ValueError(f"dorafx log, line {number}: not JSON") from None
@@ -303,7 +303,7 @@ def _json_of(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # Python's limit of digits
+    except ValueError:  # Python limits the digits of an integer
         raise ValueError("a number of too many digits") from None
 
 
