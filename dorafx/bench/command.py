@@ -1,4 +1,4 @@
-"""``dorafx bench``: its arguments, and what it does with them."""
+"""``dorafx bench``: its arguments and actions."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    """Exit code 1 if a kernel is not within its limits."""
+    """Exit code 1 if a kernel exceeds its limits."""
     if options.suites or options.json:
         raise ValueError("--kernels measures no suite and writes Markdown: leave suites and --json out")
     if not dispatch.available():
@@ -221,12 +221,12 @@ def _gpu(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ended_by_interrupt() -> Iterator[None]:
-    """Let a request to terminate, as ``timeout`` sends it, end the run as Ctrl-C does: with the processes that it started."""
+    """Treat SIGTERM (as ``timeout`` sends it) like Ctrl-C, which also ends the processes of the run."""
 
     def interrupt(*unused: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

@@ -18,7 +18,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a decoder layer of a Llama-like architecture is made of."""
+    """The sizes of a Llama-like architecture."""
 
     hidden: int
     intermediate: int
@@ -54,7 +54,7 @@ PRESETS = {
     "mistral-small-24b": Preset(5120, 32768, 32, 8, 128, 40),
     "gemma3-27b": Preset(5376, 21504, 32, 16, 128, 62),
 }
-"""From the ``config.json`` that each model is published with (Gemma's from its ``text_config``)."""
+"""From the published ``config.json`` of each model (Gemma's from its ``text_config``)."""
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?::(\d+))?")
 

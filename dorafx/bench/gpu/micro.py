@@ -1,4 +1,4 @@
-"""The part micro: every kernel beside what it is compared with, all in one process, for starting and importing would take longer."""
+"""The part micro: every kernel and what it is compared with, all in one process, as starting and importing would take longer."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from ..worker import prepare, task_of
 
 
 def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Measure ceilings and items in their order, as far as there is time until ``request["deadline"]``, in seconds
-    since 1970.
+    """Measure the ceilings and the items in order, until ``request["deadline"]``, in seconds since 1970.
 
-    Reports, each as soon as it is there: ``{"ceilings": figures}``; ``{"begun": index}``; and of that item ``{"item": index}`` with
-    ``figures``, or ``error``, or ``left_out`` where its estimate is more than what is left.
+    Reports immediately: ``{"ceilings": figures}``; ``{"begun": index}`` of each item; and then ``{"item": index}`` with ``figures``, or
+    ``error``, or ``left_out`` if its estimate exceeds the remaining time.
 
     Raises:
-        RuntimeError: the device is lost, as after an access that it does not allow: nothing more can be measured in this process.
+        RuntimeError: the device is lost, as after an illegal access: nothing more can be measured in this process.
     """
     clock = prepare(request)
     from ..suites import MEASURES
@@ -42,7 +41,7 @@ def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
         report({"begun": index})
         selected = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
         try:
-            if item["name"] in request["peers"]:  # one that cannot be used costs its own items
+            if item["name"] in request["peers"]:  # a peer that cannot be used affects only its own items
                 use_peer(item["name"], Path(request["peers"][item["name"]]))
             task = task_of({**request, **selected}, clock)
             torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The run of ``dorafx bench gpu``: its plan as groups of processes, and a file of results that is whole after every figure."""
+"""The run of ``dorafx bench gpu``: its plan as groups of processes, and a file of results that is complete after every figure."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ from .tuning import Trial, label_of, trials, tune_share
 UNREACHED = "the run ended before it"
 COSINE = "cosine of logits"
 _MICRO_SHARE = 0.4
-"""Of a budget that is for other parts, too, what the part micro may take."""
+"""The share of the budget that the part micro may take if there are other parts."""
 _TUNING_PROCESSES = 12
 
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """What the command line gives.
+    """The settings of the command line.
 
     Attributes:
         budget: seconds from start to end.
         parts: of :data:`~dorafx.bench.gpu.plan.PARTS`; empty for all.
         device: ``"cpu"`` or a CUDA device.
-        quick: tiny sizes, to see that everything runs.
-        peer_path: folders with other people's code.
-        seconds: time of timed calls a figure.
+        quick: tiny sizes, to check that everything runs.
+        peer_path: folders with peers.
+        seconds: of timed calls for each figure.
 
     Raises:
-        ValueError: a budget that is none.
+        ValueError: the budget is not a positive number.
     """
 
     budget: float
@@ -79,8 +79,8 @@ def run_gpu(
 
     Args:
         settings: which parts, where, for how long.
-        out: the results' JSON, written anew with every figure.
-        console: told of every row that is through.
+        out: file for the results' JSON, rewritten after every figure.
+        console: for a line about every finished row.
         start: makes a process of a job.
 
     Raises:
@@ -91,7 +91,7 @@ def run_gpu(
     peers = find_peers([Path(folder) for folder in settings.peer_path])
     parts = settings.parts or tuple(PARTS)
     plan = plan_of(parts, settings.quick, settings.cuda, peers)
-    # As a table's head has them: what is measured is in bf16, once. Folders are the machine's own.
+    # The settings for the head of a table: everything is in bf16 and measured once; local folders are left out.
     described = {**asdict(settings), "parts": list(parts), "peers": sorted(peers), "dtype": "bfloat16", "rounds": 1}
     del described["peer_path"]
     results = Results(described, describe_environment(settings.device, 0))
@@ -111,7 +111,7 @@ def run_gpu(
 
 
 class _Run:
-    """The listener of a run: keeps its results, and adds groups."""
+    """The listener of a run, which holds its results and adds groups."""
 
     def __init__(
         self,
@@ -146,11 +146,11 @@ class _Run:
         return {**base, **specific}
 
     def _member(self, key: Any, job: Any, request: dict[str, Any], needed: bool = False, fresh: bool = False) -> Member:
-        """``fresh``: in a process that has imported nothing."""
+        """``fresh``: in a process without preloaded imports."""
         spawned = self.settings.cuda or fresh
         return Member(key, job, request, needed, "spawn" if spawned else None, () if spawned else PEFT)
 
-    # -- what there is to do
+    # -- adding groups
 
     def add_items(self, items: Sequence[Item], alone: bool) -> None:
         for item in items:
@@ -170,7 +170,7 @@ class _Run:
 
     def add_batch(self, batch: Batch) -> None:
         members = []
-        # One batch of results a case: what comes later stands beside what came first.
+        # All batches of a case add their rows to it, so that later ones are compared with earlier ones.
         for entry in batch.entries:
             key = (batch.suite, batch.case, entry.name)
             parameters = {"size": asdict(batch.size), **batch.request}
@@ -218,7 +218,7 @@ class _Run:
             members.append(self._member("tune", tune_share, request))
         self.groups.append(Group(members, together=60.0 if cuda else 5.0, each=2.0))
 
-    # -- what becomes of it
+    # -- listening
 
     def started(self, member: Member) -> None:
         if member.key in self.rows:
@@ -276,7 +276,7 @@ class _Run:
         self.write()
 
     def _after_a_lost_device(self, member: Member, why: str) -> None:
-        """What the process was at has failed; another one goes on with what comes after."""
+        """The item that was being measured failed; a new process continues with the following ones."""
         _, row = self.items[self.begun]
         if row.left_out == UNREACHED:
             row.left_out, row.error = "", why
@@ -307,7 +307,7 @@ class _Run:
             fastest.parameters = {"configuration": list(trial.configuration)}
 
     def _compare(self, row: Row) -> None:
-        """The cosine of the logits with stock PEFT's, of whatever of the case is there by now."""
+        """Add the cosine of the logits with stock PEFT's to all rows of the case that have logits by now."""
         stock = self.rows.get((row.suite, row.case, "peft"))
         if stock is None or stock[2] is None or not stock[2].exists():
             return
@@ -336,7 +336,7 @@ def _add(row: Row, figures: dict[str, Any], work: dict[str, Work]) -> None:
 
 
 def _product(figures: dict[str, Metric]) -> float:
-    """Of the figures' medians: it orders what has the same figures as their geometric mean does."""
+    """The product of the medians, which orders rows with the same figures as the geometric mean does."""
     return math.prod(metric.median for metric in figures.values())
 
 
@@ -350,8 +350,8 @@ def balance_line(results: Results) -> str:
 
 
 def tuned_table(results: Results) -> str:
-    """The fastest launch configurations that the part tune found on a CUDA device, as a table to paste into
-    :mod:`dorafx.ops.triton.configs`; empty if it has not run there to the end of what is in use."""
+    """The fastest launch configurations that the part tune measured on a CUDA device, as a table to paste into
+    :mod:`dorafx.ops.triton.configs`; empty unless all configurations in use were measured there."""
     device = torch.device(results.settings["device"])
     fastest = [row for row in results.rows if row.suite == "tune" and row.name == "fastest"]
     if device.type != "cuda" or not fastest or not all(row.metrics for row in fastest):
@@ -360,6 +360,6 @@ def tuned_table(results: Results) -> str:
     key = gpu(device).architecture
     rows = []
     for index, config in enumerate(table_of(key)):
-        fields = chosen.get(label_of(index, config))  # none of what does not fit the card
+        fields = chosen.get(label_of(index, config))  # None if it does not fit the card
         rows.append(Choice(config if fields is None else RowNormConfig(*fields), 1.0, 1, 0))
     return paste_for(key, rows)

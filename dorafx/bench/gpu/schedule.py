@@ -1,8 +1,8 @@
 """Jobs on one device within a budget: groups of processes that compile side by side and are timed one at a time.
 
-A job of a group asks for the turn ``DEVICE`` before it touches the device, and for ``ALONE`` before it times anything. The first
-is given to all of a group at once, so that their compilers run on all cores; the second to one job, in the group's order, when
-all others are compiled and wait. The next group's processes are started meanwhile, and import while these are timed.
+A job of a group requests the turn ``DEVICE`` before it uses the device, and ``ALONE`` before it times anything. The first is granted
+to all jobs of a group at once, so that they compile on all cores; the second to one job at a time, in the group's order, when all
+others are compiled and wait. The next group's processes are started meanwhile, and do their imports while these are timed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Member:
     """One process of a group.
 
     Attributes:
-        key: what the listener knows it by.
-        needed: the group makes no sense without it: dorafx, and the implementation that it is compared with first.
+        key: identifies it to the listener.
+        needed: whether the group is useless without it, as without dorafx and the implementation that it is first compared with.
     """
 
     key: Any
@@ -53,8 +53,8 @@ class Group:
 
     Attributes:
         together: seconds until all are compiled, side by side.
-        each: seconds that one is timed.
-        wants: asked before the group is started; a reason why it need not be, or nothing.
+        each: seconds for timing each.
+        reason_to_skip: called before the group is started; returns why it is to be skipped, or an empty text.
     """
 
     members: Sequence[Member]
@@ -63,11 +63,11 @@ class Group:
     reason_to_skip: Callable[[], str] = lambda: ""
 
     def seconds(self, members: int) -> float:
-        """The estimate for so many members."""
+        """The estimate for a number of members."""
         return self.together + members * self.each
 
     def fitting(self, left: float) -> list[Member]:
-        """The members for which ``left`` seconds suffice: fewer if not all do, from the end; none without those that are needed."""
+        """The members that fit into ``left`` seconds: the last ones are dropped first; none if the needed ones do not fit."""
         members = list(self.members)
         while members and self.seconds(len(members)) > left:
             spare = [m for m in members if not m.needed]
@@ -78,12 +78,12 @@ class Group:
 
 
 class Listener(Protocol):
-    """Who is told of what happens, at once."""
+    """Receives all events immediately."""
 
     def started(self, member: Member) -> None: ...
 
     def reported(self, member: Member, what: Any) -> None:
-        """What a job reports that is no turn."""
+        """A report of a job that is not a request of a turn."""
 
     def ended(self, member: Member, result: dict[str, Any]) -> None: ...
 
@@ -106,7 +106,7 @@ class _Running:
 
 @dataclass
 class _Stage:
-    """A group whose processes run."""
+    """A group whose processes are running."""
 
     group: Group
     running: list[_Running]
@@ -117,7 +117,7 @@ class _Stage:
 
     @property
     def timing(self) -> float:
-        """Seconds, by the estimate, until all that are compiled are timed."""
+        """The estimated seconds for timing the running processes."""
         return self.group.each * len(self.running)
 
 
@@ -127,19 +127,19 @@ def run_groups(
     listener: Listener,
     start: Callable[..., JobProcess] = JobProcess,
 ) -> None:
-    """Run the groups one after the other, as far as the budget goes: what does not fit into what is left is left out, and what runs
-    when it is spent is stopped.
+    """Run the groups one after the other within the budget: members that do not fit into the rest of it are left out, and those that
+    run when it is used up are stopped.
 
     Args:
-        pending: the groups; they are taken from it, and the listener may put others in.
-        start: makes a process of a member's job, request, start method and modules to load before.
+        pending: the groups; they are removed from it, and the listener may add others.
+        start: makes a process from a member's job, request, start method and modules to preload.
     """
-    stages: list[_Stage] = []  # the one that has the device, and the one that imports
+    stages: list[_Stage] = []  # the one that uses the device, and the one that imports
     why = "the run was interrupted"
     try:
         while pending or stages:
             if len(stages) < 2 and pending and all(stage.compiled for stage in stages):
-                # What is to be timed of the group before comes first.
+                # The rest of the budget after the current group is timed.
                 left = budget.left - sum(stage.timing for stage in stages)
                 stages.append(_start(pending.popleft(), left, listener, start))
             else:
@@ -191,7 +191,7 @@ def _give(running: _Running) -> None:
 
 
 def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listener) -> None:
-    """Wait for what any of them says; who is through is taken out of its list."""
+    """Wait for the next messages; processes that ended are removed from their lists."""
     by_connection = {id(r.process.connection): (r, stage) for stage in running for r in stage}
     ready = wait([r.process.connection for stage in running for r in stage], max(budget.left, 0))
     for connection in ready:

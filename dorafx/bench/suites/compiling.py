@@ -1,4 +1,4 @@
-"""A cold compilation, with caches that are empty, and what of it is dorafx's."""
+"""A cold compilation, with empty caches, and dorafx's share of it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .model import TrainingStep, token_ids
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of compilation (the first prefill and the first training step, less what they take afterwards), graphs and
-    graph breaks; for dorafx the seconds and the share of its own pass, from lift to rewrite."""
+    """Seconds of compilation (the first prefill and training step, minus the time that they take later), graphs and graph breaks; for
+    dorafx the seconds and the share of its own pass, from lift to rewrite."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     ids = token_ids(task, size.tokens)
@@ -59,5 +59,5 @@ def _first_over_steady(task: Task, step: Callable[[], Any]) -> float:
     step()
     task.clock.synchronise()
     first = time.perf_counter() - start
-    # Never negative nor zero, however noisy the machine: a share is taken of it.
+    # Positive even on a noisy machine, as it is a divisor.
     return max(first - statistics.median(task.clock.samples(step, warm_up=0)), 1e-9)

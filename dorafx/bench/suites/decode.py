@@ -14,14 +14,14 @@ from .model import TrainingStep, token_ids
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of a step without gradients, always at the same place of a static cache, so that every call has one shape."""
+    """Seconds of a step without gradients, always at the same position of a static cache, so that all calls have one shape."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     return time_steps(task, [_one_token(task, model, task.compiled(model), size)])
 
 
 def overhead(task: Task) -> Figures:
-    """What users of a common model ask: seconds of a token, as :func:`measure` has them, and of a training step."""
+    """For a common model: seconds of a token, as in :func:`measure`, and of a training step."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     call = task.compiled(model)
@@ -31,7 +31,7 @@ def overhead(task: Task) -> Figures:
 
 
 def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
-    """The step that is measured; ``call`` is the model or what it is compiled to."""
+    """The measured step; ``call`` is the model or its compiled form."""
     cache, rewind, where = _filled_cache(task, model, size)
     token = token_ids(task, 1)
 
@@ -47,8 +47,8 @@ def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
 
 
 def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A static cache after a prefill of ``size.tokens`` (eager: it is not measured); a function that takes it back there
-    after a step; and the arguments that tell older versions of transformers where the next token goes."""
+    """A static cache after a prefill of ``size.tokens`` (eager, as it is not measured); a function that resets it to this state after a
+    step; and the arguments by which older versions of transformers know the position of the next token."""
     from transformers import StaticCache
     from transformers.models.llama.modeling_llama import LlamaModel
 

@@ -1,4 +1,4 @@
-"""The pass alone, lift to rewrite, on the graph of a whole model; on the meta device, for it needs no weights."""
+"""The pass alone, from lift to rewrite, on the graph of a whole model; on the meta device, as it needs no weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .model import captured_graph, token_ids
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of a pass over the one graph of a training forward, its nodes, and seconds a node: the same at every depth if
-    the pass is linear. The graph is the same for every width, so the model is narrow."""
-    # Here, not where this is imported, as every suite is with this one: the others' anchors are measured without it.
+    """Seconds of a pass over the graph of a training forward, the number of nodes, and seconds for each node, which do not depend on
+    the depth if the pass is linear. The graph is the same for every width, so the model is narrow."""
+    # Not at import: all suites are imported together, and the anchors of the others are measured without the polyfills.
     capture.install()
     size = Size(**task.parameters["size"])
     model = build(size, True, task.dtype, "meta")
