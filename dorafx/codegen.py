@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from dorafx._compat.dynamo import lookup_backend
@@ -64,16 +65,11 @@ def compile_graph(
 
 def runs_as_it_stands(gm: fx.GraphModule, name: str) -> bool:
     """Whether a codegen of this name compiles nothing, and the graph's operators are called one by one."""
-    return name == "eager" and not _has_bodies(gm)
-
-
-def _has_bodies(gm: fx.GraphModule) -> bool:
-    """Whether the graph holds higher-order operators with graphs of their own."""
-    return any(isinstance(child, fx.GraphModule) for child in gm.children())
+    has_bodies = any(isinstance(child, fx.GraphModule) for child in gm.children())  # of higher-order operators
+    return name == "eager" and not has_bodies
 
 
 def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:
-    """Whether every tensor lives on an accelerator, where Inductor generates Triton."""
-    devices = {getattr(value, "device", None) for value in example_inputs}
-    devices.discard(None)
-    return bool(devices) and all(device.type != "cpu" for device in devices if device is not None)
+    """Whether all inputs are on accelerators, for which Inductor generates Triton kernels."""
+    kinds = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
+    return bool(kinds) and "cpu" not in kinds

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class DorafxError(RuntimeError):
-    """dorafx was asked for something that it cannot do."""
+    """dorafx cannot do what was requested."""
 
 
 class DorafxWarning(UserWarning):
-    """dorafx fell back to something slower but right."""
+    """dorafx fell back to something slower but correct."""
 
 
 class RewriteMissError(DorafxError):

@@ -44,10 +44,6 @@ class GraphBreak:
     code: str = ""
     called_from: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
-
     def __rich__(self) -> Text:
         what = f"in {self.function}: {self.reason}" if self.function else self.reason
         if self.code:
@@ -91,11 +87,11 @@ class Explanation:
     """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table.
 
     Attributes:
-        graph_count: graphs that Dynamo made of the call.
+        graph_count: number of graphs that Dynamo captured.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
-        terms: what each site computes, as a formula, beside the form that a near miss comes closest to; :mod:`dorafx.lift.show` has
-            the notation.
+        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; :mod:`dorafx.lift.show`
+            explains the notation.
 
     >>> def noisy(x):
     ...     print("once a forward")
@@ -113,7 +109,7 @@ class Explanation:
 
     @property
     def graph_break_count(self) -> int:
-        """How often the program leaves compiled code for Python between graphs, or around the only one."""
+        """How often the program leaves compiled code for Python, between graphs or around a single one."""
         return max(self.graph_count - 1, 1 if self.breaks else 0)
 
     @property
@@ -146,7 +142,7 @@ class Explanation:
         return {
             "graphs": self.graph_count,
             "graph_breaks": self.graph_break_count,
-            "breaks": [b.to_dict() for b in self.breaks],
+            "breaks": [asdict(b) for b in self.breaks],
         }
 
     def __rich__(self) -> RenderableType:

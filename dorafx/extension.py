@@ -1,7 +1,7 @@
-"""Canonical forms of one's own: what :func:`dorafx.pattern` takes, with types.
+"""Types for writing canonical forms of your own, which :func:`dorafx.pattern` registers.
 
-A form sees every node of which the term is scaled by the reciprocal of a DoRA norm. A term is what the node computes, whatever it was
-written with: a sum of products of matrices, each product scaled by vectors. ``check`` says whether the term is the form's, ``rewrite``
+A form is asked about every node whose term is scaled by the reciprocal of a DoRA norm. A term is what the node computes, however it is
+written: a sum of products of matrices, each product scaled by vectors. ``check`` decides whether the term matches the form, ``rewrite``
 makes the nodes that replace it.
 
 >>> import torch

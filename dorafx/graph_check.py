@@ -248,7 +248,7 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
                     write(tensor)
         results: list[Any] = []
 
-        def once(results: list[Any] = results) -> Any:
+        def recorded_call(results: list[Any] = results) -> Any:
             results.append(call(*values))
             return results[-1]
 
@@ -258,7 +258,7 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
         with default_dtype(torch.float64), torch.no_grad():
             wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
         exact = original("exact", wide)
-        actual = observe(once, (), tensors, grad_mode=mode, seed=1)
+        actual = observe(recorded_call, (), tensors, grad_mode=mode, seed=1)
         tolerance = TOLERANCE if not exact.raised else _LOW_TOLERANCE
         comparison = compare(expected, actual, tolerance, _whole(exact))
         if comparison.differences:

@@ -385,7 +385,7 @@ def compare(
     comparer = _Comparer(tolerance, exact, dtypes, nan_gradients, noise)
     comparer.lost_columns = _lost_columns(expected, actual)
     if expected.structure != actual.structure:
-        comparer.say(f"the outputs' structure is {actual.structure}, not {expected.structure}")
+        comparer.report(f"the outputs' structure is {actual.structure}, not {expected.structure}")
     for group in ("outputs", "inputs"):
         references, values = getattr(expected, group), getattr(actual, group)
         for name in references:
@@ -393,15 +393,15 @@ def compare(
                 label = name if group == "outputs" else f"{name} after the run"
                 comparer.compare_any(label, references[name], values[name], group)
     for pair in sorted(actual.aliases - expected.aliases):
-        comparer.say(f"{pair[1]} shares memory with {pair[0]}")
+        comparer.report(f"{pair[1]} shares memory with {pair[0]}")
     for pair in sorted(expected.aliases - actual.aliases):
-        comparer.say(f"{pair[1]} no longer shares memory with {pair[0]}")
+        comparer.report(f"{pair[1]} no longer shares memory with {pair[0]}")
     for pair in sorted(actual.same ^ expected.same):
         if (pair in actual.aliases) == (pair in expected.aliases):
-            comparer.say(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
+            comparer.report(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
     for name, state in expected.generators.items():
         if name in actual.generators and not torch.equal(state, actual.generators[name]):
-            comparer.say(f"other random numbers were drawn on {name}")
+            comparer.report(f"other random numbers were drawn on {name}")
     for name in dict.fromkeys((*expected.gradients, *actual.gradients)):
         comparer.compare_gradients(name, expected.gradients.get(name), actual.gradients.get(name))
     return Comparison(tuple(dict.fromkeys(comparer.sentences)), comparer.error)
@@ -439,26 +439,26 @@ class _Comparer:
         self.sentences: list[str] = []
         self.error = 0.0
 
-    def say(self, sentence: str) -> None:
+    def report(self, sentence: str) -> None:
         self.sentences.append(sentence)
         self.error = math.inf
 
-    def _say_element(self, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-        self.say(f"{name} is {actual.item():.3g} where the original gives {expected.item():.3g}")
+    def _report_element(self, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        self.report(f"{name} is {actual.item():.3g} where the original gives {expected.item():.3g}")
 
     def compare_any(self, name: str, expected: Any, actual: Any, group: str) -> None:
         if not isinstance(expected, Seen) or not isinstance(actual, Seen):
             if type(expected) is not type(actual):
-                self.say(f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}")
+                self.report(f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}")
             elif isinstance(expected, float) and isinstance(actual, float):
                 self._compare_values(name, torch.tensor(expected), torch.tensor(actual))
             elif not _is_same(expected, actual):
-                self.say(f"{name} is {actual!r}, not {expected!r}")
+                self.report(f"{name} is {actual!r}, not {expected!r}")
             return
         for what in ("kind", "shape", "dtype", "device", "strides", "requires_grad"):
             reference, value = getattr(expected, what), getattr(actual, what)
             if reference != value:
-                self.say(
+                self.report(
                     f"{name} has {what} {value or 'of a plain tensor'}, not {reference or 'of a plain tensor'}"
                     if what == "kind"
                     else f"{name} has {what} {value}, not {reference}"
@@ -481,13 +481,13 @@ class _Comparer:
     def compare_gradients(self, name: str, expected: torch.Tensor | None, actual: torch.Tensor | None) -> None:
         if expected is None or actual is None:
             if expected is not None:
-                self.say(f"{name} receives no gradient, where the original gives {_text(expected)}")
+                self.report(f"{name} receives no gradient, where the original gives {_text(expected)}")
             elif actual is not None:
-                self.say(f"{name} receives a gradient, {_text(actual)}, where the original gives none")
+                self.report(f"{name} receives a gradient, {_text(actual)}, where the original gives none")
             return
         for what in ("shape", "dtype"):
             if getattr(expected, what) != getattr(actual, what):
-                self.say(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(expected, what)}")
+                self.report(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(expected, what)}")
         if expected.shape == actual.shape:
             exact, native, perturbed = (
                 run.gradients.get(name) if run is not None else None for run in (self.exact, self.dtypes, self.noise)
@@ -510,7 +510,7 @@ class _Comparer:
             return
         if not (expected.is_floating_point() or expected.is_complex()):
             if not torch.equal(expected, actual.to(expected.dtype)):
-                self.say(f"{name} differs in {int((expected != actual).sum())} of {expected.numel()} elements")
+                self.report(f"{name} differs in {int((expected != actual).sum())} of {expected.numel()} elements")
             return
         wide = torch.complex128 if expected.is_complex() else torch.float64
         dtype = expected.dtype
@@ -523,7 +523,7 @@ class _Comparer:
             finite &= torch.isfinite(exact)
         non_finite = finite & ~torch.isfinite(actual)
         if non_finite.any():
-            self._say_element(name, actual[non_finite][0], expected[non_finite][0])
+            self._report_element(name, actual[non_finite][0], expected[non_finite][0])
             return
         no_longer_nan = torch.isnan(expected) & torch.isfinite(actual)
         if (
@@ -533,11 +533,11 @@ class _Comparer:
         ):
             no_longer_nan &= ~self.lost_columns[expected.numel()].view(expected.shape)
         if no_longer_nan.any() and (self.nan_gradients or not name.startswith("the gradient")):
-            self.say(f"{name} is {actual[no_longer_nan][0].item():.3g} where the original gives nan")
+            self.report(f"{name} is {actual[no_longer_nan][0].item():.3g} where the original gives nan")
             return
         unequal = torch.isinf(expected) & ~torch.isnan(actual) & (actual != expected)
         if unequal.any():
-            self._say_element(name, actual[unequal][0], expected[unequal][0])
+            self._report_element(name, actual[unequal][0], expected[unequal][0])
             return
         if not finite.any():
             return

@@ -91,9 +91,8 @@ def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
 
 def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
     """``torch.compile`` of a call of ``model`` with a new code object, so that earlier compilations are neither reused nor counted."""
-    compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
-    if compiled is not None:
-        return functools.partial(compiled, model)
+    if isinstance(model, torch.nn.Module):
+        return functools.partial(group_compiler(backend, None), model)
     return _compiled(model, backend)
 
 

@@ -6,8 +6,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -43,10 +42,6 @@ class Check:
     @property
     def mark(self) -> str:
         return "ok" if self.passed else "FAIL"
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
 
 def examine() -> list[Check]:

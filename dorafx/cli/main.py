@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -157,7 +158,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.html is not None:
         explanation.log.to_html(options.html)
     if options.json:
-        terms = {"terms": [t.to_dict() for t in explanation.terms]} if options.terms else {}
+        terms = {"terms": [asdict(t) for t in explanation.terms]} if options.terms else {}
         print(json.dumps({**explanation.to_dict(), **terms, **json.loads(explanation.log.to_json())}, indent=1))
     else:
         explanation.print(terms=options.terms)
@@ -192,7 +193,7 @@ def _doctor(options: argparse.Namespace) -> int:
         checks = examine()
     failed = [check for check in checks if not check.passed]
     if options.json:
-        answer = {"passed": not failed, "checks": [c.to_dict() for c in checks], "bug_report": bug_report(checks)}
+        answer = {"passed": not failed, "checks": [asdict(c) for c in checks], "bug_report": bug_report(checks)}
         print(json.dumps(answer, indent=1))
         return 1 if failed else 0
     console = Console(highlight=False, soft_wrap=True)

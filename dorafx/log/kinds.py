@@ -54,7 +54,7 @@ class ReasonKind(Enum):
     SQUARES_READ = (
         "squares-read",
         "The sum of squares of the adapted weight is read before its root is taken.",
-        "A reduction over devices of one's own cannot be followed: shard the weight as a DTensor, whose reductions are known.",
+        "A hand-written reduction over devices cannot be followed: shard the weight as a DTensor, whose reductions are known.",
     )
     SCALED_WEIGHT = (
         "scaled-weight",
@@ -179,18 +179,18 @@ class ReasonKind(Enum):
     )
     VIEW_WITHOUT_GRADIENT = (
         "view-without-gradient",
-        "A value requires a gradient by way of a view alone that was made where none are recorded.",
+        "A value requires a gradient only through a view that was made where no gradients are recorded.",
         "Make the view (a transpose, a slice) where the layer is computed, under the same grad mode, or detach it: no gradient "
         "reaches the parameter through it.",
     )
     STRIDES = (
         "strides",
-        "The original's result lies in memory as no result of a rewrite does.",
-        "Make the layer's result contiguous, or do not expand it: no result of a rewrite lies in memory like that.",
+        "The original's result has strides that the result of a rewrite cannot have.",
+        "Make the layer's result contiguous, or do not expand it: a rewrite cannot give its result such strides.",
     )
     PLACEMENTS = (
         "placements",
-        "The original's result is a DTensor in a layout that the rewrite's cannot be brought into.",
+        "The original's result is a DTensor with placements that the result of a rewrite cannot be redistributed to.",
         _NOTHING_IS_WRONG,
     )
     ZERO3 = (
@@ -218,7 +218,7 @@ class ReasonKind(Enum):
     )
     REPLACEMENT_FAILED = (
         "replacement-failed",
-        "The replacement of one site failed in a way that nobody foresaw.",
+        "The replacement of one site failed unexpectedly.",
         f"This site was left as it was, the rest of the graph was not. {_REPORT}",
     )
     OPERATOR_FAILED = (

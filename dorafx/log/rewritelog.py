@@ -36,15 +36,15 @@ _logger = logging.getLogger(__name__)
 
 
 class RewriteLog:
-    """Records of what dorafx did, and notes on the process (polyfills installed, and the like).
+    """Records of what dorafx did, and notes on the process (installed polyfills, for example).
 
-    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them. Holds the
+    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest are dropped, and ``dropped`` counts them. Holds the
     drawings of at most ``max_drawings`` distinct layers; further records have none.
 
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
-        seconds: that the pass spent on all graphs, by stage, in the order of the pipeline.
+        seconds: that dorafx spent on all graphs, by stage, in the order of the pipeline.
 
     >>> log = dorafx.RewriteLog()
     >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
@@ -75,7 +75,7 @@ class RewriteLog:
         drawings: Mapping[str, Drawing] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """Append records, the drawings that they refer to by key, and the seconds that each stage of the pass took."""
+        """Append records, the drawings that they refer to by key, and the seconds that each stage took."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
@@ -131,11 +131,11 @@ class RewriteLog:
 
     @property
     def misses(self) -> list[Record]:
-        """The records of what was left alone."""
+        """The records of what was not rewritten."""
         return [r for r in self.records if not r.rewritten]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Plain dictionaries, one a record: ``pandas.DataFrame(log.to_records())``."""
+        """One plain dictionary for each record: ``pandas.DataFrame(log.to_records())``."""
         return [r.to_dict() for r in self.records]
 
     def to_json(self) -> str:
@@ -152,11 +152,11 @@ class RewriteLog:
 
     @classmethod
     def from_json(cls, text: str) -> RewriteLog:
-        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. Of these, a last one that was cut
-        off, as where the process was killed, is left out, with a note.
+        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. An incomplete last line, as after the
+        process was killed, is left out, with a note.
 
         Raises:
-            ValueError: text that is neither; the message says what was wrong and where.
+            ValueError: the text is neither; the message says what is wrong and where.
         """
         log = cls()
         text = text.removeprefix("\ufeff")  # editors and shells on Windows put a byte order mark in front

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -54,10 +53,6 @@ class SiteTerms:
     norm: str
     reason: str = ""
     closest: FormTerms | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
 
 
 def site_terms(matches: Matches, plan: RewritePlan) -> list[SiteTerms]:

@@ -127,7 +127,7 @@ class _Run:
         self.groups: deque[Group] = deque()
         self.cores = os.cpu_count() or 1
         self.items: list[tuple[Item, Row]] = []
-        self.begun = -1
+        self.current = -1
         self.rows: dict[Any, tuple[Row, dict[str, Work], Path | None]] = {}
         self.trials: list[Trial] = []
         self.tuned: dict[int, tuple[Row, Row]] = {}
@@ -230,12 +230,12 @@ class _Run:
             for name, (unit, samples) in what["ceilings"].items():
                 self.results.ceilings[name] = Metric(unit, [samples])
         elif "begun" in what:
-            self.begun = what["begun"]
+            self.current = what["begun"]
         elif "item" in what:
             item, row = self.items[what["item"]]
             row.left_out, row.error = what.get("left_out", ""), what.get("error", "")
             _add(row, what.get("figures", {}), item.work)
-            self._say(row)
+            self._print_row(row)
         elif "trial" in what:
             self._tried(self.trials[what["trial"]], what)
         else:
@@ -249,15 +249,15 @@ class _Run:
             row.error, row.facts = "", result["facts"]
             _add(row, result["figures"], work)
             self._compare(row)
-            self._say(row)
+            self._print_row(row)
             self.write()
 
     def failed(self, member: Member, why: str) -> None:
         if member.key in self.rows:
             row = self.rows[member.key][0]
             row.error = why
-            self._say(row)
-        elif member.key == "micro" and self.begun >= 0:
+            self._print_row(row)
+        elif member.key == "micro" and self.current >= 0:
             self._after_a_lost_device(member, why)
         elif member.key == "micro":
             self.left_out(member, f"the part's process failed before it: {why}")
@@ -272,17 +272,17 @@ class _Run:
             rows = [row for pair in self.tuned.values() for row in pair if not row.metrics]
         for row in rows:
             row.left_out, row.error = why, ""
-            self._say(row)
+            self._print_row(row)
         self.write()
 
     def _after_a_lost_device(self, member: Member, why: str) -> None:
         """The item that was being measured failed; a new process continues with the following ones."""
-        _, row = self.items[self.begun]
+        _, row = self.items[self.current]
         if row.left_out == UNREACHED:
             row.left_out, row.error = "", why
-            self._say(row)
-        rest = [i for i in range(self.begun + 1, len(self.items)) if self.items[i][1].left_out == UNREACHED]
-        self.begun = -1
+            self._print_row(row)
+        rest = [i for i in range(self.current + 1, len(self.items)) if self.items[i][1].left_out == UNREACHED]
+        self.current = -1
         if rest and not why.startswith("stopped"):
             deadline = member.request["deadline"]
             self.groups.appendleft(self._micro(rest, deadline, ceilings=not self.results.ceilings))
@@ -318,7 +318,7 @@ class _Run:
                 cosine = torch.nn.functional.cosine_similarity(row_logits, stock_logits, dim=0)
                 other.metrics[COSINE] = Metric("ratio", [[float(cosine)]])
 
-    def _say(self, row: Row) -> None:
+    def _print_row(self, row: Row) -> None:
         if row.left_out:
             status = f"left out: {row.left_out}"
         else:

@@ -74,14 +74,14 @@ def tune_share(request: dict[str, Any], report: Report) -> dict[str, Any]:
     started = time.monotonic()
     clock = prepare(request)
     report(turn(DEVICE))
-    once = Clock(clock.device, 0, least=1)
+    single_call = Clock(clock.device, 0, least=1)
     compiled: list[tuple[int, dict[str, Any]]] = []
     for index, trial in request["trials"]:
         if compiled and time.monotonic() - started > request["compiling"]:
             break
         try:
             for problem in trial["problems"]:
-                _seconds(once, trial, problem)
+                _seconds(single_call, trial, problem)
         except Exception as error:  # too large for the device, or it does not compile
             report({"trial": index, "error": one_line(error)})
         else:

@@ -22,11 +22,11 @@ def measure(task: Task) -> Figures:
     graph, _ = captured_graph(model, input_ids=token_ids(task, size.tokens).to("meta"))
     nodes = len(graph.graph.nodes)
 
-    def once(log: RewriteLog) -> None:
+    def rewrite(log: RewriteLog) -> None:
         rewrite_graph(graph, Options(strict=True), 1, log=log)
 
-    once(rewrite_log())
-    samples = task.clock.samples(lambda: once(RewriteLog()), warm_up=0)
+    rewrite(rewrite_log())
+    samples = task.clock.samples(lambda: rewrite(RewriteLog()), warm_up=0)
     return {
         "pass": ("s", samples),
         "nodes": ("count", [float(nodes)]),
