@@ -204,12 +204,8 @@ class VerifyReport:
             for c in self.checks
         ]
         worst = max((c.error for c in self.checks), default=0.0)
-        return "\n".join(
-            [
-                *lines,
-                f"{len(self.checks)} checks, {len(self.failures)} failed, largest difference {worst:.1e}",
-            ]
-        )
+        lines.append(f"{len(self.checks)} checks, {len(self.failures)} failed, largest difference {worst:.1e}")
+        return "\n".join(lines)
 
 
 def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport:

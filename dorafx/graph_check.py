@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_arguments
 from dorafx.lift.values import FLOAT_DTYPES
-from dorafx.observation import Comparison, Observation, compare, default_dtype, observe
+from dorafx.observation import Comparison, Observation, compare, default_dtype, observe, random_values
 from dorafx.rewriter.hoist import DENSE
 
 _CASTS = {
@@ -149,8 +150,8 @@ class GraphCheck:
                 generator = torch.Generator().manual_seed(-1)
                 for value in (value for _, value in values if _is_floating(value)):
                     _perturb(value, generator, _bounds(self.gm))
-        program = _Runner(gm, run.reading, [name for name, _ in values], self._dense)
         names = [name for name, _ in values]
+        program = _Runner(gm, run.reading, names, self._dense)
         with default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
             return observe(program, [value for _, value in values], grad_mode=run.mode, seed=1, names=names)
 
@@ -165,7 +166,7 @@ class GraphCheck:
             name = node.name if node.op == "placeholder" or node.name in self._dense else f"self.{node.target}"
             traced: Any = node.meta.get("example_value", node.meta.get("val"))
             if node.op == "get_attr":
-                traced = _attribute(self.gm, str(node.target))
+                traced = attrgetter(str(node.target))(self.gm)
                 if not isinstance(traced, torch.Tensor):
                     continue
             elif node.op != "placeholder" and node.name not in self._dense:
@@ -187,13 +188,6 @@ def _whole(observation: Observation | None) -> Observation | None:
 
 def _writes(node: fx.Node) -> bool:
     return any(True for _ in written_arguments(node))
-
-
-def _attribute(gm: torch.nn.Module, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def crosses_dtensors(gm: fx.GraphModule) -> bool:
@@ -341,9 +335,7 @@ class _Draw:
             if value.dim() >= 2 and traced.dtype in (torch.int32, torch.int64):
                 value[..., 1::2] = 0  # with equal tokens, attention has no gradients
             return value
-        # Away from zero: a magnitude or scaling near zero would hide errors in what it multiplies.
-        value = torch.randn(shape, dtype=torch.float64, generator=self.generator)
-        value = value + 0.5 * value.sign()
+        value = random_values(shape, self.generator)
         if not value.numel():
             return value
         # Scaled as at initialisation: values neither grow with depth nor saturate a softmax.
@@ -476,7 +468,7 @@ class _Runner:
         raise RuntimeError("a graph without an output")
 
     def _read(self, gm: fx.GraphModule, target: str) -> Any:
-        value = _attribute(gm, target)
+        value = attrgetter(target)(gm)
         if isinstance(value, torch.Tensor):
             value = value.detach().clone()
             if self.reading != "native" and value.dtype in FLOAT_DTYPES:
@@ -500,7 +492,7 @@ class _Runner:
                 name = "double"
             result = getattr(args[0], name)(*args[1:], **kwargs)
         elif node.op == "call_module":
-            result = _attribute(gm, str(node.target))(*args, **kwargs)
+            result = attrgetter(str(node.target))(gm)(*args, **kwargs)
         else:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
             name = getattr(node.target, "__name__", "")

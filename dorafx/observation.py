@@ -148,6 +148,12 @@ def observe(
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+def random_values(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Normal values in fp64, moved away from zero: a magnitude or scaling near zero would hide errors in what it multiplies."""
+    values = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return values + 0.5 * values.sign()
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Set torch's default dtype inside the context."""
@@ -259,8 +265,7 @@ def _see_gradients(observation: Observation, returned: Any, trained: dict[str, t
             generator = torch.Generator().manual_seed(1 + seed + 1000 * i)
             part: Any = leaf if placements(leaf) is None else leaf.to_local()  # type: ignore[attr-defined]
             outputs.append(part)
-            weight = torch.randn(part.shape, dtype=torch.float64, generator=generator)
-            weights.append((weight + 0.5 * weight.sign()).to(part.device, part.dtype))
+            weights.append(random_values(part.shape, generator).to(part.device, part.dtype))
     if not outputs or not trained:
         return
     with _mode("grad"):

@@ -28,7 +28,7 @@ from dorafx.lift import leaves_of
 from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.log import NormCounters
 from dorafx.match import Matches, Reason, ReasonKind
-from dorafx.observation import ERROR_FACTOR, distance
+from dorafx.observation import ERROR_FACTOR, distance, random_values
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan
 from dorafx.rewriter.hoist import DENSE, NORM
@@ -284,7 +284,7 @@ class Region:
                 actual = self._run(self.replacement, self.originals.get)
                 error, what = self._compare(expected, actual)
         except Exception as failed:
-            return math.inf, _not_run(f"{type(failed).__name__}: {str(failed).splitlines()[0]}", self.node)
+            return math.inf, _not_run(_line(failed), self.node)
         if error <= TOLERANCE:
             return error, None
         by = "" if math.isinf(error) else f" by {error:.1e}"
@@ -376,9 +376,7 @@ class Region:
         shape = [size_hint(size) for size in traced.shape]
         if traced.dtype not in FLOAT_DTYPES:
             return torch.zeros(shape, dtype=traced.dtype, device=traced.device)
-        # Away from zero: a magnitude or scaling near zero would hide errors in what it multiplies.
-        value = torch.randn(shape, dtype=torch.float64, generator=self._generator)
-        value = (value + 0.5 * value.sign()).to(traced.device)
+        value = random_values(shape, self._generator).to(traced.device)
         if self.rounded:
             value = value.to(traced.dtype).double()
         return value.requires_grad_(traced.requires_grad)
