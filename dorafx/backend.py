@@ -61,8 +61,8 @@ def dorafx(
         RewriteMissError: ``dorafx.strict`` and a candidate was not rewritten.
     """
     try:
-        ours, inductor = Options.split(options)
-        codegen.check_name(ours.codegen)
+        parsed, inductor = Options.split(options)
+        codegen.check_name(parsed.codegen)
     except ValueError as error:
         raise through_dynamo(error) from None
     capture.install()
@@ -70,11 +70,11 @@ def dorafx(
     announce_untested_versions()
     graph_id = next(_graph_ids)
     if any(map(zero3_parameter, example_inputs)):
-        program = refuse(gm, _ZERO3, ours, graph_id, members[0])
+        program = refuse(gm, _ZERO3, parsed, graph_id, members[0])
     else:
-        program = rewrite_graph(gm, ours, graph_id, members, prologue=True)
+        program = rewrite_graph(gm, parsed, graph_id, members, prologue=True)
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
-    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, ours.codegen):
+    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, parsed.codegen):
         if not torch.is_grad_enabled():
             reuse_buffers(program.graph)
         own_results(gm, program.graph)
@@ -82,12 +82,12 @@ def dorafx(
     inputs = [*example_inputs, *program.norm_values]
 
     def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return codegen.compile_graph(graph, inputs, ours, inductor, mode)
+        return codegen.compile_graph(graph, inputs, parsed, inductor, mode)
 
     split = bucket_splitter()
     compiled = compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
     records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
+    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:

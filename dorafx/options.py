@@ -49,7 +49,7 @@ class Options:
             ValueError: an unknown ``dorafx.*`` key, or a value that is not allowed; the message names what is.
         """
         names = [f.name for f in fields(Options)]
-        ours: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in (options or {}).items():
             if not str(key).startswith(_PREFIX):
@@ -59,8 +59,8 @@ class Options:
             if name not in names:
                 raise ValueError(f"unknown option {key!r}; valid ones are {', '.join(_PREFIX + n for n in names)}")
             _check(key, name, value)
-            ours[name] = value
-        return Options(**ours), rest
+            values[name] = value
+        return Options(**values), rest
 
 
 def _check(key: str, name: str, value: Any) -> None:

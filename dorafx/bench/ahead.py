@@ -374,22 +374,22 @@ def _row(kernel: str, dtypes: str, rank: int, card: Card, launch: Launch, source
 def violations(rows: Sequence[Row]) -> list[str]:
     """What must not be: spilled registers, more shared memory than the card has, and on Hopper more than :data:`L2_LIMIT` of the
     norm that it is stated for."""
-    wrong = []
+    problems = []
     for row in rows:
         named = f"sm_{row.card.gpu.architecture}, {row.dtypes}, rank {row.rank}"
         if row.resources.spilled:
-            wrong.append(f"{named}: {row.resources.spilled} bytes of registers spilled")
+            problems.append(f"{named}: {row.resources.spilled} bytes of registers spilled")
         if row.resources.shared > row.card.gpu.block_bytes:
-            wrong.append(f"{named}: {row.resources.shared} bytes of shared memory, of {row.card.gpu.block_bytes}")
+            problems.append(f"{named}: {row.resources.shared} bytes of shared memory, of {row.card.gpu.block_bytes}")
         stated = (90, "bf16 weight, bf16 factors", 384)
         if (row.card.gpu.architecture, row.dtypes, row.rank) == stated and row.launch.l2 > L2_LIMIT:
-            wrong.append(f"{named}: {row.launch.l2 / 1e6:.0f} MB through L2, of {L2_LIMIT / 1e6:.0f}")
-    return wrong
+            problems.append(f"{named}: {row.launch.l2 / 1e6:.0f} MB through L2, of {L2_LIMIT / 1e6:.0f}")
+    return problems
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The report as a page."""
-    wrong = violations(rows)
+    problems = violations(rows)
     lines = [
         "# The row norms' kernels, compiled ahead of time",
         "",
@@ -410,7 +410,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
         f"Spilled registers: {'none' if not any(r.resources.spilled for r in rows) else 'see below'}. "
         f"Kernels: {len(rows)}. "
-        + ("Everything is within its limits." if not wrong else "Not within limits: " + "; ".join(wrong)),
+        + ("Everything is within its limits." if not problems else "Not within limits: " + "; ".join(problems)),
     ]
     for card in dict.fromkeys(row.card for row in rows):
         gpu = card.gpu

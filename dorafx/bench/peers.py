@@ -48,27 +48,27 @@ def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
             raise ValueError(
                 f"--peer-path: {folder} has neither {' nor '.join(_MARKS.values())}, there or below src or vendor"
             )
-        for name, where in declared.items():
-            peers.setdefault(name, where)
+        for name, package_folder in declared.items():
+            peers.setdefault(name, package_folder)
     return peers
 
 
-def use_peer(name: str, where: Path) -> None:
+def use_peer(name: str, folder: Path) -> None:
     """Make this process use a peer; to be called before PEFT is imported.
 
     Raises:
-        DorafxError: PEFT is imported already; or the contents of ``where`` cannot be used.
+        DorafxError: PEFT is imported already; or the contents of ``folder`` cannot be used.
     """
     if name == "paper":
         if "peft" in sys.modules:
             raise DorafxError("another PEFT is imported in this process already")
-        sys.path.insert(0, str(where))
+        sys.path.insert(0, str(folder))
         import peft
 
-        if not Path(peft.__file__).is_relative_to(where):
-            raise DorafxError(f"PEFT was imported from {peft.__file__}, not from {where}")
+        if not Path(peft.__file__).is_relative_to(folder):
+            raise DorafxError(f"PEFT was imported from {peft.__file__}, not from {folder}")
     elif name == "axolotl":
-        NORMS[name] = _axolotl_norm(where / _MARKS[name])
+        NORMS[name] = _axolotl_norm(folder / _MARKS[name])
 
 
 def _axolotl_norm(file: Path) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:

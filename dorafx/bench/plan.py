@@ -176,11 +176,11 @@ class Settings:
         _one_of("--scope", self.scope, ("model", "auto"))
         defaults = {known.name: known.default for known in fields(self)}
         for name, served in _SERVED.items():
-            wrong = [suite for suite in self.suites if suite not in served]
+            unsupported = [suite for suite in self.suites if suite not in served]
             value = getattr(self, name)
-            if wrong and value != defaults[name]:
+            if unsupported and value != defaults[name]:
                 option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                raise ValueError(f"{option} goes with the suites {', '.join(served)}, not with {wrong[0]}")
+                raise ValueError(f"{option} goes with the suites {', '.join(served)}, not with {unsupported[0]}")
         if self.autocast and DTYPES[self.dtype].itemsize != 2:
             raise ValueError(f"--autocast is for --dtype bfloat16 or float16, not {self.dtype}")
         _one_of("--weights", self.weights, WEIGHTS)

@@ -124,7 +124,7 @@ class JobProcess:
 def run_job(
     job: Job,
     request: dict[str, Any],
-    on_progress: Callable[[Any], None] = lambda what: None,
+    on_progress: Callable[[Any], None] = lambda message: None,
     start_method: str | None = None,
     preload: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -154,9 +154,9 @@ def run_job(
         process.end()
 
 
-def is_turn(what: Any) -> bool:
+def is_turn(message: Any) -> bool:
     """Whether a report is a request of a turn."""
-    return isinstance(what, dict) and set(what) == {"turn"}
+    return isinstance(message, dict) and set(message) == {"turn"}
 
 
 def _run(job: Job, request: dict[str, Any], parent: Connection, output: str) -> None:
@@ -168,9 +168,9 @@ def _run(job: Job, request: dict[str, Any], parent: Connection, output: str) -> 
     os.dup2(sink, 1)
     os.dup2(sink, 2)
 
-    def report(what: Any) -> None:
-        parent.send({"progress": what})
-        if is_turn(what):
+    def report(message: Any) -> None:
+        parent.send({"progress": message})
+        if is_turn(message):
             parent.recv()
 
     try:

@@ -77,7 +77,7 @@ def model_work(
 
 def decode_work(size: Size, itemsize: int) -> dict[str, Work]:
     """One token: every weight and the filled key-value cache read once."""
-    one = Size(**{**vars(size), "tokens": 1})
-    work = model_work(one, itemsize, False, 1)["prefill"]
+    one_token = Size(**{**vars(size), "tokens": 1})
+    work = model_work(one_token, itemsize, False, 1)["prefill"]
     cache = 2.0 * size.layers * size.kv_heads * size.head_dim * size.tokens * itemsize
     return {"one token": Work(work.flops, work.bytes + cache)}

@@ -61,9 +61,9 @@ class DrawnNode:
             raise ValueError(f"drawing: unknown field {unknown[0]!r}; fields are {', '.join(known)}")
         node = {"name": "", "operator": "", **values}
         inputs, replaces = node.pop("inputs", []), node.pop("replaces", [])
-        wrong = sorted(name for name, value in node.items() if not isinstance(value, str) or len(value) > _LONGEST)
-        if wrong:
-            raise ValueError(f"drawing: field {wrong[0]!r} must be a text of at most {_LONGEST} characters")
+        invalid = sorted(name for name, value in node.items() if not isinstance(value, str) or len(value) > _LONGEST)
+        if invalid:
+            raise ValueError(f"drawing: field {invalid[0]!r} must be a text of at most {_LONGEST} characters")
         if node.get("fate", "kept") not in _FATES:
             raise ValueError(f"drawing: fate {node['fate']!r:.40} is not one of {', '.join(_FATES)}")
         if not isinstance(inputs, list) or any(type(i) is not int or not 0 <= i < number for i in inputs):

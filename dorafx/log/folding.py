@@ -41,10 +41,10 @@ def fold(records: Iterable[Record]) -> list[Fold]:
     that was compiled into several graphs counts once."""
     folds: dict[tuple[object, ...], Fold] = {}
     for r in records:
-        one = folds.setdefault(_key(r), Fold(r))
-        one.sites.add(r.site)
+        folded = folds.setdefault(_key(r), Fold(r))
+        folded.sites.add(r.site)
         if r.drawing:
-            one.drawings[r.drawing] = None
+            folded.drawings[r.drawing] = None
     return list(folds.values())
 
 

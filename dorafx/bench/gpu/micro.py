@@ -33,9 +33,9 @@ def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
         ceilings = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
         report({"ceilings": {key: list(value) for key, value in ceilings.items()}})
     for index, item in request["items"]:
-        left = request["deadline"] - time.time()
-        if item["seconds"] > left:
-            why = f"its estimate of {item['seconds']:.0f} s was more than the {max(left, 0):.0f} s left"
+        remaining = request["deadline"] - time.time()
+        if item["seconds"] > remaining:
+            why = f"its estimate of {item['seconds']:.0f} s was more than the {max(remaining, 0):.0f} s left"
             report({"item": index, "left_out": why})
             continue
         report({"begun": index})

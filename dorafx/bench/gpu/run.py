@@ -225,22 +225,22 @@ class _Run:
             self.rows[member.key][0].left_out = ""
             self.rows[member.key][0].error = "it did not end"  # what a run that is killed leaves
 
-    def reported(self, member: Member, what: Any) -> None:
-        if "ceilings" in what:
-            for name, (unit, samples) in what["ceilings"].items():
+    def reported(self, member: Member, message: Any) -> None:
+        if "ceilings" in message:
+            for name, (unit, samples) in message["ceilings"].items():
                 self.results.ceilings[name] = Metric(unit, [samples])
-        elif "begun" in what:
-            self.current = what["begun"]
-        elif "item" in what:
-            item, row = self.items[what["item"]]
-            row.left_out, row.error = what.get("left_out", ""), what.get("error", "")
-            _add(row, what.get("figures", {}), item.work)
+        elif "begun" in message:
+            self.current = message["begun"]
+        elif "item" in message:
+            item, row = self.items[message["item"]]
+            row.left_out, row.error = message.get("left_out", ""), message.get("error", "")
+            _add(row, message.get("figures", {}), item.work)
             self._print_row(row)
-        elif "trial" in what:
-            self._tried(self.trials[what["trial"]], what)
+        elif "trial" in message:
+            self._tried(self.trials[message["trial"]], message)
         else:
             row, work, _ = self.rows[member.key]
-            _add(row, what["figures"], work)
+            _add(row, message["figures"], work)
         self.write()
 
     def ended(self, member: Member, result: dict[str, Any]) -> None:
@@ -287,17 +287,17 @@ class _Run:
             deadline = member.request["deadline"]
             self.groups.appendleft(self._micro(rest, deadline, ceilings=not self.results.ceilings))
 
-    def _tried(self, trial: Trial, what: dict[str, Any]) -> None:
+    def _tried(self, trial: Trial, message: dict[str, Any]) -> None:
         in_use, fastest = self.tuned[trial.row]
-        present = self.trials.index(next(t for t in self.trials if t.row == trial.row)) == what["trial"]
-        ending = "failed" if "error" in what else "tried"
+        present = self.trials.index(next(t for t in self.trials if t.row == trial.row)) == message["trial"]
+        ending = "failed" if "error" in message else "tried"
         fastest.facts[ending] = 1 + fastest.facts.get(ending, 0)
-        if "error" in what:
+        if "error" in message:
             if present:
-                in_use.left_out, in_use.error = "", what["error"]
+                in_use.left_out, in_use.error = "", message["error"]
             return
         figures = {
-            f"{p[0]}x{p[1]} r{p[2]}": Metric("s", [[seconds]]) for p, seconds in zip(trial.problems, what["seconds"])
+            f"{p[0]}x{p[1]} r{p[2]}": Metric("s", [[seconds]]) for p, seconds in zip(trial.problems, message["seconds"])
         }
         if present:
             in_use.left_out, in_use.metrics = "", figures

@@ -82,7 +82,7 @@ class Listener(Protocol):
 
     def started(self, member: Member) -> None: ...
 
-    def reported(self, member: Member, what: Any) -> None:
+    def reported(self, member: Member, message: Any) -> None:
         """A report of a job that is not a request of a turn."""
 
     def ended(self, member: Member, result: dict[str, Any]) -> None: ...
@@ -195,18 +195,18 @@ def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listene
     by_connection = {id(r.process.connection): (r, stage) for stage in running for r in stage}
     ready = wait([r.process.connection for stage in running for r in stage], max(budget.left, 0))
     for connection in ready:
-        one, stage = by_connection[id(connection)]
+        sender, stage = by_connection[id(connection)]
         try:
-            message = one.process.receive()
+            message = sender.process.receive()
         except JobError as error:
-            listener.failed(one.member, str(error))
+            listener.failed(sender.member, str(error))
         else:
             if "result" not in message:
                 if is_turn(message["progress"]):
-                    one.waits_for = message["progress"]["turn"]
+                    sender.waits_for = message["progress"]["turn"]
                 else:
-                    listener.reported(one.member, message["progress"])
+                    listener.reported(sender.member, message["progress"])
                 continue
-            listener.ended(one.member, message["result"])
-        stage.remove(one)
-        one.process.end()
+            listener.ended(sender.member, message["result"])
+        stage.remove(sender)
+        sender.process.end()

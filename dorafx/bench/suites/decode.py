@@ -32,12 +32,12 @@ def overhead(task: Task) -> Figures:
 
 def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
     """The measured step; ``call`` is the model or its compiled form."""
-    cache, rewind, where = _filled_cache(task, model, size)
+    cache, rewind, position = _filled_cache(task, model, size)
     token = token_ids(task, 1)
 
     @torch.no_grad()
     def step() -> Any:
-        return call(input_ids=token, past_key_values=cache, use_cache=True, **where)
+        return call(input_ids=token, past_key_values=cache, use_cache=True, **position)
 
     def before() -> None:
         model.eval()
@@ -53,16 +53,16 @@ def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[st
     from transformers.models.llama.modeling_llama import LlamaModel
 
     cache = StaticCache(config=model.config, max_cache_len=size.tokens + 1)
-    where: dict[str, torch.Tensor] = {}
+    position: dict[str, torch.Tensor] = {}
     takes_position = "cache_position" in inspect.signature(LlamaModel.forward).parameters
     with torch.no_grad():
         if takes_position:
-            where["cache_position"] = torch.arange(size.tokens, device=task.clock.device)
+            position["cache_position"] = torch.arange(size.tokens, device=task.clock.device)
         task.under_autocast(model)(
-            input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **where
+            input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **position
         )
     if takes_position:
-        where["cache_position"] = torch.tensor([size.tokens], device=task.clock.device)
+        position["cache_position"] = torch.tensor([size.tokens], device=task.clock.device)
 
     def rewind() -> None:
         for layer in cache.layers:
@@ -70,4 +70,4 @@ def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[st
             if length is not None:
                 length.fill_(size.tokens)
 
-    return cache, rewind, where
+    return cache, rewind, position
