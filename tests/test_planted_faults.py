@@ -106,7 +106,9 @@ def nothing_done(place: Any, name: str, instead: Callable[..., Any]) -> Plant:
 
 def composition(change: Callable[[Emitter, fx.Node], fx.Node]) -> Plant:
     right = Linear.rewrite
-    return lambda patch: patch.setattr(Linear, "rewrite", lambda self, m, emit: change(emit, right(self, m, emit)))
+    return lambda patch: patch.setattr(
+        Linear, "rewrite", lambda self, m, plan, emit: change(emit, right(self, m, plan, emit))
+    )
 
 
 def norm(change: Callable[[Emitter, fx.Node], fx.Node]) -> Plant:

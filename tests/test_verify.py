@@ -58,8 +58,8 @@ def test_peft(kind: str, dtype: torch.dtype, dropout: float) -> None:
 def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     right = Linear.rewrite
 
-    def rewrite(self: Linear, match: Any, emit: Emitter) -> fx.Node:
-        made = right(self, match, emit)
+    def rewrite(self: Linear, match: Any, plan: Any, emit: Emitter) -> fx.Node:
+        made = right(self, match, plan, emit)
         if how == "scale":
             return emit.call(torch.mul, made, 1.001)
         if how == "gradient":

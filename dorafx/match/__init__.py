@@ -1,7 +1,7 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
 from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
-from .emission import Emit
+from .emission import CompositionPlan, Emit
 from .matcher import Verdict, match_graph
 from .matches import Matches
 from .near_misses import Reason, ReasonKind
@@ -11,6 +11,7 @@ from .registry import Form, forms, pattern
 __all__ = [
     "Candidate",
     "Composition",
+    "CompositionPlan",
     "Emit",
     "Form",
     "LowRank",

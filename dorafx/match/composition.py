@@ -94,6 +94,7 @@ class Match:
         first: where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only carries it
             on: the layer that it belongs to.
         transposed: whether the node holds the transpose of ``expr``: the weight multiplies from the left, and tokens are columns.
+        channels_first: whether activations have their columns along the second axis, as those of a convolution do.
     """
 
     pattern: str
@@ -107,6 +108,7 @@ class Match:
     bias: Poly = Poly(())
     first: fx.Node | None = None
     transposed: bool = False
+    channels_first: bool = False
 
     @property
     def origin(self) -> fx.Node:

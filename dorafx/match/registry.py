@@ -10,7 +10,7 @@ from torch import fx
 from dorafx.errors import DorafxError
 
 from .composition import Candidate, Match
-from .emission import Emit
+from .emission import CompositionPlan, Emit
 from .norms import Reason
 
 __all__ = ["Form", "forms", "pattern"]
@@ -32,8 +32,8 @@ class Form(Protocol):
         """A :class:`Match`, or a :class:`Reason` that says what differs."""
         ...
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        """The node that replaces a match, made by the emitter."""
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        """The node that replaces a match, made by the emitter as the plan has it."""
         ...
 
 

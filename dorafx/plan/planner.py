@@ -14,7 +14,7 @@ from dorafx._compat.tensors import size_hint
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight
 from dorafx.lift.algebra import ONES, transpose_chain
-from dorafx.match import Match, Matches, NormFactors, Reason, ReasonKind
+from dorafx.match import CompositionPlan, Match, Matches, NormFactors, Reason, ReasonKind
 from dorafx.options import Options
 
 from .accounting import dense_bytes, merging, norm_closure
@@ -38,23 +38,6 @@ class NormPlan:
     algorithm: Literal["tiled", "factored"]
     packed: PackedWeight | None = None
     formed: str = ""
-
-
-@dataclass(frozen=True)
-class CompositionPlan:
-    """One composition.
-
-    ``accumulate``: add the low-rank product into the base product inside the GEMM, leaving one ``[tokens, d_out]``
-    intermediate. In half precision that would round the sum once more than the original does, so there the two products
-    stay apart and the epilogue adds them in fp32.
-
-    ``few_tokens``: see :func:`serves_few_tokens`. ``kernel``: see :func:`dorafx.plan.kernel.choose_kernel`.
-    """
-
-    match: Match
-    accumulate: bool
-    few_tokens: bool
-    kernel: str = "auto"
 
 
 @dataclass(frozen=True)

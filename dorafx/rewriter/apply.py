@@ -172,13 +172,14 @@ def apply_plan(
         try:
             with graph.inserting_before(old):
                 if index < 0:
-                    emit.begin(node, False)
+                    emit.begin(node)
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
                 composition = plan.compositions[index]
-                emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
-                _refuse_lost_gradient(emit, node, composition.match.expr)
-                made = rules[composition.match.pattern].rewrite(composition.match, emit)
+                match = composition.match
+                emit.begin(node, match)
+                _refuse_lost_gradient(emit, node, match.expr)
+                made = rules[match.pattern].rewrite(match, composition, emit)
                 made = laid_out_like(emit, node, placed_like(emit, node, made))
                 made = memory.of(emit, node, made)
         except Exception as reason:
@@ -193,7 +194,7 @@ def apply_plan(
     for node in sorted(remaining, key=memory.stays_inside):
         old = copied[node]
         with graph.inserting_before(old):
-            emit.begin(node, False)
+            emit.begin(node)
             try:
                 # A caller may write to its result, and must not reach the norm that everybody else reads. A copy would do, but of
                 # copies of one tensor Inductor removes all that it can; two norms of the same operands stay two.

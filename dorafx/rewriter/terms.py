@@ -15,6 +15,7 @@ from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly
 from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
+from dorafx.match import Match
 
 from .nodes import CannotEmit, NodeEmitter
 
@@ -38,18 +39,18 @@ class TermEmitter(NodeEmitter):
         self._norms = norms
         self.transposed = False
         """Whether the site has tokens by column, and what is emitted for it has them by row."""
-        self.channels = False
+        self.channels_first = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
-    def begin_terms(self, site: fx.Node, transposed: bool) -> None:
-        """Start the replacement of an original node: everything is emitted just before it."""
+    def begin(self, site: fx.Node, match: Match | None = None) -> None:
+        """Start the replacement of an original node, a norm or the composition of a match: everything is emitted just before it."""
         self.site = site
-        self.transposed = transposed
-        self.channels = False
+        self.transposed = match is not None and match.transposed
+        self.channels_first = match is not None and match.channels_first
         self._vectors.clear()
         self._products.clear()
         tensor = tensor_of(site)
@@ -284,7 +285,7 @@ class TermEmitter(NodeEmitter):
     def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
         """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
         if sizes_of(self.tensor(total).shape) != sizes_of(self.tensor(term).shape):
-            if self.channels:
+            if self.channels_first:
                 raise CannotEmit("two convolutions that are added have different shapes")
             total, term = self.flat(total), self.flat(term)
         return self.call(torch.add, total, term)
@@ -303,7 +304,7 @@ class TermEmitter(NodeEmitter):
         if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:
             return vector
         vector = self.cast(vector, self.tensor(node).dtype)
-        if not self.channels or self.tensor(vector).dim() == 0:
+        if not self.channels_first or self.tensor(vector).dim() == 0:
             return vector
         return self.method("reshape", vector, (-1,) + (1,) * (self.tensor(node).dim() - 2))
 
