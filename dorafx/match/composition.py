@@ -138,17 +138,13 @@ def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
     """Whether a factor is a dense value as large as the norm's quantised weight, and no parameter."""
     if not isinstance(factor, Mat) or factor.transposed == weight.transposed or factor.atom == ONES:
         return False
-    formed, own = (candidate.lift.atom_of(a).node for a in (factor.atom, weight.atom))
-    one, other = tensor_of(formed), tensor_of(own)
-    if (
-        formed is None
-        or own is None
-        or one is None
-        or other is None
-        or formed.op not in ("call_function", "call_method")
-    ):
+    node, weight_node = (candidate.lift.atom_of(atom).node for atom in (factor.atom, weight.atom))
+    if node is None or weight_node is None or node.op not in ("call_function", "call_method"):
         return False
-    return isinstance(packed_weight(own), PackedWeight) and one.shape == other.shape
+    value, weight_value = tensor_of(node), tensor_of(weight_node)
+    if value is None or weight_value is None or not isinstance(packed_weight(weight_node), PackedWeight):
+        return False
+    return value.shape == weight_value.shape
 
 
 def base_core(candidate: Candidate) -> Chain | None:

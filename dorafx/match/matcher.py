@@ -42,21 +42,21 @@ class _Matcher:
     def __call__(self, lift: Lifter, node: fx.Node, value: Value) -> Verdict:
         if self.matches is None:
             self.matches = Matches(lift)
-        found = self._recognise(lift, node, value)
+        match = self._recognise(lift, node, value)
         continued = [a for a in node.all_input_nodes if a in self._pending]
-        if found is None:
+        if match is None:
             for argument in continued:
                 self._take(self._pending.pop(argument))
                 lift.seal(argument)
             return Verdict.RELIFT if continued else Verdict.KEEP
         for argument in continued:
             before = self._pending.pop(argument)
-            if before.norm.atom == found.norm.atom:
-                found = replace(found, first=before.origin)
+            if before.norm.atom == match.norm.atom:
+                match = replace(match, first=before.origin)
         if len(node.users) == 1:
-            self._pending[node] = found
+            self._pending[node] = match
             return Verdict.KEEP
-        self._take(found)
+        self._take(match)
         return Verdict.SEAL
 
     def _take(self, match: Match) -> None:
@@ -100,9 +100,9 @@ class _Matcher:
         if node in lift.written:
             return None
         for expr, transposed in _readings(lift, node, value):
-            found = self._recognise_as(lift, node, expr)
-            if found is not None:
-                return replace(found, transposed=True) if transposed else found
+            match = self._recognise_as(lift, node, expr)
+            if match is not None:
+                return replace(match, transposed=True) if transposed else match
         return None
 
     def _recognise_as(self, lift: Lifter, node: fx.Node, expr: Expr) -> Match | None:

@@ -133,23 +133,23 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             )
         leaves = [t for leaf in _leaves(node) if (t := tensor_of(leaf)) is not None]
         if leaves and all(str(t.numel()) != str(tensor.numel()) for t in leaves):
-            made = node
-            while canonical_name(made) in _MOVES and made.all_input_nodes:
-                made = made.all_input_nodes[0]
+            origin = node
+            while canonical_name(origin) in _MOVES and origin.all_input_nodes:
+                origin = origin.all_input_nodes[0]
             dtypes = {
-                str(t.dtype).removeprefix("torch.") for a in made.all_input_nodes if (t := tensor_of(a)) is not None
+                str(t.dtype).removeprefix("torch.") for a in origin.all_input_nodes if (t := tensor_of(a)) is not None
             }
-            if canonical_name(made) in _PRODUCTS and len(dtypes) > 1:
-                what = f"operator {operator_name(made)} at {_at(made)}"
+            if canonical_name(origin) in _PRODUCTS and len(dtypes) > 1:
+                what = f"operator {operator_name(origin)} at {_at(origin)}"
                 return Reason(
                     f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
-                    made,
+                    origin,
                     kind=ReasonKind.MIXED_DTYPES,
                 )
             return Reason(
-                f"operator {operator_name(made)} at {_at(made)} makes the delta, and is not known as a product of low-rank "
+                f"operator {operator_name(origin)} at {_at(origin)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",
-                made,
+                origin,
                 kind=ReasonKind.UNKNOWN_DELTA,
             )
     return None
@@ -157,18 +157,18 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
 
 def _leaves(node: fx.Node) -> set[fx.Node]:
     """The graph's inputs and attributes that a node is made of."""
-    found: set[fx.Node] = set()
+    leaves: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
-        at = stack.pop()
-        if at in seen:
+        current = stack.pop()
+        if current in seen:
             continue
-        seen.add(at)
-        if _is_leaf(at):
-            found.add(at)
-        stack.extend(at.all_input_nodes)
-    return found
+        seen.add(current)
+        if _is_leaf(current):
+            leaves.add(current)
+        stack.extend(current.all_input_nodes)
+    return leaves
 
 
 def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
@@ -241,8 +241,8 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
         if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or out is None or before is None:
             continue
-        made = lift.values.get(node)
-        if made is not None and not _is_unknown(lift, made, node):
+        result = lift.values.get(node)
+        if result is not None and not _is_unknown(lift, result, node):
             continue
         looks_so = name in _NORMS or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
         if not looks_so or (not out.dim() and name not in _NORMS) or not _is_adapted(lift, value.expr):
@@ -255,10 +255,10 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
     return None
 
 
-def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:
+def _is_unknown(lift: Lifter, value: Value, node: fx.Node) -> bool:
     """Whether a node's value is an indeterminate that stands for the node."""
     return any(
-        lift.atom_of(a).node is node for a in (made.expr if isinstance(made, MatrixValue) else made.poly).atoms()
+        lift.atom_of(a).node is node for a in (value.expr if isinstance(value, MatrixValue) else value.poly).atoms()
     )
 
 
@@ -287,8 +287,8 @@ def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | N
     if isinstance(value, VectorValue) and _of_norms(lift, value.poly):
         return None
     for argument in node.all_input_nodes:
-        made = lift.values.get(argument)
-        if isinstance(made, VectorValue) and any(atom.id in rootless for atom in made.poly.atoms()):
+        operand = lift.values.get(argument)
+        if isinstance(operand, VectorValue) and any(atom.id in rootless for atom in operand.poly.atoms()):
             what = f"operator {operator_name(node)} at {_at(node)}"
             return Reason(
                 f"{what} reads the sum of squares of the adapted weight before its root is taken",
@@ -315,8 +315,8 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
     total, inputs = tensor_of(source), source.all_input_nodes
     if canonical_name(source) not in ("add", "sub") or total is None or total.dim() < 3 or len(inputs) != 2:
         return None
-    wanted = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
-    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == wanted]
+    shape = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
+    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == shape]
     weights = [n for n, t in sides if t.dim() == 2 and _is_leaf(n)]
     products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
     if not weights or not products:

@@ -117,8 +117,8 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             dense.append((chain, c))
             continue
         if len(mats) < 2:
-            made = _made(lift, [chain], scalars)
-            what = f" ({made})" if made else ""
+            operands = _operand_names(lift, [chain], scalars)
+            what = f" ({operands})" if operands else ""
             return Reason(
                 f"the norm's operand has a scaled or diagonal part{what} besides the weight",
                 _site(info),
@@ -136,8 +136,8 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         hidden = hidden_delta(lift, info, chains)
         return hidden or (unknown_delta(lift, chains) if lift.is_made_of_weights(expr) else None)
     if len(dense) != 1:
-        made = _made(lift, [chain for chain, _ in dense])
-        what = f"{len(dense)} dense matrices ({made})" if dense else "no dense weight"
+        operands = _operand_names(lift, [chain for chain, _ in dense])
+        what = f"{len(dense)} dense matrices ({operands})" if dense else "no dense weight"
         return Reason(
             f"the norm is of a sum with {what} beside the low-rank product; one is supported",
             _site(info),
@@ -158,7 +158,7 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     return NormFactors(atom, info, mat, c, tuple(delta), *size)
 
 
-def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
+def _operand_names(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
     """What chains are made of: the graph's inputs by name, everything else with its operator and where it is computed."""
     atoms = [
         atom for chain in chains for f in chain for atom in ([f.atom] if isinstance(f, Mat) else [a for a, _ in f.mono])

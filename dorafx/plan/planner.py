@@ -118,9 +118,9 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
                 cheaper = Reason("the merged weight is cheaper", match.node, kind=ReasonKind.MERGED_CHEAPER)
                 misses.update(dict.fromkeys(norms, cheaper))
                 continue
-        kernel, said = choose_kernel(lift, match, options, order)
-        for atom_id in norms if said else ():
-            plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), said)))
+        kernel, note = choose_kernel(lift, match, options, order)
+        for atom_id in norms if note else ():
+            plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), note)))
         plan.compositions.append(
             CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)), kernel)
         )

@@ -43,7 +43,7 @@ class _Norms:
 
     def __init__(self, plan: RewritePlan) -> None:
         self.plan = plan
-        self.made: dict[tuple[int, bool], fx.Node] = {}
+        self.nodes: dict[tuple[int, bool], fx.Node] = {}
 
     def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
         """The vector of an atom, which the caller detaches if the atom is."""
@@ -53,24 +53,24 @@ class _Norms:
         norm = self.plan.norms[atom.id]
         unrecorded = norm.factors.info.requires_grad and emit.site in emit.lift.unrecorded
         for key in ((atom.id, unrecorded), (atom.id, not unrecorded)):
-            if key in self.made and (atom.detached or unrecorded or not key[1]):
-                return self.made[key]
-        made = self.made[atom.id, unrecorded] = _emit_norm(norm, (self.plan.part, atom.id), emit)
-        made.meta[NORM] = atom.id
-        return made
+            if key in self.nodes and (atom.detached or unrecorded or not key[1]):
+                return self.nodes[key]
+        node = self.nodes[atom.id, unrecorded] = _emit_norm(norm, (self.plan.part, atom.id), emit)
+        node.meta[NORM] = atom.id
+        return node
 
     def is_read(self, norm: NormPlan) -> bool:
         """Whether a norm that was emitted has a reader."""
-        return any(node.users for (atom_id, _), node in self.made.items() if atom_id == norm.factors.atom.id)
+        return any(node.users for (atom_id, _), node in self.nodes.items() if atom_id == norm.factors.atom.id)
 
     @contextmanager
     def anew(self) -> Iterator[None]:
         """Emit norms once more, as the original computes them."""
-        made, self.made = self.made, {}
+        nodes, self.nodes = self.nodes, {}
         try:
             yield
         finally:
-            self.made = made
+            self.nodes = nodes
 
 
 def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
@@ -179,13 +179,13 @@ def apply_plan(
                 match = composition.match
                 emit.begin(node, match)
                 _refuse_lost_gradient(emit, node, match.expr)
-                made = rules[match.pattern].rewrite(match, composition, emit)
-                made = laid_out_like(emit, node, placed_like(emit, node, made))
-                made = memory.of(emit, node, made)
+                replacement = rules[match.pattern].rewrite(match, composition, emit)
+                replacement = laid_out_like(emit, node, placed_like(emit, node, replacement))
+                replacement = memory.of(emit, node, replacement)
         except Exception as reason:
             raise _refusal(reason, node) from reason
-        old.replace_all_uses_with(made)
-        copied[node] = made
+        old.replace_all_uses_with(replacement)
+        copied[node] = replacement
         dead.append(old)
     _erase_dead(graph, dead)
     # The original norms that somebody still reads: in most layers the composition was the only one.
@@ -201,13 +201,13 @@ def apply_plan(
                 norm = sites[node]
                 shared = norms.is_read(norm) or sum(sites[other] is norm for other in remaining) > 1
                 with norms.anew() if shared and not memory.stays_inside(node) else nullcontext():
-                    made = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
-                copied[node] = memory.of(emit, node, laid_out_like(emit, node, made))
+                    replacement = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
+                copied[node] = memory.of(emit, node, laid_out_like(emit, node, replacement))
             except Exception as reason:
                 raise _refusal(reason, node) from reason
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
-    _erase_dead(graph, list(norms.made.values()))
+    _erase_dead(graph, list(norms.nodes.values()))
     graph.lint()
     alive = set(graph.nodes)
     return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}
@@ -235,11 +235,11 @@ def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:
     if not isinstance(value, VectorValue):
         raise CannotEmit(f"{node.name} is not known as a vector")
     _refuse_lost_gradient(emit, node, value.poly)
-    made = emit.vector(value.poly)
+    vector = emit.vector(value.poly)
     if not norm.factors.info.requires_grad:
-        made = emit.method("detach", made)
-    made = emit.cast(made, tensor.dtype)
-    return made if tensor.dim() == 1 else emit.method("reshape", made, tuple(tensor.shape))
+        vector = emit.method("detach", vector)
+    vector = emit.cast(vector, tensor.dtype)
+    return vector if tensor.dim() == 1 else emit.method("reshape", vector, tuple(tensor.shape))
 
 
 def _erase_dead(graph: fx.Graph, roots: list[fx.Node]) -> None:

@@ -45,18 +45,18 @@ def closure_of(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | st
         norm: a node that is one of :data:`NORMS`.
         written: what the graph writes to (:func:`dorafx.graphs.writes.written_nodes`): before the graph it has another value.
     """
-    found: dict[fx.Node, None] = {}
+    nodes: dict[fx.Node, None] = {}
     stack = [norm]
     while stack:
         current = stack.pop()
-        if current in found:
+        if current in nodes:
             continue
         reason = _stays(current, written)
         if reason:
             return reason
-        found[current] = None
+        nodes[current] = None
         stack.extend(current.all_input_nodes)
-    closure = sorted(found)
+    closure = sorted(nodes)
     cast = next((node for node in closure if not _is_same_outside_of_autocast(node)), None)
     if cast is not None and not (canonical_name(cast) in _PRODUCTS and _runs_outside_of_autocast(closure)):
         return f"{_named(cast)} runs in an autocast region"

@@ -197,9 +197,9 @@ def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
     if out.dtype == tensor.dtype:
         # Autocast undoes the cast: the copy is the weight's own values.
         target = torch.nn.functional.linear if last.transposed else torch.matmul
-        made = emit.graph.call_function(target, (lhs, weight))
-        made.meta = dict(copy.meta)  # not by running it: the region's autocast is not on here
-        return made
+        product = emit.graph.call_function(target, (lhs, weight))
+        product.meta = dict(copy.meta)  # not by running it: the region's autocast is not on here
+        return product
     if out.dtype == x.dtype == cast.dtype and out.requires_grad:
         weight = weight if last.transposed else emit.method("t", weight)
         return emit.call(torch.ops.dorafx.cast_linear.default, lhs, weight)

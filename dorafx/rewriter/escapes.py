@@ -135,8 +135,8 @@ class _Reach:
         inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
         if len(inputs) != len(operands):
             return False
-        given = [given for given, operand in zip(inputs, operands) if operand is alias]
-        self.leaks_in_body |= bool(copy_escaping(body, given))
+        aliases = [placeholder for placeholder, operand in zip(inputs, operands) if operand is alias]
+        self.leaks_in_body |= bool(copy_escaping(body, aliases))
         return True
 
 

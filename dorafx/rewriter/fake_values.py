@@ -37,13 +37,13 @@ class FakeValues:
             return layout.made(mode, None if alias is None else operands[alias])
         with under(mode):
             args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: of_mode(value, mode))
-            made = target(*args, **kwargs)
-        layout_made = FakeLayout.of(made)
-        if key is not None and layout_made is not None:
+            result = target(*args, **kwargs)
+        result_layout = FakeLayout.of(result)
+        if key is not None and result_layout is not None:
             storages = [storage_id(operand) for operand in operands]
-            storage = storage_id(made)
-            self._known[key] = layout_made, storages.index(storage) if storage in storages else None
-        return made
+            storage = storage_id(result)
+            self._known[key] = result_layout, storages.index(storage) if storage in storages else None
+        return result
 
 
 def _key(operands: list[torch.Tensor], value: Any) -> Any:

@@ -33,38 +33,38 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
-    """``made``, or a copy of it, with the strides of the value that it replaces.
+def laid_out_like(emit: NodeEmitter, original: fx.Node, replacement: fx.Node) -> fx.Node:
+    """``replacement``, or a copy of it, with the strides of the value that it replaces.
 
     Raises:
         CannotEmit: the value lies in memory as no copy does (broadcast, or with gaps).
     """
-    wanted, found = tensor_of(original), tensor_of(made)
-    if wanted is None or found is None or placements(wanted) is not None:
-        return made
-    if _is_empty(wanted) or _strides_of(wanted) == _strides_of(found):
-        return _exactly(emit, wanted, made)
-    order = _outermost_first(wanted.shape, wanted.stride())
+    expected, actual = tensor_of(original), tensor_of(replacement)
+    if expected is None or actual is None or placements(expected) is not None:
+        return replacement
+    if _is_empty(expected) or _strides_of(expected) == _strides_of(actual):
+        return _exactly(emit, expected, replacement)
+    order = _outermost_first(expected.shape, expected.stride())
     inverse = [order.index(axis) for axis in range(len(order))]
     if order == inverse == list(range(len(order))):
-        copy = emit.method("contiguous", made)
+        copy = emit.method("contiguous", replacement)
     else:
-        copy = emit.method("permute", emit.method("contiguous", emit.method("permute", made, order)), inverse)
-    if _strides_of(emit.tensor(copy)) != _strides_of(wanted):
+        copy = emit.method("permute", emit.method("contiguous", emit.method("permute", replacement, order)), inverse)
+    if _strides_of(emit.tensor(copy)) != _strides_of(expected):
         raise CannotEmit(
-            f"the original's result has the strides {tuple(wanted.stride())} for the shape {tuple(wanted.shape)}, which "
+            f"the original's result has the strides {tuple(expected.stride())} for the shape {tuple(expected.shape)}, which "
             "no result of the rewrite has",
             ReasonKind.STRIDES,
         )
-    return _exactly(emit, wanted, copy)
+    return _exactly(emit, expected, copy)
 
 
-def _exactly(emit: NodeEmitter, wanted: torch.Tensor, made: fx.Node) -> fx.Node:
+def _exactly(emit: NodeEmitter, expected: torch.Tensor, replacement: fx.Node) -> fx.Node:
     """Also in the strides of axes of one element, and of what has none. They lead nowhere, but ``stride()`` tells them."""
-    known = all(isinstance(n, int) for n in (*wanted.shape, *wanted.stride()))
-    if not known or tuple(emit.tensor(made).stride()) == tuple(wanted.stride()):
-        return made
-    return emit.method("as_strided", made, tuple(wanted.shape), tuple(wanted.stride()))
+    known = all(isinstance(n, int) for n in (*expected.shape, *expected.stride()))
+    if not known or tuple(emit.tensor(replacement).stride()) == tuple(expected.stride()):
+        return replacement
+    return emit.method("as_strided", replacement, tuple(expected.shape), tuple(expected.stride()))
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -89,29 +89,30 @@ class Ownership:
     def __init__(self, graph: fx.Graph) -> None:
         self._taken = {_storage(node) for node in graph.nodes} - {None}
         results = graph.find_nodes(op="output")[0].all_input_nodes
-        self._results, self._given_out = frozenset(results), Counter(map(_storage, results))
-        del self._given_out[None]
+        self._results, self._result_storages = frozenset(results), Counter(map(_storage, results))
+        del self._result_storages[None]
 
     def stays_inside(self, node: fx.Node) -> bool:
         """Whether no result of the graph is a value of the original, or shares its memory. Of copies of one tensor Inductor removes
         all that it can: the tensor itself is for a result, so that another result's copy stays one."""
-        return node not in self._results and _storage(node) not in self._given_out
+        return node not in self._results and _storage(node) not in self._result_storages
 
-    def of(self, emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
-        """``made``, or a copy of it where its memory is another value's.
+    def of(self, emit: NodeEmitter, original: fx.Node, replacement: fx.Node) -> fx.Node:
+        """``replacement``, or a copy of it where its memory is another value's.
 
         A copy, too, where it is a view, the original none, and two results of the graph are the original's memory. AOT autograd makes
         such results of one tensor anew from their history of views, and (torch 2.13) gets that of a ``detach()`` of a view wrong: it
         raises, or of a square matrix returns the transpose.
         """
-        if _storage(made) is None:
-            return made  # of a DTensor, or of a graph without values: nothing is known of its memory
+        if _storage(replacement) is None:
+            return replacement  # of a DTensor, or of a graph without values: nothing is known of its memory
         if not is_view(original) and (
-            _storage(made) in self._taken or (is_view(made) and self._given_out[_storage(original)] > 1)
+            _storage(replacement) in self._taken
+            or (is_view(replacement) and self._result_storages[_storage(original)] > 1)
         ):
-            made = emit.method("clone", made)
-        self._taken.add(_storage(made))
-        return made
+            replacement = emit.method("clone", replacement)
+        self._taken.add(_storage(replacement))
+        return replacement
 
 
 def is_view(node: fx.Node) -> bool:

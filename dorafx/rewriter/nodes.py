@@ -111,10 +111,10 @@ class NodeEmitter:
         info = self.lift.atom_of(atom)
         if info.node is None or info.kind == "channels":
             raise CannotEmit("a factor of the product is no value of the graph")
-        made = self.operand(info.node, atom.detached)
+        node = self.operand(info.node, atom.detached)
         if is_torchao(tensor_of(info.node)):
-            made = self.method("dequantize", made)
-        return self.method("flatten", made, 1) if info.kind == "filter" else made
+            node = self.method("dequantize", node)
+        return self.method("flatten", node, 1) if info.kind == "filter" else node
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         value = tensor_of(node)

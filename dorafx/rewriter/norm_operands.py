@@ -70,11 +70,11 @@ def in_its_dtype(emit: Emitter, info: AtomInfo) -> AbstractContextManager[None]:
 
 def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]:
     """Codes, scales and zeros (or None) of a quantised weight."""
-    found: list[fx.Node | None] = []
+    operands: list[fx.Node | None] = []
     for source in weight.tensors:
         node = None if source is None else emit.operand(source[0])
-        found.append(emit.call(getattr, node, source[1]) if source is not None and source[1] else node)
-    return found
+        operands.append(emit.call(getattr, node, source[1]) if source is not None and source[1] else node)
+    return operands
 
 
 def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, float]:
@@ -101,15 +101,15 @@ def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Nod
     """The dtype in which the program multiplies the factors of a norm, where it rounds them to one that is narrower than theirs, as
     under autocast; None otherwise. Their own rounding to it costs no accuracy that the program has, and tensor cores multiply
     halves several times as fast."""
-    own = [emit.tensor(factor).dtype for factor in (left, right)]
-    if norm.info.double or any(dtype.itemsize < 4 for dtype in own):
+    factor_dtypes = [emit.tensor(factor).dtype for factor in (left, right)]
+    if norm.info.double or any(dtype.itemsize < 4 for dtype in factor_dtypes):
         return None
-    found = set()
+    dtypes = set()
     for part in norm.delta:
         # Of a column times a row, both have the matrix of ones that stands between them.
         twice = is_ones(part.left[-1]) and is_ones(part.right[0])
-        found |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
-    (dtype, *others) = found
+        dtypes |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
+    (dtype, *others) = dtypes
     return dtype if not others and dtype in (torch.float16, torch.bfloat16) else None
 
 

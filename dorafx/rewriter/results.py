@@ -29,29 +29,29 @@ def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
     Returns:
         How many results were.
     """
-    done: set[fx.Node] = set()
-    wanted, found = (graph.find_nodes(op="output")[0].args[0] for graph in (original.graph, gm.graph))
-    if not isinstance(wanted, (tuple, list)) or not isinstance(found, (tuple, list)):
-        wanted, found = (wanted,), (found,)
-    for before, result in zip(wanted, found):
-        if not isinstance(before, fx.Node) or not isinstance(result, fx.Node) or result in done:
+    replaced: set[fx.Node] = set()
+    originals, results = (graph.find_nodes(op="output")[0].args[0] for graph in (original.graph, gm.graph))
+    if not isinstance(originals, (tuple, list)) or not isinstance(results, (tuple, list)):
+        originals, results = (originals,), (results,)
+    for original_result, result in zip(originals, results):
+        if not isinstance(original_result, fx.Node) or not isinstance(result, fx.Node) or result in replaced:
             continue
-        if _is_view(before) or not _is_view(result):
+        if _is_view(original_result) or not _is_view(result):
             continue
         tensor = tensor_of(result)
         if tensor is None or placements(tensor) is not None:
             continue
-        done.add(result)
+        replaced.add(result)
         readers = list(result.users)
         with gm.graph.inserting_after(result):
-            own = _own(gm.graph, result, tensor)
-        own.meta.update(result.meta)
+            replacement = _non_view(gm.graph, result, tensor)
+        replacement.meta.update(result.meta)
         for reader in readers:
-            reader.replace_input_with(result, own)
-    if done:
+            reader.replace_input_with(result, replacement)
+    if replaced:
         gm.graph.lint()
         gm.recompile()
-    return len(done)
+    return len(replaced)
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -68,7 +68,7 @@ _VIEWS = frozenset(
 )
 
 
-def _own(graph: fx.Graph, result: fx.Node, tensor: torch.Tensor) -> fx.Node:
+def _non_view(graph: fx.Graph, result: fx.Node, tensor: torch.Tensor) -> fx.Node:
     if list(map(str, tensor.stride())) != list(map(str, layout.strides(tensor.shape))):
         # To size for itself, ``_unsafe_view`` gives other strides to axes of one element.
         return graph.call_method("clone", (result,))

@@ -234,10 +234,10 @@ class TermEmitter(NodeEmitter):
         """A product of the graph, without its bias."""
         lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
         if gemm.convolution is not None:
-            made = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
+            product = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
         else:
-            made = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
-        return self.method("detach", made) if gemm.detached else made
+            product = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+        return self.method("detach", product) if gemm.detached else product
 
     def _summed(self, chain: Chain) -> fx.Node:
         """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""

@@ -53,16 +53,16 @@ def test_statement(name: str, codegen: str) -> None:
         leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
 
         def program(arguments: dict[str, Any]) -> torch.Tensor:
-            made: torch.Tensor = statement(**arguments)
-            return made
+            y: torch.Tensor = statement(**arguments)
+            return y
 
         options = {"dorafx.codegen": codegen, "dorafx.strict": True}
         actual, expected = torch.compile(program, backend="dorafx", options=options)(arguments), program(arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        for found, wanted in zip(
+        for gradient, expected_gradient in zip(
             torch.autograd.grad(actual.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves)
         ):
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
         assert [r.pattern for r in rewrite_log().rewrites] == [name]
 
 
@@ -82,5 +82,5 @@ def test_the_emitter_has_what_is_promised() -> None:
     promised = [name for name in vars(Emit) if not name.startswith("_")]
     assert len(promised) >= 14
     for name in promised:
-        wanted, found = (list(inspect.signature(getattr(of, name)).parameters) for of in (Emit, Emitter))
-        assert wanted == found, name
+        expected, actual = (list(inspect.signature(getattr(of, name)).parameters) for of in (Emit, Emitter))
+        assert expected == actual, name
