@@ -1,10 +1,12 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
+from dorafx.log.kinds import ReasonKind
+
 from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
 from .emission import CompositionPlan, Emit
 from .matcher import Verdict, match_graph
 from .matches import Matches
-from .near_misses import Reason, ReasonKind
+from .near_misses import Reason
 from .norms import LowRank, NormFactors
 from .registry import Form, forms, pattern
 

@@ -9,11 +9,10 @@ from torch import fx
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight
 from dorafx.lift.algebra import ONES, Chain, Factor
+from dorafx.log.kinds import ReasonKind
 
-from .near_misses import Reason, ReasonKind
+from .near_misses import Reason
 from .norms import NormFactors
-
-__all__ = ["Candidate", "Composition", "Match", "Part", "base_core", "group", "no_base_product", "part_scale"]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, MatrixValue, Poly, leaves_of, term_of
+from dorafx.log.kinds import ReasonKind
 
 from .matches import Matches
-from .near_misses import Reason, ReasonKind
-
-__all__ = ["blame_failures"]
+from .near_misses import Reason
 
 _NORMS = frozenset({"norm", "linalg_norm", "vector_norm", "sqrt", "rsqrt", "pow", "normalize", "weight_norm"})
 _PRODUCTS = frozenset({"matmul", "bmm", "einsum", "linear", "addmm", "baddbmm", "tensordot", "multi_dot", "outer"})

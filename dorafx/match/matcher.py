@@ -18,8 +18,6 @@ from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
 from .registry import forms
 
-__all__ = ["Verdict", "match_graph"]
-
 
 class Verdict(Enum):
     """What the lifter does with a node that it has just lifted."""

@@ -12,8 +12,6 @@ from .composition import Match
 from .near_misses import Reason
 from .norms import NormFactors
 
-__all__ = ["Matches"]
-
 
 @dataclass
 class Matches:

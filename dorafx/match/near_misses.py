@@ -16,16 +16,6 @@ from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
 from dorafx.lift.values import VectorValue
 from dorafx.log.kinds import ReasonKind
 
-__all__ = [
-    "Reason",
-    "ReasonKind",
-    "described",
-    "hidden_delta",
-    "unknown_consumer",
-    "unknown_norms",
-    "vanished",
-]
-
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
 _MOVES = ("view", "permute", "transpose", "t", "cast", "identity", "detach", "data", "getattr", "getitem", "expand")

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx.graphs.provenance import source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat
 from dorafx.lift.algebra import Chain, Mono, is_ones
+from dorafx.log.kinds import ReasonKind
 
-from .near_misses import Reason, ReasonKind, described, hidden_delta, unknown_delta, vanished
-
-__all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
+from .near_misses import Reason, described, hidden_delta, unknown_delta, vanished
 
 
 @dataclass(frozen=True)

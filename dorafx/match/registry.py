@@ -11,9 +11,7 @@ from dorafx.errors import DorafxError
 
 from .composition import Candidate, Match
 from .emission import CompositionPlan, Emit
-from .norms import Reason
-
-__all__ = ["Form", "forms", "pattern"]
+from .near_misses import Reason
 
 
 class Form(Protocol):

@@ -12,8 +12,6 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Lifter
 from dorafx.match import Match, NormFactors
 
-__all__ = ["dense_bytes", "gemm_flops", "merging", "norm_closure", "still_formed"]
-
 
 def norm_closure(norm: NormFactors) -> list[fx.Node]:
     """The nodes that exist for the sake of the norm: its ancestors down to parameters."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BALANCE", "MergedCost", "merged_cost"]
-
 BALANCE = {"cpu": 5.0, "cuda": 184.0}
 """FLOPs of a matrix product that take as long as one byte of memory traffic: matmul rate over copy bandwidth. CPU: two cores,
 fp32, the ceilings that ``dorafx bench`` measures (93 GFLOP/s, 19 GB/s). CUDA: the H200 of arXiv:2603.22276, bf16 (790 TFLOP/s,

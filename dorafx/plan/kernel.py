@@ -16,8 +16,6 @@ from dorafx.match import Match
 from dorafx.ops.dispatch import runs_kernels
 from dorafx.options import Options
 
-__all__ = ["LinearOperands", "choose_kernel", "linear_operands"]
-
 
 @dataclass(frozen=True)
 class LinearOperands:

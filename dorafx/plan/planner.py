@@ -21,8 +21,6 @@ from .accounting import dense_bytes, merging, norm_closure
 from .cost import MergedCost, merged_cost
 from .kernel import choose_kernel
 
-__all__ = ["CompositionPlan", "Left", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]
-
 _FEW_TOKENS = 8
 
 

@@ -19,9 +19,10 @@ from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import NormPlan, RewritePlan
 
-from .emit import CannotEmit, Emitter
+from .emit import Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
+from .nodes import CannotEmit
 from .norm_operands import (
     factor_operands,
     in_its_dtype,
@@ -31,8 +32,6 @@ from .norm_operands import (
     weight_operand,
 )
 from .placements import placed_like, reduced
-
-__all__ = ["apply_plan"]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 

@@ -16,8 +16,6 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import nodes_in
 from dorafx.lift.quantized import is_torchao
 
-__all__ = ["NORMS", "TRANSPOSES", "closure_of", "is_number", "makes_memory", "waits_for_device"]
-
 NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
 TRANSPOSES = ("T", "mT")
 """Attributes of a tensor that are tensors."""

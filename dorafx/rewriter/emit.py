@@ -22,8 +22,6 @@ from dorafx.plan.kernel import linear_operands
 from .nodes import CannotEmit
 from .terms import TermEmitter
 
-__all__ = ["CannotEmit", "Emitter"]
-
 _ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
 
 

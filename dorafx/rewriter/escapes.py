@@ -20,8 +20,6 @@ from dorafx.graphs.writes import attribute_of, names_another_memory, nodes_in, w
 
 from .closures import is_number
 
-__all__ = ["copy_escaping"]
-
 # On the node of a copy.
 _COPY = "dorafx_copy"
 

@@ -11,8 +11,6 @@ from torch import fx
 from dorafx._compat.tensors import FakeLayout, storage_id, under
 from dorafx.graphs.shapes import of_mode
 
-__all__ = ["FakeValues"]
-
 
 class FakeValues:
     """Runs operators on fake tensors, once for operands of the same layouts: the layers of a model have few shapes, and an

@@ -23,10 +23,6 @@ from .closures import NORMS, closure_of, is_number, waits_for_device
 from .escapes import copy_escaping
 from .placements import is_redistribution
 
-__all__ = ["DENSE", "KEY", "NORM", "HoistedNorm", "NormKey", "hoist_norms", "norms_inside"]
-
-# On a norm's node: the name of the module in the log's record of it.
-SITE = "dorafx_site"
 # On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
 DENSE = "dorafx_dense"
 

@@ -18,8 +18,6 @@ from dorafx.ops.norm import row_norm_unrolled
 from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
 from dorafx.ops.register import DECOMPOSITIONS
 
-__all__ = ["lower_to_aten", "own_operators", "without_own_operators"]
-
 _ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **DECOMPOSITIONS,
     torch.ops.dorafx.row_norm.default: row_norm_unrolled,

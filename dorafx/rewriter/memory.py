@@ -21,8 +21,6 @@ from dorafx.match import ReasonKind
 
 from .nodes import CannotEmit, NodeEmitter
 
-__all__ = ["Ownership", "is_view", "laid_out_like"]
-
 
 def _strides_of(tensor: torch.Tensor) -> tuple[str, ...]:
     """The strides of the axes that have some length, in a form that compares without a guard on symbolic ones."""

@@ -18,8 +18,6 @@ from dorafx.match import Reason, ReasonKind
 
 from .fake_values import FakeValues
 
-__all__ = ["CannotEmit", "NodeEmitter"]
-
 
 class CannotEmit(Exception):
     """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.

@@ -14,8 +14,6 @@ from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["factor_operands", "in_its_dtype", "in_order", "packed_operands", "product_dtype", "weight_operand"]
-
 
 def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
     """The weight ``[d_out, d_in]``, and in which order the axes of a filter make up its columns; empty for their own order.

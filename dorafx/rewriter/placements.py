@@ -13,9 +13,8 @@ from dorafx._compat import distributed as _distributed
 from dorafx.graphs.tensors import tensor_of
 from dorafx.match import ReasonKind
 
-from .emit import CannotEmit, Emitter
-
-__all__ = ["is_redistribution", "placed_like", "reduced"]
+from .emit import Emitter
+from .nodes import CannotEmit
 
 
 def reduced(emit: Emitter, norm: fx.Node) -> fx.Node:

@@ -16,8 +16,6 @@ from dorafx.ops import layout
 
 from .memory import is_view
 
-__all__ = ["own_results"]
-
 
 def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
     """Let no result of a graph be a view of another tensor where the original's is none.

@@ -19,8 +19,6 @@ from dorafx.match import Match
 
 from .nodes import CannotEmit, NodeEmitter
 
-__all__ = ["TermEmitter"]
-
 
 class TermEmitter(NodeEmitter):
     """Emits terms into a copy of the lifted graph.
