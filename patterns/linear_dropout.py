@@ -87,7 +87,7 @@ class LinearDropout:
                 return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
             parts.append(Part(core, scale))
         if unscaled > 1:
-            # The layer's own result is one value; what is added beside it (a residual) belongs to somebody else.
+            # The layer's own result is one value; what else is added (a residual) is no part of the layer.
             what = "something else than the unscaled base product is added to the delta form"
             return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
         if not unscaled or not parts:

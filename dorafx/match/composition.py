@@ -116,8 +116,8 @@ class Match:
 
 
 def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
-    """``q`` with ``poly = q · scaling``, where q is what an adapter is scaled by: constants, scalars and vectors in
-    products. Not a quotient: a residual of constant scale is ``1/g`` times ``g``, and no part of the layer.
+    """The ``q`` in ``poly = q · scaling``, if an adapter may be scaled by it: products of constants, scalars and vectors. Quotients
+    do not count: a residual that is added with a constant is ``1/g`` times ``g``, and is no part of the layer.
 
     Args:
         candidate: the node.
@@ -125,7 +125,7 @@ def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
         scaling: what the base product is scaled by, ``g``.
 
     Returns:
-        q; None where there is no such.
+        q; None where there is none.
     """
     ratio = poly.ratio_to(scaling)
     if ratio is None or candidate.lift.norms_in(ratio):
@@ -134,7 +134,7 @@ def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
 
 
 def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
-    """Whether a factor is a dense value as large as the norm's quantised weight, and no parameter."""
+    """Whether a factor is a computed dense value, no parameter, with the shape of the norm's quantised weight."""
     if not isinstance(factor, Mat) or factor.transposed == weight.transposed or factor.atom == ONES:
         return False
     node, weight_node = (candidate.lift.atom_of(atom).node for atom in (factor.atom, weight.atom))
@@ -147,7 +147,7 @@ def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
 
 
 def base_core(candidate: Candidate) -> Chain | None:
-    """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own.
+    """The core that multiplies the norm's own weight; for stacked adapters the core that is the previous adapter's output.
 
     Args:
         candidate: the node.
@@ -166,11 +166,11 @@ def base_core(candidate: Candidate) -> Chain | None:
         last = core[-1] if core else None
         if len(core) < 2 or not isinstance(last, Mat):
             continue
-        # The output may have the weight in another dtype than the norm has it in.
+        # The product may have the weight in another dtype than the norm.
         last = candidate.lift.unrounded(last)
         if last.atom.id == whole.atom.id and last.transposed != whole.transposed:
             return core
-    # A product with the weight as its library forms it, which is a value of its own (HQQ unpacks its codes in place).
+    # A product with a weight that its library dequantises into a separate value (HQQ unpacks its codes in place).
     gemms = [
         core
         for core in scaled
@@ -178,7 +178,7 @@ def base_core(candidate: Candidate) -> Chain | None:
     ]
     if len(gemms) == 1:
         return gemms[0]
-    # Not the norm's own weight: scaled by column, it is a weight in the making, and no layer's output.
+    # The norm's own weight does not count: scaled by column, it is a step towards a merged weight, and no layer's output.
     values = [core for core in scaled if len(core) == 1 and isinstance(core[0], Mat) and core[0].atom.id != mat.atom.id]
     return values[0] if len(values) == 1 else None
 

@@ -39,7 +39,7 @@ class Emit(Protocol):
     given it. What the graph computes already is reused. Tokens are the leading axes of activations, ``[.., d]``; vectors are ``[d]``,
     in fp32, or fp64 where the program has it.
 
-    A form that cannot be emitted after all raises; the site is then left as it was, with the exception's text in the log.
+    Where ``rewrite`` raises, the site is left as it was, and the log has the exception's text.
     """
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -27,7 +27,7 @@ class Matches:
     unknown: list[tuple[fx.Node, Reason]] = field(default_factory=list)
     """Nodes that look like a DoRA norm and are no norm that the lifter knows."""
     failures: list[Reason] = field(default_factory=list)
-    """Of the reasons above those that are a failure of the lifter's."""
+    """Those of the reasons above that are failures of the lifter."""
 
     def refuse(self, site: fx.Node | None, reason: Reason) -> None:
         """Take back what was matched at a node: a composition leaves its norm, a norm takes its compositions along."""

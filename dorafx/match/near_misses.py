@@ -29,7 +29,7 @@ class Reason:
     Attributes:
         text: names the operator, the operand that differs and the source line, as far as each is known.
         node: where.
-        specific: whether it says more than that a form did not apply; a specific reason is kept rather than another.
+        specific: whether it says more than that a form did not apply; a specific reason replaces one that is not.
         kind: for programs that read the log, and for what to do about it.
     """
 
@@ -46,6 +46,10 @@ def _at(node: fx.Node) -> str:
 def described(node: fx.Node) -> str:
     """An operand as a person would find it: an input by its name, a value by its operator and where it is made."""
     return f"`{node.name}`" if _is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
+
+
+def _operator(node: fx.Node) -> str:
+    return f"operator {operator_name(node)} at {_at(node)}"
 
 
 def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:
@@ -72,7 +76,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                         kind=ReasonKind.WRITTEN_IN_PLACE,
                     )
                 return _cut_rows(node) or Reason(
-                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    f"{_operator(node)} stands between the low-rank product and the norm",
                     node,
                     kind=ReasonKind.HIDDEN_DELTA,
                 )
@@ -80,7 +84,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
 
 
 def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Reason:
-    """Terms that are zero, and whose gradients (of zeros) and NaN a rewrite would leave out."""
+    """The reason for terms that are zero: a rewrite would leave out their gradients (zeros) and their NaN."""
     nodes = sorted({n.name: n for v in lost if (n := lift.atom_of(v.atom).node) is not None}.items())
     what = ", ".join(described(n) for _, n in nodes) or "a part of it"
     return Reason(
@@ -92,7 +96,7 @@ def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Re
 
 
 def _cut_rows(node: fx.Node) -> Reason | None:
-    """What to say of a reshape that makes several rows of each row of a product: PEFT's delta of a grouped convolution."""
+    """The reason for a reshape that splits each row of a product into several, as in PEFT's delta of a grouped convolution."""
     after, before = tensor_of(node), tensor_of(node.all_input_nodes[0])
     if canonical_name(node) != "view" or before is None or after is None or before.dim() != 2:
         return None
@@ -100,7 +104,7 @@ def _cut_rows(node: fx.Node) -> Reason | None:
     if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
         return None
     return Reason(
-        f"operator {operator_name(node)} at {_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
+        f"{_operator(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
         f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one",
         node,
         kind=ReasonKind.GROUPED_CONVOLUTION,
@@ -108,8 +112,8 @@ def _cut_rows(node: fx.Node) -> Reason | None:
 
 
 def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
-    """A norm of ``W + something`` where the something is spread out of smaller parameters by an operator that is no product: a
-    Kronecker product, a scatter, a transform."""
+    """A norm of ``W + something`` where the something is expanded from smaller parameters by an operator that is not a product of
+    matrices: a Kronecker product, a scatter, a transform."""
     nodes = [lift.atom_of(chain[0].atom).node for chain in chains if len(chain) == 1 and isinstance(chain[0], Mat)]
     for node in nodes if len(nodes) > 1 and len(nodes) == len(chains) else ():
         tensor = tensor_of(node)
@@ -130,14 +134,13 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
                 str(t.dtype).removeprefix("torch.") for a in origin.all_input_nodes if (t := tensor_of(a)) is not None
             }
             if canonical_name(origin) in _PRODUCTS and len(dtypes) > 1:
-                what = f"operator {operator_name(origin)} at {_at(origin)}"
                 return Reason(
-                    f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
+                    f"{_operator(origin)} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
                     origin,
                     kind=ReasonKind.MIXED_DTYPES,
                 )
             return Reason(
-                f"operator {operator_name(origin)} at {_at(origin)} makes the delta, and is not known as a product of low-rank "
+                f"{_operator(origin)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",
                 origin,
                 kind=ReasonKind.UNKNOWN_DELTA,
@@ -202,7 +205,7 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                 stack.append(user)
             elif value is not None:
                 return Reason(
-                    f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales",
+                    f"{_operator(user)} stands between the norm and what it scales",
                     user,
                     kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
@@ -210,7 +213,7 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
 
 
 def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
-    """Nodes that make a vector of an adapted weight ``W + s·B·A`` in a way that is no row or column 2-norm."""
+    """Nodes that reduce an adapted weight ``W + s·B·A`` to a vector, but not by its row or column 2-norm."""
     rootless = _rootless_squares(lift)
     for node in lift.graph.nodes:
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
@@ -240,7 +243,7 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         if name in _NORMS:
             return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
-        what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
+        what = f"{_operator(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
     return None
 
@@ -253,7 +256,8 @@ def _is_unknown(lift: Lifter, value: Value, node: fx.Node) -> bool:
 
 
 def _is_named_a_norm(node: fx.Node) -> bool:
-    """An operator that normalises, and gives back a matrix; or a power of the weight, the first half of a norm of another order."""
+    """Whether an operator's name is that of one that normalises and returns a matrix, or a power, the first step of a norm of another
+    order."""
     return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine"))
 
 
@@ -279,9 +283,8 @@ def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | N
     for argument in node.all_input_nodes:
         operand = lift.values.get(argument)
         if isinstance(operand, VectorValue) and any(atom.id in rootless for atom in operand.poly.atoms()):
-            what = f"operator {operator_name(node)} at {_at(node)}"
             return Reason(
-                f"{what} reads the sum of squares of the adapted weight before its root is taken",
+                f"{_operator(node)} reads the sum of squares of the adapted weight before its root is taken",
                 node,
                 kind=ReasonKind.SQUARES_READ,
             )

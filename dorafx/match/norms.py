@@ -17,8 +17,8 @@ from .near_misses import Reason, described, hidden_delta, unknown_delta, vanishe
 
 @dataclass(frozen=True)
 class LowRank:
-    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``. Of a column times a
-    row, ``D(column)·𝟙·D(row)``, each side has the matrix of ones, as a column and as a row of them."""
+    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``. In a column times
+    a row, ``D(column)·𝟙·D(row)``, both sides include the matrix of ones: the left as a column of ones, the right as a row."""
 
     coefficient: float
     scalars: Mono
@@ -169,7 +169,7 @@ def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
     """Cut a chain where its inner dimension is smallest."""
     last = chain[-1]
     if is_ones(last):
-        return None  # how many columns it has no term remembers
+        return None  # terms do not record how many columns it has
     best: tuple[int, int] | None = None
     positions = [i for i, f in enumerate(chain) if isinstance(f, Mat)]
     for i in positions[:-1]:

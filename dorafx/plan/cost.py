@@ -64,8 +64,8 @@ def merged_cost(
         d_out, d_in, rank: of the layer.
         dense_bytes: bytes of ``[d_out, d_in]`` intermediates that one forward makes.
         trains: whether gradients are recorded through the weight.
-        device: whose balance counts; an unknown kind counts as a CUDA device.
-        dense_parts: summands of the weight that are no low-rank product, and would each take a product of their own.
+        device: decides the balance; an unknown kind counts as a CUDA device.
+        dense_parts: summands of the weight that are no low-rank product, each of which takes a dense product of its own.
     """
     low_rank = 2 * tokens * (rank * (d_in + d_out) + dense_parts * d_in * d_out)
     dense_gradient = 2 * tokens * d_in * d_out + 2 * 2 * d_in * d_out * rank

@@ -33,8 +33,8 @@ class LinearOperands:
 
 
 def choose_kernel(lift: Lifter, match: Match, options: Options, order: Mapping[fx.Node, int]) -> tuple[str, str]:
-    """How to compute a composition, ``"auto"``, ``"triton"`` or ``"triton_linear"``, and what the log is to say of it:
-    nothing where the user asked for nothing.
+    """The kernel of a composition, ``"auto"``, ``"triton"`` or ``"triton_linear"``, and a note on it for the log, empty where the user
+    chose no kernel.
 
     Args:
         order: see :func:`linear_operands`.

@@ -32,7 +32,7 @@ _ARITHMETIC = frozenset(
      "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
 )  # fmt: skip
 
-# What takes a tensor of no axes where it takes a number.
+# Operators that take a tensor of no axes in place of a number.
 _NUMERIC = frozenset(("add", "div", "mul", "neg", "reciprocal", "rsub", "sub"))
 
 
@@ -151,7 +151,7 @@ def _weight_that_is_made(norm: fx.Node) -> str:
 
 
 def _number_of_a_device(closure: list[fx.Node]) -> str:
-    """What has to have a number that lies on an accelerator, and cannot take the tensor in its place; empty where nothing does."""
+    """The operator that needs a number from an accelerator and cannot take the tensor in its place; empty where there is none."""
     numbers = {node for node in closure if waits_for_device(node)}
     for node in closure:
         if numbers.isdisjoint(node.all_input_nodes):

@@ -32,7 +32,7 @@ class Emitter(TermEmitter):
         """The base product and the bias that remains to be added after the scaling.
 
         A base product that the graph only has with its bias is made again without it where the biased one then dies;
-        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is taken off the bias.
+        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is subtracted from the bias.
         """
         assert self.site is not None
         existing = self._existing(Expr.chain(core))
@@ -91,7 +91,7 @@ class Emitter(TermEmitter):
         return total, 1.0
 
     def _scaled_product(self, part: Part) -> tuple[fx.Node, float]:
-        """``scale · core`` and a constant that is left to do. The graph may have the product scaled by a vector already."""
+        """``scale · core`` without its constant factor, and that factor. The graph may have the product scaled by a vector already."""
         if not part.scale.is_monomial:
             return self.scaled(self.product(part.core), part.scale), 1.0
         ((mono, c),) = part.scale.items
@@ -178,8 +178,8 @@ class Emitter(TermEmitter):
 
 
 def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
-    """A product that the graph has; made anew of the uncast weight where that spares the backward a dense copy of it, as PEFT's with a
-    dropout in front of fp32 adapters."""
+    """A product of the graph; made again from the weight before its cast where the backward then keeps no dense copy of the weight, as
+    for PEFT's with a dropout in front of fp32 adapters."""
     copy = emit.copied[gemm.node]
     weight = _uncast_weight(emit, core, gemm)
     out, x, cast = (tensor_of(node) for node in (gemm.node, gemm.lhs, gemm.rhs))
@@ -193,10 +193,10 @@ def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
         return copy
     lhs = emit.operand(gemm.lhs)
     if out.dtype == tensor.dtype:
-        # Autocast undoes the cast: the copy is the weight's own values.
+        # Autocast undoes the cast: the product is of the weight's own values.
         target = torch.nn.functional.linear if last.transposed else torch.matmul
         product = emit.graph.call_function(target, (lhs, weight))
-        product.meta = dict(copy.meta)  # not by running it: the region's autocast is not on here
+        product.meta = dict(copy.meta)  # not from running it: the region's autocast is off here
         return product
     if out.dtype == x.dtype == cast.dtype and out.requires_grad:
         weight = weight if last.transposed else emit.method("t", weight)

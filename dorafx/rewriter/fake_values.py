@@ -45,7 +45,8 @@ class FakeValues:
 
 
 def _key(operands: list[torch.Tensor], value: Any) -> Any:
-    """Arguments by the layouts of their tensors, which are added to ``operands``; None where something else than these decides."""
+    """A key of arguments: tensors by their layouts, other values by themselves; None if there is one of another type. The tensors are
+    appended to ``operands``."""
     if isinstance(value, torch.Tensor):
         operands.append(value)
         return FakeLayout.of(value)

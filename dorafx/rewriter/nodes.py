@@ -38,7 +38,7 @@ class CannotEmit(Exception):
         return Reason(str(self), self.site, kind=self.kind)
 
 
-@functools.cache  # fake values are kept by what made them
+@functools.cache  # FakeValues tells functions by identity
 def _method(name: str) -> Callable[..., Any]:
     """Calls the method of the tensor's own class: ``torch.Tensor.dequantize`` is not what a torchao weight has."""
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
@@ -46,8 +46,8 @@ def _method(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _gradients_as_of(value: Any) -> Iterator[None]:
-    """With gradients recorded where they are for a value of the graph, also in a graph that is called with them switched off and
-    switches them on."""
+    """Record gradients where they are recorded for a value of the graph, also if the graph is called with them switched off and switches
+    them on itself."""
     off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     if off and getattr(value, "requires_grad", False):
         with torch.inference_mode(False), torch.enable_grad():

@@ -97,14 +97,14 @@ def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node,
 
 def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> torch.dtype | None:
     """The dtype in which the program multiplies the factors of a norm, where it rounds them to one that is narrower than theirs, as
-    under autocast; None otherwise. Their own rounding to it costs no accuracy that the program has, and tensor cores multiply
+    under autocast; None otherwise. Rounding the factors to it costs no accuracy that the program has, and tensor cores multiply
     halves several times as fast."""
     factor_dtypes = [emit.tensor(factor).dtype for factor in (left, right)]
     if norm.info.double or any(dtype.itemsize < 4 for dtype in factor_dtypes):
         return None
     dtypes = set()
     for part in norm.delta:
-        # Of a column times a row, both have the matrix of ones that stands between them.
+        # Both sides of a column times a row include the matrix of ones between them.
         twice = is_ones(part.left[-1]) and is_ones(part.right[0])
         dtypes |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
     (dtype, *others) = dtypes

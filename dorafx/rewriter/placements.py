@@ -68,7 +68,7 @@ def _redistribute(tensor: Any, placements: tuple[Any, ...]) -> Any:
 def _redistribution(
     placements: tuple[Any, ...], apply: Callable[..., torch.Tensor] = _redistribute
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Placements are no arguments that a graph can hold; a function is, and Dynamo makes such functions too."""
+    """A graph cannot hold placements as arguments. It can hold a function that has them, as Dynamo does."""
 
     def redistribute(tensor: torch.Tensor) -> torch.Tensor:
         # The validation of a rewrite runs it on plain tensors.
