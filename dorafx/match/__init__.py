@@ -4,10 +4,10 @@ from dorafx.log.kinds import ReasonKind
 
 from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
 from .emission import CompositionPlan, Emit
-from .matcher import Verdict, match_graph
+from .matcher import match_graph
 from .matches import Matches
 from .near_misses import Reason
-from .norms import LowRank, NormFactors
+from .norms import NormFactors
 from .registry import Form, forms, pattern
 
 __all__ = [
@@ -16,14 +16,12 @@ __all__ = [
     "CompositionPlan",
     "Emit",
     "Form",
-    "LowRank",
     "Match",
     "Matches",
     "NormFactors",
     "Part",
     "Reason",
     "ReasonKind",
-    "Verdict",
     "base_core",
     "forms",
     "match_graph",

@@ -8,13 +8,12 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from dorafx.graphs.operators import canonical_name
-from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, MatrixValue, Poly, leaves_of, term_of
 from dorafx.log.kinds import ReasonKind
 
 from .matches import Matches
-from .near_misses import Reason
+from .near_misses import Reason, operator_at
 
 _NORMS = frozenset({"norm", "linalg_norm", "vector_norm", "sqrt", "rsqrt", "pow", "normalize", "weight_norm"})
 _PRODUCTS = frozenset({"matmul", "bmm", "einsum", "linear", "addmm", "baddbmm", "tensordot", "multi_dot", "outer"})
@@ -51,7 +50,7 @@ def blame_failures(matches: Matches) -> None:
 
 def _blamed(matches: Matches, node: fx.Node) -> Reason:
     reason = Reason(
-        f"operator {operator_name(node)} at {source_of(node) or node.name} could not be followed, because dorafx failed in it: {matches.lift.failures[node]}",
+        f"{operator_at(node)} could not be followed, because dorafx failed in it: {matches.lift.failures[node]}",
         node,
         kind=ReasonKind.OPERATOR_FAILED,
     )

@@ -68,9 +68,9 @@ class _Matcher:
                 self._classify(Atom(atom_id))
         for atom_id in matches.norms:
             if atom_id not in composed and atom_id not in matches.composition_misses:
-                lost = unknown_consumer(lift, lift.atoms[atom_id], atom_id)
-                if lost is not None:
-                    matches.composition_misses[atom_id] = lost
+                reason = unknown_consumer(lift, lift.atoms[atom_id], atom_id)
+                if reason is not None:
+                    matches.composition_misses[atom_id] = reason
         matches.unknown.extend(unknown_norms(lift))
         blame_failures(matches)
         return matches

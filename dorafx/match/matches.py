@@ -37,8 +37,8 @@ class Matches:
             for match in refused:
                 self.composition_misses[match.norm.atom.id] = reason
             return
-        lost = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
-        for atom_id in lost:
+        atom_ids = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
+        for atom_id in atom_ids:
             del self.norms[atom_id]
             self.misses[atom_id] = reason
-        self.compositions = [m for m in self.compositions if m.norm.atom.id not in lost]
+        self.compositions = [m for m in self.compositions if m.norm.atom.id not in atom_ids]

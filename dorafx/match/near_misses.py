@@ -48,7 +48,8 @@ def described(node: fx.Node) -> str:
     return f"`{node.name}`" if _is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
 
 
-def _operator(node: fx.Node) -> str:
+def operator_at(node: fx.Node) -> str:
+    """A node by its operator and where it is made."""
     return f"operator {operator_name(node)} at {_at(node)}"
 
 
@@ -76,16 +77,16 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                         kind=ReasonKind.WRITTEN_IN_PLACE,
                     )
                 return _cut_rows(node) or Reason(
-                    f"{_operator(node)} stands between the low-rank product and the norm",
+                    f"{operator_at(node)} stands between the low-rank product and the norm",
                     node,
                     kind=ReasonKind.HIDDEN_DELTA,
                 )
     return None
 
 
-def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Reason:
+def vanished(lift: Lifter, terms: Iterable[Vanished], node: fx.Node | None) -> Reason:
     """The reason for terms that are zero: a rewrite would leave out their gradients (zeros) and their NaN."""
-    nodes = sorted({n.name: n for v in lost if (n := lift.atom_of(v.atom).node) is not None}.items())
+    nodes = sorted({n.name: n for v in terms if (n := lift.atom_of(v.atom).node) is not None}.items())
     what = ", ".join(described(n) for _, n in nodes) or "a part of it"
     return Reason(
         f"{what} is multiplied by zero, or cancels out: without it the rewrite would lose its gradient (of zeros) and its NaN; "
@@ -104,7 +105,7 @@ def _cut_rows(node: fx.Node) -> Reason | None:
     if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
         return None
     return Reason(
-        f"{_operator(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
+        f"{operator_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
         f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one",
         node,
         kind=ReasonKind.GROUPED_CONVOLUTION,
@@ -135,12 +136,12 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             }
             if canonical_name(origin) in _PRODUCTS and len(dtypes) > 1:
                 return Reason(
-                    f"{_operator(origin)} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
+                    f"{operator_at(origin)} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
                     origin,
                     kind=ReasonKind.MIXED_DTYPES,
                 )
             return Reason(
-                f"{_operator(origin)} makes the delta, and is not known as a product of low-rank "
+                f"{operator_at(origin)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",
                 origin,
                 kind=ReasonKind.UNKNOWN_DELTA,
@@ -205,7 +206,7 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                 stack.append(user)
             elif value is not None:
                 return Reason(
-                    f"{_operator(user)} stands between the norm and what it scales",
+                    f"{operator_at(user)} stands between the norm and what it scales",
                     user,
                     kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
@@ -243,7 +244,7 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         if name in _NORMS:
             return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
-        what = f"{_operator(node)} {does} the adapted weight"
+        what = f"{operator_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
     return None
 
@@ -284,7 +285,7 @@ def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | N
         operand = lift.values.get(argument)
         if isinstance(operand, VectorValue) and any(atom.id in rootless for atom in operand.poly.atoms()):
             return Reason(
-                f"{_operator(node)} reads the sum of squares of the adapted weight before its root is taken",
+                f"{operator_at(node)} reads the sum of squares of the adapted weight before its root is taken",
                 node,
                 kind=ReasonKind.SQUARES_READ,
             )

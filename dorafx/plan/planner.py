@@ -129,14 +129,13 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
     for atom_id in [i for i, n in plan.norms.items() if i not in plan.composed and not n.factors.info.sites]:
         # No node computes this norm alone (``F.normalize``), so without its composition there is nothing to replace.
         del plan.norms[atom_id]
-        lost = misses.pop(atom_id, None) or Reason(
+        reason = misses.pop(atom_id, None) or Reason(
             "no node computes this norm by itself", kind=ReasonKind.NORM_IN_OPERATOR
         )
-        plan.left.append(Left(lost, decision=plan.decisions.get(atom_id, "")))
+        plan.left.append(Left(reason, decision=plan.decisions.get(atom_id, "")))
     plan.left += [Left(reason, tuple(lift.atoms[i].sites)) for i, reason in matches.misses.items()]
     # A refused composition of a norm that planned compositions read, too: the norm's own record is about those.
-    beside = {i: reason for i, reason in misses.items() if i in plan.composed}
-    plan.left += [Left(reason, (reason.node,)) for reason in beside.values() if reason.node is not None]
+    plan.left += [Left(r, (r.node,)) for i, r in misses.items() if i in plan.composed and r.node is not None]
     plan.left += [Left(reason, (node,)) for node, reason in matches.unknown]
     unread = Reason("no activation is scaled by it", kind=ReasonKind.SCALES_NOTHING)
     plan.without_composition = {i: misses.get(i, unread) for i in plan.norms if i not in plan.composed}

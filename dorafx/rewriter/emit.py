@@ -45,7 +45,8 @@ class Emitter(TermEmitter):
             if vector is None:
                 continue
             inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
-            if self._unreadable(gemm) or not dies(gemm.node, self.site, self.order):
+            unreadable = not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
+            if unreadable or not dies(gemm.node, self.site, self.order):
                 return self.copied[gemm.node], bias + (inside * scaling).scaled(-1.0)
             if bias == inside * scaling:
                 return self.copied[gemm.node], Poly(())
@@ -54,9 +55,6 @@ class Emitter(TermEmitter):
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
-
-    def _unreadable(self, gemm: Gemm) -> bool:
-        return not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""

@@ -105,8 +105,8 @@ def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Nod
     dtypes = set()
     for part in norm.delta:
         # Both sides of a column times a row include the matrix of ones between them.
-        twice = is_ones(part.left[-1]) and is_ones(part.right[0])
-        dtypes |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
+        rest = part.right[1:] if is_ones(part.left[-1]) and is_ones(part.right[0]) else part.right
+        dtypes |= emit.lift.product_dtypes(part.left + rest) or {torch.float32}
     (dtype, *others) = dtypes
     return dtype if not others and dtype in (torch.float16, torch.bfloat16) else None
 

@@ -55,13 +55,13 @@ class TermEmitter(NodeEmitter):
     @contextmanager
     def precisely(self, dtype: torch.dtype) -> Iterator[None]:
         """Make factors, products and vectors in at least ``dtype``, whatever the site's value is in."""
-        kept = self.compute_dtype, self._precisely, self._vectors, self._products
+        saved = self.compute_dtype, self._precisely, self._vectors, self._products
         self.compute_dtype, self._precisely = torch.promote_types(dtype, self.compute_dtype), True
         self._vectors, self._products = {}, {}
         try:
             yield
         finally:
-            self.compute_dtype, self._precisely, self._vectors, self._products = kept
+            self.compute_dtype, self._precisely, self._vectors, self._products = saved
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
