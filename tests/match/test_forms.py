@@ -10,7 +10,7 @@ import torch
 
 import dorafx
 from dorafx import rewrite_log
-from dorafx.match import forms
+from dorafx.match import CompositionPlan, Emit, Match, forms
 
 S = 0.5
 
@@ -76,7 +76,6 @@ def test_extension_is_all_that_a_form_needs() -> None:
 
 
 def test_the_emitter_has_what_is_promised() -> None:
-    from dorafx.match import Emit
     from dorafx.rewriter import Emitter
 
     promised = [name for name in vars(Emit) if not name.startswith("_")]
@@ -84,3 +83,23 @@ def test_the_emitter_has_what_is_promised() -> None:
     for name in promised:
         expected, actual = (list(inspect.signature(getattr(of, name)).parameters) for of in (Emit, Emitter))
         assert expected == actual, name
+
+
+@pytest.mark.parametrize(
+    ("name", "compose"), [("linear", "accumulated"), ("linear", "epilogue"), ("convolution", "auto")]
+)
+def test_a_form_is_given_the_plan_of_its_composition(name: str, compose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = type(forms()["linear"])
+    rewrite, plans = form.rewrite, []
+
+    def observed(self: Any, match: Match, plan: CompositionPlan, emit: Emit) -> Any:
+        plans.append(plan)
+        assert plan.match is match
+        return rewrite(self, match, plan, emit)
+
+    monkeypatch.setattr(form, "rewrite", observed)
+    statement, arguments = BUILT_IN[name].statement, arguments_of(name, False)  # type: ignore[attr-defined]
+    options = {"dorafx.codegen": "eager", "dorafx.strict": True, "dorafx.compose": compose}
+    torch.compile(lambda arguments: statement(**arguments), backend="dorafx", options=options)(arguments)
+    (plan,) = plans
+    assert (plan.accumulate, plan.match.channels_first) == (compose == "accumulated", name == "convolution")
