@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dorafx.lift import Diag, Expr, Mat, Poly
-from dorafx.match import Candidate, Emit, Match, Part, Reason, ReasonKind, no_base_product, pattern
+from dorafx.match import Candidate, CompositionPlan, Emit, Match, Part, Reason, ReasonKind, no_base_product, pattern
 
 
 @pattern(name="linear_columns")
@@ -78,5 +78,5 @@ class LinearColumns:
             return None
         return core[0], core[1]
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         return emit.shaped_like_site(emit.expression(match.expr))

@@ -10,10 +10,8 @@ from torch import fx
 from dorafx.errors import DorafxError
 
 from .composition import Candidate, Match
-from .emission import Emit
-from .norms import Reason
-
-__all__ = ["Form", "forms", "pattern"]
+from .emission import CompositionPlan, Emit
+from .near_misses import Reason
 
 
 class Form(Protocol):
@@ -32,8 +30,8 @@ class Form(Protocol):
         """A :class:`Match`, or a :class:`Reason` that says what differs."""
         ...
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        """The node that replaces a match, made by the emitter."""
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        """The node that replaces a match, made by the emitter as the plan has it."""
         ...
 
 
