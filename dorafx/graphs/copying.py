@@ -7,8 +7,6 @@ from torch import fx
 
 from dorafx._compat.graphs import GRAPH_MODULE_ATTRIBUTES, carry_node_attributes, codegen_of, tracer_class
 
-__all__ = ["copy_graph", "copy_graph_module", "module_with_graph"]
-
 
 def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A graph module of the same submodules and parameters (shared) with a copied graph, and original node -> copy."""

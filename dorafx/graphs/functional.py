@@ -27,8 +27,6 @@ from .grad_mode import GradMode
 from .operators import canonical_name
 from .writes import Memory, memories, nodes_in, written_arguments
 
-__all__ = ["has_writes", "without_private_writes"]
-
 _ARITHMETIC = (
     "abs",
     "absolute",

@@ -11,8 +11,6 @@ from torch import fx
 
 from .operators import canonical_name
 
-__all__ = ["GradMode", "modes_of_bodies", "switches_gradients_on"]
-
 
 def switches_gradients_on(gm: fx.GraphModule) -> bool:
     """Whether a graph, or one inside it, has gradients recorded somewhere, whatever the mode in which it is called."""

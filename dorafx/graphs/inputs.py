@@ -7,8 +7,6 @@ from torch import fx
 
 from .writes import attribute_of
 
-__all__ = ["attribute_id", "looks_like_parameter"]
-
 
 def attribute_id(node: fx.Node) -> int | None:
     """Which tensor a ``get_attr`` node reads; None for any other node."""

@@ -20,8 +20,6 @@ from dorafx._compat.autograd import differentiates_by_itself
 from dorafx._compat.tensors import size_hint, storage_id, version_of
 from dorafx.graphs.tensors import tensor_of
 
-__all__ = ["View", "name_in_torch", "view_of"]
-
 
 class View(NamedTuple):
     """How a result lies in the memory of the one tensor that an operator takes.

@@ -18,8 +18,6 @@ from dorafx._compat.operators import aten_name, is_overload
 
 from .lookup import name_in_torch, view_of
 
-__all__ = ["arguments", "canonical_name", "drops_nothing", "first_argument", "permuted_axes"]
-
 # Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "add": ("add", "__add__", "__radd__"),

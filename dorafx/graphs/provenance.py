@@ -9,8 +9,6 @@ from torch import fx
 
 from dorafx._compat.graphs import input_source
 
-__all__ = ["input_path", "module_path", "operator_name", "site_of", "source_of"]
-
 # What a compiled frame calls its module: a method's ``self``, the first of the arguments that a decorator passes on; after a graph
 # break in it, the module is a value on the resumed frame's stack.
 _ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[0\]|self(?!\w))")

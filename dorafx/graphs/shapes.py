@@ -15,8 +15,6 @@ from dorafx.graphs.tensors import tensor_of
 
 from .copying import copy_graph_module
 
-__all__ = ["UnknownShapes", "carries_shapes", "of_mode", "sizes_of", "with_shapes"]
-
 
 class UnknownShapes(Exception):
     """The shapes of a graph's values cannot be found."""

@@ -21,17 +21,6 @@ from dorafx.graphs.tensors import tensor_of
 from .lookup import view_of
 from .operators import first_argument
 
-__all__ = [
-    "Memory",
-    "attribute_of",
-    "memories",
-    "names_another_memory",
-    "nodes_in",
-    "storage_of",
-    "written_arguments",
-    "written_nodes",
-]
-
 _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
 _INPLACE_METHODS = frozenset(f"__{name}__" for name in (*_INPLACE_NAMES, "setitem"))

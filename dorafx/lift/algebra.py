@@ -24,22 +24,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = [
-    "ONES",
-    "Atom",
-    "Chain",
-    "Diag",
-    "Expr",
-    "Factor",
-    "Mat",
-    "Mono",
-    "Poly",
-    "TooComplex",
-    "Vanished",
-    "is_ones",
-    "transpose_chain",
-]
-
 # Sums are distributed over products, so a bound keeps the pass linear in the number of nodes. A DoRA layer with a
 # dropout, a bias and three summed low-rank chains has 9 terms of at most 6 factors.
 MAX_TERMS = 24

@@ -9,8 +9,6 @@ from torch import fx
 from .algebra import Expr, Poly
 from .lifter import Lifter
 
-__all__ = ["leaves_of"]
-
 
 def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
     """The nodes that terms are made of."""

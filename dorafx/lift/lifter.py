@@ -26,8 +26,6 @@ from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, trans
 from .quantized import quantizes_activations
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
 
-__all__ = ["Lifter", "Reading", "transfer", "transfers"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 Observer = Callable[["Lifter", fx.Node, Value], Any]

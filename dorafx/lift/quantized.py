@@ -10,8 +10,6 @@ from torch import fx
 
 from dorafx.graphs.operators import arguments
 
-__all__ = ["PackedWeight", "is_torchao", "packed_weight", "quantizes_activations"]
-
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
 _TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
 # Their attributes that say how activations are quantised; None where they are not.

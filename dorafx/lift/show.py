@@ -38,8 +38,6 @@ from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Mono, Poly, Vanished
 from .lifter import Lifter
 from .values import AtomInfo, MatrixValue, Value, VectorValue
 
-__all__ = ["Notation", "Term", "show", "term_of"]
-
 Term = MatrixValue | VectorValue | Expr | Poly | Chain | Mat | Diag | Atom | fx.Node | None
 """What can be shown. A node stands for the value that it was lifted to."""
 

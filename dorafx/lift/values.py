@@ -11,17 +11,6 @@ from torch import fx
 
 from .algebra import Expr, Poly
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "AtomInfo",
-    "Gemm",
-    "MatrixValue",
-    "Value",
-    "VectorValue",
-    "loses_accuracy",
-    "vector_axis",
-]
-
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
 

@@ -10,23 +10,6 @@ from dorafx._compat.autograd import below_autograd, forward_mode, save_for_backw
 
 from . import composition, dispatch, layout, linear
 
-__all__ = [
-    "CastLinear",
-    "Compose",
-    "DoraLinear",
-    "RowNorm",
-    "cast_linear",
-    "compose",
-    "compose_delta",
-    "compose_delta_into",
-    "compose_into",
-    "dora_linear",
-    "records_gradients",
-    "refuse_forward_mode",
-    "refuse_second_derivative",
-    "row_norm",
-]
-
 
 def refuse_second_derivative(operator: str) -> None:
     """Called in a backward: gradients are recorded there exactly when the caller passed ``create_graph=True``.

@@ -16,18 +16,6 @@ from dorafx._compat.tensors import is_known
 
 from . import layout
 
-__all__ = [
-    "KERNELS",
-    "backward_math",
-    "check_compose",
-    "check_compose_backward",
-    "check_overwritten",
-    "compose_math",
-    "delta_math",
-    "forward_math",
-    "kept_dtype",
-]
-
 KERNELS = ("auto", "triton")
 """How a composition is computed: ``"auto"`` is ATen calls wherever a compiler looks on, and the fused kernel where a CUDA
 tensor is at hand; ``"triton"`` is the fused kernel in compiled programs too. What the kernel does not serve (a CPU, fp64,

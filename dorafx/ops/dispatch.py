@@ -11,19 +11,6 @@ import torch
 
 from dorafx.ops import composition, layout, linear, norm, quantized
 
-__all__ = [
-    "available",
-    "being_captured",
-    "compose_backward",
-    "compose_forward",
-    "dora_linear_forward",
-    "row_norm",
-    "row_norm_quantized",
-    "row_norms",
-    "runs_kernels",
-    "takes",
-]
-
 _DEVICES = ("cuda",)
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -14,8 +14,6 @@ import torch
 
 from dorafx._compat.tensors import is_known
 
-__all__ = ["empty", "owned", "settled", "strides"]
-
 _known = is_known
 
 

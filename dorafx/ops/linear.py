@@ -14,15 +14,6 @@ from dorafx._compat.autograd import below_autocast
 from . import layout
 from .composition import forward_math
 
-__all__ = [
-    "cast_linear_backward",
-    "cast_linear_math",
-    "check_cast_linear",
-    "check_linear",
-    "linear_math",
-    "rows",
-]
-
 _LINEAR_OPERANDS = ("x", "weight", "h", "left", "g")
 
 

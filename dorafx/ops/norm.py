@@ -18,23 +18,6 @@ from dorafx.errors import DorafxWarning
 
 from . import layout
 
-__all__ = [
-    "check_algorithm",
-    "check_backward",
-    "check_factor_dtype",
-    "check_lists",
-    "check_operands",
-    "compute_dtype",
-    "factored",
-    "row_norm",
-    "row_norm_backward",
-    "row_norm_unrolled",
-    "row_norms",
-    "row_squares",
-    "tiled",
-    "with_less_memory",
-]
-
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -32,17 +32,6 @@ from dorafx._compat.autograd import below_autocast
 
 from . import layout, norm
 
-__all__ = [
-    "FORMATS",
-    "TABLES",
-    "Packed",
-    "dequantize",
-    "dequantize_rows",
-    "dequantize_unrolled",
-    "row_norm_quantized",
-    "row_norm_quantized_unrolled",
-]
-
 # bitsandbytes' tables by code, in fp32. NF4: quantiles of a normal distribution, as the paper's appendix E prints them. FP4:
 # a sign, two exponent bits and one of mantissa, divided by the largest value, 12.
 TABLES: dict[str, tuple[float, ...]] = {

@@ -16,8 +16,6 @@ from dorafx._compat import distributed as _distributed
 
 from .composition import compose_math, delta_math
 
-__all__ = ["compose", "compose_delta", "register_sharding_rules"]
-
 
 @functools.cache
 def register_sharding_rules() -> None:

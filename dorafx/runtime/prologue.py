@@ -23,8 +23,6 @@ from .streams import Streams
 from .together import Together
 from .watch import parts
 
-__all__ = ["with_prologue"]
-
 _row_norm = torch.ops.dorafx.row_norm.default
 _row_norms = torch.ops.dorafx.row_norms.default
 

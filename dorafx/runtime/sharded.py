@@ -10,8 +10,6 @@ import torch
 
 from dorafx._compat import distributed as _distributed
 
-__all__ = ["Placed", "local_operands", "placed_norms"]
-
 
 @dataclass(frozen=True)
 class Placed:

@@ -37,8 +37,6 @@ from dorafx.log import NormCounters, rewrite_log
 from .streams import Ready, Streams
 from .watch import SAMPLES, Watch, parts, watchable, without_tensor
 
-__all__ = ["Entry", "NormStore", "Observed", "norm_store"]
-
 _RECORDED = "a forward recorded gradients"
 # Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
 _SQUARE_SAMPLES = 4096

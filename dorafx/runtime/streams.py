@@ -12,8 +12,6 @@ import torch
 
 from .watch import parts
 
-__all__ = ["Ready", "Streams"]
-
 _WITH_STREAMS = ("cuda", "xpu")
 
 

@@ -15,8 +15,6 @@ from .store import Entry, NormStore
 from .streams import Ready, Streams
 from .watch import WatchedTogether
 
-__all__ = ["Together"]
-
 _norm_of = operator.attrgetter("norm")
 
 

@@ -16,8 +16,6 @@ import torch
 from dorafx._compat.distributed import fully_sharded_process
 from dorafx._compat.tensors import Geometry, is_wrapper, version_of, weak_storage, wrapped
 
-__all__ = ["SAMPLES", "TensorState", "Watch", "WatchedTogether", "parts", "watchable", "without_tensor"]
-
 SAMPLES = 8
 
 

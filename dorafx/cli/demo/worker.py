@@ -16,8 +16,6 @@ from dorafx.bench.memory import peak_resident_bytes
 from dorafx.bench.models import VOCABULARY, Size, build
 from dorafx.bench.worker import RECOMPILATIONS
 
-__all__ = ["CONFIGURATIONS", "PHASES", "run"]
-
 PHASES = ("prefill", "decode", "step")
 """Each is reported when it is done, for the parent's progress bar."""
 

@@ -6,8 +6,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantized"]
-
 
 @triton.jit
 def _nf4(code):

@@ -19,8 +19,6 @@ import triton.language as tl
 
 from . import configs
 
-__all__ = ["add_parts_kernel", "compose_backward_kernel", "compose_kernel", "launch_backward", "launch_forward"]
-
 
 @triton.jit
 def _tile(pointer, outer, row, column, stride_o, stride_r, stride_c, tile_rows, tile_columns):

@@ -13,36 +13,6 @@ from typing import TypeVar
 
 import torch
 
-__all__ = [
-    "AMPERE",
-    "BLACKWELL",
-    "BLACKWELL_CONSUMER",
-    "COMPOSE",
-    "COMPOSE_TABLES",
-    "HOPPER",
-    "LINEAR",
-    "LINEAR_TABLES",
-    "PROGRAMS_PER_PROCESSOR",
-    "TABLES",
-    "WIDEST_CONVERTED_RANK",
-    "ComposeConfig",
-    "ComposeConfigs",
-    "Gpu",
-    "LinearConfig",
-    "Problem",
-    "RowNormConfig",
-    "architecture",
-    "code_bytes",
-    "compose_config",
-    "division",
-    "gpu",
-    "linear_config",
-    "multiprocessors",
-    "row_norm_config",
-    "splits",
-    "table_of",
-]
-
 T = TypeVar("T")
 
 

@@ -14,8 +14,6 @@ import triton.language as tl
 from . import configs
 from .tiles import operand_type, precision_of
 
-__all__ = ["dora_linear_kernel", "launch"]
-
 
 @triton.jit
 def _accumulate(

@@ -15,8 +15,6 @@ from . import configs
 from .row_norm import loadable, norm_of_rows
 from .tiles import block_constants, finish, operand_type
 
-__all__ = ["launch", "quantized_row_norm_kernel", "serves"]
-
 
 @triton.jit
 def quantized_row_norm_kernel(

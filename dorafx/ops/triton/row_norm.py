@@ -31,8 +31,6 @@ from .tiles import (
     streamed_product,
 )
 
-__all__ = ["GROUP", "launch", "launch_group", "loadable", "norm_of_rows", "row_norm_kernel"]
-
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 GROUP = 8

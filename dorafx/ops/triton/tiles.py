@@ -16,19 +16,6 @@ import triton.language as tl
 
 from .configs import RowNormConfig
 
-__all__ = [
-    "block_constants",
-    "chunks",
-    "converted",
-    "finish",
-    "finish_kernel",
-    "operand_type",
-    "precision_of",
-    "resident_product",
-    "store_norms",
-    "streamed_product",
-]
-
 
 @triton.jit
 def chunks(pointers, offsets, mask, depth, rank, stride, DEPTH: tl.constexpr, CHUNKS: tl.constexpr):
