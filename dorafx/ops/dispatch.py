@@ -93,21 +93,14 @@ def _launched(
 
 
 def row_norm_quantized(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: quantized.Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.quantized.row_norm_quantized`."""
     norm.check_factor_dtype(factor_dtype)
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     if available() and takes(left, right):
         from dorafx.ops.triton.quantized import launch, serves
@@ -117,7 +110,7 @@ def row_norm_quantized(
             return norm.with_less_memory(
                 lambda shrink: launch(weight, left, right, scale, None if shrink == 1 else 1, operand=factor_dtype)
             )
-    return quantized.row_norm_quantized(packed, scales, zeros, left, right, scale, format, shape, group, dtype)
+    return quantized.row_norm_quantized(weight, left, right, scale)
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:

@@ -81,7 +81,7 @@ class Packed:
         group: int,
         dtype: torch.dtype,
     ) -> Packed:
-        """A weight of an operator's arguments, whose shape is a list."""
+        """The weight of an operator's flat arguments, whose shape is a list."""
         return cls(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
 
     @property
@@ -108,6 +108,40 @@ class Packed:
             raise ValueError(f"a {self.format} weight has zeros; got none")
         if any(t is not None and t.device != self.packed.device for t in (self.scales, self.zeros)):
             raise ValueError("the codes, scales and zeros of a quantised weight lie on one device")
+
+
+def flat_arguments(function: Callable[[Packed], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of a weight as a kernel of ``dorafx::dequantize``, whose schema has the weight's fields one by one."""
+
+    def flat(*weight: Any, **more: Any) -> torch.Tensor:
+        return function(Packed.of(*weight, **more))
+
+    return flat
+
+
+_Norm = Callable[[Packed, torch.Tensor, torch.Tensor, float, torch.dtype | None], torch.Tensor]
+
+
+def flat_norm_arguments(function: _Norm) -> Callable[..., torch.Tensor]:
+    """A row norm of a weight as a kernel of ``dorafx::row_norm_quantized``, whose schema has the weight's fields one by one."""
+
+    def flat(
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float,
+        format: str,
+        shape: Sequence[int],
+        group: int,
+        dtype: torch.dtype,
+        factor_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
+        return function(weight, left, right, scale, factor_dtype)
+
+    return flat
 
 
 def _check_sizes(w: Packed) -> None:
@@ -231,21 +265,12 @@ def dequantize_rows(weight: Packed, first: int, last: int) -> torch.Tensor:
     return _DEQUANTIZE[weight.format](weight, first, last)
 
 
-def dequantize(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The whole weight, ``[d_out, d_in]`` in ``dtype``, contiguous.
+def dequantize(weight: Packed) -> torch.Tensor:
+    """The whole weight, ``[d_out, d_in]`` in its dtype, contiguous.
 
     Raises:
         ValueError, TypeError: see :meth:`Packed.check`.
     """
-    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     weight.check()
     return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
@@ -270,22 +295,15 @@ def check_operands(weight: Packed, left: torch.Tensor, right: torch.Tensor) -> N
 
 
 def row_norm_quantized(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``n[i] = ‖W[i] + scale·(left·right)[i]‖₂`` of a quantised weight.
 
     Args:
-        packed, scales, zeros, format, shape, group, dtype: the weight, see this module.
         left: ``[d_out, r]``; right: ``[r, d_in]``; any floating dtypes.
         scale: the scaling ``s``.
         factor_dtype: as :func:`dorafx.ops.norm.row_norm` has it.
@@ -297,7 +315,6 @@ def row_norm_quantized(
         ValueError, TypeError: operands that do not fit together.
         RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
-    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     check_operands(weight, left, right)
     norm.check_factor_dtype(factor_dtype)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
@@ -323,48 +340,34 @@ def _tiled(weight: Packed, left: torch.Tensor, right: torch.Tensor, scale: float
     return norms
 
 
-def _to_trace(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
-) -> Packed:
+def _to_trace(weight: Packed) -> Packed:
     """A weight of whose dequantisation a tracer sees nothing but aten calls: a table that the process keeps would be a constant."""
-    kind, pairs = _CPU_TABLES.get(format, format), None
-    if kind in TABLES:
-        values = [torch.full((), value, dtype=torch.float32, device=packed.device) for value in TABLES[kind]]
-        pairs = _both_values(torch.stack(values))
-    weight = replace(Packed.of(packed, scales, zeros, format, shape, group, dtype), pairs=pairs)
     weight.check()
-    return weight
+    kind = _CPU_TABLES.get(weight.format, weight.format)
+    if kind not in TABLES:
+        return weight
+    values = [torch.full((), value, dtype=torch.float32, device=weight.packed.device) for value in TABLES[kind]]
+    return replace(weight, pairs=_both_values(torch.stack(values)))
 
 
-def dequantize_unrolled(
-    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *rest: Any
-) -> torch.Tensor:
-    """:func:`dequantize`, for graphs that may hold nothing but aten calls."""
-    weight = _to_trace(packed, scales, zeros, *rest)
+@flat_arguments
+def dequantize_unrolled(weight: Packed) -> torch.Tensor:
+    """:func:`dequantize`, for graphs that may hold nothing but aten calls; takes the operator's arguments."""
+    weight = _to_trace(weight)
     return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
 
+@flat_norm_arguments
 def row_norm_quantized_unrolled(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`)."""
-    weight = _to_trace(packed, scales, zeros, format, shape, group, dtype)
+    """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`); takes the
+    operator's arguments."""
+    weight = _to_trace(weight)
     d_out = weight.shape[0]
     rows = max(1, -(-d_out // (10 if weight.dtype == torch.float32 else 20)))
     wide = norm.compute_dtype(left, right)

@@ -70,9 +70,11 @@ _LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", autograd.row_norm, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
-_LIBRARY.impl("row_norm_quantized", quantized.row_norm_quantized, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norm_quantized", cuda.row_norm_quantized, "CUDA")
-_LIBRARY.impl("dequantize", quantized.dequantize, "CompositeExplicitAutograd")
+_LIBRARY.impl(
+    "row_norm_quantized", quantized.flat_norm_arguments(quantized.row_norm_quantized), "CompositeExplicitAutograd"
+)
+_LIBRARY.impl("row_norm_quantized", quantized.flat_norm_arguments(cuda.row_norm_quantized), "CUDA")
+_LIBRARY.impl("dequantize", quantized.flat_arguments(quantized.dequantize), "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 for _name, _function in (
     ("compose", autograd.compose),
@@ -144,32 +146,20 @@ def _row_norms_fake(
 
 
 @torch.library.register_fake("dorafx::row_norm_quantized", lib=_LIBRARY)
+@quantized.flat_norm_arguments
 def _row_norm_quantized_fake(
-    packed: Any,
-    scales: Any,
-    zeros: Any,
-    left: Any,
-    right: Any,
-    scale: Any,
-    format: str,
-    shape: Any,
-    group: int,
-    dtype: Any,
-    factor_dtype: torch.dtype | None = None,
+    weight: quantized.Packed, left: Any, right: Any, scale: float, factor_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     norm.check_factor_dtype(factor_dtype)
-    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=packed.device)
+    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=weight.packed.device)
 
 
 @torch.library.register_fake("dorafx::dequantize", lib=_LIBRARY)
-def _dequantize_fake(
-    packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
-) -> torch.Tensor:
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
+@quantized.flat_arguments
+def _dequantize_fake(weight: quantized.Packed) -> torch.Tensor:
     weight.check()
-    return torch.empty(weight.shape, dtype=dtype, device=packed.device)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
 
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
