@@ -61,16 +61,16 @@ _METADATA = ("detach", "squeeze", "swapaxes", "swapdims", "t", "transpose", "uns
 
 def _twins(names: tuple[str, ...]) -> dict[Any, Callable[..., Any]]:
     """Writing operator -> its twin that writes nothing, of the same arguments."""
-    found: dict[Any, Callable[..., Any]] = {}
+    twins: dict[Any, Callable[..., Any]] = {}
     for name in names:
-        found[f"{name}_"] = twin = getattr(torch, name)
+        twins[f"{name}_"] = twin = getattr(torch, name)
         writing, plain = getattr(torch.ops.aten, f"{name}_", None), getattr(torch.ops.aten, name)
         if hasattr(torch, f"{name}_"):
-            found[getattr(torch, f"{name}_")] = twin
+            twins[getattr(torch, f"{name}_")] = twin
         for overload in writing.overloads() if writing is not None else ():
             if hasattr(plain, overload):
-                found[getattr(writing, overload)] = getattr(plain, overload)
-    return found
+                twins[getattr(writing, overload)] = getattr(plain, overload)
+    return twins
 
 
 _METADATA_TWINS = _twins(_METADATA)
@@ -185,18 +185,18 @@ def without_private_writes(graph: fx.Graph) -> bool:
     Returns:
         Whether the graph was changed.
     """
-    found = memories(graph)
+    all_memories = memories(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    private = [p for memory in found if memory.writers and (p := _private(memory, order)) is not None]
-    changed = _forget_gradients(found, private, order)
+    private = [p for memory in all_memories if memory.writers and (p := _private(memory, order)) is not None]
+    changed = _forget_gradients(all_memories, private, order)
     values: dict[fx.Node, Any] = {}
     while private:
         try:
-            values = _evaluated(graph, found, private)
+            values = _evaluated(graph, all_memories, private)
             break
         except _Refused as refused:
             private.remove(refused.private)
-            changed |= _forget_gradients(found, private, order)
+            changed |= _forget_gradients(all_memories, private, order)
     if private:
         _replace_writes(graph, private, values)
     return bool(private) or changed
@@ -287,13 +287,13 @@ def _name(node: fx.Node) -> str:
 # -- what the versions are --------------------------------------------------------------------------------------------
 
 
-def _forget_gradients(found: list[Memory], private: list[_Private], order: dict[fx.Node, int]) -> bool:
+def _forget_gradients(all_memories: list[Memory], private: list[_Private], order: dict[fx.Node, int]) -> bool:
     """Where a node changes whether a tensor requires a gradient, of a memory that is not private: let the earlier nodes, which
     carry that tensor too, require one, as they may have done. Returns whether there was such a node."""
     owners = {p.owner for p in private}
     pairs = [
         (changing, node)
-        for memory in found
+        for memory in all_memories
         if memory.values[0] not in owners
         for changing in memory.values
         if _name(changing) in _CHANGE_GRADIENTS
@@ -311,7 +311,7 @@ def _forget_gradients(found: list[Memory], private: list[_Private], order: dict[
     return changed
 
 
-def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) -> dict[fx.Node, Any]:
+def _evaluated(graph: fx.Graph, all_memories: list[Memory], private: list[_Private]) -> dict[fx.Node, Any]:
     """Fake values of all nodes of private memories, without the writes.
 
     Raises:
@@ -319,7 +319,7 @@ def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) ->
     """
     named = {name: p for p in private for name in p.names}
     owned = {p.owner: p for p in private}
-    of_node = {node: p for memory in found if (p := owned.get(memory.values[0])) for node in memory.values}
+    of_node = {node: p for memory in all_memories if (p := owned.get(memory.values[0])) for node in memory.values}
     values: dict[fx.Node, Any] = {}
     mode = GradMode(graph)
 
@@ -352,9 +352,9 @@ def _value(node: fx.Node, p: _Private, value: Callable[[fx.Node], Any], records:
         raise _Refused(p)
     with under(fake_mode), torch.set_grad_enabled(records):
         if node is p.owner and not p.changes(_METADATA_TWINS):
-            made = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=traced.device)
+            fresh = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=traced.device)
             differentiable = records and any(_requires_grad(value(operand)) for operand in node.all_input_nodes)
-            return made.requires_grad_(traced.requires_grad and differentiable)
+            return fresh.requires_grad_(traced.requires_grad and differentiable)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _of_mode(value(n), fake_mode))
         result = _twins_value(node, p, args, kwargs, records) if node in p.writes else _called(node, args, kwargs)
     if node is p.owner and result.dtype != traced.dtype:
@@ -436,16 +436,16 @@ def _twin(graph: fx.Graph, write: fx.Node, p: _Private) -> fx.Node:
     """The version that a write makes, before that."""
     target = _OUT_OF_PLACE[write.target]
     with graph.inserting_before(write):
-        made = graph.call_function(target, write.args, write.kwargs)
-        made.meta = dict(write.meta)
+        twin = graph.call_function(target, write.args, write.kwargs)
+        twin.meta = dict(write.meta)
         if write not in p.uncast:
-            return made
+            return twin
         # In place, the result keeps its dtype whatever is added to it.
         dtype = write.meta[p.slot].dtype
-        made.meta[p.slot] = p.uncast[write]
+        twin.meta[p.slot] = p.uncast[write]
         if is_overload(target):
-            cast = graph.call_function(torch.ops.aten._to_copy.default, (made,), {"dtype": dtype})
+            cast = graph.call_function(torch.ops.aten._to_copy.default, (twin,), {"dtype": dtype})
         else:
-            cast = graph.call_method("to", (made, dtype))
+            cast = graph.call_method("to", (twin, dtype))
         cast.meta = dict(write.meta)
     return cast

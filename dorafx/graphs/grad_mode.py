@@ -86,10 +86,10 @@ class GradMode:
 def modes_of_bodies(graph: fx.Graph) -> dict[str, GradMode]:
     """The modes in which the higher-order operators of a graph run their bodies, by the bodies' names, in one walk over the graph."""
     mode = GradMode(graph, of_caller=True)
-    found: dict[str, GradMode] = {}
+    modes: dict[str, GradMode] = {}
     for node in graph.nodes:
         mode.follow(node, canonical_name(node))
         for argument in node.all_input_nodes:
-            if argument.op == "get_attr" and argument.target not in found:
-                found[str(argument.target)] = copy.copy(mode)
-    return found
+            if argument.op == "get_attr" and argument.target not in modes:
+                modes[str(argument.target)] = copy.copy(mode)
+    return modes

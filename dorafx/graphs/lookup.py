@@ -49,13 +49,13 @@ def name_in_torch(target: Any) -> str | None:
 
 def view_of(node: fx.Node) -> View | None:
     """How the result of an operator lies in its only tensor argument, where it makes nothing but views; None otherwise."""
-    found = _view_by_memory(node)
-    gradients = _makes_views(node) if found is not None else None
-    if found is None or gradients is None:
+    view = _view_by_memory(node)
+    gradients = _makes_views(node) if view is not None else None
+    if view is None or gradients is None:
         return None
     if gradients == "kept":
-        return found
-    return View(gradients) if found.name == "identity" else None
+        return view
+    return View(gradients) if view.name == "identity" else None
 
 
 def _operand(node: fx.Node) -> torch.Tensor | None:
@@ -107,11 +107,11 @@ def _order(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> tuple
     left = list(range(len(before)))
     order = []
     for axis in after:
-        found = next((i for i in left if before[i] == axis), None)
-        if found is None:
+        position = next((i for i in left if before[i] == axis), None)
+        if position is None:
             return None
-        left.remove(found)
-        order.append(found)
+        left.remove(position)
+        order.append(position)
     return tuple(order)
 
 

@@ -97,9 +97,9 @@ def _open_linears(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(node):
             weight = gm.graph.get_attr(f"{node.target}.weight")
             bias = gm.graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
-            made = gm.graph.call_function(F.linear, (node.args[0], weight, bias))
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+            linear = gm.graph.call_function(F.linear, (node.args[0], weight, bias))
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
         gm.graph.erase_node(node)
     gm.recompile()
 

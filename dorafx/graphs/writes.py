@@ -63,7 +63,7 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
         if view_of(node) is None:  # a view writes to nothing
             yield node.all_input_nodes
         return
-    yield from _given(node, operators.writes(target))
+    yield from _argument_values(node, operators.writes(target))
     name = getattr(target, "__name__", "")
     if "batch_norm" in name or "instance_norm" in name:  # their running statistics, of which few schemas say it
         yield from (node.args[1:], tuple(node.kwargs.values()))
@@ -83,7 +83,7 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
             yield node.args[out]
 
 
-def _given(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
+def _argument_values(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
     """What a call gives for some of its operator's arguments."""
     for position, name in arguments:
         if position is not None and position < len(node.args):
@@ -102,8 +102,8 @@ def _names_its_writes(target: Any) -> bool:
 
 def _bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order operator runs."""
-    found = (attribute_of(argument) for argument in node.all_input_nodes if argument.op == "get_attr")
-    return [body for body in found if isinstance(body, fx.GraphModule)]
+    attributes = (attribute_of(argument) for argument in node.all_input_nodes if argument.op == "get_attr")
+    return [body for body in attributes if isinstance(body, fx.GraphModule)]
 
 
 def attribute_of(node: fx.Node) -> Any:
@@ -123,8 +123,8 @@ def _written_by_module(node: fx.Node) -> Iterator[Any]:
     if not torchs or hooked or getattr(module, "inplace", False) or list(module.children()):
         yield node.all_input_nodes
     if not torchs or hooked or list(module.buffers()) or getattr(module, "max_norm", None) is not None:
-        own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in own]
+        tensor_ids = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in tensor_ids]
 
 
 def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
@@ -140,7 +140,7 @@ def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
         operands = node.args[body_operands_start(node.target) :]
         known = takes_operands_for_body(node.target) and len(operands) == len(inputs)
         if known and all(n.op == "placeholder" for n in written):
-            yield [operand for operand, given in zip(operands, inputs) if given in written]
+            yield [operand for operand, placeholder in zip(operands, inputs) if placeholder in written]
         elif written:
             yield node.all_input_nodes
 
@@ -227,12 +227,12 @@ def memories(graph: fx.Graph) -> list[Memory]:
         others = [of_storage.setdefault(storage, node) for storage in _storages(node)]
         for other in (*others, *_viewed(node)):
             parents[root(node)] = root(other)
-    found: dict[fx.Node, Memory] = defaultdict(lambda: Memory([], []))
+    by_root: dict[fx.Node, Memory] = defaultdict(lambda: Memory([], []))
     for node in graph.nodes:
-        found[root(node)].values.append(node)
+        by_root[root(node)].values.append(node)
         for target in dict.fromkeys(root(n) for argument in written_arguments(node) for n in nodes_in(argument)):
-            found[target].writers.append(node)
-    return list(found.values())
+            by_root[target].writers.append(node)
+    return list(by_root.values())
 
 
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
@@ -240,7 +240,7 @@ def _viewed(node: fx.Node) -> Iterator[fx.Node]:
     if node.target is operator.getitem:  # out of the results of a split
         yield from nodes_in(node.args[0])
     elif node.op == "call_function" and _names_its_writes(node.target):
-        for argument in _given(node, operators.views(node.target)):
+        for argument in _argument_values(node, operators.views(node.target)):
             yield from nodes_in(argument)
         if aten_name(node.target) in _MAY_RETURN_THEIR_OPERAND:
             mode = fake_mode_of(tensor_of(node))

@@ -298,8 +298,8 @@ class Expr:
         for (scalars, chain), c in terms.items():
             if c == 0:
                 lost.update(_of_mono(scalars), _of_chain(chain))
-        made = Expr(items)
-        return Expr(items, _remaining(lost, made.parts())) if lost else made
+        expr = Expr(items)
+        return Expr(items, _remaining(lost, expr.parts())) if lost else expr
 
     @staticmethod
     def chain(factors: Iterable[Factor], coefficient: float = 1.0) -> Expr:

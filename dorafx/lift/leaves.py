@@ -12,12 +12,12 @@ from .lifter import Lifter
 
 def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
     """The nodes that terms are made of."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     stack = list(terms)
     while stack:
         for atom in stack.pop().atoms():
             info = lift.atom_of(atom)
             if info.node is not None:
-                found.add(info.node)
+                nodes.add(info.node)
             stack.extend(term for term in (info.expr, info.poly) if term is not None)
-    return found
+    return nodes

@@ -170,7 +170,7 @@ class Lifter:
     def _lift_here(self, node: fx.Node) -> Value | None:
         self._lifted, self._unrounded = node, set()
         value = self._lift(node)
-        if self._made_in_inference_mode(node):
+        if self._is_inference_tensor(node):
             self._inference.add(node)
         self._lifted = None
         aside: tuple[dict[fx.Node, Any], ...] = (self.expanded, self.absolute, self.stacked, self.repeated)
@@ -490,7 +490,7 @@ class Lifter:
         """Whether a backward of what is computed at a site may save a value: one of a tensor that was made in inference mode may not."""
         return node not in self._inference or site in self.unrecorded or not self._grad_mode.may_record
 
-    def _made_in_inference_mode(self, node: fx.Node) -> bool:
+    def _is_inference_tensor(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return is_inference_input(node)
         if node.op == "get_attr":
@@ -523,10 +523,10 @@ class Lifter:
         does not. fp32 stands for fp16 where the multiple is multiplied: fp16 may hold it and not the factors themselves."""
         if self._product_dtypes is None:
             self._product_dtypes = {}
-            made = [(term, gemm.node) for term, gemms in self.gemms.items() for gemm in gemms]
+            products = [(term, gemm.node) for term, gemms in self.gemms.items() for gemm in gemms]
             # Not every product is one of matrices: a column times a row.
-            made += [(term, node) for term, nodes in self.nodes.items() for node in nodes if isinstance(term, Expr)]
-            for term, node in made:
+            products += [(term, node) for term, nodes in self.nodes.items() for node in nodes if isinstance(term, Expr)]
+            for term, node in products:
                 if len(term.items) != 1:
                     continue
                 (((scalars, factors), coefficient),) = term.items
@@ -567,14 +567,14 @@ class Lifter:
 
     def norms_in(self, term: Expr | Poly) -> set[Atom]:
         """The norm atoms that a term is made of, at any depth."""
-        found: set[Atom] = set()
+        norms: set[Atom] = set()
         for atom in term.atoms():
             info = self.atom_of(atom)
             if info.kind == "norm":
-                found.add(Atom(atom.id))
+                norms.add(Atom(atom.id))
             elif info.poly is not None:
-                found |= self.norms_in(info.poly)
-        return found
+                norms |= self.norms_in(info.poly)
+        return norms
 
 
 def _either_way(chain: Chain) -> frozenset[Any]:

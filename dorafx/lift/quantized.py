@@ -69,19 +69,21 @@ def packed_weight(node: fx.Node) -> PackedWeight | str:
         ):
             # Where groups reach over the end of a row, bitsandbytes' kernel for CPUs has values that no other device has.
             return "its rows are not whole groups"
-        return _made(
+        return _packed(
             args["A"], args["absmax"], None, args["quant_type"], args["shape"], args["blocksize"], args["dtype"]
         )
     if name == "bitsandbytes.int8_vectorwise_dequant.default":
         args = arguments(node, "A", "stats")
         assert isinstance(value, torch.Tensor)
-        return _made(args["A"], args["stats"], None, "bnb8", value.shape, value.shape[-1], value.dtype)
+        return _packed(args["A"], args["stats"], None, "bnb8", value.shape, value.shape[-1], value.dtype)
     if name == "dorafx.dequantize.default":
-        return _made(*arguments(node, "packed", "scales", "zeros", "format", "shape", "group", "dtype").values())
+        return _packed(*arguments(node, "packed", "scales", "zeros", "format", "shape", "group", "dtype").values())
     return ""
 
 
-def _made(packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any) -> PackedWeight | str:
+def _packed(
+    packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
+) -> PackedWeight | str:
     if isinstance(shape, fx.Node) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         return "its shape is symbolic or not that of a matrix"
     tensors = tuple(None if t is None else (_without_data(t), "") for t in (packed, scales, zeros))

@@ -211,20 +211,20 @@ class Notation:
 
     def _is_detached(self, atoms: Iterable[Atom]) -> bool:
         """Whether all that has a gradient was detached, and something was."""
-        given = list(atoms)
-        return any(a.detached for a in given) and all(
-            a.detached or not self._lift.atom_of(a).requires_grad for a in given
+        all_atoms = list(atoms)
+        return any(a.detached for a in all_atoms) and all(
+            a.detached or not self._lift.atom_of(a).requires_grad for a in all_atoms
         )
 
     def _vanished(self, lost: Iterable[Vanished]) -> str:
-        found: dict[int, str] = {}
+        notes: dict[int, str] = {}
         for v in sorted(lost):
             name = self._atom(v.atom, False, 0)
             if v.zeroed:
-                found[v.atom.id] = f"0·{name}⁻¹" if v.divisor else f"0·{name}"
+                notes[v.atom.id] = f"0·{name}⁻¹" if v.divisor else f"0·{name}"
             else:
-                found[v.atom.id] = f"{name}·{name}⁻¹" if v.divisor else f"{name} − {name}"
-        return f" [without {', '.join(found.values())}]" if found else ""
+                notes[v.atom.id] = f"{name}·{name}⁻¹" if v.divisor else f"{name} − {name}"
+        return f" [without {', '.join(notes.values())}]" if notes else ""
 
     # -- indeterminates -------------------------------------------------------------------------------------------------
 

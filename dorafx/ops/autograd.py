@@ -135,9 +135,9 @@ class Compose(torch.autograd.Function):
         needs = (needs_base, needs_lora, needs_bias)
         of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
-        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
-        wanted = (needs_base, needs_lora, needs_g, needs_bias)
-        return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
+        gradients = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
+        needed = (needs_base, needs_lora, needs_g, needs_bias)
+        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)
 
 
 def compose(

@@ -67,10 +67,10 @@ def row_norms(
     norms: list[Any] = [None] * len(operands)
     for members in groups.values():
         if takes(*operands[members[0]]):
-            found = _launched([operands[i] for i in members], scales[members[0]], factor_dtype)
+            results = _launched([operands[i] for i in members], scales[members[0]], factor_dtype)
         else:
-            found = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
-        for i, value in zip(members, found):
+            results = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
+        for i, value in zip(members, results):
             norms[i] = value
     return norms
 
@@ -210,11 +210,11 @@ def compose_backward(
     bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
     dtypes = (base_dtype, lora_dtype, bias_dtype)
     if not _served([grad, total], [g], *dtypes) or (bias_dtype is not None and bias != grad.shape[-1:]):
-        found = composition.backward_math(
+        gradients = composition.backward_math(
             grad, g, total, scale, delta, base_dtype, lora_dtype, needs_g, bias_dtype, bias
         )
-        d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in found[:2])
-        d_g, d_bias = (None if t is None else layout.settled(t) for t in found[2:])
+        d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in gradients[:2])
+        d_g, d_bias = (None if t is None else layout.settled(t) for t in gradients[2:])
         return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
     from dorafx.ops.triton.compose import launch_backward
 

@@ -24,15 +24,15 @@ def strides(shape: Sequence[int], *operands: torch.Tensor | None) -> tuple[int, 
     Args:
         operands: tensors whose shapes broadcast to ``shape``, the most important first.
     """
-    given = [_broadcast_strides(shape, t) for t in operands if t is not None and t.dim() > 1]
-    order = _order(shape, given) if given else list(range(len(shape)))
-    found, stride = [1] * len(shape), 1
+    operand_strides = [_broadcast_strides(shape, t) for t in operands if t is not None and t.dim() > 1]
+    order = _order(shape, operand_strides) if operand_strides else list(range(len(shape)))
+    result, stride = [1] * len(shape), 1
     for dim in reversed(order):
-        found[dim] = stride
+        result[dim] = stride
         # As torch has it, an empty dimension counts as one of size 1.
         n = shape[dim]
         stride = stride * (max(n, 1) if isinstance(n, int) else torch.sym_max(n, 1))
-    return tuple(found)
+    return tuple(result)
 
 
 def empty(
@@ -44,10 +44,10 @@ def empty(
 
 def settled(tensor: torch.Tensor, *operands: torch.Tensor | None) -> torch.Tensor:
     """The tensor, or where it lies otherwise than :func:`strides` gives, a copy."""
-    wanted = strides(tensor.shape, *operands)
-    if all(_known(a == b) for a, b in zip(tensor.stride(), wanted)):
+    target = strides(tensor.shape, *operands)
+    if all(_known(a == b) for a, b in zip(tensor.stride(), target)):
         return tensor
-    return tensor.new_empty_strided(tuple(tensor.shape), wanted).copy_(tensor)
+    return tensor.new_empty_strided(tuple(tensor.shape), target).copy_(tensor)
 
 
 def owned(tensor: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -58,11 +58,11 @@ def owned(tensor: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
 def _broadcast_strides(shape: Sequence[int], tensor: torch.Tensor) -> list[int]:
     """The tensor's strides along each dimension of ``shape``; 0 where it is broadcast."""
     missing = len(shape) - tensor.dim()
-    own = (0 if _known(n == 1) else stride for n, stride in zip(tensor.shape, tensor.stride()))
-    return [*[0] * missing, *own]
+    present = (0 if _known(n == 1) else stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return [*[0] * missing, *present]
 
 
-def _order(shape: Sequence[int], given: Sequence[Sequence[int]]) -> list[int]:
+def _order(shape: Sequence[int], operand_strides: Sequence[Sequence[int]]) -> list[int]:
     """Dimensions, the outermost first."""
     inward: list[int] = []
     for dim in reversed(range(len(shape))):
@@ -70,7 +70,7 @@ def _order(shape: Sequence[int], given: Sequence[Sequence[int]]) -> list[int]:
             continue
         place = len(inward)
         for i in reversed(range(len(inward))):
-            decision = _compare(shape, given, inward[i], dim)
+            decision = _compare(shape, operand_strides, inward[i], dim)
             if decision > 0:
                 place = i
             elif decision < 0:
@@ -82,13 +82,13 @@ def _order(shape: Sequence[int], given: Sequence[Sequence[int]]) -> list[int]:
     return inward[::-1]
 
 
-def _compare(shape: Sequence[int], given: Sequence[Sequence[int]], a: int, b: int) -> int:
+def _compare(shape: Sequence[int], operand_strides: Sequence[Sequence[int]], a: int, b: int) -> int:
     """Positive where dimension ``a`` lies outside of ``b``, negative where it lies inside, 0 where nothing decides."""
-    for own in given:
-        if _known(own[a] == 0) or _known(own[b] == 0):
+    for along in operand_strides:
+        if _known(along[a] == 0) or _known(along[b] == 0):
             continue
-        if _known(own[a] < own[b]):
+        if _known(along[a] < along[b]):
             return -1
-        if _known(own[a] > own[b]) or _known(shape[a] > shape[b]):
+        if _known(along[a] > along[b]) or _known(shape[a] > shape[b]):
             return 1
     return 0

@@ -147,7 +147,7 @@ def flat_norm_arguments(function: _Norm) -> Callable[..., torch.Tensor]:
 def _check_sizes(w: Packed) -> None:
     (d_out, d_in), n = w.shape, w.numel
     if w.format in TABLES:
-        wanted = {
+        sizes = {
             "bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()),
             "scales": (-(-n // w.group), w.scales.numel()),
         }
@@ -156,20 +156,20 @@ def _check_sizes(w: Packed) -> None:
             raise ValueError(
                 f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}"
             )
-        wanted = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
+        sizes = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
     elif w.format == "bnb8":
-        wanted = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
+        sizes = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
     else:
         if (d_in if w.format == "affine" else n) % w.group:
             raise ValueError(f"groups of {w.group} do not divide a {w.format} weight {w.shape}")
         per = 8 // _HQQ_BITS.get(w.format, 8)
-        wanted = {"bytes of codes": (n, w.packed.numel() * per), "scales": (n // w.group, w.scales.numel())}
+        sizes = {"bytes of codes": (n, w.packed.numel() * per), "scales": (n // w.group, w.scales.numel())}
         if w.zeros is not None:
-            wanted["zeros"] = (n // w.group, w.zeros.numel())
-    for what, (needed, found) in wanted.items():
-        if needed != found:
+            sizes["zeros"] = (n // w.group, w.zeros.numel())
+    for what, (expected, actual) in sizes.items():
+        if expected != actual:
             raise ValueError(
-                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {needed} {what}; got {found}"
+                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {expected} {what}; got {actual}"
             )
 
 

@@ -82,7 +82,7 @@ def with_prologue(
             if may_read != "nothing":
                 norm = kept_in.kept(signature, watched, may_read == "its own", streams)
             if norm is None:
-                missing.append(_Missing(i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
+                missing.append(_Missing(i, _Computation(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
         return values, missing, looked_at
@@ -114,7 +114,7 @@ def with_prologue(
                 for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([wanted for _, wanted, *_ in missing], squares)
+            computed = _compute([computation for _, computation, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
                 if recording and keeps_for != "anyone":
@@ -200,7 +200,7 @@ class _Recipe:
     """Computes the norm of a quantised weight, whose operator has other operands."""
 
 
-class _Wanted(NamedTuple):
+class _Computation(NamedTuple):
     """A norm to compute.
 
     Attributes:
@@ -220,12 +220,12 @@ class _Missing(NamedTuple):
 
     Attributes:
         place: among the graph's norms.
-        wanted: how it is computed.
+        computation: how it is computed.
         signature, watched: see :meth:`NormStore.kept`.
     """
 
     place: int
-    wanted: _Wanted
+    computation: _Computation
     signature: str
     watched: list[torch.Tensor]
 
@@ -237,8 +237,8 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     """Equal layers share one: generating code for each of a few hundred takes its time."""
     if norm.signature not in _RECIPES:
         graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(norm.graph, made)
+        copies: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(norm.graph, copies)
         assert isinstance(output, fx.Node)  # the norm's graph ends with the operator
         if output.target is not _row_norm:
             graph.output(output)
@@ -261,21 +261,21 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.Tensor]:
+def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[torch.Tensor]:
     """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together. Those whose
     operands are made here, and not parameters themselves, one after the other, so that no two layers' are in memory.
 
     Args:
         squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
     """
-    found: list[Any] = [None] * len(norms)
+    computed: list[Any] = [None] * len(norms)
     placed: list[Any] = [None] * len(norms)
     groups: dict[Any, list[int]] = {}
     # What a recipe makes has the dtypes that it has outside of autocast, as the rewriter has made sure.
     with torch.inference_mode(False), torch.no_grad(), below_autocast():
         for i, n in enumerate(norms):
             if n.recipe.whole is not None:
-                found[i] = n.recipe.whole(*n.tensors, *n.numbers)
+                computed[i] = n.recipe.whole(*n.tensors, *n.numbers)
             else:
                 key = n.recipe.algorithm, n.recipe.factor_dtype, i if n.recipe.makes else None
                 groups.setdefault(key, []).append(i)
@@ -291,12 +291,12 @@ def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.
             scales = [norms[i].recipe.scale for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept, factor_dtype)
             for i, result, (_, how) in zip(group, results, local):
-                found[i], placed[i] = result, how
+                computed[i], placed[i] = result, how
     if not any(placed):
-        return found
+        return computed
     # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
     with torch.no_grad():
-        return placed_norms(found, placed, [n.placements for n in norms])
+        return placed_norms(computed, placed, [n.placements for n in norms])
 
 
 def _squares(

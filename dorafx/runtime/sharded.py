@@ -47,13 +47,13 @@ def local_operands(
     of_left = tuple(p if _distributed.is_shard(p, 0) else _distributed.replicated() for p in of_weight)
     of_right = tuple(p if _distributed.is_shard(p, 1) else _distributed.replicated() for p in of_weight)
     parts = tuple(
-        _distributed.local_part(t, mesh, wanted) for t, wanted in zip(operands, (of_weight, of_left, of_right))
+        _distributed.local_part(t, mesh, target) for t, target in zip(operands, (of_weight, of_left, of_right))
     )
     return parts, Placed(mesh, of_weight, int(weight.shape[0]))  # type: ignore[return-value]
 
 
 def placed_norms(
-    norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], wanted: Sequence[tuple[Any, ...] | None]
+    norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], targets: Sequence[tuple[Any, ...] | None]
 ) -> list[torch.Tensor]:
     """The norms of whole rows, from the norms that this device computed of its part.
 
@@ -65,18 +65,18 @@ def placed_norms(
         placed: how the operands of each lie.
         wanted: the placements that the graph reads each with; None for plain tensors.
     """
-    found = list(norms)
+    values = list(norms)
     # A norm that the graph wants partial it reduces itself.
     shared = [
         (i, dimension)
-        for i, (how, placements) in enumerate(zip(placed, wanted))
+        for i, (how, placements) in enumerate(zip(placed, targets))
         if how is not None
         for dimension, p in enumerate(how.weight)
         if _distributed.is_shard(p, 1) and not _is_partial(placements, dimension)
     ]
-    _reduce(found, shared, placed)
+    _reduce(values, shared, placed)
     results = []
-    for norm, how, placements in zip(found, placed, wanted):
+    for norm, how, placements in zip(values, placed, targets):
         if how is None:
             results.append(norm)
             continue
@@ -92,19 +92,19 @@ def placed_norms(
     return results
 
 
-def _reduce(found: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
+def _reduce(values: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
     """Reduce norms in place in the list, all of one group and dtype together."""
     groups: dict[Any, list[int]] = {}
     for i, dimension in shared:
         how = placed[i]
         assert how is not None
-        groups.setdefault((how.mesh.get_group(dimension), found[i].dtype), []).append(i)
+        groups.setdefault((how.mesh.get_group(dimension), values[i].dtype), []).append(i)
     for (group, _), members in groups.items():
-        squares = torch.cat([found[i].square() for i in members])
+        squares = torch.cat([values[i].square() for i in members])
         torch.distributed.all_reduce(squares, group=group)
-        wholes = torch.split(squares.sqrt_(), [found[i].numel() for i in members])
+        wholes = torch.split(squares.sqrt_(), [values[i].numel() for i in members])
         for i, whole in zip(members, wholes):
-            found[i] = whole
+            values[i] = whole
 
 
 def _is_partial(placements: tuple[Any, ...] | None, dimension: int) -> bool:

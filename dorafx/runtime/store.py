@@ -135,9 +135,9 @@ class NormStore:
         Args:
             norms: signature and tensors of each, as for :meth:`kept`.
         """
-        found = [self._entries.get((signature, *map(id, tensors))) for signature, tensors in norms]
-        entries = [entry for entry in found if entry is not None and not entry.recorded]
-        return entries if len(entries) == len(found) else None
+        known = [self._entries.get((signature, *map(id, tensors))) for signature, tensors in norms]
+        entries = [entry for entry in known if entry is not None and not entry.recorded]
+        return entries if len(entries) == len(known) else None
 
     def observe(self, signature: str, tensors: Sequence[torch.Tensor], recorded: bool = False) -> Observed | None:
         """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched.
@@ -256,14 +256,14 @@ class NormStore:
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
         """Forget every norm that was computed from one of these tensors, or their parts; returns how many."""
-        wanted = set(map(id, parts(tensors)))
-        stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
+        ids = set(map(id, parts(tensors)))
+        stale = [key for key in list(self._entries) if ids.intersection(key[1:])]
         kept = [entry for entry in map(self._entries.get, stale) if entry is not None]
         # Without a norm are those of tensors that died, whose id another may have.
         forgotten = sum(entry.norm is not None for entry in kept)
         for key in stale:
             self._end(key)
-        for square in [key for key in list(self._squares) if key[1] in wanted]:
+        for square in [key for key in list(self._squares) if key[1] in ids]:
             self._squares.pop(square, None)
         if forgotten:
             self.counters.count_invalidated("the user invalidated it", forgotten)

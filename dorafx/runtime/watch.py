@@ -199,14 +199,14 @@ def _views(tensor: torch.Tensor, samples: int) -> list[memoryview[int]]:
     if _is_dense(tensor):
         distance = _distance(numel, _inner_length(tensor), samples)
         return [_memory(start, numel, size)[::distance]]
-    found = []
+    views = []
     for k in range(min(samples, numel)):
         position, offset = k * numel // min(samples, numel), 0
         for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
             position, index = divmod(position, length)
             offset += index * stride
-        found.append(_memory(start + offset * size, 1, size))
-    return found
+        views.append(_memory(start + offset * size, 1, size))
+    return views
 
 
 def _distance(numel: int, inner: int, samples: int) -> int:
@@ -247,13 +247,13 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def parts(tensors: Sequence[Any]) -> list[torch.Tensor]:
     """The tensors among some values, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
-    found: list[torch.Tensor] = []
+    plain: list[torch.Tensor] = []
     for tensor in tensors:
         if type(tensor) in _PLAIN:
-            found.append(tensor)
+            plain.append(tensor)
         elif isinstance(tensor, torch.Tensor):
-            found.extend(parts(wrapped(tensor)) if is_wrapper(tensor) else (tensor,))
-    return found
+            plain.extend(parts(wrapped(tensor)) if is_wrapper(tensor) else (tensor,))
+    return plain
 
 
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:
@@ -263,10 +263,10 @@ def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     that they share need all of them."""
     if fully_sharded_process():
         return False
-    return not any(t.is_inference() or not _own_memory(type(t)) for t in tensors)
+    return not any(t.is_inference() or not _owns_its_memory(type(t)) for t in tensors)
 
 
-def _own_memory(kind: type) -> bool:
+def _owns_its_memory(kind: type) -> bool:
     """Whether a tensor of this class is its own storage: bitsandbytes' parameters only carry attributes besides."""
     if kind.__module__.startswith("bitsandbytes."):
         return kind.__name__ in ("Params4bit", "Int8Params")

@@ -79,7 +79,7 @@ def _spans(vector: Operand, matrix: Operand, axis: int) -> bool:
     return v is not None and m is not None and len(v) >= -axis and len(m) >= -axis and same_size(v[axis], m[axis])
 
 
-def _made(value: Value | None, a: Operand, b: Operand) -> Operand:
+def _intermediate(value: Value | None, a: Operand, b: Operand) -> Operand:
     """The result of ``a`` and ``b`` as an operand of what follows within the same node."""
     return Operand(value, _broadcast(a.shape, b.shape), value if isinstance(value, VectorValue) else None)
 
@@ -330,10 +330,10 @@ def add_product(lift: Lifter, node: fx.Node) -> Value | None:
     value = args.get("value", 1)
     if not isinstance(value, (int, float)):
         return None
-    made = multiplied(first, second) if lift.name_of(node) == "addcmul" else divided(lift, first, second)
-    if made is None or value == 0:
+    product = multiplied(first, second) if lift.name_of(node) == "addcmul" else divided(lift, first, second)
+    if product is None or value == 0:
         return None
-    return added(operand(lift, args.get("input")), _made(made, first, second), float(value))
+    return added(operand(lift, args.get("input")), _intermediate(product, first, second), float(value))
 
 
 @transfer("lerp")
@@ -341,8 +341,8 @@ def lerp(lift: Lifter, node: fx.Node) -> Value | None:
     """``start + weight ⊙ (end - start)``."""
     args = arguments(node, "input", "end", "weight")
     start, end, weight = (operand(lift, args.get(name)) for name in ("input", "end", "weight"))
-    difference = _made(added(end, start, -1.0), end, start)
+    difference = _intermediate(added(end, start, -1.0), end, start)
     if difference.value is None:
         return None
-    made = multiplied(weight, difference)
-    return added(start, _made(made, weight, difference), 1.0) if made is not None else None
+    weighted = multiplied(weight, difference)
+    return added(start, _intermediate(weighted, weight, difference), 1.0) if weighted is not None else None

@@ -32,9 +32,9 @@ def matrix_again(lift: Lifter, node: fx.Node) -> Value | None:
 def row(lift: Lifter, node: fx.Node) -> Value | None:
     """A matrix of one row that is flattened: a vector, which is still the row."""
     source, after = first_argument(node), tensor_of(node)
-    value, before, made = lift.matrix(source), tensor_of(source), lift.atom_value(node)
+    value, before, vector = lift.matrix(source), tensor_of(source), lift.atom_value(node)
     if value is None or before is None or after is None or after.dim() != 1 or before.dtype != after.dtype:
         return None
-    if not isinstance(made, VectorValue) or not same_size(before.shape[-1], after.shape[0]):
+    if not isinstance(vector, VectorValue) or not same_size(before.shape[-1], after.shape[0]):
         return None
-    return VectorValue(made.poly, made.axis, value.expr)
+    return VectorValue(vector.poly, vector.axis, value.expr)

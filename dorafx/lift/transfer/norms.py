@@ -99,15 +99,15 @@ def mean_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
     """``Σ w² / d`` along axes of d elements."""
     args = arguments(node, "input", "dim", "keepdim")
     dim, tensor = args.get("dim"), tensor_of(args.get("input"))
-    made = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
-    if made is None or tensor is None or args.get("dtype") is not None:
+    sums = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
+    if sums is None or tensor is None or args.get("dtype") is not None:
         return None
     axes: Any = dim if isinstance(dim, (tuple, list)) else [dim]
-    assert isinstance(made, VectorValue)
+    assert isinstance(sums, VectorValue)
     sizes = [tensor.shape[axis] for axis in axes]
     if not all(isinstance(size, int) and size for size in sizes):
         return None
-    return VectorValue(made.poly.scaled(1.0 / math.prod(sizes)), made.axis)
+    return VectorValue(sums.poly.scaled(1.0 / math.prod(sizes)), sums.axis)
 
 
 @transfer("normalize")

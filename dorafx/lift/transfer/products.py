@@ -52,18 +52,18 @@ def _row(lift: Lifter, arg: Any) -> Expr | None:
     if value.row is not None and len(value.row.items) == 1:
         return value.row
     atoms = [atom for atom in value.poly.atoms() if value.poly == Poly.var(atom)]
-    if not atoms and isinstance(made := lift.atom_value(arg), VectorValue):
-        atoms = list(made.poly.atoms())
+    if not atoms and isinstance(sealed := lift.atom_value(arg), VectorValue):
+        atoms = list(sealed.poly.atoms())
     return Expr.mat(atoms[0]) if atoms else None
 
 
-def _made(lift: Lifter, node: fx.Node, product: Expr) -> Value | None:
+def _value_of(lift: Lifter, node: fx.Node, product: Expr) -> Value | None:
     """The term of a product: of a single token a vector, which is read as a matrix of one row, too."""
     tensor = tensor_of(node)
     if tensor is None or tensor.dim() > 1:
         return MatrixValue(product)
-    made = lift.atom_value(node)
-    return VectorValue(made.poly, made.axis, product) if isinstance(made, VectorValue) else None
+    vector = lift.atom_value(node)
+    return VectorValue(vector.poly, vector.axis, product) if isinstance(vector, VectorValue) else None
 
 
 def computes(lift: Lifter, product: Expr, gemm: Gemm) -> None:
@@ -84,7 +84,7 @@ def linear(lift: Lifter, node: fx.Node) -> Value | None:
         if vector is None or vector.axis != -1:
             return None
         product = product + Expr.broadcast(vector.poly)
-    return _made(lift, node, product)
+    return _value_of(lift, node, product)
 
 
 @transfer("matmul", "mv")
@@ -96,7 +96,7 @@ def matmul(lift: Lifter, node: fx.Node) -> Value | None:
         product = product_of(lift, node, right, left, True)  # W·x is the row x·Wᵀ
     else:
         product = product_of(lift, node, left, right, False)
-    return _made(lift, node, product) if product is not None else None
+    return _value_of(lift, node, product) if product is not None else None
 
 
 @transfer("addmm")
@@ -139,10 +139,10 @@ _LOOKED_UP = ("input", "indices", "weight")
 def embedding(lift: Lifter, node: fx.Node) -> Value | None:
     """A look-up is the product of the indices' one-hot rows with the table. Emission reuses the look-up, and never forms
     the product."""
-    given = [*node.args[:2], *(node.kwargs[name] for name in _LOOKED_UP if name in node.kwargs)]
-    if len(given) != 2:
+    operands = [*node.args[:2], *(node.kwargs[name] for name in _LOOKED_UP if name in node.kwargs)]
+    if len(operands) != 2:
         return None
-    first, second = given
+    first, second = operands
     table = tensor_of(first)
     # ``F.embedding(indices, table)``, but ``torch.embedding(table, indices)`` and aten's.
     indices, table_node = (second, first) if table is not None and table.dtype in FLOAT_DTYPES else (first, second)

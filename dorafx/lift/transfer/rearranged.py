@@ -183,16 +183,16 @@ def _joined(
     names: dict[int, int] = {}
     axes = list(left.axes)
     for i, j in shared:
-        own_axis, other = left.axes[i], right.axes[j]
-        if own_axis and other:
-            if len(own_axis) != len(other) or not all(
-                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(own_axis, other)
+        axis, other = left.axes[i], right.axes[j]
+        if axis and other:
+            if len(axis) != len(other) or not all(
+                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(axis, other)
             ):
                 return None
-            names.update(zip(other, own_axis))
-        elif i in summed and (own_axis or other):
+            names.update(zip(other, axis))
+        elif i in summed and (axis or other):
             return None
-        axes[i] = own_axis or other
+        axes[i] = axis or other
     if summed:
         axes[summed[0]] = right.axes[-1]
     right = right.renamed(names)

@@ -155,11 +155,11 @@ def compose_backward_kernel(
             d_g += dy * tl.load(total_tile, mask=mask, other=0.0).to(tl.float32)
         if sums_bias is not None:
             d_bias += dy
-    own = index.to(tl.int64) * columns + column + tile_columns
+    sum_offsets = index.to(tl.int64) * columns + column + tile_columns
     if sums_g is not None:
-        tl.store(sums_g + own, tl.sum(d_g, axis=0).to(sums_g.dtype.element_ty), mask=column_mask)
+        tl.store(sums_g + sum_offsets, tl.sum(d_g, axis=0).to(sums_g.dtype.element_ty), mask=column_mask)
     if sums_bias is not None:
-        tl.store(sums_bias + own, tl.sum(d_bias, axis=0).to(sums_bias.dtype.element_ty), mask=column_mask)
+        tl.store(sums_bias + sum_offsets, tl.sum(d_bias, axis=0).to(sums_bias.dtype.element_ty), mask=column_mask)
 
 
 @triton.jit
@@ -318,12 +318,12 @@ def _planes(
     present = [t for t in (out, *operands) if t is not None]
     fits = [k for k in range(max(len(lead), 1)) if all(_splits(t, k) for t in present)]
     if fits:
-        split, given = fits[0], list(operands)
+        split, sources = fits[0], list(operands)
     else:
         split = next(k for k in range(len(lead)) if out is None or _splits(out, k))
-        given = [t if t is None or _splits(t, split) else t.contiguous() for t in operands]
-    strides = [(0, 0, 0) if t is None else _strides(t, split) for t in (out, *given)]
-    return math.prod(lead[:split]), math.prod(lead[split:]), columns, strides, given
+        sources = [t if t is None or _splits(t, split) else t.contiguous() for t in operands]
+    strides = [(0, 0, 0) if t is None else _strides(t, split) for t in (out, *sources)]
+    return math.prod(lead[:split]), math.prod(lead[split:]), columns, strides, sources
 
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:

@@ -180,13 +180,13 @@ TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: AMPERE, 90: HOPPER, 100: BLA
 device at hand. None has been measured: all are made by calculation."""
 
 
-def _newest(tables: Mapping[int, T], found: int) -> T:
-    return tables[max((known for known in tables if known <= found), default=min(tables))]
+def _newest(tables: Mapping[int, T], architecture: int) -> T:
+    return tables[max((known for known in tables if known <= architecture), default=min(tables))]
 
 
-def table_of(found: int) -> tuple[RowNormConfig, ...]:
+def table_of(architecture: int) -> tuple[RowNormConfig, ...]:
     """The table of an architecture: its own, that of the newest older one, or else the oldest."""
-    return _newest(TABLES, found)
+    return _newest(TABLES, architecture)
 
 
 def row_norm_config(problem: Problem, gpu: Gpu) -> RowNormConfig:
@@ -236,14 +236,14 @@ PROGRAMS_PER_PROCESSOR = 8
 
 
 @functools.cache
-def compose_config(columns: int, along_rows: bool = False, found: int = 90) -> ComposeConfigs:
+def compose_config(columns: int, along_rows: bool = False, architecture: int = 90) -> ComposeConfigs:
     """The configurations for a width: a tile keeps its size, and takes no more columns than there are.
 
     Args:
         along_rows: whether tokens are what lies side by side, as in a convolution's activations: tiles are then long
             along these.
     """
-    table = _newest(COMPOSE_TABLES, found)
+    table = _newest(COMPOSE_TABLES, architecture)
     return ComposeConfigs(*(_fitted(c, columns, along_rows) for c in (table.forward, table.backward)))
 
 
@@ -281,9 +281,9 @@ LINEAR_TABLES: dict[int, tuple[LinearConfig, ...]] = {80: LINEAR, 90: LINEAR, 10
 """As :data:`TABLES`; made by calculation, not by measurement."""
 
 
-def linear_config(operand_bytes: int, tokens: int, found: int = 90) -> LinearConfig:
+def linear_config(operand_bytes: int, tokens: int, architecture: int = 90) -> LinearConfig:
     """The first configuration of an architecture's table that serves operands of this width and so many tokens."""
-    table = _newest(LINEAR_TABLES, found)
+    table = _newest(LINEAR_TABLES, architecture)
     return next(
         c for c in table if c.operand_bytes == operand_bytes and (c.max_tokens is None or tokens <= c.max_tokens)
     )

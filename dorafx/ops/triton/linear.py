@@ -113,10 +113,10 @@ def dora_linear_kernel(
     offsets += row * d_out + column
     if total is not None:
         tl.store(total + offsets, acc.to(total.dtype.element_ty), mask=mask)
-    own = column + columns
-    acc *= tl.load(g + own, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    output_columns = column + columns
+    acc *= tl.load(g + output_columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
-        acc += tl.load(bias + own, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + output_columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 
 

@@ -118,10 +118,10 @@ def norm_of_rows(
 @triton.jit
 def _addressed(addresses, operand: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer to an operand (0: weight, 1: left, 2: right) of the norm that this program is for."""
-    found = addresses[operand]
+    address = addresses[operand]
     for i in tl.static_range(1, GROUP):
-        found = tl.where(tl.program_id(2) == i, addresses[3 * i + operand], found)
-    pointer = found.to(tl.pointer_type(DTYPE))
+        address = tl.where(tl.program_id(2) == i, addresses[3 * i + operand], address)
+    pointer = address.to(tl.pointer_type(DTYPE))
     # What the launcher tells of pointers, it does not tell of addresses: without it loads are not vectors.
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 

@@ -103,12 +103,12 @@ _FINISHES: set[torch.device] = set()
 
 
 def operand_type(
-    left: torch.dtype, right: torch.dtype, interpreted: bool = False, asked: torch.dtype | None = None
+    left: torch.dtype, right: torch.dtype, interpreted: bool = False, requested: torch.dtype | None = None
 ) -> tl.dtype:
-    """What the product's operands are cast to: what is asked for, or their own half precision where they share it, else fp32.
+    """What the product's operands are cast to: the requested dtype, or their own half precision where they share it, else fp32.
     Triton's interpreter multiplies bf16 wrongly, so there everything is fp32, which holds the same values."""
-    if asked in (torch.bfloat16, torch.float16):
-        left = right = asked
+    if requested in (torch.bfloat16, torch.float16):
+        left = right = requested
     if left == right == torch.bfloat16 and not interpreted:
         return tl.bfloat16
     return tl.float16 if left == right == torch.float16 and not interpreted else tl.float32
