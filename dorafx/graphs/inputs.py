@@ -15,7 +15,7 @@ def attribute_id(node: fx.Node) -> int | None:
 
 
 def looks_like_parameter(node: fx.Node) -> bool:
-    """Whether a placeholder or an attribute is a parameter or a buffer, as far as its tensor or its name tells."""
+    """Whether a placeholder or an attribute is a parameter or a buffer, judged by its tensor or its name."""
     if node.op == "get_attr":
         return True
     example = node.meta.get("example_value")

@@ -1,4 +1,4 @@
-"""Which nodes of a graph a term is made of."""
+"""The nodes of a graph that are in a term."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .lifter import Lifter
 
 
 def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
-    """The nodes that terms are made of."""
+    """The nodes that are in terms, at any depth."""
     nodes: set[fx.Node] = set()
     stack = list(terms)
     while stack:

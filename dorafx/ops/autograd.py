@@ -12,10 +12,10 @@ from . import composition, dispatch, layout, linear
 
 
 def refuse_second_derivative(operator: str) -> None:
-    """Called in a backward: gradients are recorded there exactly when the caller passed ``create_graph=True``.
+    """To be called in a backward, where gradients are recorded only if the caller passed ``create_graph=True``.
 
     Raises:
-        RuntimeError: always in that case. A silent zero would be wrong, and training DoRA needs no second derivatives.
+        RuntimeError: ``create_graph=True``. A silent zero would be wrong, and training DoRA needs no second derivatives.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -25,7 +25,7 @@ def refuse_second_derivative(operator: str) -> None:
 
 
 def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
-    """Called where tangents would be lost, or refused by torch with an error that names none of this.
+    """To be called where forward-mode tangents would be lost, or where torch's own error would not say why.
 
     Raises:
         RuntimeError: a tensor carries a tangent.
@@ -40,7 +40,7 @@ def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records what an operator does with these. In inference mode it does not, also below ``enable_grad()``."""
+    """Whether autograd records an operator on these tensors. Never in inference mode, even under ``enable_grad()``."""
     recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     return recorded and any(t is not None and t.requires_grad for t in tensors)
 
@@ -80,7 +80,7 @@ def row_norm(
 
 
 def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
-    """Whether to call the operator that is one kernel.
+    """Whether to call the opaque operator that is one fused kernel.
 
     Raises:
         ValueError: an unknown kernel.
@@ -89,15 +89,15 @@ def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
         raise ValueError(f"compose: unknown kernel {kernel!r}; allowed are {', '.join(map(repr, composition.KERNELS))}")
     if kernel == "triton":
         return True
-    # A compiler traces with fake and functional tensors, which are subclasses: it is to see ATen calls.
+    # Fake and functional tensors are subclasses. A compiler that traces with them should see ATen calls.
     present = [t for t in tensors if t is not None]
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in present)
     return plain and dispatch.runs_kernels(present[0].device, *(t.dtype for t in present))
 
 
 class Compose(torch.autograd.Function):
-    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor where
-    g is trained, none where it is not."""
+    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor if g is
+    trained, and none otherwise."""
 
     @staticmethod
     def forward(
@@ -116,7 +116,7 @@ class Compose(torch.autograd.Function):
         y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
         y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
-            # The two products exist anyway, so that saving both of them looks cheap to the partitioner.
+            # Marked as saved, since saving both products instead looks cheap to the partitioner: they exist anyway.
             save_for_backward(total)
         else:
             total = base if ctx.needs_input_grad[3] else None
@@ -143,7 +143,7 @@ class Compose(torch.autograd.Function):
 def compose(
     base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
-    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout that :mod:`dorafx.ops.layout` gives.
+    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout of :mod:`dorafx.ops.layout`.
 
     Raises:
         ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
@@ -183,7 +183,7 @@ def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
     """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
 
     Raises:
-        RuntimeError: gradients are recorded, for which ``base`` would be needed; or see :func:`dorafx.ops.composition.check_overwritten`.
+        RuntimeError: gradients are recorded, which need the old ``base``; or see :func:`dorafx.ops.composition.check_overwritten`.
         ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_overwritten`.
     """
     _refuse_recording("compose_", base, lora, g, bias)
@@ -201,7 +201,7 @@ def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) 
 
 
 class DoraLinear(torch.autograd.Function):
-    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves ``x·Wᵀ + s·h·Bᵀ`` where g is trained, and what plain LoRA saves."""
+    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves what plain LoRA saves, and ``x·Wᵀ + s·h·Bᵀ`` if g is trained."""
 
     @staticmethod
     def forward(
@@ -256,7 +256,7 @@ def dora_linear(
 
 
 class CastLinear(torch.autograd.Function):
-    """``x·Wᵀ`` with ``W`` cast to the dtype of ``x``. Saves ``W``, where autograd would keep the cast copy."""
+    """``x·Wᵀ`` with ``W`` cast to the dtype of ``x``. Saves ``W`` itself; autograd would save the cast copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any) -> torch.Tensor:
@@ -269,7 +269,7 @@ class CastLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_second_derivative("cast_linear")
         x, weight = ctx.saved_tensors
-        # An operator of its own: a partitioner that sees a cast in it would take it for the forward's, and keep the copy.
+        # An opaque operator: if the partitioner saw the cast, it would reuse the forward's, and so save the cast copy.
         d_x = None if weight is None else torch.ops.dorafx.cast_linear_backward.default(grad, weight)
         d_weight = None if x is None else (linear.rows(grad).mT @ linear.rows(x)).to(ctx.weight_dtype)
         return d_x, d_weight

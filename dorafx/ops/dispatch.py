@@ -27,7 +27,7 @@ def available() -> bool:
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel serves these operands: it accumulates in fp32, and a launch needs at least one element."""
+    """Whether the norm kernels take these operands: they accumulate in fp32, so not fp64, and a launch needs at least one element."""
     return available() and all(t.dtype != torch.float64 and t.numel() > 0 for t in tensors)
 
 
@@ -56,7 +56,7 @@ def row_norms(
     squares: Sequence[torch.Tensor | None],
     factor_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """See :func:`dorafx.ops.norm.row_norms`; what has one shape, dtypes and strides is launched together."""
+    """See :func:`dorafx.ops.norm.row_norms`; norms of equal shapes, dtypes and strides are launched together."""
     norm.check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
     operands = list(zip(weights, lefts, rights))
     if algorithm not in ("auto", "tiled") or not available():
@@ -78,15 +78,15 @@ def row_norms(
 def _launched(
     group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], scale: float, factor_dtype: torch.dtype | None
 ) -> list[torch.Tensor]:
-    """The norms of one :func:`group_key`, in as few launches as they take; one after the other where memory runs out.
+    """The norms of one :func:`group_key` in as few launches as possible; one by one after running out of memory.
 
-    While a CUDA graph is captured the launches are those of any other call, so that nothing is compiled or loaded then."""
+    The launches are the same while a CUDA graph is being captured, so nothing has to be compiled or loaded during a capture."""
     from dorafx.ops.triton.row_norm import launch_group
 
     def compute(shrink: int) -> list[torch.Tensor]:
         if shrink == 1:
             return launch_group(group, scale, operand=factor_dtype)
-        # Where d_in is not divided, there are no partial sums either.
+        # Not dividing d_in also saves the buffer of partial sums.
         return [launch_group([operands], scale, 1, operand=factor_dtype)[0] for operands in group]
 
     return norm.with_less_memory(compute)
@@ -106,7 +106,7 @@ def row_norm_quantized(
         from dorafx.ops.triton.quantized import launch, serves
 
         if serves(weight):
-            # As above: undivided, without partial sums.
+            # As above: the retry does not divide d_in, which saves the partial sums.
             return norm.with_less_memory(
                 lambda shrink: launch(weight, left, right, scale, None if shrink == 1 else 1, operand=factor_dtype)
             )
@@ -114,7 +114,7 @@ def row_norm_quantized(
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
-    """Equal for norms that are launched together."""
+    """A key that is equal for norms that can be launched together."""
     return scale, tensors[0].device, *((t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors)
 
 
@@ -159,11 +159,11 @@ def compose_forward(
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The composition, and ``base + s·lora`` in the dtype ``kept``, which is empty where that is None; new tensors, in the
-    layouts that :mod:`dorafx.ops.layout` gives.
+    """The composition, and ``base + s·lora`` in the dtype ``kept`` (an empty tensor if ``kept`` is None). Both are new tensors in
+    the layouts of :mod:`dorafx.ops.layout`.
 
     Args:
-        into: ``base`` or ``result`` itself, to be overwritten by the composition; its dtype is ``out_dtype`` then.
+        into: ``base`` or ``result`` itself, to overwrite it with the composition; its dtype must be ``out_dtype``.
 
     Raises:
         ValueError, RuntimeError: see :func:`dorafx.ops.composition.check_compose` and
@@ -198,8 +198,9 @@ def compose_backward(
     bias_dtype: torch.dtype | None,
     bias_shape: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of base, lora, g and bias: new tensors, empty where they are not needed (no dtype). Those of base and lora have
-    the shape and layout of ``grad``, also where these were broadcast; those of g and bias are contiguous.
+    """Gradients of base, lora, g and bias as new tensors; an empty tensor for each that is not needed (its dtype is None). The
+    gradients of base and lora have the shape and layout of ``grad`` even if the operand was broadcast; those of g and bias are
+    contiguous.
 
     Args:
         bias_shape: that of the bias; ``[d_out]`` where it is None.
@@ -239,7 +240,7 @@ def dora_linear_forward(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None; both contiguous.
+    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept`` (an empty tensor if ``kept`` is None); both contiguous.
 
     Raises:
         ValueError, TypeError: see :func:`dorafx.ops.linear.check_linear`.

@@ -1,5 +1,5 @@
-"""The row norm of a quantised weight: blocks of rows are dequantised one after the other, so that neither the dense weight nor
-the dense delta ever exists.
+"""The row norm of a quantised weight: one block of rows is dequantised at a time, so neither the dense weight nor the dense delta
+ever exists.
 
 A weight is ``packed`` (codes), ``scales`` and perhaps ``zeros``, in one of these formats:
 
@@ -47,7 +47,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 _HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq2": 2, "hqq1": 1}
 _CPU_TABLES = {"nf4-cpu": "nf4", "fp4-cpu": "fp4"}
 FORMATS = (*TABLES, *_CPU_TABLES, "bnb8", "affine", *_HQQ_BITS)
-# A block of this many fp32 values, with its codes and what lies between, stays in the cache.
+# A block of this many fp32 values stays in the cache, together with its codes and intermediate results.
 _BLOCK_ELEMENTS = 1 << 18
 _BNB8 = 7.874015718698502e-3
 
@@ -58,7 +58,7 @@ class Packed:
 
     Attributes:
         dtype: what it is dequantised to: fp16, bf16 or fp32.
-        pairs: of 4-bit types, both values of each byte ``[256, 2]``, where they are not to be those that the process keeps.
+        pairs: for 4-bit types: both values of each byte, ``[256, 2]``; None uses the table that is cached for the process.
     """
 
     packed: torch.Tensor
@@ -89,10 +89,10 @@ class Packed:
         return self.shape[0] * self.shape[1]
 
     def check(self) -> None:
-        """Raise what is wrong with it.
+        """Check that the fields fit together.
 
         Raises:
-            ValueError: an unknown format, or sizes that do not belong to the shape, or several devices.
+            ValueError: an unknown format, sizes that do not match the shape, or several devices.
             TypeError: a dtype that the format does not have.
         """
         if self.format not in FORMATS:
@@ -261,7 +261,7 @@ _DEQUANTIZE: dict[str, Callable[[Packed, int, int], torch.Tensor]] = {
 
 
 def dequantize_rows(weight: Packed, first: int, last: int) -> torch.Tensor:
-    """Rows ``first`` to ``last`` of a weight, ``[last - first, d_in]`` in its dtype, bit for bit as its library has them."""
+    """Rows ``first`` to ``last`` of a weight, ``[last - first, d_in]`` in its dtype; bit for bit what its library computes."""
     return _DEQUANTIZE[weight.format](weight, first, last)
 
 
@@ -276,8 +276,8 @@ def dequantize(weight: Packed) -> torch.Tensor:
 
 
 def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool, shrink: int) -> tuple[int, int]:
-    """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
-    those of codes and values in the wide dtype included. ``shrink``: by how much all of that is to be smaller."""
+    """How many rows a block has, and how many columns of the right factor are cast at a time, so that no buffer reaches an eighth
+    of the dense weight's size, including the buffers of codes and of values in the wide dtype. ``shrink`` divides all of these."""
     d_out, d_in = weight.shape
     limit = weight.numel * weight.dtype.itemsize // (9 * wide.itemsize * shrink)
     rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS // shrink, d_in)) // max(d_in, rank, 1)))
@@ -289,7 +289,7 @@ def check_operands(weight: Packed, left: torch.Tensor, right: torch.Tensor) -> N
     ValueError, TypeError: see :meth:`Packed.check` and :func:`dorafx.ops.norm.check_operands`.
     """
     weight.check()
-    # A tensor of one element stands for the weight that is not formed.
+    # An expanded tensor of one element stands for the dense weight, which is never formed.
     stand_in = torch.empty((), dtype=weight.dtype, device=weight.packed.device).expand(weight.shape)
     norm.check_operands(stand_in, left, right)
 
@@ -341,7 +341,7 @@ def _tiled(weight: Packed, left: torch.Tensor, right: torch.Tensor, scale: float
 
 
 def _to_trace(weight: Packed) -> Packed:
-    """A weight of whose dequantisation a tracer sees nothing but aten calls: a table that the process keeps would be a constant."""
+    """The weight with a table made of aten calls, for tracers: they would take the table cached for the process as a constant."""
     weight.check()
     kind = _CPU_TABLES.get(weight.format, weight.format)
     if kind not in TABLES:

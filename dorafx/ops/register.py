@@ -1,10 +1,12 @@
 """Registration of the operators with PyTorch's dispatcher, so that graphs hold ``OpOverload`` s and caches stay warm.
 
-``row_norm`` is opaque to compilers: its point is the order in which memory is touched. ``compose`` and
-``compose_delta`` are not: their autograd kernels run ATen calls, which a tracer sees in their place and Inductor fuses
-with their neighbours, and decide what is saved and how gradients are computed; for a kernel of their own they call
-``compose_forward`` and ``compose_backward``, which are opaque, as ``dora_linear`` does. :data:`DECOMPOSITIONS` serve
-tracing under inference mode, which has no autograd kernels.
+``row_norm`` is opaque to compilers: its point is the order in which memory is touched.
+
+``compose`` and ``compose_delta`` are not opaque. Their autograd kernels decide what is saved and how gradients are computed, and
+run ATen calls: a tracer sees these instead of the operator, and Inductor fuses them with their neighbours. For a fused kernel they
+call ``compose_forward`` and ``compose_backward``, which are opaque. ``dora_linear`` works in the same way.
+
+:data:`DECOMPOSITIONS` serve tracing under inference mode, which has no autograd kernels.
 """
 
 from __future__ import annotations
@@ -96,10 +98,10 @@ def _compose_delta_into_functional(result: Any, *operands: Any) -> None:
     result.copy_(torch.ops.dorafx.compose_delta.default(result, *operands, result.dtype))
 
 
-# ``torch.func.functionalize`` takes no writing operator apart that is not ATen's.
+# ``torch.func.functionalize`` only knows how to functionalise ATen's own in-place operators.
 _LIBRARY.impl("compose_", _compose_into_functional, "Functionalize")
 _LIBRARY.impl("compose_delta_", _compose_delta_into_functional, "Functionalize")
-# Each of these is one kernel where it runs on a CUDA device, and opaque to compilers.
+# These are opaque to compilers, and one kernel each on a CUDA device.
 _LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
 _LIBRARY.impl("dora_linear_forward", cuda.dora_linear_forward, "CompositeExplicitAutograd")
@@ -114,8 +116,8 @@ DECOMPOSITIONS: dict[Any, Any] = {
 }
 
 
-# What a compiler is told. A fake kernel raises what the kernel raises, by the same checks, and describes results in the layout
-# in which the kernel allocates them, by the same rule.
+# Fake kernels, for compilers. A fake kernel runs the same checks as the real one, so it raises the same errors, and allocates its
+# results by the same layout rule.
 
 
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)

@@ -35,17 +35,17 @@ def with_prologue(
     store: NormStore | None = None,
     records: bool = False,
 ) -> Callable[..., Any]:
-    """A callable of the original inputs. To be called in the gradient mode in which the graph will run.
+    """A callable of the original inputs. Call this in the gradient mode in which the graph will run.
 
     Args:
         compiled: the main graph, whose last inputs are the norms.
         norms: how each is computed.
-        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse where no gradients are recorded and the
-            call has few tokens, where computing a norm would cost more than all the rest, and where a checkpointed region
-            is recomputed. ``"step"``: also while gradients are recorded, until the optimizer steps.
+        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse norms in calls of few tokens that record no
+            gradients, where computing a norm would cost more than all the rest, and when a checkpointed region is recomputed.
+            ``"step"``: reuse norms also while gradients are recorded, until the optimizer steps.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
-        records: whether the graph records gradients even where the caller has them disabled.
+        records: whether the graph records gradients even if the caller has disabled them.
     """
     kept_in = norm_store() if store is None else store
     if not norms:
@@ -68,7 +68,7 @@ def with_prologue(
     def one_by_one(
         args: Sequence[Any], may_read: _Read, streams: Streams
     ) -> tuple[list[Any], list[_Missing], list[tuple[str, list[torch.Tensor]]]]:
-        """The norms that are kept, those that are not, and what each is computed from."""
+        """The kept norms (None where there is none), the missing ones, and each norm's signature and tensors."""
         values: list[Any] = [None] * len(prologue)
         missing, looked_at = [], []
         for i, inputs, scalars, signature, takes_apart in prologue:
@@ -89,11 +89,11 @@ def with_prologue(
 
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
-        if forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
-            # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
+        if forward_mode():  # checked first, so that a decoding step does not walk over all of its inputs
+            # The compiled graph has no forward-mode derivative; here the error can explain it.
             refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
-        # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
-        # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
+        # A CUDA graph repeats at every replay what it captures. So norms are computed here: a kept one would be read from its present
+        # memory at every replay, even if the parameters changed. The result is in the graph's own memory, so it is not kept either.
         captured = being_captured()
         may_read = "nothing" if captured else _may_read(reuse, few_tokens, recording)
         streams = Streams()
@@ -104,11 +104,11 @@ def with_prologue(
             values, missing, looked_at = one_by_one(args, may_read, streams)
             if inputs is not None and not missing:
                 together.remember(*inputs, looked_at)
-        if recording and reuse != "step":  # after a recomputation has taken what was kept for it
+        if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
         if missing:
             keeps_for = "nobody" if captured else _keeps_for(reuse, recording)
-            # Before the norms are computed: a write that comes meanwhile must show afterwards.
+            # Observed before the norms are computed, so that a write in between is noticed later.
             observed = [
                 None if keeps_for == "nobody" else kept_in.observe(signature, watched, keeps_for == "recomputation")
                 for _, _, signature, watched in missing
@@ -131,7 +131,7 @@ def with_prologue(
 
 
 _Read = Literal["nothing", "anyone's", "its own"]
-"""The norms that a call may take from the store: none, those that serve any forward, those of the forward that it recomputes."""
+"""Which norms a call may take from the store: none, those that serve any forward, or those of the forward that it recomputes."""
 
 
 def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
@@ -143,7 +143,7 @@ def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
 
 
 def _keeps_for(reuse: str, recording: bool) -> Literal["nobody", "anyone", "recomputation"]:
-    """Who may take the norms that a call computes."""
+    """Which later calls may take the norms that this call computes."""
     if reuse == "step" or (reuse == "auto" and not recording):
         return "anyone"
     return "recomputation" if reuse == "auto" and saved_tensors_are_packed() else "nobody"
@@ -152,10 +152,10 @@ def _keeps_for(reuse: str, recording: bool) -> Literal["nobody", "anyone", "reco
 def _inputs(
     norms: Sequence[tuple[Sequence[int], Sequence[int], bool]],
 ) -> Callable[[Sequence[Any]], tuple[list[torch.Tensor], list[float]]]:
-    """Gives all tensors that norms are computed from, of a graph's inputs, and all numbers.
+    """A function that selects, from a graph's inputs, all tensors and all numbers from which norms are computed.
 
     Args:
-        norms: of each the positions of its tensors and of its numbers, and whether its tensors are taken apart.
+        norms: for each norm the positions of its tensors and of its numbers, and whether its tensors are taken apart.
     """
     whole = {k: None for inputs, _, takes_apart in norms if not takes_apart for k in inputs}
     apart = {k: None for inputs, _, takes_apart in norms if takes_apart for k in inputs}
@@ -175,7 +175,7 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 
 
 def _takes_apart(norm: HoistedNorm) -> bool:
-    """Whether it reads what a tensor subclass is made of."""
+    """Whether the norm reads the inner tensors of a tensor subclass."""
     return any(node.target is getattr and node.args[1] not in TRANSPOSES for node in norm.graph.nodes)
 
 
@@ -184,10 +184,11 @@ class _Recipe:
     """How a norm is computed: its operands from the graph's inputs, and the rest of the operator's arguments.
 
     Attributes:
-        operands: makes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` of the inputs.
+        operands: computes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` from the inputs.
         scale, algorithm, factor_dtype: see :func:`dorafx.ops.norm.row_norm`.
-        frozen: the position of the weight among the inputs, and whether it is transposed; None where it is computed.
-        makes: whether operands are anything else than the inputs and views of them.
+        frozen: the position of the weight among the inputs, and whether it is transposed; None if the weight is computed.
+        makes: whether some operand is neither an input nor a view of one.
+        whole: computes the norm itself, if it is that of a quantised weight, whose operator has other operands.
     """
 
     operands: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -197,16 +198,15 @@ class _Recipe:
     makes: bool = False
     factor_dtype: torch.dtype | None = None
     whole: Callable[..., torch.Tensor] | None = None
-    """Computes the norm of a quantised weight, whose operator has other operands."""
 
 
 class _Computation(NamedTuple):
     """A norm to compute.
 
     Attributes:
-        recipe: how.
+        recipe: how to compute it.
         tensors, numbers: its inputs.
-        placements: those that the graph reads it with; None: a plain tensor.
+        placements: the placements with which the graph reads it; None for a plain tensor.
     """
 
     recipe: _Recipe
@@ -216,10 +216,10 @@ class _Computation(NamedTuple):
 
 
 class _Missing(NamedTuple):
-    """A norm that no kept one serves.
+    """A norm that the store does not have.
 
     Attributes:
-        place: among the graph's norms.
+        place: its position among the graph's norms.
         computation: how it is computed.
         signature, watched: see :meth:`NormStore.kept`.
     """
@@ -234,7 +234,7 @@ _RECIPES: dict[str, _Recipe] = {}
 
 
 def _recipe(norm: HoistedNorm) -> _Recipe:
-    """Equal layers share one: generating code for each of a few hundred takes its time."""
+    """The norm's recipe. Equal layers share one, because generating code for each of a few hundred layers takes long."""
     if norm.signature not in _RECIPES:
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -262,16 +262,16 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
 
 
 def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[torch.Tensor]:
-    """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together. Those whose
-    operands are made here, and not parameters themselves, one after the other, so that no two layers' are in memory.
+    """Compute norms, in one operator call for each algorithm; the operator launches those of equal shapes together. Norms whose
+    operands are computed here, instead of being parameters, get a call each, so that only one layer's operands are in memory.
 
     Args:
-        squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
+        squares: the store for the squared norms of frozen weights, which the factored algorithm starts from.
     """
     computed: list[Any] = [None] * len(norms)
     placed: list[Any] = [None] * len(norms)
     groups: dict[Any, list[int]] = {}
-    # What a recipe makes has the dtypes that it has outside of autocast, as the rewriter has made sure.
+    # Without autocast: the rewriter has made sure that the recipes compute in the right dtypes.
     with torch.inference_mode(False), torch.no_grad(), below_autocast():
         for i, n in enumerate(norms):
             if n.recipe.whole is not None:
@@ -294,7 +294,7 @@ def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[t
                 computed[i], placed[i] = result, how
     if not any(placed):
         return computed
-    # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
+    # In the mode of the graph that reads them: inference mode cannot detach a DTensor that was created outside of it.
     with torch.no_grad():
         return placed_norms(computed, placed, [n.placements for n in norms])
 

@@ -1,4 +1,4 @@
-"""Norms of DTensors: each device computes with its part, and the parts are reduced in one collective a process group."""
+"""Norms of DTensors: each device computes with its own shard, and partial norms are reduced in one collective a process group."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dorafx._compat import distributed as _distributed
 
 @dataclass(frozen=True)
 class Placed:
-    """How the operands of one norm lie.
+    """How the operands of one norm are distributed.
 
     Attributes:
-        mesh: the devices.
-        weight: a placement for each dimension of the mesh: whole, sharded by rows (0), or by columns (1).
+        mesh: the device mesh.
+        weight: a placement for each dimension of the mesh: replicated, sharded by rows (0), or by columns (1).
         d_out: rows of the whole weight.
     """
 
@@ -29,10 +29,10 @@ class Placed:
 def local_operands(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Placed | None]:
-    """This device's part of the operands of a row norm, and how they lie; None for plain tensors.
+    """This device's shards of the operands of a row norm, and how these are distributed; None for plain tensors.
 
-    The weight, which is large, stays where it is; the factors are brought to it. A plain tensor among DTensors is one that
-    every device has whole.
+    The weight, which is large, is not moved; the factors are redistributed to match it. A plain tensor among DTensors counts as
+    replicated.
     """
     operands = weight, left, right
     distributed = [t for t in operands if _distributed.placements(t) is not None]
@@ -55,18 +55,18 @@ def local_operands(
 def placed_norms(
     norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], targets: Sequence[tuple[Any, ...] | None]
 ) -> list[torch.Tensor]:
-    """The norms of whole rows, from the norms that this device computed of its part.
+    """The norms of whole rows, from the norms that this device computed from its shards.
 
-    A collective where a weight is sharded by columns: every device of its group must call this, with the same weights in the
-    same order. One all-reduce serves all of them: ``4·Σ d_out`` bytes of squares in fp32.
+    If a weight is sharded by columns this is a collective: every device of its group must call it with the same weights in the same
+    order. One all-reduce serves all of them: ``4·Σ d_out`` bytes of squares in fp32.
 
     Args:
-        norms: ``[d_out of this device's part]`` each.
-        placed: how the operands of each lie.
-        wanted: the placements that the graph reads each with; None for plain tensors.
+        norms: ``[d_out of this device's shard]`` each.
+        placed: how the operands of each are distributed.
+        targets: the placements with which the graph reads each; None for plain tensors.
     """
     values = list(norms)
-    # A norm that the graph wants partial it reduces itself.
+    # A norm that the graph reads as partial is reduced by the graph.
     shared = [
         (i, dimension)
         for i, (how, placements) in enumerate(zip(placed, targets))
@@ -93,7 +93,7 @@ def placed_norms(
 
 
 def _reduce(values: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
-    """Reduce norms in place in the list, all of one group and dtype together."""
+    """Replace partial norms in the list by reduced ones, all of one group and dtype together."""
     groups: dict[Any, list[int]] = {}
     for i, dimension in shared:
         how = placed[i]

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """A DoRA linear in one kernel: ``y = g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias`` with ``h = x·Aᵀ``.
 
-Both products accumulate into one fp32 tile, the low-rank one first, so that the scaling s costs no second tile; g and bias
-are the epilogue. Neither product is ever in memory.
+Both products accumulate into one fp32 tile, the low-rank one first, so the scaling s needs no second tile; g and bias are the
+epilogue. Neither product is ever written to memory.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def dora_linear_kernel(
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # Programs that run at the same time share rows of x and of W in the L2 cache: a group of rows of blocks, column by column.
+    # Groups of row blocks, column by column, so that programs that run at the same time share rows of x and of W in the L2 cache.
     in_group = GROUP * column_blocks
     first = program // in_group * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
@@ -132,7 +132,7 @@ def launch(
     total: torch.Tensor | None,
     config: configs.LinearConfig | None = None,
 ) -> None:
-    """Write the layer's output and, where ``total`` is given, what g scales.
+    """Write the layer's output into ``out`` and, if ``total`` is given, ``x·Wᵀ + s·h·Bᵀ`` into it.
 
     Args:
         x, weight, h, left: ``[.., d_in]``, ``[d_out, d_in]``, ``[.., r]``, ``[d_out, r]``, of one dtype (fp16, bf16 or
