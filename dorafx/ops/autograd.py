@@ -149,34 +149,30 @@ def compose(
         ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
         RuntimeError: forward-mode differentiation.
     """
-    inputs = (base, lora, g, bias)
-    composition.check_compose(None, *inputs)
-    fused = _fused(kernel, *inputs)
-    recorded = records_gradients(*inputs)
-    if fused or recorded:
-        refuse_forward_mode("compose", *inputs)
-    if recorded:
-        return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
-    if fused:
-        return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return layout.settled(composition.compose_math(*inputs, scale, out_dtype), *inputs)
+    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel)
 
 
 def compose_delta(
     result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
     """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``, otherwise as :func:`compose`."""
-    inputs = (result, base, lora, g)
-    composition.check_compose(*inputs, None)
+    return _composed("compose_delta", (result, base, lora, g, None), scale, out_dtype, kernel)
+
+
+def _composed(
+    operator: str, inputs: tuple[Any, Any, Any, Any, Any], scale: float, out_dtype: torch.dtype, kernel: str
+) -> torch.Tensor:
+    composition.check_compose(*inputs)
     fused = _fused(kernel, *inputs)
     recorded = records_gradients(*inputs)
     if fused or recorded:
-        refuse_forward_mode("compose_delta", *inputs)
+        refuse_forward_mode(operator, *inputs)
     if recorded:
-        return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
+        return Compose.apply(*inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
-        return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return layout.settled(composition.delta_math(*inputs, scale, out_dtype), *inputs)
+        return torch.ops.dorafx.compose_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    y, _ = composition.forward_math(*inputs, scale, out_dtype, None)
+    return layout.settled(y, *inputs)
 
 
 def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:

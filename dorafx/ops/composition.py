@@ -93,6 +93,23 @@ def check_compose_backward(
     return bias
 
 
+def gradient_buffers(
+    grad: torch.Tensor,
+    g: torch.Tensor | None,
+    bias_shape: Sequence[int],
+    base_dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """New tensors for the gradients of base, lora, g and bias; None for each that is not needed (no dtype, no ``g``)."""
+    d_base, d_lora = (
+        None if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
+        for d in (base_dtype, lora_dtype)
+    )
+    d_bias = None if bias_dtype is None else grad.new_empty(bias_shape, dtype=bias_dtype)
+    return d_base, d_lora, None if g is None else g.new_empty(g.shape), d_bias
+
+
 def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -177,13 +177,15 @@ def compose_forward(
         y, total = composition.forward_math(*operands, scale, out_dtype, kept, into)
         if into is None:
             y = layout.settled(y, *operands)
-        return y, base.new_empty(0) if total is None else layout.settled(layout.owned(total, base), base, lora)
+        if total is not None:
+            total = layout.settled(layout.owned(total, base), base, lora)
+        return y, layout.present(total, base)
     from dorafx.ops.triton.compose import launch_forward
 
     y = layout.empty(shape, *operands, dtype=out_dtype, device=base.device) if into is None else into
     total = None if kept is None else layout.empty(shape, base, lora, dtype=kept, device=base.device)
     launch_forward(result, base, lora, g, bias, scale, y, total)
-    return y, base.new_empty(0) if total is None else total
+    return y, layout.present(total, base)
 
 
 def compose_backward(
@@ -216,17 +218,12 @@ def compose_backward(
         )
         d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in gradients[:2])
         d_g, d_bias = (None if t is None else layout.settled(t) for t in gradients[2:])
-        return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
-    from dorafx.ops.triton.compose import launch_backward
+    else:
+        from dorafx.ops.triton.compose import launch_backward
 
-    d_base, d_lora = (
-        None if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
-        for d in (base_dtype, lora_dtype)
-    )
-    d_g = g.new_empty(g.shape) if needs_g else None
-    d_bias = None if bias_dtype is None else g.new_empty(bias, dtype=bias_dtype)
-    launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
-    return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
+        d_base, d_lora, d_g, d_bias = composition.gradient_buffers(grad, g if needs_g else None, bias, *dtypes)
+        launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
+    return tuple(layout.present(t, grad) for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
 
 
 def dora_linear_forward(
@@ -248,11 +245,11 @@ def dora_linear_forward(
     linear.check_linear(x, weight, h, left, g, bias)
     if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
         y, total = linear.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
-        return layout.settled(y), x.new_empty(0) if total is None else layout.settled(total)
+        return layout.settled(y), layout.present(None if total is None else layout.settled(total), x)
     from dorafx.ops.triton.linear import launch
 
     shape = (*x.shape[:-1], left.shape[0])
     y = x.new_empty(shape, dtype=out_dtype)
     total = None if kept is None else x.new_empty(shape, dtype=kept)
     launch(x, weight, h, left, g, bias, scale, y, total)
-    return y, x.new_empty(0) if total is None else total
+    return y, layout.present(total, x)

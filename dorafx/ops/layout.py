@@ -14,8 +14,6 @@ import torch
 
 from dorafx._compat.tensors import is_known
 
-_known = is_known
-
 
 def strides(shape: Sequence[int], *operands: torch.Tensor | None) -> tuple[int, ...]:
     """The strides of a result of this shape; contiguous if there are no operands (None is skipped). Sizes may be symbolic.
@@ -44,7 +42,7 @@ def empty(
 def settled(tensor: torch.Tensor, *operands: torch.Tensor | None) -> torch.Tensor:
     """The tensor itself if its strides are those of :func:`strides`, else a copy with these strides."""
     target = strides(tensor.shape, *operands)
-    if all(_known(a == b) for a, b in zip(tensor.stride(), target)):
+    if all(is_known(a == b) for a, b in zip(tensor.stride(), target)):
         return tensor
     return tensor.new_empty_strided(tuple(tensor.shape), target).copy_(tensor)
 
@@ -54,18 +52,23 @@ def owned(tensor: torch.Tensor, *inputs: torch.Tensor | None) -> torch.Tensor:
     return tensor.clone() if any(tensor is t for t in inputs) else tensor
 
 
+def present(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The tensor, or an empty one for None, which an operator cannot return; ``like``: a tensor of the same device."""
+    return like.new_empty(0) if tensor is None else tensor
+
+
 def _broadcast_strides(shape: Sequence[int], tensor: torch.Tensor) -> list[int]:
     """The tensor's stride along each dimension of ``shape``; 0 where it is broadcast."""
     missing = len(shape) - tensor.dim()
-    present = (0 if _known(n == 1) else stride for n, stride in zip(tensor.shape, tensor.stride()))
-    return [*[0] * missing, *present]
+    known = (0 if is_known(n == 1) else stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return [*[0] * missing, *known]
 
 
 def _order(shape: Sequence[int], operand_strides: Sequence[Sequence[int]]) -> list[int]:
     """The order of the dimensions in memory, outermost first."""
     inward: list[int] = []
     for dim in reversed(range(len(shape))):
-        if _known(shape[dim] == 1):
+        if is_known(shape[dim] == 1):
             continue
         place = len(inward)
         for i in reversed(range(len(inward))):
@@ -76,7 +79,7 @@ def _order(shape: Sequence[int], operand_strides: Sequence[Sequence[int]]) -> li
                 break
         inward.insert(place, dim)
     for dim in reversed(range(len(shape))):
-        if _known(shape[dim] == 1):
+        if is_known(shape[dim] == 1):
             inward.insert(inward.index(dim + 1) + 1 if dim + 1 < len(shape) else 0, dim)
     return inward[::-1]
 
@@ -84,10 +87,10 @@ def _order(shape: Sequence[int], operand_strides: Sequence[Sequence[int]]) -> li
 def _compare(shape: Sequence[int], operand_strides: Sequence[Sequence[int]], a: int, b: int) -> int:
     """Positive if dimension ``a`` is outside of ``b`` in memory, negative if it is inside, 0 if no operand decides."""
     for along in operand_strides:
-        if _known(along[a] == 0) or _known(along[b] == 0):
+        if is_known(along[a] == 0) or is_known(along[b] == 0):
             continue
-        if _known(along[a] < along[b]):
+        if is_known(along[a] < along[b]):
             return -1
-        if _known(along[a] > along[b]) or _known(shape[a] > shape[b]):
+        if is_known(along[a] > along[b]) or is_known(shape[a] > shape[b]):
             return 1
     return 0

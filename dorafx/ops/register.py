@@ -207,12 +207,8 @@ def _compose_backward_fake(
     bias_shape: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
-    d_base, d_lora = (
-        grad.new_empty(0) if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
-        for d in (of_base, of_lora)
-    )
-    d_g = g.new_empty(g.shape) if needs_g else grad.new_empty(0)
-    return d_base, d_lora, d_g, grad.new_empty(0) if of_bias is None else grad.new_empty(bias, dtype=of_bias)
+    buffers = composition.gradient_buffers(grad, g if needs_g else None, bias, of_base, of_lora, of_bias)
+    return tuple(layout.present(t, grad) for t in buffers)
 
 
 @torch.library.register_fake("dorafx::dora_linear_forward", lib=_LIBRARY)

@@ -282,22 +282,14 @@ def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
     return _scaled(shape, a, va, b, inverse) if isinstance(va, MatrixValue) else None
 
 
-@transfer("add")
+@transfer("add", "sub")
 def add(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "other", "alpha")
     alpha = args.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
-    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), float(alpha))
-
-
-@transfer("sub")
-def sub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other", "alpha")
-    alpha = args.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        return None
-    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), -float(alpha))
+    sign = 1.0 if lift.name_of(node) == "add" else -1.0
+    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), sign * float(alpha))
 
 
 @transfer("rsub")
