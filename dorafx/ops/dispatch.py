@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dorafx._compat.autograd import below_autocast
 from dorafx.ops import composition, layout, linear, norm, quantized
 
 _DEVICES = ("cuda",)
@@ -244,7 +245,9 @@ def dora_linear_forward(
     """
     linear.check_linear(x, weight, h, left, g, bias)
     if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
-        y, total = linear.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
+        with below_autocast():
+            base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
+        y, total = composition.forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
         return layout.settled(y), layout.present(None if total is None else layout.settled(total), x)
     from dorafx.ops.triton.linear import launch
 

@@ -12,7 +12,6 @@ import torch
 from dorafx._compat.autograd import below_autocast
 
 from . import layout
-from .composition import forward_math
 
 _LINEAR_OPERANDS = ("x", "weight", "h", "left", "g")
 
@@ -47,23 +46,6 @@ def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> N
         raise ValueError(
             f"dora_linear's operands are on {', '.join(str(t.device) for t in tensors)}; one device is needed"
         )
-
-
-def linear_math(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    left: torch.Tensor,
-    g: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    out_dtype: torch.dtype,
-    kept: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.dispatch.dora_linear_forward`; the sum is None if it is not kept."""
-    with below_autocast():
-        base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
-    return forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
 
 
 def rows(values: torch.Tensor) -> torch.Tensor:

@@ -376,47 +376,35 @@ def row_norm_backward(
         ValueError, TypeError: see :func:`check_backward`.
     """
     check_backward(grad, weight, left, right, norm)
-    needs = needs_weight, needs_left, needs_right
-    with below_autocast():
-        return with_less_memory(lambda shrink: _gradients(grad, weight, left, right, norm, scale, *needs, shrink))
 
-
-def _gradients(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    norm: torch.Tensor,
-    scale: float,
-    needs_weight: bool,
-    needs_left: bool,
-    needs_right: bool,
-    shrink: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = compute_dtype(weight, left, right)
-    # As in ATen, the gradient of a zero row is 0, or NaN if the incoming gradient is infinite (that of ``1/n``, or of a root).
-    wide_grad = grad.to(dtype)
-    c = torch.where(norm == 0, wide_grad * 0.0, wide_grad / norm)[:, None]
-    wide_left, wide_right = left.to(dtype), right.to(dtype)
-    scaled_left = c * wide_left
-    d_weight = gradient_buffer(needs_weight, weight)
-    d_left = gradient_buffer(needs_left, left, dtype)
-    d_right = gradient_buffer(needs_right, right, dtype).zero_()
-    gram = wide_right @ wide_right.mT if needs_left else None
-    rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
-    for first in range(0, weight.shape[0], rows):
-        part = slice(first, first + rows)
-        block = weight[part].to(dtype)
-        if gram is not None:
-            product = block @ wide_right.mT
-            d_left[part] = scale * c[part] * product.addmm_(wide_left[part], gram, alpha=scale)
+    def compute(shrink: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = compute_dtype(weight, left, right)
+        # As in ATen, the gradient of a zero row is 0, or NaN if the incoming gradient is infinite (that of ``1/n``, or of a root).
+        wide_grad = grad.to(dtype)
+        c = torch.where(norm == 0, wide_grad * 0.0, wide_grad / norm)[:, None]
+        wide_left, wide_right = left.to(dtype), right.to(dtype)
+        scaled_left = c * wide_left
+        d_weight = gradient_buffer(needs_weight, weight)
+        d_left = gradient_buffer(needs_left, left, dtype)
+        d_right = gradient_buffer(needs_right, right, dtype).zero_()
+        gram = wide_right @ wide_right.mT if needs_left else None
+        rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
+        for first in range(0, weight.shape[0], rows):
+            part = slice(first, first + rows)
+            block = weight[part].to(dtype)
+            if gram is not None:
+                product = block @ wide_right.mT
+                d_left[part] = scale * c[part] * product.addmm_(wide_left[part], gram, alpha=scale)
+            if needs_right:
+                d_right.addmm_(scaled_left[part].mT, block, alpha=scale)
+            if needs_weight:
+                d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
         if needs_right:
-            d_right.addmm_(scaled_left[part].mT, block, alpha=scale)
-        if needs_weight:
-            d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
-    if needs_right:
-        d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
-    return d_weight, _rounded(d_left, needs_left, left), _rounded(d_right, needs_right, right)
+            d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
+        return d_weight, _rounded(d_left, needs_left, left), _rounded(d_right, needs_right, right)
+
+    with below_autocast():
+        return with_less_memory(compute)
 
 
 def _rounded(gradient: torch.Tensor, needed: bool, operand: torch.Tensor) -> torch.Tensor:

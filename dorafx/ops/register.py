@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, composition, layout, linear, norm, quantized
-from . import dispatch as cuda
+from . import autograd, composition, dispatch, layout, linear, norm, quantized
 
 # A quantised weight, as :class:`dorafx.ops.quantized.Packed` has it.
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
@@ -68,14 +67,14 @@ for _schema in (
 
 
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
+_LIBRARY.impl("row_norm", dispatch.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", autograd.row_norm, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
+_LIBRARY.impl("row_norms", dispatch.row_norms, "CUDA")
 _LIBRARY.impl(
     "row_norm_quantized", quantized.flat_norm_arguments(quantized.row_norm_quantized), "CompositeExplicitAutograd"
 )
-_LIBRARY.impl("row_norm_quantized", quantized.flat_norm_arguments(cuda.row_norm_quantized), "CUDA")
+_LIBRARY.impl("row_norm_quantized", quantized.flat_norm_arguments(dispatch.row_norm_quantized), "CUDA")
 _LIBRARY.impl("dequantize", quantized.flat_arguments(quantized.dequantize), "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 for _name, _function in (
@@ -102,9 +101,9 @@ def _compose_delta_into_functional(result: Any, *operands: Any) -> None:
 _LIBRARY.impl("compose_", _compose_into_functional, "Functionalize")
 _LIBRARY.impl("compose_delta_", _compose_delta_into_functional, "Functionalize")
 # These are opaque to compilers, and one kernel each on a CUDA device.
-_LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("dora_linear_forward", cuda.dora_linear_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("compose_forward", dispatch.compose_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("compose_backward", dispatch.compose_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dora_linear_forward", dispatch.dora_linear_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("cast_linear_backward", linear.cast_linear_backward, "CompositeExplicitAutograd")
 
 
@@ -134,16 +133,8 @@ def _norms_of(weight: Any, left: Any, right: Any) -> torch.Tensor:
 
 
 @torch.library.register_fake("dorafx::row_norms", lib=_LIBRARY)
-def _row_norms_fake(
-    weights: Any,
-    lefts: Any,
-    rights: Any,
-    scales: Any,
-    algorithm: str,
-    squares: Any,
-    factor_dtype: torch.dtype | None = None,
-) -> list[torch.Tensor]:
-    norm.check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
+def _row_norms_fake(weights: Any, lefts: Any, rights: Any, *rest: Any) -> list[torch.Tensor]:
+    norm.check_lists(weights, lefts, rights, *rest)
     return [_norms_of(*operands) for operands in zip(weights, lefts, rights)]
 
 
@@ -166,18 +157,9 @@ def _dequantize_fake(weight: quantized.Packed) -> torch.Tensor:
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
 def _row_norm_backward_fake(
-    grad: Any,
-    weight: Any,
-    left: Any,
-    right: Any,
-    n: Any,
-    scale: float,
-    needs_weight: bool,
-    needs_left: bool,
-    needs_right: bool,
+    grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool
 ) -> tuple[torch.Tensor, ...]:
     norm.check_backward(grad, weight, left, right, n)
-    needs = (needs_weight, needs_left, needs_right)
     return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
 
 

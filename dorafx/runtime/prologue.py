@@ -70,14 +70,14 @@ def with_prologue(
     ) -> tuple[list[Any], list[_Missing], list[tuple[str, list[torch.Tensor]]]]:
         """The kept norms (None where there is none), the missing ones, and each norm's signature and tensors."""
         values: list[Any] = [None] * len(prologue)
-        missing, looked_at = [], []
+        missing, sources = [], []
         for i, inputs, scalars, signature, takes_apart in prologue:
             tensors = [args[k] for k in inputs]
             numbers = _numbers(args[k] for k in scalars)
             if scalars:
                 signature = f"{signature}{numbers}"
             watched = parts(tensors) if takes_apart else tensors
-            looked_at.append((signature, watched))
+            sources.append((signature, watched))
             norm = None
             if may_read != "nothing":
                 norm = kept_in.kept(signature, watched, may_read == "its own", streams)
@@ -85,7 +85,7 @@ def with_prologue(
                 missing.append(_Missing(i, _Computation(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
-        return values, missing, looked_at
+        return values, missing, sources
 
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
@@ -101,9 +101,9 @@ def with_prologue(
         values = together.norms(*inputs, streams) if inputs is not None else None
         missing: list[_Missing] = []
         if values is None:
-            values, missing, looked_at = one_by_one(args, may_read, streams)
+            values, missing, sources = one_by_one(args, may_read, streams)
             if inputs is not None and not missing:
-                together.remember(*inputs, looked_at)
+                together.remember(*inputs, sources)
         if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
         if missing:
@@ -245,8 +245,8 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
             whole = fx.GraphModule(torch.nn.Module(), graph).forward
             _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole=whole)
             return _RECIPES[norm.signature]
-        weight, left, right, scale, *how = output.args
-        algorithm, factor_dtype = (how[0] if how else "auto"), (how[1] if len(how) > 1 else None)
+        weight, left, right, scale, *options = output.args
+        algorithm, factor_dtype = (options[0] if options else "auto"), (options[1] if len(options) > 1 else None)
         graph.output((weight, left, right))
         graph.erase_node(output)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -281,17 +281,17 @@ def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[t
                 groups.setdefault(key, []).append(i)
         for (algorithm, factor_dtype, _), group in groups.items():
             local = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
-            operands = [of for of, _ in local]
+            operands = [tensors for tensors, _ in local]
             kept = [
-                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*of), squares)
+                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*tensors), squares)
                 if algorithm == "factored"
                 else None
-                for i, of in zip(group, operands)
+                for i, tensors in zip(group, operands)
             ]
             scales = [norms[i].recipe.scale for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept, factor_dtype)
-            for i, result, (_, how) in zip(group, results, local):
-                computed[i], placed[i] = result, how
+            for i, result, (_, distribution) in zip(group, results, local):
+                computed[i], placed[i] = result, distribution
     if not any(placed):
         return computed
     # In the mode of the graph that reads them: inference mode cannot detach a DTensor that was created outside of it.

@@ -69,15 +69,15 @@ def placed_norms(
     # A norm that the graph reads as partial is reduced by the graph.
     shared = [
         (i, dimension)
-        for i, (how, placements) in enumerate(zip(placed, targets))
-        if how is not None
-        for dimension, p in enumerate(how.weight)
+        for i, (layout, placements) in enumerate(zip(placed, targets))
+        if layout is not None
+        for dimension, p in enumerate(layout.weight)
         if _distributed.is_shard(p, 1) and not _is_partial(placements, dimension)
     ]
     _reduce(values, shared, placed)
     results = []
-    for norm, how, placements in zip(values, placed, targets):
-        if how is None:
+    for norm, layout, placements in zip(values, placed, targets):
+        if layout is None:
             results.append(norm)
             continue
         current = tuple(
@@ -86,9 +86,9 @@ def placed_norms(
             else _distributed.partial_norm()
             if _distributed.is_shard(p, 1) and _is_partial(placements, dimension)
             else _distributed.replicated()
-            for dimension, p in enumerate(how.weight)
+            for dimension, p in enumerate(layout.weight)
         )
-        results.append(_distributed.from_parts(norm, how.d_out, how.mesh, current, placements))
+        results.append(_distributed.from_parts(norm, layout.d_out, layout.mesh, current, placements))
     return results
 
 
@@ -96,9 +96,9 @@ def _reduce(values: list[torch.Tensor], shared: list[tuple[int, int]], placed: S
     """Replace partial norms in the list by reduced ones, all of one group and dtype together."""
     groups: dict[Any, list[int]] = {}
     for i, dimension in shared:
-        how = placed[i]
-        assert how is not None
-        groups.setdefault((how.mesh.get_group(dimension), values[i].dtype), []).append(i)
+        layout = placed[i]
+        assert layout is not None
+        groups.setdefault((layout.mesh.get_group(dimension), values[i].dtype), []).append(i)
     for (group, _), members in groups.items():
         squares = torch.cat([values[i].square() for i in members])
         torch.distributed.all_reduce(squares, group=group)

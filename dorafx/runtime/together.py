@@ -83,11 +83,11 @@ class Together:
         steps, entries = self._store.optimizer_steps, self._store.entries(norms)
         if entries is None:
             return
-        of_entries = list(zip(entries, (of for _, of in norms)))
-        states = {id(tensor): state for entry, of in of_entries for tensor, state in zip(of, entry.watch.states)}
+        watched = list(zip(entries, (sources for _, sources in norms)))
+        states = {id(t): state for entry, sources in watched for t, state in zip(sources, entry.watch.states)}
         watch = WatchedTogether(tensors, [states[id(tensor)] for tensor in tensors])
         # Checked once more, because the watch has recorded the present shapes: another thread may have written meanwhile.
-        if any(entry.optimizer_steps != steps or entry.watch.change(of) for entry, of in of_entries):
+        if any(entry.optimizer_steps != steps or entry.watch.change(sources) for entry, sources in watched):
             return
         streams: dict[Any, list[tuple[int, Ready]]] = {}
         for k, entry in enumerate(entries):
