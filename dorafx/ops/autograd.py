@@ -133,9 +133,11 @@ class Compose(torch.autograd.Function):
         needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
         d_result = grad.to(ctx.dtypes[0]) if needs_result else None
         needs = (needs_base, needs_lora, needs_bias)
-        of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
+        base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
-        gradients = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
+        gradients = backward(
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape
+        )
         needed = (needs_base, needs_lora, needs_g, needs_bias)
         return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)
 
@@ -203,20 +205,20 @@ class DoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        of_x, of_weight, of_h, of_left, of_g, of_bias = ctx.needs_input_grad[:6]
-        kept = composition.kept_dtype(x, h, out_dtype) if of_g else None
+        needs_x, needs_weight, needs_h, needs_left, needs_g, needs_bias = ctx.needs_input_grad[:6]
+        kept = composition.kept_dtype(x, h, out_dtype) if needs_g else None
         y, total = torch.ops.dorafx.dora_linear_forward.default(x, weight, h, left, g, bias, scale, out_dtype, kept)
         ctx.save_for_backward(
             g,
-            total if of_g else None,
-            x if of_weight else None,
-            weight if of_x else None,
-            h if of_left else None,
-            left if of_h else None,
+            total if needs_g else None,
+            x if needs_weight else None,
+            weight if needs_x else None,
+            h if needs_left else None,
+            left if needs_h else None,
         )
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype if of_bias else None
-        ctx.base_dtype = x.dtype if of_x or of_weight else None
-        ctx.lora_dtype = h.dtype if of_h or of_left else None
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype if needs_bias else None
+        ctx.base_dtype = x.dtype if needs_x or needs_weight else None
+        ctx.lora_dtype = h.dtype if needs_h or needs_left else None
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -256,8 +258,8 @@ class CastLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any) -> torch.Tensor:
-        of_x, of_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.weight_dtype = weight.dtype
         return linear.cast_linear_math(x, weight)
 

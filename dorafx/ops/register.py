@@ -182,14 +182,14 @@ def _compose_backward_fake(
     total: Any,
     scale: float,
     delta: bool,
-    of_base: Any,
-    of_lora: Any,
+    base_dtype: Any,
+    lora_dtype: Any,
     needs_g: bool,
-    of_bias: Any,
+    bias_dtype: Any,
     bias_shape: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
-    buffers = composition.gradient_buffers(grad, g if needs_g else None, bias, of_base, of_lora, of_bias)
+    buffers = composition.gradient_buffers(grad, g if needs_g else None, bias, base_dtype, lora_dtype, bias_dtype)
     return tuple(layout.present(t, grad) for t in buffers)
 
 

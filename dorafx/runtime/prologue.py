@@ -79,8 +79,8 @@ def with_prologue(
             watched = parts(tensors) if takes_apart else tensors
             sources.append((signature, watched))
             norm = None
-            if may_read != "nothing":
-                norm = kept_in.kept(signature, watched, may_read == "its own", streams)
+            if may_read != "none":
+                norm = kept_in.kept(signature, watched, may_read == "recomputed", streams)
             if norm is None:
                 missing.append(_Missing(i, _Computation(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
@@ -95,9 +95,9 @@ def with_prologue(
         # A CUDA graph repeats at every replay what it captures. So norms are computed here: a kept one would be read from its present
         # memory at every replay, even if the parameters changed. The result is in the graph's own memory, so it is not kept either.
         captured = being_captured()
-        may_read = "nothing" if captured else _may_read(reuse, few_tokens, recording)
+        may_read = "none" if captured else _may_read(reuse, few_tokens, recording)
         streams = Streams()
-        inputs = inputs_of(args) if may_read == "anyone's" else None
+        inputs = inputs_of(args) if may_read == "any" else None
         values = together.norms(*inputs, streams) if inputs is not None else None
         missing: list[_Missing] = []
         if values is None:
@@ -107,17 +107,17 @@ def with_prologue(
         if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
         if missing:
-            keeps_for = "nobody" if captured else _keeps_for(reuse, recording)
+            keeps_for = "none" if captured else _keeps_for(reuse, recording)
             # Observed before the norms are computed, so that a write in between is noticed later.
             observed = [
-                None if keeps_for == "nobody" else kept_in.observe(signature, watched, keeps_for == "recomputation")
+                None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
                 for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
             computed = _compute([computation for _, computation, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
-                if recording and keeps_for != "anyone":
+                if recording and keeps_for != "any":
                     kept_in.drop(signature, watched)
                 kept_in.keep(state, norm, streams)
         if escaping:
@@ -130,23 +130,23 @@ def with_prologue(
     return run
 
 
-_Read = Literal["nothing", "anyone's", "its own"]
-"""Which norms a call may take from the store: none, those that serve any forward, or those of the forward that it recomputes."""
+_Read = Literal["none", "any", "recomputed"]
+"""Which norms a call may take from the store: none, those that serve any forward, or those of the forward that is recomputed."""
 
 
 def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
     if reuse == "step":
-        return "anyone's"
+        return "any"
     if reuse == "auto" and recording and in_backward():
-        return "its own"  # a forward that records gradients within a backward recomputes a checkpointed region
-    return "anyone's" if reuse == "auto" and few_tokens and not recording else "nothing"
+        return "recomputed"  # a forward that records gradients within a backward recomputes a checkpointed region
+    return "any" if reuse == "auto" and few_tokens and not recording else "none"
 
 
-def _keeps_for(reuse: str, recording: bool) -> Literal["nobody", "anyone", "recomputation"]:
-    """Which later calls may take the norms that this call computes."""
+def _keeps_for(reuse: str, recording: bool) -> Literal["none", "any", "recomputed"]:
+    """Which later calls may take the norms that this call computes: none, any, or the one that recomputes this forward."""
     if reuse == "step" or (reuse == "auto" and not recording):
-        return "anyone"
-    return "recomputation" if reuse == "auto" and saved_tensors_are_packed() else "nobody"
+        return "any"
+    return "recomputed" if reuse == "auto" and saved_tensors_are_packed() else "none"
 
 
 def _inputs(
