@@ -49,5 +49,4 @@ def dense_of(weight: Packed) -> Callable[[], torch.Tensor]:
 
         arguments = (weight.scales, weight.group, weight.format, weight.shape, weight.dtype)
         return lambda: torch.ops.bitsandbytes.dequantize_4bit(weight.packed, *arguments)
-    rest = (weight.format, weight.shape, weight.group, weight.dtype)
-    return lambda: dequantize(weight.packed, weight.scales, weight.zeros, *rest)
+    return lambda: dequantize(weight)
