@@ -1,4 +1,4 @@
-"""Dynamo's door: what ``torch.compile(backend="dorafx")`` calls. The only module whose import changes something in the process."""
+"""The Dynamo backend: what ``torch.compile(backend="dorafx")`` calls. The only module whose import has side effects."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from dorafx.rewriter import own_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
 
-__all__ = ["dorafx"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
 
@@ -34,8 +32,8 @@ _ZERO3 = Reason(
     kind=ReasonKind.ZERO3,
 )
 
-# Polyfills must be in place before Dynamo traces, and torch.compile looks the backend up before it traces: the import of
-# this module (by the entry point) is the only moment that comes early enough.
+# Polyfills must be installed before Dynamo traces. torch.compile imports this module (by the entry point) when it looks the
+# backend up, which is before tracing; no later moment is early enough.
 capture.install()
 
 
@@ -64,16 +62,16 @@ def dorafx(
         RewriteMissError: ``dorafx.strict`` and a candidate was not rewritten.
     """
     try:
-        ours, inductor = Options.split(options)
-        codegen.check_name(ours.codegen)
+        parsed, inductor = Options.split(options)
+        codegen.check_name(parsed.codegen)
     except ValueError as error:
         raise through_dynamo(error) from None
     capture.install()
     guard_on_hooks()
     announce_untested_versions()
-    program, compiled = _compiled(gm, example_inputs, ours, inductor, mode, members)
+    program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, members)
     records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
+    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
 
 
 def _compiled(
@@ -133,7 +131,7 @@ def _code(
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:
-    """Show what became of a graph to those who watch: ``TORCH_LOGS="+dorafx"``, and tlparse by way of ``TORCH_TRACE``."""
+    """Show the graph before and after to ``TORCH_LOGS="+dorafx"`` and, by way of ``TORCH_TRACE``, to tlparse."""
     if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
         _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
         _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))

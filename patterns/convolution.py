@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dorafx.lift import Mat
-from dorafx.match import Candidate, Emit, Match, Reason, ReasonKind, base_core, forms, pattern
+from dorafx.match import Candidate, CompositionPlan, Emit, Match, Reason, ReasonKind, base_core, forms, pattern
 
 
 @pattern(name="convolution")
@@ -50,9 +50,7 @@ class Convolution:
         result = forms()["linear"].check(candidate)
         if isinstance(result, Reason):
             result = forms()["linear_dropout"].check(candidate)
-        return replace(result, pattern=self.name) if isinstance(result, Match) else result
+        return replace(result, pattern=self.name, channels_first=True) if isinstance(result, Match) else result
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        emit.channels = True
-        made: fx.Node = forms()["linear" if match.constant is None else "linear_dropout"].rewrite(match, emit)
-        return made
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        return forms()["linear" if match.constant is None else "linear_dropout"].rewrite(match, plan, emit)

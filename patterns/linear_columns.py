@@ -16,6 +16,7 @@ from dorafx.lift.algebra import Chain, Factor
 from dorafx.match import (
     Candidate,
     Composition,
+    CompositionPlan,
     Emit,
     Match,
     Part,
@@ -107,7 +108,7 @@ class LinearColumns:
             bias=candidate.composition.bias,
         )
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         products = _products(group(match.expr))
         assert products is not None
         bias = match.bias

@@ -14,6 +14,7 @@ from dorafx.lift import Expr, Mat
 from dorafx.lift.algebra import Chain
 from dorafx.match import (
     Candidate,
+    CompositionPlan,
     Emit,
     Match,
     Part,
@@ -85,7 +86,7 @@ class LinearWeightDelta:
             bias=candidate.composition.bias,
         )
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         bias = match.bias
         terms = []
         low_rank = {part.core for part in match.parts}

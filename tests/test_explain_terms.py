@@ -146,7 +146,7 @@ class WithoutStatement:
     def check(self, candidate: Any) -> Match | Reason:
         return Reason("no form of its own", candidate.node)
 
-    def rewrite(self, match: Match, emit: Any) -> Any: ...
+    def rewrite(self, match: Match, plan: Any, emit: Any) -> Any: ...
 
 
 class WithAStatementOfItsOwn(WithoutStatement):

@@ -6,6 +6,7 @@ own, filled by blocks of rows that do not meet, and read by nobody before the la
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Container
 from typing import Any, NamedTuple
@@ -84,7 +85,7 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
             return []
         writes.append(_Write(*rows, source, node))
     writes.sort()
-    if any(first.stop > second.start for first, second in zip(writes, writes[1:])):
+    if any(first.stop > second.start for first, second in itertools.pairwise(writes)):
         return []
     last = max(order[node] for node in nodes)
     if any(order[user] < last for user in zeros.users if user not in nodes):

@@ -1,26 +1,27 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
+from dorafx.log.kinds import ReasonKind
+
 from .composition import Candidate, Composition, Match, Part, base_core, group, no_base_product, part_scale
-from .emission import Emit
-from .matcher import Verdict, match_graph
+from .emission import CompositionPlan, Emit
+from .matcher import match_graph
 from .matches import Matches
-from .near_misses import Reason, ReasonKind
-from .norms import LowRank, NormFactors
+from .near_misses import Reason
+from .norms import NormFactors
 from .registry import Form, check_form, forms, pattern
 
 __all__ = [
     "Candidate",
     "Composition",
+    "CompositionPlan",
     "Emit",
     "Form",
-    "LowRank",
     "Match",
     "Matches",
     "NormFactors",
     "Part",
     "Reason",
     "ReasonKind",
-    "Verdict",
     "base_core",
     "check_form",
     "forms",

@@ -10,12 +10,11 @@ from typing import Any, Protocol, TypeVar
 from torch import fx
 
 from dorafx.errors import DorafxError
+from dorafx.log.kinds import ReasonKind
 
 from .composition import Candidate, Match
-from .emission import Emit
-from .near_misses import Reason, ReasonKind
-
-__all__ = ["Form", "check_form", "forms", "pattern"]
+from .emission import CompositionPlan, Emit
+from .near_misses import Reason
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -36,8 +35,8 @@ class Form(Protocol):
         """A :class:`Match`, or a :class:`Reason` that says what differs."""
         ...
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        """The node that replaces a match, made by the emitter."""
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        """The node that replaces a match, made by the emitter as the plan has it."""
         ...
 
 

@@ -234,7 +234,7 @@ def _(patch: Patch) -> None:
         def check(self, candidate: Candidate) -> Match | Reason:
             return Reason("not as I like it", candidate.node)
 
-        def rewrite(self, match: Match, emit: Any) -> Any:
+        def rewrite(self, match: Match, plan: Any, emit: Any) -> Any:
             raise AssertionError
 
     patch.setitem(registry._FORMS, "own", Own())

@@ -1,5 +1,5 @@
-"""Transfer functions: one module per operator family. Importing them registers them, in any order: an operator that several know is
-read in the order of :class:`dorafx.lift.lifter.Reading`."""
+"""Transfer functions: one module per operator family. Importing a module registers its functions. The order of imports does not matter:
+if an operator has several functions, they are tried in the order of :class:`dorafx.lift.lifter.Reading`."""
 
 from . import (
     arithmetic,

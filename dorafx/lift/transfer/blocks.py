@@ -20,7 +20,6 @@ from ..algebra import Chain, Expr, Mat
 from ..lifter import Lifter, transfer
 from ..values import MatrixValue, Value
 
-
 _ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 
 _PARTS = frozenset(("getitem", "narrow", "slice", "chunk", "split", "split_with_sizes", "tensor_split"))

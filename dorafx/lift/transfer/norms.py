@@ -20,7 +20,7 @@ from .elementwise import at_least
 
 
 def _reduced_side(ndim: int, dim: Any) -> Literal["row", "col"] | None:
-    """Which vector a reduction of a 2-D tensor gives: one entry a row (dim 1 is summed) or a column."""
+    """What a reduction of a 2-D tensor gives: one entry for each row (dim 1 is reduced), or one for each column."""
     if isinstance(dim, (tuple, list)):
         if len(dim) != 1:
             return None
@@ -44,9 +44,9 @@ def _reduction(
     if tensor is None or not isinstance(value, MatrixValue):
         return None
     if out is None or out.dtype not in FLOAT_DTYPES or node.kwargs.get("dtype") not in (None, *FLOAT_DTYPES):
-        return None  # summed in integers, for one
+        return None  # for example, it is summed in integers
     if loses_accuracy(tensor.dtype, out.dtype):
-        return None  # rounded before it is squared or summed
+        return None  # it is rounded before it is squared or summed
     if value.squared != (kind == "sumsq"):
         return None
     side = _reduced_side(tensor.dim(), dim)
@@ -99,15 +99,15 @@ def mean_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
     """``Σ w² / d`` along axes of d elements."""
     args = arguments(node, "input", "dim", "keepdim")
     dim, tensor = args.get("dim"), tensor_of(args.get("input"))
-    made = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
-    if made is None or tensor is None or args.get("dtype") is not None:
+    sums = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
+    if sums is None or tensor is None or args.get("dtype") is not None:
         return None
     axes: Any = dim if isinstance(dim, (tuple, list)) else [dim]
-    assert isinstance(made, VectorValue)
+    assert isinstance(sums, VectorValue)
     sizes = [tensor.shape[axis] for axis in axes]
     if not all(isinstance(size, int) and size for size in sizes):
         return None
-    return VectorValue(made.poly.scaled(1.0 / math.prod(sizes)), made.axis)
+    return VectorValue(sums.poly.scaled(1.0 / math.prod(sizes)), sums.axis)
 
 
 @transfer("normalize")
@@ -127,7 +127,7 @@ def weight_norm(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "v", "g", "dim")
     value, gain, dim = lift.matrix(args.get("v")), lift.vector(args.get("g")), args.get("dim", 0)
     if value is None or gain is None or not isinstance(dim, int) or isinstance(dim, bool) or dim not in (0, 1):
-        return None  # dim -1 is a norm of everything
+        return None  # dim -1 means the norm of the whole tensor
     if gain.axis not in (None, -2 if dim == 0 else -1):
         return None
     return _over_its_norm(lift, args.get("v"), value, 1 - dim, None, gain.poly)
