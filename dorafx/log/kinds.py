@@ -166,6 +166,13 @@ class ReasonKind(Enum):
         "Nothing: with so many tokens the merged weight costs less than taking it apart.",
     )
 
+    MERGED_ROUNDS_ONCE = (
+        "merged-rounds-once",
+        "The merged weight is made in a wider dtype than the product has, and rounded once; its parts would each be rounded.",
+        "Nothing is wrong: taken apart, results would be less accurate than the program's own. To have the layer rewritten whole, write "
+        "it as `g * (linear(x, W) + s * linear(linear(x, A), B))`, or keep the weight in the dtype of the product.",
+    )
+
     # The program around it
     WRITTEN_IN_PLACE = (
         "written-in-place",

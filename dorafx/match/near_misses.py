@@ -11,6 +11,7 @@ from torch import fx
 from dorafx.graphs.operators import arguments, canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import memories
 from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value
 from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
 from dorafx.lift.values import VectorValue
@@ -71,8 +72,9 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                 )
             if _reaches_product(lift, node, _DEPTH):
                 if node in lift.written:
+                    when = "before" if _is_written_before(lift, node, info.sites) else "after"
                     return Reason(
-                        f"the sum made at {_at(node)} is written in place before the norm is taken",
+                        f"the sum made at {_at(node)} is written in place {when} the norm is taken",
                         node,
                         kind=ReasonKind.WRITTEN_IN_PLACE,
                     )
@@ -82,6 +84,14 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                     kind=ReasonKind.HIDDEN_DELTA,
                 )
     return None
+
+
+def _is_written_before(lift: Lifter, node: fx.Node, sites: list[fx.Node]) -> bool:
+    """Whether the memory of a value is written before the first of some nodes that read it."""
+    order = {n: i for i, n in enumerate(lift.graph.nodes)}
+    first = min(map(order.__getitem__, sites), default=len(order))
+    writers = next((memory.writers for memory in memories(lift.graph) if node in memory.values), [])
+    return not writers or order[writers[0]] <= first
 
 
 def vanished(lift: Lifter, terms: Iterable[Vanished], node: fx.Node | None) -> Reason:

@@ -113,6 +113,9 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
         # One composition may be scaled by several norms, by row and by column: all of them are served by it.
         norms = {atom.id for atom in lift.norms_in(match.expr)} | {match.norm.atom.id}
         cost = _cost_if_merged(lift, match)
+        if cost is not None and (rounding := _rounds_once(lift, match)) is not None:
+            misses.update(dict.fromkeys(norms, rounding))
+            continue
         if cost is not None:
             plan.decisions.update((atom_id, str(cost)) for atom_id in norms)
             if not cost.pays:
@@ -162,6 +165,22 @@ def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
         output.device,
         sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
     )
+
+
+def _rounds_once(lift: Lifter, match: Match) -> Reason | None:
+    """Why a merged weight stays: it is made in more digits than it is multiplied in, as under autocast. It is rounded once then; taken
+    apart, the weight, each factor and each product would be. Errors against fp64 grow by up to 1.6 (``tests/soundness/test_rounding.py``)."""
+    merged = {node: t.dtype for node in merging(lift, match) if (t := tensor_of(node)) is not None}
+    widest = max(merged.values(), key=lambda dtype: dtype.itemsize, default=None)
+    for gemm in (gemm for gemms in lift.gemms.values() for gemm in gemms):
+        product = tensor_of(gemm.node)
+        if widest is None or product is None or not {gemm.lhs, gemm.rhs} & merged.keys():
+            continue
+        if product.dtype.itemsize < widest.itemsize:
+            wide, narrow = (str(dtype).removeprefix("torch.") for dtype in (widest, product.dtype))
+            text = f"the merged weight is made in {wide} and rounded to {narrow} once, its parts would each be rounded"
+            return Reason(text, match.node, kind=ReasonKind.MERGED_ROUNDS_ONCE)
+    return None
 
 
 def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan:

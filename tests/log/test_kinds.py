@@ -275,6 +275,17 @@ def _(patch: Patch) -> None:
     compiled(layer)
 
 
+@giving(ReasonKind.MERGED_ROUNDS_ONCE)
+def _(patch: Patch) -> None:
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            V = p.W.float() + p.B.float() @ p.A.float()
+            V = p.m.float()[:, None] * (V / V.norm(dim=1, keepdim=True))
+            return F.linear(x.float(), V)
+
+    compiled(program)
+
+
 @giving(ReasonKind.FORM_FAILED)
 def _(patch: Patch) -> None:
     """Of the forms that are asked, one fails; the others do not know the layer."""

@@ -80,6 +80,14 @@ def frobenius_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (F.linear(x, p.W) + lora(p, x)) / torch.linalg.matrix_norm(p.W + p.B @ p.A)
 
 
+@negative(["missed"], "is written in place after the norm is taken")
+def sum_that_a_view_writes_after_the_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + p.B @ p.A
+    row, n = adapted[0], adapted.norm(dim=1).detach()
+    row.clamp_(max=0.1)
+    return F.linear(x, adapted) * (p.m / n) + row.sum()
+
+
 @negative(["missed"], "operator sin")
 def squares_changed_before_their_root(p: Layer, x: torch.Tensor) -> torch.Tensor:
     squares = (p.W + p.B @ p.A).square().sum(dim=1)
