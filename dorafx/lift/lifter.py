@@ -200,7 +200,29 @@ class Lifter:
                 pass
             except Exception as error:
                 self._failed(node, error)
-        return self.atom_value(node)
+        return self._function_of_norms(node) or self.atom_value(node)
+
+    def _function_of_norms(self, node: fx.Node) -> VectorValue | None:
+        """A vector for which there is no term, made of one with a norm in it by an operator that keeps its shape, such as a guard
+        against zeros: an indeterminate that knows the norm."""
+        tensor = tensor_of(node)
+        if tensor is None or tensor.dtype not in FLOAT_DTYPES or node in self.failures:
+            return None
+        norms: set[Atom] = set()
+        axes = set()
+        for argument in node.all_input_nodes:
+            value, before = self.value(argument), tensor_of(argument)
+            if not isinstance(value, VectorValue) or value.axis is None or value.row is not None or before is None:
+                continue
+            same_shape = tuple(map(str, before.shape)) == tuple(map(str, tensor.shape))
+            if same_shape and all(self._is_weight_like(a, self._has_no_product_behind) for a in value.poly.atoms()):
+                norms |= self.norms_in(value.poly)
+                axes.add(value.axis)
+        if not norms or len(axes) != 1:
+            return None
+        atom = self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta)
+        self.atoms[atom.id] = replace(self.atoms[atom.id], norms=frozenset(norm.id for norm in norms))
+        return VectorValue(Poly.var(atom), axes.pop())
 
     def _failed(self, node: fx.Node, error: Exception) -> None:
         """A transfer function raised an exception. The node becomes an unknown value, as if its operator were not in the table; if DoRA
@@ -581,6 +603,7 @@ class Lifter:
                 norms.add(Atom(atom.id))
             elif info.poly is not None:
                 norms |= self.norms_in(info.poly)
+            norms |= {Atom(norm) for norm in info.norms}
         return norms
 
 

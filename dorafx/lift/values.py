@@ -97,6 +97,8 @@ class AtomInfo:
     """For a node that casts a matrix to a dtype that cannot hold all of its values: that matrix."""
     sites: list[fx.Node] = field(default_factory=list, compare=False)
     """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
+    norms: frozenset[int] = frozenset()
+    """For a ``node`` that is a function of vectors with norms in them, of which the algebra has no term: the ids of the norms' atoms."""
     rows: tuple[int, int, int] = (0, 0, 0)
     """For a ``selection``: how many rows of zeros come before, how many rows it places, how many of zeros behind."""
     of: fx.Node | Expr | None = field(default=None, compare=False)

@@ -80,7 +80,7 @@ for _kind, _name in {
     ReasonKind.UNKNOWN_DELTA: "kronecker_delta_of_parameters",
     ReasonKind.DELTA_PER_TOKEN: "delta_routed_by_token",
     ReasonKind.NORM_IS_OUTPUT: "norm_is_returned",
-    ReasonKind.UNKNOWN_CONSUMER: "relu_of_the_norm",
+    ReasonKind.UNKNOWN_CONSUMER: "largest_norm",
     ReasonKind.NO_PRODUCT: "output_uses_another_weight",
     ReasonKind.UNEQUAL_SCALING: "adapter_scaled_by_the_magnitude_only",
     ReasonKind.OTHER_PARTS: "adapter_is_missing_in_the_output",

@@ -20,6 +20,7 @@ SPELLINGS = {**LINEAR, **WIDE}
 FORMS = {
     "column_norm": ["linear_columns"],
     "normalize_by_column": ["linear_columns"],
+    "columns_bounded_from_both_sides": ["linear_columns"],
     "dropout_correction": ["linear_dropout"],
     "another_input_for_each_branch": ["linear_dropout"],
     "biased_base_of_the_dropped_input": ["linear_dropout"],

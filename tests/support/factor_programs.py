@@ -447,3 +447,72 @@ def one_row_repeated_and_transposed(p: Layer, x: torch.Tensor) -> torch.Tensor:
 def merged_with_one_row_and_one_column_repeated(p: Layer, x: torch.Tensor) -> torch.Tensor:
     adapted = p.W + S * (p.B[:, :1].expand(-1, 3) @ p.A[:1].expand(3, -1))
     return F.linear(x, p.m_column * adapted / adapted.norm(dim=1, keepdim=True))
+
+
+# -- functions of the norm that the algebra has no term for: the graph's own value is read
+
+
+@wide
+def multiple_minus_the_norm_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.ops.aten.rsub.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def norm_bounded_from_above(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).clamp(1e-6, 1.0)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def norm_of_the_neighbouring_row(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).roll(1)
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def norm_replaced_where_it_is_zero(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1)
+    return p.m / torch.where(n == 0, torch.ones_like(n), n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def norm_rounded(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).detach().round(decimals=1) + 0.05
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def relu_of_the_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.relu((p.W + p.B @ p.A).norm(dim=1) - 0.1) + 0.1
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def norm_masked_where_it_is_small(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1, keepdim=True).detach()
+    return F.linear(x, (p.W + p.B @ p.A) * (p.m_column / n.masked_fill(n < 0.3, 1.0)))
+
+
+@wide
+def norm_bounded_by_another_vector(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.maximum((p.W + p.B @ p.A).norm(dim=1), p.b.abs())
+    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
+
+
+@wide
+def scaling_without_nan(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    g = torch.nan_to_num(p.m / (p.W + p.B @ p.A).norm(dim=1, keepdim=True)[:, 0], nan=1.0)
+    return g * (F.linear(x, p.W) + lora(p, x)) + p.bias
+
+
+@wide
+def columns_bounded_from_both_sides(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + p.B @ p.A
+    return F.linear(x, p.m_in * adapted / adapted.norm(dim=0, keepdim=True).clamp(0.3, 2.0))
+
+
+@wide
+def only_element_selected(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=-1, keepdim=True)[..., 0]
+    return p.m / n * (F.linear(x, p.W[None, ...][0, ...]) + lora(p, x))

@@ -336,12 +336,6 @@ def complex_weights(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return p.m / adapted.abs().pow(2).sum(1).sqrt() * (F.linear(x, p.W) + lora(p, x))
 
 
-@negative(["norm_only"], "operator where at")
-def norm_replaced_where_it_is_zero(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = (p.W + p.B @ p.A).norm(dim=1)
-    return p.m / torch.where(n == 0, torch.ones_like(n), n) * (F.linear(x, p.W) + lora(p, x))
-
-
 @negative(["missed"], "operator threshold")
 def sparse_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     delta = F.threshold(p.B @ p.A, 0.05, 0.0)
@@ -379,27 +373,9 @@ def weight_scaled_by_a_vector_inside(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
-@negative(["norm_only"], "operator relu")
-def relu_of_the_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = torch.relu((p.W + p.B @ p.A).norm(dim=1) - 0.1) + 0.1
-    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
-
-
-@negative(["norm_only"], "operator clamp")
-def norm_bounded_from_above(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = (p.W + p.B @ p.A).norm(dim=1).clamp(1e-6, 1.0)
-    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
-
-
-@negative(["norm_only"], "operator round")
-def norm_rounded(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = (p.W + p.B @ p.A).norm(dim=1).detach().round(decimals=1) + 0.05
-    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
-
-
-@negative(["norm_only"], "operator roll")
-def norm_of_the_neighbouring_row(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = (p.W + p.B @ p.A).norm(dim=1).roll(1)
+@negative(["norm_only"], "operator amax")
+def largest_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = (p.W + p.B @ p.A).norm(dim=1).amax()
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
@@ -515,12 +491,6 @@ def norm_given_to_be_written(p: Layer, x: torch.Tensor) -> torch.Tensor:
 @negative(["linear"], "")
 def norm_plus_a_multiple_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = torch.ops.aten.add.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
-    return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
-
-
-@negative(["norm_only"], "operator rsub")
-def multiple_minus_the_norm_by_position(p: Layer, x: torch.Tensor) -> torch.Tensor:
-    n = torch.ops.aten.rsub.Scalar((p.W + p.B @ p.A).norm(dim=1), 2.0, 3.0)
     return (p.m / n) * (F.linear(x, p.W) + lora(p, x))
 
 
