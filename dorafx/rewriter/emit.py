@@ -189,8 +189,21 @@ class Emitter(TermEmitter):
                 return self.method("reshape_as", out, o)
         if all(isinstance(s, int) for s in shape):
             return self.method("reshape", out, tuple(shape))
+        tokens = self._sizes_of_tokens(shape)
+        if tokens is not None:
+            return self.method("reshape", out, *tokens, self.method("size", out, -1))
         what = "the parts of the output have different leading dimensions, and these are symbolic"
         raise CannotEmit(what, ReasonKind.SYMBOLIC_SHAPE)
+
+    def _sizes_of_tokens(self, shape: torch.Size) -> list[fx.Node] | None:
+        """The leading sizes of the site's value ``[.., d]``, some of them symbolic, read off the layer's input; None where that has others.
+        (A product that is no longer needed has them, too, and would be computed for them.)"""
+        node = self.lift.atom_of(self._input.atom).node if isinstance(self._input, Mat) else None
+        tensor = tensor_of(node)
+        if node is None or tensor is None or sizes_of(tensor.shape[:-1]) != sizes_of(shape[:-1]):
+            return None
+        x = self.operand(node)
+        return [self.method("size", x, axis) for axis in range(tensor.dim() - 1)]
 
 
 def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:

@@ -37,6 +37,7 @@ class TermEmitter(NodeEmitter):
         """Whether the site has tokens by column, and what is emitted for it has them by row."""
         self.channels_first = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
+        self._input: Mat | Diag | None = None
         self.compute_dtype = torch.float32
         self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
@@ -47,6 +48,7 @@ class TermEmitter(NodeEmitter):
         self.site = site
         self.transposed = match is not None and match.transposed
         self.channels_first = match is not None and match.channels_first
+        self._input = match.base[0] if match is not None and match.base else None
         self._vectors.clear()
         self._products.clear()
         tensor = tensor_of(site)

@@ -68,6 +68,26 @@ def test_fan_in_fan_out(dropout: float, everything: bool) -> None:
     assert shapes["c_fc"] == (4 * HIDDEN, HIDDEN)
 
 
+@pytest.mark.default_cases("eager-True-True", "eager-False-True")
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+def test_fan_in_fan_out_with_dynamic_shapes(codegen: str, train: bool, dynamic: bool | None) -> None:
+    """The base product is one of all tokens, ``[batch·length, d]``, and the layer's output is ``[batch, length, d]`` with symbolic sizes."""
+    model = peft_model("gpt2", target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, lora_dropout=0.0)
+    model.train(train)
+    options = {"dorafx.codegen": codegen, "dorafx.strict": True}
+    compiled = torch.compile(model, backend="dorafx", fullgraph=True, dynamic=dynamic, options=options)
+    for length in (5, 7, 11):
+        ids = tokens(2, length)
+        with torch.set_grad_enabled(train):
+            actual, expected = (run(model, lambda f=f: f(ids).logits) for f in (compiled, model))
+        assert_same_run(actual, expected, 2e-5)
+    records = rewrite_log().records
+    assert {(r.status, r.pattern, r.reason) for r in records} == {("rewritten", "linear", "")}
+    assert len(records) == len(dora_sites(model)) * (1 if dynamic else 2)
+
+
 def test_rslora() -> None:
     model = peft_perceptron(use_rslora=True, lora_alpha=5)
     assert model.get_submodule(dora_sites(model)[0]).scaling["default"] == 5 / 4**0.5
