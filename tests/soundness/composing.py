@@ -731,7 +731,9 @@ class _Composer:
         """Through a cast a gradient comes back in the cast's dtype."""
         text = " ".join(line.text for line in p.lines)
         own = torch.finfo(getattr(torch, self.full)).eps
-        rounded = [torch.finfo(dtype).eps for name, dtype in _NARROW.items() if f".{name}()" in text]
+        rounded = [
+            torch.finfo(dtype).eps for name, dtype in _NARROW.items() if f".{name}()" in text or f".to({dtype})" in text
+        ]
         return max((8 * eps for eps in rounded if eps > own), default=0.0)
 
     def x(self, leading: tuple[int, ...], grad: bool, k: int) -> str:
