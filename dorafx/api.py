@@ -75,16 +75,8 @@ def optimize(
             ``generate``'s changing cache. ``"model"`` compiles the whole forward as one graph, which fuses more; ``generate``
             of a PEFT model sees it too.
             ``"auto"``: ``"modules"`` where the model has PEFT adapter layers, else ``"model"``.
-        codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
-        norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: ``"auto"``, ``"accumulated"``, ``"epilogue"``, ``"triton"`` or ``"triton_linear"``: where the low-rank product is
-            added to the base product: inside its GEMM, after it in fp32, or in a Triton kernel.
-        norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
-            the tensors that it was computed from do not change; ``"never"`` computes it at every forward; ``"step"`` also
-            reuses it in training until the optimizer steps (gradient accumulation).
-        verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on random data,
-            forward and backward, and leave alone what differs (see :func:`verify`).
-        strict: raise if a candidate is not rewritten or dorafx fails, instead of falling back.
+        codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
+            (``dorafx.options.Options``) describes them.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
 

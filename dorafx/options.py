@@ -17,21 +17,22 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a user can set.
+    """What a user can set: the options ``dorafx.*`` of ``torch.compile``, and arguments of :func:`dorafx.optimize`.
 
     Attributes:
-        codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
-        norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: where the low-rank product is added. ``"auto"``; ``"accumulated"``: inside the GEMM, whose result (the sum that
-            ``g`` scales) a half-precision model rounds to half precision; ``"epilogue"``: after it in fp32; ``"triton"``: the
-            epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is);
-            ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU,
-            fp64) is computed as by ``"epilogue"``, and the log says why.
-        norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
-            also in training, until the optimizer steps (gradient accumulation).
-        verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
-            the graph is compiled, and leave alone what differs.
-        strict: a miss or an internal failure raises instead of falling back.
+        codegen: what compiles the rewritten graph: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
+        norm: how the row norm is computed: ``"auto"``, ``"tiled"`` or ``"factored"``.
+        compose: where the low-rank product is added to the base product. ``"accumulated"``: inside the GEMM, whose result (the sum
+            that ``g`` scales) a half-precision model rounds to half precision. ``"epilogue"``: after it, in fp32. ``"triton"``: the
+            same by a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is).
+            ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU, fp64)
+            is computed as by ``"epilogue"``, and the log says why. ``"auto"`` chooses.
+        norm_reuse: when a kept norm is used again. ``"auto"``: in forwards of few tokens (decoding) that record no gradients, as long
+            as the tensors that it was computed from do not change. ``"step"``: also in training, until the optimizer steps (gradient
+            accumulation). ``"never"``: it is computed at every forward.
+        verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
+            random data, forward and backward, compare all that a caller can see, and leave alone what differs.
+        strict: raise where something is not rewritten or dorafx fails, instead of falling back.
     """
 
     codegen: str = "inductor"
