@@ -18,7 +18,7 @@ from dorafx._compat.operators import aten_name, is_overload
 
 from .lookup import name_in_torch, view_of
 
-__all__ = ["arguments", "canonical_name", "drops_nothing", "first_argument", "permuted_axes"]
+__all__ = ["CONVOLUTIONS", "arguments", "canonical_name", "drops_nothing", "first_argument", "permuted_axes"]
 
 # Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
@@ -99,6 +99,22 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "select": ("select",),
     "stack": ("stack",),
 }
+CONVOLUTIONS: dict[str, tuple[str, ...]] = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "convolution": (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "dilation",
+        "transposed",
+        "output_padding",
+        "groups",
+    ),
+}
+"""The arguments of convolutions, by canonical name; those of ``aten.convolution`` are others than of ``conv2d``."""
+
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",
     "_enter_inference_mode": "enter_inference_mode",

@@ -24,7 +24,7 @@ from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
 from .quantized import quantizes_activations
-from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
 __all__ = ["Lifter", "Reading", "transfer", "transfers"]
 
@@ -309,9 +309,9 @@ class Lifter:
             total = filters.scaled(c) if total is None else total + filters.scaled(c)
         return total
 
-    def unfold(self, activations: Expr, options: tuple[Any, ...]) -> Atom:
+    def unfold(self, activations: Expr, options: tuple[Any, ...], patches: Patches | None = None) -> Atom:
         """The patches of activations that a convolution with these options takes."""
-        info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations)
+        info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations, patches=patches)
         return self._intern(("unfold", activations, options), info)
 
     def intern(self, info: AtomInfo) -> Atom:

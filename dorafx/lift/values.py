@@ -16,6 +16,7 @@ __all__ = [
     "AtomInfo",
     "Gemm",
     "MatrixValue",
+    "Patches",
     "Value",
     "VectorValue",
     "loses_accuracy",
@@ -64,6 +65,21 @@ Value = MatrixValue | VectorValue
 
 
 @dataclass(frozen=True)
+class Patches:
+    """How a convolution selects the patches that it multiplies.
+
+    Attributes:
+        node: the activations ``[batch, channels, ...]``.
+        kernel: the size of a patch by spatial axis.
+        options: stride, padding and dilation, as the convolution takes them.
+    """
+
+    node: fx.Node
+    kernel: tuple[int, ...]
+    options: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class AtomInfo:
     """What an indeterminate stands for.
 
@@ -108,6 +124,8 @@ class AtomInfo:
     """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
     of: fx.Node | Expr | None = field(default=None, compare=False)
     """For ``onehot``: the indices; for ``unfold``: the activations. For those who read a term only."""
+    patches: Patches | None = field(default=None, compare=False)
+    """For ``unfold``: how to make a product with it; None of a convolution in groups, which is no product of one matrix of patches."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dorafx.graphs.operators import arguments, canonical_name
+from dorafx.graphs.operators import CONVOLUTIONS, arguments, canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value
@@ -211,12 +211,26 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
             if term is not None and any(a.id == atom_id for a in lift.norms_in(term)):
                 stack.append(user)
             elif value is not None:
-                return Reason(
+                return _in_groups(user) or Reason(
                     f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales",
                     user,
                     kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
     return None
+
+
+def _in_groups(node: fx.Node) -> Reason | None:
+    """What to say of a convolution with groups that takes a merged weight."""
+    args = arguments(node, *CONVOLUTIONS[name]) if (name := canonical_name(node)) in CONVOLUTIONS else {}
+    groups = args.get("groups", 1)
+    if groups == 1:
+        return None
+    return Reason(
+        f"operator {operator_name(node)} at {_at(node)} multiplies the merged weight in {groups} groups, which is no product with one matrix of "
+        "patches: convolve with the weight and with the low-rank factors apart, and scale their sum",
+        node,
+        kind=ReasonKind.GROUPED_CONVOLUTION,
+    )
 
 
 def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:

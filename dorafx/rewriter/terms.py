@@ -16,6 +16,7 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly
 from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
 
+from .convolved import convolved
 from .nodes import CannotEmit, NodeEmitter
 
 __all__ = ["TermEmitter"]
@@ -202,7 +203,7 @@ class TermEmitter(NodeEmitter):
                 return self._again(gemm)
         head = chain[0] if chain else None
         if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
-            raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
+            return convolved(self, chain)
         if len(chain) == 1 and isinstance(chain[0], Mat):
             return self.precise(
                 self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)

@@ -1,0 +1,151 @@
+"""Convolutional DoRA as people write it: each function is one spelling, with the options that the layer has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+S = 0.7
+_CALLS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+@dataclass
+class ConvLayer:
+    """Parameters of one DoRA layer in fp64, by spatial axes and kernel: W ``[d_out, d_in, *k]``, A ``[r, d_in, *k]``, B ``[d_out, r, 1...]``,
+    a Tucker core T ``[r, q, *k]`` with D ``[q, d_in]``, m ``[d_out, 1, 1...]``, m_in ``[1, d_in, 1...]``."""
+
+    dim: int = 2
+    kernel: int = 3
+    d_out: int = 6
+    d_in: int = 4
+    rank: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
+    trained_weight: bool = False
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> torch.Tensor:
+            return torch.nn.Parameter(
+                (torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.4).to(self.dtype)
+            )
+
+        k, ones = (self.kernel,) * self.dim, (1,) * self.dim
+        self.W = parameter(self.d_out, self.d_in, *k).requires_grad_(self.trained_weight)
+        self.A, self.B = parameter(self.rank, self.d_in, *k), parameter(self.d_out, self.rank, *ones)
+        self.A_flat, self.B_flat = (
+            parameter(self.rank, self.d_in * self.kernel**self.dim),
+            parameter(self.d_out, self.rank),
+        )
+        self.T, self.D = parameter(self.rank, 3, *k), parameter(3, self.d_in)
+        self.m = torch.nn.Parameter(parameter(self.d_out, 1, *ones).detach().abs() + 0.5)
+        self.m_in = torch.nn.Parameter(parameter(1, self.d_in, *ones).detach().abs() + 0.5)
+        self.bias = parameter(self.d_out)
+        self.multiplier = torch.tensor(0.8, dtype=self.dtype)
+
+    def conv(
+        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, plain: bool = False
+    ) -> torch.Tensor:
+        """The convolution with the layer's options; ``plain``: without."""
+        made: torch.Tensor = _CALLS[self.dim](x, w, bias, **({} if plain else self.options))
+        return made
+
+    def x(self, size: int = 7, channels_last: bool = False) -> torch.Tensor:
+        x = torch.randn(2, self.d_in, *(size,) * self.dim, dtype=self.dtype, generator=torch.Generator().manual_seed(1))
+        return (x.to(memory_format=torch.channels_last) if channels_last else x).requires_grad_()
+
+    def trainable(self) -> list[torch.Tensor]:
+        return [p for p in vars(self).values() if isinstance(p, torch.Tensor) and p.requires_grad]
+
+    def ones(self) -> tuple[int, ...]:
+        return (1,) * self.dim
+
+
+Program = Callable[[ConvLayer, torch.Tensor], torch.Tensor]
+MERGED: dict[str, Program] = {}
+"""With a norm by output channel, in which the weight is merged."""
+
+
+def merged(fn: Program) -> Program:
+    MERGED[fn.__name__] = fn
+    return fn
+
+
+def delta(p: ConvLayer) -> torch.Tensor:
+    return (p.B.flatten(1) @ p.A.flatten(1)).view(p.W.shape)
+
+
+@merged
+def viewed_as(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * (p.B.flatten(1) @ p.A.flatten(1)).view_as(p.W)
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())), p.bias)
+
+
+@merged
+def norm_over_all_axes(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + delta(p) * p.multiplier
+    return p.conv(x, p.m * v / v.norm(p=2, dim=tuple(range(1, v.dim())), keepdim=True))
+
+
+@merged
+def detached_norm(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + delta(p) * S
+    n = v.detach().reshape(v.shape[0], -1).norm(dim=1).reshape(v.shape[0], 1, *p.ones()) + 1e-7
+    return p.conv(x, p.m * (v / n), p.bias)
+
+
+@merged
+def root_of_squares(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + delta(p) * S
+    n = v.flatten(1).pow(2).sum(1, keepdim=True).add(1e-6).sqrt()
+    return p.conv(x, v * (p.m.flatten(1) / n).view(-1, 1, *p.ones()))
+
+
+@merged
+def flat_factors(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + ((p.B_flat @ p.A_flat) * S).reshape(p.W.shape)
+    return p.conv(x, v * (p.m / torch.linalg.vector_norm(v.reshape(p.d_out, -1), dim=1).reshape(-1, 1, *p.ones())))
+
+
+@merged
+def factors_from_the_right(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + (p.A_flat.t() @ p.B_flat.t()).t().reshape(p.W.shape)
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())))
+
+
+@merged
+def normalised_flat(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W.flatten(1) + p.B.flatten(1) @ p.A.flatten(1)
+    v = p.m.flatten(1) * v / v.norm(dim=1, keepdim=True)
+    return p.conv(x, v.view(p.W.shape), p.bias)
+
+
+@merged
+def weight_delta(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    g = p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones()).detach()
+    return p.conv(x, p.W, p.bias) + p.conv(x, v * g - p.W)
+
+
+@merged
+def two_adapters(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p) + (p.B_flat @ p.A_flat).view_as(p.W)
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())))
+
+
+@merged
+def scaled_between_the_factors(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    scale = p.D.flatten()[: p.rank]
+    v = p.W + (p.B_flat @ (scale[:, None] * p.A_flat)).view_as(p.W)
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())))
+
+
+@merged
+def an_input_that_is_scaled_and_cast(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    return p.conv((x * 2).to(p.W.dtype).relu(), v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones()))).relu()
