@@ -18,6 +18,7 @@ from torch import fx
 
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.graphs.contractions import has_tucker_products, with_tucker_products_in_steps
 from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.functional import has_writes, without_private_writes
 from dorafx.graphs.grad_mode import modes_of_bodies
@@ -313,11 +314,15 @@ class _Road:
 
 
 def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm``, or a copy without the in-place arithmetic that nobody else can see."""
-    if not has_writes(gm.graph):
+    """``gm``, or a copy without the in-place arithmetic that nobody else can see, and with products of a core and two factors in two
+    steps."""
+    writes, tucker = has_writes(gm.graph), has_tucker_products(gm.graph)
+    if not writes and not tucker:
         return gm
     copy, _ = copy_graph_module(gm)
-    if not without_private_writes(copy.graph):
+    changed = writes and without_private_writes(copy.graph)
+    changed |= tucker and with_tucker_products_in_steps(copy.graph)
+    if not changed:
         return gm
     copy.graph.lint()
     copy.recompile()

@@ -158,7 +158,7 @@ class Lifter:
                     value = self.values[node]
             if value is not None and node not in self.written and not self._is_new_leaf(node):
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
-                if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
+                if not isinstance(value, MatrixValue) or (not value.squared and self.holds_rows(value)):
                     self.nodes.setdefault(key, []).append(node)
                 if isinstance(value, VectorValue) and value.row is not None:
                     self.nodes.setdefault(value.row, []).append(node)
@@ -271,6 +271,15 @@ class Lifter:
             expr = value.expr
             if len(expr.items) == 1 or all(self._is_weight_like(a, accepts) for a in expr.atoms()):
                 return expr
+        if (
+            layout == "filter"
+            and isinstance(value, MatrixValue)
+            and value.layout == "last"
+            and len(value.expr.items) > 1
+        ):
+            filters = None if value.squared else self.as_filters(value.expr, tensor)
+            if filters is not None and self.is_made_of_weights(filters):
+                return filters
         node: fx.Node = arg
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
         key: Any = (layout, self._attribute_of(node) or node) if node not in self.written else None
@@ -284,6 +293,17 @@ class Lifter:
             if whole is not None and same:
                 key, at = ("rounded", whole, dtype), replace(at, dtype=dtype, rounds=whole)
         return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
+
+    def is_convolved(self, expr: Expr) -> bool:
+        """Whether all products in a term, if any, have a convolution's input for their first factor; biases do not count."""
+        heads = [chain[0] if chain else None for (_, chain), _ in expr.items]
+        return all(
+            isinstance(head, Mat) and self.atom_of(head.atom).kind in ("ones", "unfold", "channels") for head in heads
+        )
+
+    def holds_rows(self, value: MatrixValue) -> bool:
+        """Whether a tensor lies as products do: tokens and channels, and not as a convolution's weight."""
+        return value.layout == "last" or (value.layout == "channels" and self.is_convolved(value.expr))
 
     @staticmethod
     def _single(value: MatrixValue) -> Mat | None:

@@ -32,7 +32,7 @@ def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
     return torch.promote_types(before, after) != after
 
 
-Layout = Literal["last", "filter", "channels"]
+Layout = Literal["last", "filter", "channels", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,17 @@ class MatrixValue:
 
     - ``"last"``: ``[..., rows, cols]``, everything before the last axis is rows.
     - ``"filter"``: ``[rows, ...]``, everything behind the first axis is columns: the weight of a convolution.
-    - ``"channels"``: ``[batch, cols, ...]``, everything but the second axis is rows: what a convolution takes and gives.
+    - ``"channels"``: ``[batch, cols, ...]``, everything but the second axis is rows: what a convolution takes and gives. Of a weight it
+      is the transpose of filters, with the input channels first.
+    - ``"inputs"``: that flattened behind the input channels, ``[channels, rows · positions]``; ``expr`` is the filters' matrix.
     """
 
     expr: Expr
     squared: bool = False
     """The elementwise square of ``expr``: the first half of ``sqrt(sum(w*w))``."""
     layout: Layout = "last"
+    positions: int = 1
+    """Of the layout ``"inputs"``: how many a kernel has."""
 
 
 @dataclass(frozen=True)

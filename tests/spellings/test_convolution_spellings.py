@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from convolution_programs import MERGED, ConvLayer, delta
+from convolution_programs import MERGED, ConvLayer, delta, normalised
 from same_results import check_everything, check_same
+from torch.fx.experimental.proxy_tensor import make_fx
 
+import dorafx
 from dorafx import rewrite_log
 
 
@@ -132,3 +136,89 @@ def test_a_weight_of_another_shape_is_none_of_this_convolution() -> None:
 
     check_same(program, layer, layer.x(), tolerance=1e-11)
     assert all(r.rewritten for r in rewrite_log().records)
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["einsum_of_filters", "tucker", "filters_that_are_convolved"])
+def test_deltas_that_are_made_as_filters(name: str, codegen: str) -> None:
+    layer = ConvLayer(kernel=2, options={"stride": 2, "padding": 1}, trained_weight=True)
+    check_everything(MERGED[name], layer, layer.x(), codegen)
+    whole()
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["einsum_with_spaces", "einsum_of_positions_first", "tucker", "tucker_with_an_ellipsis"]
+)
+def test_deltas_of_one_and_three_axes(name: str, dim: int) -> None:
+    layer = ConvLayer(dim, 2, 24, 16)
+    check_same(MERGED[name], layer, layer.x(size=4), tolerance=1e-11)
+    whole()
+
+
+@pytest.mark.parametrize("name", ["einsum_of_filters", "einsum_of_positions_first", "filters_that_are_convolved"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_traced_by_make_fx(name: str, kernel: int) -> None:
+    """Where ``einsum`` is taken apart, kernels of one and all."""
+    layer = ConvLayer(kernel=kernel, dtype=torch.float32)
+    names = [n for n, p in vars(layer).items() if isinstance(p, torch.nn.Parameter)]
+
+    def program(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return MERGED[name](replaced(layer, dict(zip(names, parameters))), x)
+
+    operands = [layer.x(size=3).detach(), *(getattr(layer, n) for n in names)]
+    rewritten = dorafx.rewrite(make_fx(program, tracing_mode="fake")(*operands))
+    torch.testing.assert_close(rewritten(*operands), program(*operands), rtol=1e-4, atol=1e-4)
+    (record,) = rewrite_log().records
+    assert record.rewritten and (kernel == 1 or record.pattern == "convolution")
+
+
+def replaced(layer: ConvLayer, parameters: dict[str, torch.Tensor]) -> ConvLayer:
+    made = copy.copy(layer)
+    for name, parameter in parameters.items():
+        setattr(made, name, parameter)
+    return made
+
+
+OTHER_DELTAS: dict[str, Callable[[ConvLayer], torch.Tensor]] = {
+    "positions_swapped": lambda p: torch.einsum("or,rikl->oilk", p.B_flat, p.A),
+    "another_product_for_each_position": lambda p: torch.einsum("orkl,rikl->oikl", p.B.expand(-1, -1, 3, 3).sin(), p.A),
+    "rank_between_the_channels": lambda p: torch.einsum("or,irkl->oikl", p.B_flat, p.A.transpose(0, 1)),
+    "kronecker": lambda p: torch.kron(p.B_flat[:3, :2].reshape(3, 2, 1, 1), p.A[:2, :2]),
+    "canonical_decomposition": lambda p: torch.einsum(
+        "or,ri,rk,rl->oikl", p.B_flat, p.A[:, :, 0, 0], p.A[:, 0, :, 0], p.A[:, 0, 0]
+    ),
+    "core_with_three_factors": lambda p: torch.einsum("ijkl,jq,qr,ip->prkl", p.T, p.D[:, :3], p.D[:3], p.B_flat.t()),
+}
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_DELTAS))
+def test_another_delta_is_a_miss_that_says_so(name: str) -> None:
+    layer = ConvLayer()
+    check_same(lambda p, x: normalised(p, x, OTHER_DELTAS[name](p)), layer, layer.x(), tolerance=1e-11)
+    (record,) = rewrite_log().records
+    assert (record.status, record.kind) == ("missed", "unknown-delta")
+    assert "makes the delta, and is not known as a product of low-rank factors" in record.reason
+
+
+def test_a_core_that_is_read_by_nobody_else_stays_one_operator() -> None:
+    """A graph in which nothing is rewritten is the one that was given, and so is a core that makes no filters."""
+    layer = ConvLayer()
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        return p.conv(x, p.W + torch.einsum("ijkl,jr,ip->prkl", p.T, p.D, p.B_flat.t()))
+
+    check_same(program, layer, layer.x(), tolerance=0.0)
+    assert rewrite_log().records == []
+
+
+def test_filters_that_are_convolved_with_a_larger_kernel() -> None:
+    """That is no product of the two."""
+    layer = ConvLayer(dim=1)
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        wide = torch.cat([p.B, p.B.sin()], -1)
+        return normalised(p, x, p.conv(p.A.transpose(0, 1), wide, plain=True).transpose(0, 1).repeat(1, 1, 2)[..., :3])
+
+    check_same(program, layer, layer.x(), tolerance=1e-11)
+    assert [r.status for r in rewrite_log().records] == ["missed"]

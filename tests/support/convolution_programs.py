@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 S = 0.7
 _CALLS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -31,9 +32,7 @@ class ConvLayer:
         generator = torch.Generator().manual_seed(0)
 
         def parameter(*shape: int) -> torch.Tensor:
-            return torch.nn.Parameter(
-                (torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.4).to(self.dtype)
-            )
+            return nn.Parameter((torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.4).to(self.dtype))
 
         k, ones = (self.kernel,) * self.dim, (1,) * self.dim
         self.W = parameter(self.d_out, self.d_in, *k).requires_grad_(self.trained_weight)
@@ -43,8 +42,8 @@ class ConvLayer:
             parameter(self.d_out, self.rank),
         )
         self.T, self.D = parameter(self.rank, 3, *k), parameter(3, self.d_in)
-        self.m = torch.nn.Parameter(parameter(self.d_out, 1, *ones).detach().abs() + 0.5)
-        self.m_in = torch.nn.Parameter(parameter(1, self.d_in, *ones).detach().abs() + 0.5)
+        self.m = nn.Parameter(parameter(self.d_out, 1, *ones).detach().abs() + 0.5)
+        self.m_in = nn.Parameter(parameter(1, self.d_in, *ones).detach().abs() + 0.5)
         self.bias = parameter(self.d_out)
         self.multiplier = torch.tensor(0.8, dtype=self.dtype)
 
@@ -149,3 +148,82 @@ def scaled_between_the_factors(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
 def an_input_that_is_scaled_and_cast(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
     v = p.W + S * delta(p)
     return p.conv((x * 2).to(p.W.dtype).relu(), v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones()))).relu()
+
+
+# -- deltas that are made as filters -----------------------------------------------------------------------------------
+
+
+def normalised(p: ConvLayer, x: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * of
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())), p.bias)
+
+
+def positions(p: ConvLayer) -> str:
+    """A letter for each axis of a kernel."""
+    return "klm"[: p.dim]
+
+
+@merged
+def einsum_of_filters(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    k = positions(p)
+    return normalised(p, x, torch.einsum(f"or,ri{k}->oi{k}", p.B_flat, p.A))
+
+
+@merged
+def einsum_with_spaces(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    k = " ".join(positions(p))
+    return normalised(p, x, torch.einsum(f"o r, r i {k} -> o i {k}", p.B_flat, p.A))
+
+
+@merged
+def einsum_the_other_way_round(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    return normalised(p, x, torch.einsum("r...,or->o...", p.A, p.B_flat))
+
+
+@merged
+def einsum_of_positions_first(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    k = positions(p)
+    last = p.A_flat.t().contiguous().view(*p.W.shape[1:], p.rank)
+    return normalised(p, x, torch.einsum(f"i{k}r,or->oi{k}", last, p.B_flat))
+
+
+@merged
+def einsum_with_a_diagonal(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    k = positions(p)
+    return normalised(p, x, torch.einsum(f"or,r,ri{k}->oi{k}", p.B_flat, p.D[0, : p.rank], p.A))
+
+
+@merged
+def tensordot_of_filters(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    return normalised(p, x, torch.tensordot(p.B_flat, p.A, dims=([1], [0])))
+
+
+@merged
+def tucker(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    k = " ".join(positions(p))
+    equation = f"i j {k}, j r, i p -> p r {k}"
+    return normalised(p, x, torch.einsum(equation, p.T, p.D, p.B_flat.t()))
+
+
+@merged
+def tucker_with_an_ellipsis(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    return normalised(p, x, torch.einsum("m n ..., i m, n j -> i j ...", p.T, p.B_flat, p.D))
+
+
+@merged
+def tucker_in_two_steps(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    inner = torch.einsum("i j ..., j r -> i r ...", p.T, p.D)
+    return normalised(p, x, torch.einsum("i r ..., i p -> p r ...", inner, p.B_flat.t()))
+
+
+@merged
+def filters_that_are_convolved(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    """As scripts merge a LoRA of a convolution."""
+    made = p.conv(p.A.transpose(0, 1), p.B, plain=True).transpose(0, 1)
+    return normalised(p, x, made)
+
+
+@merged
+def filters_that_are_convolved_and_permuted(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    order = (1, 0, *range(2, p.W.dim()))
+    return normalised(p, x, p.conv(p.A.permute(order), p.B, plain=True).permute(*order))

@@ -18,6 +18,7 @@ from dorafx.graphs.tensors import tensor_of
 from ..algebra import Expr
 from ..lifter import Lifter, transfer
 from ..values import Gemm, MatrixValue, Patches, Value
+from .filters import as_activations
 from .products import computes
 
 _CALLS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -38,7 +39,7 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if not all(isinstance(k, int) for k in kernel):
         return None
-    activations = lift.laid_out(args["input"], "channels")
+    activations = as_activations(lift, args["input"]) or lift.laid_out(args["input"], "channels")
     filters = lift.laid_out(args["weight"], "filter")
     if activations is None or filters is None:
         return None
@@ -54,6 +55,8 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
         activations = Expr.mat(lift.unfold(activations, (kernel, *options), patches))
     product = activations @ filters.transposed()
     bias = args.get("bias")
+    if not lift.is_convolved(product):
+        return MatrixValue(product, layout="channels") if bias is None and groups == 1 else None  # of weights alone
     call = _CALLS[weight.dim()]
     computes(lift, product, Gemm(node, args["input"], args["weight"], True, bias, call, (*options, groups)))
     if bias is not None:
