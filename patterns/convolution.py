@@ -43,7 +43,9 @@ class Convolution:
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
-        head = base[0] if base else None
+        if base is None:
+            return self._scaled_input(candidate)
+        head = base[0]
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind not in ("unfold", "channels"):
             what = "the layer is no convolution"
             return Reason(what, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
@@ -52,7 +54,16 @@ class Convolution:
             result = forms()["linear_dropout"].check(candidate)
         return replace(result, pattern=self.name) if isinstance(result, Match) else result
 
+    def _scaled_input(self, candidate: Candidate) -> Match | Reason:
+        """Of a norm by input channel: the channels of the input are scaled, and then convolved."""
+        result = forms()["linear_columns"].check(candidate)
+        if candidate.lift.is_convolved(candidate.expr):
+            return replace(result, pattern=self.name) if isinstance(result, Match) else result
+        what = "the layer is no convolution"
+        return Reason(what, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
+
     def rewrite(self, match: Match, emit: Emit) -> fx.Node:
         emit.channels = True
-        made: fx.Node = forms()["linear" if match.constant is None else "linear_dropout"].rewrite(match, emit)
+        form = "linear" if match.constant is None else "linear_dropout"
+        made: fx.Node = forms()["linear_columns" if match.norm.info.side == "col" else form].rewrite(match, emit)
         return made

@@ -338,8 +338,37 @@ class Lifter:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         if info.poly is not None and info.poly.vanished:
             raise TooComplex  # it would not be read again, gradients and NaN of what vanished included
-        key = (info.kind, info.expr, info.poly, info.side, info.eps, info.double, info.rooted, info.dtype)
+        key = (info.kind, info.expr, info.poly, info.side, info.span, info.eps, info.double, info.rooted, info.dtype)
         return self._intern(key, info)
+
+    def repeat_each(self, poly: Poly, span: int) -> Poly:
+        """A vector along the input channels of filters as one along their columns, of which each channel has ``span``."""
+        if span == 1:
+            return poly
+        if poly.vanished:
+            raise TooComplex
+        total = Poly(())
+        for mono, c in poly.items:
+            product = Poly.const(c)
+            for atom, exponent in mono:
+                product = product * Poly(((((self._repeat_each(atom, span), exponent),), 1.0),))
+            total = total + product
+        return total
+
+    def _repeat_each(self, atom: Atom, span: int) -> Atom:
+        if self.is_scalar(atom):
+            return atom
+        info, one = self.atom_of(atom), Poly.var(Atom(atom.id))
+        made = AtomInfo("repeated", info.requires_grad, info.parameter, poly=one, span=span)
+        return Atom(self.intern(made).id, atom.detached)
+
+    def is_scalar(self, atom: Atom) -> bool:
+        """Whether an indeterminate of vectors is a number."""
+        info = self.atom_of(atom)
+        if info.poly is not None:
+            return all(map(self.is_scalar, info.poly.atoms()))
+        tensor = tensor_of(info.node)
+        return info.kind == "node" and (tensor is None or tensor.dim() == 0)
 
     def rounded(self, node: fx.Node, value: V, dtype: torch.dtype) -> V:
         """A value that a node casts to a dtype which does not hold all of its values.

@@ -88,7 +88,8 @@ class AtomInfo:
     """What an indeterminate stands for.
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
-    or columns. ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    or columns (or ``span`` neighbouring columns). ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    ``repeated``: each entry of ``poly`` ``span`` times, a vector along the input channels as one along the columns of filters.
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed. ``filter`` and
     ``channels``: ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies; never formed.
@@ -103,6 +104,7 @@ class AtomInfo:
         "clamp_min",
         "maximum",
         "rounded",
+        "repeated",
         "onehot",
         "filter",
         "channels",
@@ -115,6 +117,9 @@ class AtomInfo:
     expr: Expr | None = None
     side: Literal["row", "col"] = "row"
     eps: float = 0.0
+    span: int = 1
+    """For a norm or sum of squares by column: of how many neighbouring columns each entry is, those of one input channel of filters. For
+    ``repeated``: how often each entry is there."""
     poly: Poly | None = None
     double: bool = False
     """For a norm or sum of squares: whether it is one of fp64, whatever it is made of."""

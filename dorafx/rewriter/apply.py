@@ -19,6 +19,7 @@ from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import NormPlan, RewritePlan
 
+from .channels import norm_by_channel
 from .emit import CannotEmit, Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
@@ -81,6 +82,8 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     info = norm.factors.info
+    if info.span > 1:
+        return norm_by_channel(emit, n, info)
     if not (info.eps or (info.rooted and info.requires_grad)):
         return n
     # The root of a sum of squares has no gradient at zero, where a norm has one: ``sqrt(n·n)``. An infinite norm has that of a norm in
@@ -177,6 +180,7 @@ def apply_plan(
                     continue
                 composition = plan.compositions[index]
                 emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
+                emit.channels = matches.lift.is_convolved(composition.match.expr)
                 _refuse_lost_gradient(emit, node, composition.match.expr)
                 made = rules[composition.match.pattern].rewrite(composition.match, emit)
                 made = laid_out_like(emit, node, placed_like(emit, node, made))

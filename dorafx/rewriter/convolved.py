@@ -55,18 +55,40 @@ def convolved(emit: _Emit, chain: Chain) -> fx.Node:
         raise CannotEmit(
             "a factor of the product is one row or column repeated, or the convolution's input is not the first"
         )
-    if isinstance(last, Diag):
-        return _scaled(emit, emit.product(prefix), last.mono)
-    if len(prefix) > 1 or info.kind == "channels":
-        left = emit.product(prefix)
-        return _multiplied(emit, left, last, (1,) * (emit.tensor(left).dim() - 2), ())
     patches = info.patches
-    if patches is None:
+    if info.kind == "unfold" and patches is None:
         raise CannotEmit(
             "the convolution has groups, each of which multiplies other channels: its products are used where the program has them, and none is made"
         )
-    left = _activations(emit, patches.node, head.atom.detached)
-    return _multiplied(emit, left, last, patches.kernel, patches.options)
+    first = chain[1]
+    if patches is not None and (len(chain) == 2 or (len(chain) == 3 and isinstance(first, Diag))):
+        if isinstance(last, Diag):
+            raise CannotEmit("the patches of a convolution are scaled, and multiplied by nothing")
+        left = _activations(emit, patches.node, head.atom.detached)
+        if isinstance(first, Diag):
+            left = _scaled(emit, left, _of_channels(emit.lift, first.mono, math.prod(patches.kernel)))
+        return _multiplied(emit, left, last, patches.kernel, patches.options)
+    left = emit.product(prefix)
+    if isinstance(last, Diag):
+        return _scaled(emit, left, last.mono)
+    return _multiplied(emit, left, last, (1,) * (emit.tensor(left).dim() - 2), ())
+
+
+def _of_channels(lift: Lifter, mono: Mono, positions: int) -> Mono:
+    """A scaling of the columns of filters as one of input channels, which all positions of a kernel share."""
+    found = []
+    for atom, exponent in mono:
+        info = lift.atom_of(atom)
+        if info.kind == "repeated" and info.span == positions and info.poly is not None:
+            (inner,) = info.poly.atoms()
+            found.append((inner._replace(detached=atom.detached), exponent))
+        elif positions == 1 or lift.is_scalar(atom):
+            found.append((atom, exponent))
+        else:
+            raise CannotEmit(
+                "each position of a kernel is scaled by itself, which no scaling of the input's channels does"
+            )
+    return tuple(found)
 
 
 def _activations(emit: _Emit, node: fx.Node, detached: bool) -> fx.Node:

@@ -138,6 +138,9 @@ class TermEmitter(NodeEmitter):
             if tensor_of(value) is None:
                 raise CannotEmit("a number that is a symbol is rounded")
             node = self._wide(self.cast(value, info.dtype))
+        elif info.kind == "repeated":
+            assert info.poly is not None
+            node = self.call(torch.repeat_interleave, self.vector(info.poly), info.span)
         elif info.kind == "node":
             node = self.atom(atom)
             if tensor_of(node) is not None:

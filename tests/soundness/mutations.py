@@ -42,6 +42,18 @@ FAULTS: dict[str, Fault] = {
     "a convolution without its options": Fault(
         "rewriter/convolved.py", "left, filters, None, *options)", "left, filters, None)", (CONVOLUTIONS,)
     ),
+    "columns of other input channels in a channel's norm": Fault(
+        "rewriter/channels.py",
+        'emit.method("reshape", columns, (-1, info.span))',
+        'emit.method("t", emit.method("reshape", columns, (info.span, -1)))',
+        (CONVOLUTIONS,),
+    ),
+    "positions of a kernel that are scaled by themselves": Fault(
+        "rewriter/convolved.py",
+        "elif positions == 1 or lift.is_scalar(atom):",
+        "elif True:",
+        (CONVOLUTIONS,),
+    ),
     "negative axes are the other ones": Fault(
         "lift/transfer/norms.py",
         'return "row" if dim % 2 == 1 else "col"',

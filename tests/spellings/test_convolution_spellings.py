@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from convolution_programs import MERGED, ConvLayer, delta, normalised
+from convolution_programs import BY_CHANNEL, MERGED, ConvLayer, delta, normalised
 from same_results import check_everything, check_same
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -222,3 +222,108 @@ def test_filters_that_are_convolved_with_a_larger_kernel() -> None:
 
     check_same(program, layer, layer.x(), tolerance=1e-11)
     assert [r.status for r in rewrite_log().records] == ["missed"]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("name", sorted(BY_CHANNEL))
+def test_norm_by_input_channel(name: str, kernel: int) -> None:
+    layer = ConvLayer(2, kernel, 12, 8, options={"padding": kernel // 2})
+    check_same(BY_CHANNEL[name], layer, layer.x(), tolerance=1e-11)
+    whole()
+
+
+@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["transposed_and_reshaped", "root_of_squares_of_axes"])
+def test_norm_by_input_channel_as_a_caller_sees_it(name: str, codegen: str) -> None:
+    layer = ConvLayer(2, 3, 6, 4, options={"padding": 1, "stride": 2}, trained_weight=True)
+    check_everything(BY_CHANNEL[name], layer, layer.x(), codegen)
+    # Inductor has a graph with a number in a tensor compiled twice.
+    assert {(r.pattern, r.reason) for r in rewrite_log().records} == {("convolution", "")}
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1, "dilation": 2}, {"padding": "same"}])
+def test_norm_by_input_channel_of_one_and_three_axes(dim: int, options: dict[str, Any]) -> None:
+    layer = ConvLayer(dim, 2, 24, 16, options=options)
+    check_same(BY_CHANNEL["transposed_and_reshaped"], layer, layer.x(size=4), tolerance=1e-11)
+    whole()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("outputs", [1, 6])
+def test_one_channel(channels: int, outputs: int) -> None:
+    for name in sorted(BY_CHANNEL):
+        rewrite_log().clear()
+        layer = ConvLayer(2, 3, outputs, channels)
+        check_same(BY_CHANNEL[name], layer, layer.x(), tolerance=1e-11)
+        assert rewrite_log().records, name
+    for name in sorted(MERGED):
+        layer = ConvLayer(2, 3, outputs, channels)
+        check_same(MERGED[name], layer, layer.x(), tolerance=1e-11)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("zeros", ["channel", "column"])
+@pytest.mark.parametrize("name", ["over_all_other_axes", "root_of_squares_of_axes", "root_of_squares_and_an_epsilon"])
+def test_zeros(name: str, zeros: str, grad: bool) -> None:
+    """A channel that is zero throughout has a norm of zero, with the gradient that the original's has there; one that is zero at one
+    position has no such thing."""
+    layer = ConvLayer(2, 3, trained_weight=True)
+    where = (slice(None), 1) if zeros == "channel" else (slice(None), 1, 0, 2)
+    with torch.no_grad():
+        layer.W[where] = 0
+        layer.A[where] = 0
+
+    def norm(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        v = p.W + delta(p)
+        if name == "over_all_other_axes":
+            return v.norm(p=2, dim=(0, 2, 3)) + x.sum()
+        squares = v.square().sum((0, 2, 3))
+        return (squares + 1e-6 if "epsilon" in name else squares).sqrt() + x.sum()
+
+    check_everything(norm, layer, layer.x(), grad=grad)
+    assert [(r.status, r.pattern) for r in rewrite_log().records] == [("rewritten", "norm_only")]
+    if zeros == "column" or "epsilon" in name:
+        rewrite_log().clear()
+        check_everything(BY_CHANNEL[name], layer, layer.x(), grad=grad)
+        assert all(r.rewritten for r in rewrite_log().records)
+
+
+def test_positions_that_are_scaled_one_by_one() -> None:
+    """That is a norm by column of the flattened filters, and no scaling of the input's channels."""
+    layer = ConvLayer()
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        v = p.W.flatten(1) + p.B_flat @ p.A_flat
+        return p.conv(x, (v / v.norm(dim=0)).view(p.W.shape))
+
+    check_same(program, layer, layer.x(), tolerance=1e-11)
+    (record,) = rewrite_log().records
+    assert (record.status, record.pattern) == ("rewritten", "norm_only")
+    assert "each position of a kernel is scaled by itself" in record.reason
+
+
+def test_activations_with_their_first_axes_swapped() -> None:
+    """Only weights lie as filters do; what a norm is taken of here is no weight."""
+    layer = ConvLayer(1, 1, 6, 4)
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        y = p.conv(x, p.W) + p.conv(p.conv(x, p.A), p.B)
+        return y / y.transpose(0, 1).reshape(6, -1).norm(dim=1).view(1, -1, 1)
+
+    check_same(program, layer, layer.x(), tolerance=1e-12)
+    assert rewrite_log().records == []
+
+
+def test_scaled_input_of_one_layer_and_output_of_another() -> None:
+    """Rows and input channels of one weight are normalised both."""
+    layer = ConvLayer(2, 3, 12, 8)
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        v = p.W + delta(p)
+        rows = v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        channels = v.transpose(0, 1).flatten(1).norm(dim=1).view(1, -1, 1, 1)
+        return p.conv(x, v * (p.m / rows) * (p.m_in / channels))
+
+    check_same(program, layer, layer.x(), tolerance=1e-11)
+    assert all(r.rewritten for r in rewrite_log().records) and len(rewrite_log().records) == 2

@@ -227,3 +227,71 @@ def filters_that_are_convolved(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
 def filters_that_are_convolved_and_permuted(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
     order = (1, 0, *range(2, p.W.dim()))
     return normalised(p, x, p.conv(p.A.permute(order), p.B, plain=True).permute(*order))
+
+
+# -- norms by input channel --------------------------------------------------------------------------------------------
+
+
+BY_CHANNEL: dict[str, Program] = {}
+"""With a norm by input channel."""
+
+
+def by_channel(fn: Program) -> Program:
+    BY_CHANNEL[fn.__name__] = fn
+    return fn
+
+
+@by_channel
+def transposed_and_reshaped(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + delta(p) * p.multiplier * S
+    n = v.transpose(0, 1).reshape(v.shape[1], -1).norm(dim=1, keepdim=True)
+    return p.conv(x, v * (p.m_in / n.reshape(v.shape[1], 1, *p.ones()).transpose(0, 1)), p.bias)
+
+
+@by_channel
+def detached_with_an_epsilon(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + delta(p) * S
+    n = v.detach().transpose(0, 1).reshape(v.shape[1], -1).norm(dim=1, keepdim=True)
+    n = n.reshape(v.shape[1], *(1,) * (v.dim() - 1)).transpose(0, 1) + 1e-7
+    return p.conv(x, p.m_in * (v / n), p.bias)
+
+
+@by_channel
+def over_all_other_axes(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    return p.conv(x, p.m_in * v / v.norm(p=2, dim=(0, *range(2, v.dim())), keepdim=True))
+
+
+@by_channel
+def permuted_and_flattened(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    n = torch.linalg.vector_norm(v.permute(1, 0, *range(2, v.dim())).flatten(1), dim=1)
+    return p.conv(x, v * (p.m_in.flatten() / n).view(1, -1, *p.ones()))
+
+
+@by_channel
+def permuted(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    n = v.permute(1, 0, *range(2, v.dim())).norm(p=2, dim=tuple(range(1, v.dim())), keepdim=True).transpose(0, 1)
+    return p.conv(x, v / n * p.m_in)
+
+
+@by_channel
+def root_of_squares_of_axes(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    n = v.pow(2).sum((0, *range(2, v.dim())), keepdim=True).sqrt()
+    return p.conv(x, v * (p.m_in / n))
+
+
+@by_channel
+def root_of_squares_and_an_epsilon(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    n = (v.transpose(0, 1).contiguous().flatten(1).square().sum(1) + 1e-6).sqrt()
+    return p.conv(x, v * (p.m_in / n.view(1, -1, *p.ones())), p.bias)
+
+
+@by_channel
+def of_a_tucker_delta(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + torch.einsum("i j ..., j r, i p -> p r ...", p.T, p.D, p.B_flat.t())
+    n = v.transpose(0, 1).reshape(v.shape[1], -1).norm(dim=1).view(1, -1, *p.ones())
+    return p.conv(x, v * (p.m_in / n))

@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from dorafx.graphs.operators import arguments, canonical_name, first_argument, permuted_axes
 from dorafx.graphs.tensors import tensor_of
 
-from ..algebra import Expr, Poly
+from ..algebra import Expr, Mat, Poly
 from ..lifter import Lifter
 from ..values import MatrixValue
 
@@ -31,9 +32,19 @@ def swapped(lift: Lifter, node: fx.Node) -> MatrixValue | None:
         return None
     if not isinstance(value, MatrixValue) or value.layout not in ("filter", "channels"):
         return None
-    if not swaps_first_axes(order) or lift.is_convolved(value.expr) or not lift.is_made_of_weights(value.expr):
+    if not swaps_first_axes(order) or lift.is_convolved(value.expr) or not multiplies_weights(lift, value.expr):
         return None
     return replace(value, expr=value.expr.transposed(), layout="channels" if value.layout == "filter" else "filter")
+
+
+def multiplies_weights(lift: Lifter, expr: Expr) -> bool:
+    """Whether all matrices in a term are weights, whatever they are scaled by."""
+    return all(
+        lift.is_made_of_weights(Expr.mat(factor.atom))
+        for (_, chain), _ in expr.items
+        for factor in chain
+        if isinstance(factor, Mat)
+    )
 
 
 def swaps_first_axes(order: list[int]) -> bool:
@@ -47,7 +58,7 @@ def as_activations(lift: Lifter, arg: Any) -> Expr | None:
     if order is None or not swaps_first_axes(order) or arg in lift.written:
         return None
     filters = lift.laid_out(first_argument(arg), "filter")
-    if filters is None or lift.is_convolved(filters) or not lift.is_made_of_weights(filters):
+    if filters is None or lift.is_convolved(filters) or not multiplies_weights(lift, filters):
         return None
     expr = filters.transposed()
     return lift.detached(expr) if arg in lift.unrecorded else expr
@@ -90,6 +101,36 @@ def channels_first(lift: Lifter, arg: Any, after: Any) -> MatrixValue | None:
     return replace(value, expr=value.expr.transposed(), layout="inputs", positions=math.prod(positions))
 
 
+def by_input_channel(
+    lift: Lifter, value: MatrixValue, tensor: torch.Tensor, dim: Any
+) -> tuple[Expr, Literal["row", "col"], int, int] | None:
+    """How a reduction over these axes is one of filters by channel: the filters' matrix, which side of it, of how many columns each entry
+    is, and along which axis the result lies if it keeps all. None where it is by row, as any matrix is reduced."""
+    axes = tuple(dim) if isinstance(dim, (tuple, list)) else (dim,)
+    if not all(isinstance(axis, int) for axis in axes):
+        return None
+    count = tensor.dim()
+    kept = set(range(count)) - {axis % count for axis in axes}
+    if len(kept) != 1 or len(axes) != count - 1:
+        return None
+    (axis,) = kept
+    expr = value.expr
+    if value.layout == "inputs":
+        return (expr, "col", value.positions, -2) if axis == 0 else None
+    positions = tensor.shape[2:]
+    if count < 3 or axis > 1 or not all(isinstance(size, int) for size in positions):
+        return None
+    if value.layout == "last":
+        filters = lift.as_filters(expr, tensor) if axis == 1 else None
+        return (filters, "col", math.prod(positions), 1 - count) if filters is not None else None
+    if value.layout == "channels":
+        if lift.is_convolved(expr):
+            return None
+        expr, axis = expr.transposed(), 1 - axis
+        return (expr, "col", math.prod(positions), -count) if axis == 1 else (expr, "row", 1, 1 - count)
+    return (expr, "col", math.prod(positions), 1 - count) if axis == 1 else None
+
+
 def filters_by_letters(
     lift: Lifter, subscripts: Sequence[str], result: str, operands: Sequence[Any]
 ) -> MatrixValue | None:
@@ -112,7 +153,7 @@ def filters_by_letters(
             return None
         edges.append(edge)
     product = _along(rows, edges, diagonals)
-    if product is None or not lift.is_made_of_weights(product):
+    if product is None or not multiplies_weights(lift, product):
         return None
     return MatrixValue(product, layout="filter")
 

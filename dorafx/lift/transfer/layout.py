@@ -11,10 +11,10 @@ from torch import fx
 from dorafx.graphs.operators import drops_nothing, first_argument, permuted_axes
 from dorafx.graphs.tensors import tensor_of
 
-from ..algebra import Expr
+from ..algebra import Expr, Mat
 from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
-from .filters import channels_first, swapped, swapped_axes
+from .filters import channels_first, multiplies_weights, swapped, swapped_axes
 
 
 @transfer("view")
@@ -52,17 +52,23 @@ def _filter_view(
     """A convolution's weight ``[rows, ...]`` as a matrix ``[rows, cols]``, and back."""
     if not before.dim() or not after.dim() or str(before.shape[0]) != str(after.shape[0]):
         return None
-    if vector_axis(before.shape) is not None:
+    if vector_axis(before.shape) is not None and not _is_product(value):
         return None
     if before.dim() >= 3 and after.dim() == 2:
         if isinstance(value, MatrixValue) and value.layout == "filter" and value.squared:
-            return replace(value, layout="last") if lift.is_made_of_weights(value.expr) else None
+            return replace(value, layout="last") if multiplies_weights(lift, value.expr) else None
         expr = lift.laid_out(arg, "filter")
         return MatrixValue(expr) if expr is not None else None
     if before.dim() != 2 or after.dim() < 3 or not isinstance(value, MatrixValue) or value.squared:
         return None
     # Activations that are cut into heads have this shape too.
-    return MatrixValue(value.expr, layout="filter") if lift.is_made_of_weights(value.expr) else None
+    return MatrixValue(value.expr, layout="filter") if multiplies_weights(lift, value.expr) else None
+
+
+def _is_product(value: Value | None) -> bool:
+    """Whether a value is a product of matrices: of one filter it is a matrix of one row, and no vector."""
+    chains = [chain for (_, chain), _ in value.expr.items] if isinstance(value, MatrixValue) else []
+    return any(sum(isinstance(factor, Mat) for factor in chain) > 1 for chain in chains)
 
 
 @transfer("expand")
