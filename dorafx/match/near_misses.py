@@ -16,6 +16,8 @@ from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
 from dorafx.lift.values import VectorValue
 from dorafx.log.kinds import ReasonKind
 
+from .ancestors import holds_product, is_behind
+
 __all__ = [
     "Reason",
     "ReasonKind",
@@ -66,7 +68,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             rounding = lift.roundings.get(node)
-            if rounding is not None and _holds_product(lift.values.get(node)):
+            if rounding is not None and holds_product(lift.values.get(node)):
                 dtype = str(rounding).removeprefix("torch.")
                 return Reason(
                     f"the low-rank product made at {_at(node)} is rounded to {dtype} and then read with more digits; a rewrite "
@@ -74,7 +76,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                     node,
                     kind=ReasonKind.ROUNDED_PRODUCT,
                 )
-            if _reaches_product(lift, node, _DEPTH):
+            if is_behind(lift, node, added=len(chains) > 1):
                 if node in lift.written:
                     return Reason(
                         f"the sum made at {_at(node)} is written in place before the norm is taken",
@@ -171,23 +173,6 @@ def _leaves(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
-    if depth == 0:
-        return False
-    for arg in node.all_input_nodes:
-        if _holds_product(lift.matrix(arg)):
-            return True
-        if _reaches_product(lift, arg, depth - 1):
-            return True
-    return False
-
-
-def _holds_product(value: Value | None) -> bool:
-    return isinstance(value, MatrixValue) and any(
-        sum(isinstance(f, Mat) for f in chain) >= 2 for (_, chain), _ in value.expr.items
-    )
-
-
 def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | None:
     """The operator in which a norm gets lost on its way to the output; None where nobody reads it."""
     stack = list(info.sites)
@@ -266,7 +251,25 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
         what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
-    return None
+    return _norm_of_unknown(lift, node) if name in _NORMS else None
+
+
+def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
+    """A norm along axes that are no matrix's, of a value that an operator makes of the adapted weight."""
+    made, out, value = lift.values.get(node), tensor_of(node), lift.values.get(node.all_input_nodes[0])
+    if made is None or out is None or not out.dim() or not _is_unknown(lift, made, node):
+        return None
+    atoms = list(value.expr.atoms()) if isinstance(value, MatrixValue) else []
+    hidden = lift.atom_of(atoms[0]).node if len(atoms) == 1 else None
+    if hidden is None or hidden.op not in ("call_function", "call_method"):
+        return None
+    if not is_behind(lift, hidden, added=False, near=0):
+        return None
+    return Reason(
+        f"operator {operator_name(hidden)} at {_at(hidden)} stands between the low-rank product and the norm at {_at(node)}",
+        hidden,
+        kind=ReasonKind.HIDDEN_DELTA,
+    )
 
 
 def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:

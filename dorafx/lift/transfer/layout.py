@@ -54,6 +54,8 @@ def _filter_view(
         return None
     if vector_axis(before.shape) is not None and not _is_product(value):
         return None
+    if before.dim() >= 3 and after.dim() >= 3 and isinstance(value, MatrixValue) and value.layout == "filter":
+        return value
     if before.dim() >= 3 and after.dim() == 2:
         if isinstance(value, MatrixValue) and value.layout == "filter" and value.squared:
             return replace(value, layout="last") if multiplies_weights(lift, value.expr) else None
