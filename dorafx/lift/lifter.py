@@ -271,15 +271,8 @@ class Lifter:
             expr = value.expr
             if len(expr.items) == 1 or all(self._is_weight_like(a, accepts) for a in expr.atoms()):
                 return expr
-        if (
-            layout == "filter"
-            and isinstance(value, MatrixValue)
-            and value.layout == "last"
-            and len(value.expr.items) > 1
-        ):
-            filters = None if value.squared else self.as_filters(value.expr, tensor)
-            if filters is not None and self.is_made_of_weights(filters):
-                return filters
+        if layout == "filter" and (filters := self._weights_as_filters(arg, value, tensor)) is not None:
+            return filters
         node: fx.Node = arg
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
         key: Any = (layout, self._attribute_of(node) or node) if node not in self.written else None
@@ -293,6 +286,16 @@ class Lifter:
             if whole is not None and same:
                 key, at = ("rounded", whole, dtype), replace(at, dtype=dtype, rounds=whole)
         return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
+
+    def _weights_as_filters(self, node: fx.Node, value: Value | None, tensor: torch.Tensor) -> Expr | None:
+        """A sum of weights of a tensor's shape, or another node's value that is handed on (a cast that does nothing, ``.data``)."""
+        if not isinstance(value, MatrixValue) or value.squared or value.layout != "last":
+            return None
+        nodes = [self.atom_of(atom).node for atom in value.expr.atoms()]
+        if node in nodes or node in self.written or self._is_new_leaf(node):
+            return None
+        filters = self.as_filters(value.expr, tensor)
+        return filters if filters is not None and self.is_made_of_weights(filters) else None
 
     def is_convolved(self, expr: Expr) -> bool:
         """Whether all products in a term, if any, have a convolution's input for their first factor; biases do not count."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Diag, Lifter, Mat, MatrixValue, Poly
@@ -128,9 +129,11 @@ def _filters(emit: _Emit, factor: Mat, channels: Any, kernel: tuple[int, ...]) -
     """A factor ``[channels · kernel, n]`` as filters ``[n, channels, *kernel]``; as they are where the program has them so."""
     info = emit.lift.atom_of(factor.atom)
     node, own = info.node, tensor_of(info.node)
-    if node is not None and own is not None and info.kind == "filter" and factor.transposed and not is_torchao(own):
+    if node is not None and own is not None and _is_input(node) and not is_torchao(own):
+        # By the strides of filters a convolution chooses those of its result. Of what an operator made, tracers do not always know the
+        # strides of axes of one element; reshaped from a matrix they are those that everybody expects.
         is_alike = sizes_of(own.shape[1:]) == sizes_of((channels, *kernel))
-        if is_alike:
+        if is_alike and info.kind == "filter" and factor.transposed:
             return emit.precise(emit.operand(node, factor.atom.detached))
     matrix = emit.precise(emit.matrix(factor.atom))
     matrix = matrix if factor.transposed else emit.method("t", matrix)
@@ -141,3 +144,10 @@ def _filters(emit: _Emit, factor: Mat, channels: Any, kernel: tuple[int, ...]) -
             ReasonKind.SYMBOLIC_SHAPE,
         )
     return emit.method("reshape", matrix, (-1, channels, *kernel))
+
+
+def _is_input(node: fx.Node) -> bool:
+    """Whether a node is an input of the graph, or one that was cast or detached."""
+    while canonical_name(node) in ("cast", "detach", "data") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr")

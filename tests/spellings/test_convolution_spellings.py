@@ -327,3 +327,23 @@ def test_scaled_input_of_one_layer_and_output_of_another() -> None:
 
     check_same(program, layer, layer.x(), tolerance=1e-11)
     assert all(r.rewritten for r in rewrite_log().records) and len(rewrite_log().records) == 2
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_strides_that_a_tracer_does_not_know(kernel: int) -> None:
+    """The result lies in memory as the original's, whatever strides ``einsum`` gives to axes of one element."""
+    layer = ConvLayer(2, kernel, 32, 24)
+    check_everything(BY_CHANNEL["of_a_tucker_delta"], layer, layer.x())
+    whole()
+
+
+def test_the_weights_data() -> None:
+    """``.data`` is the weight without its gradient."""
+    layer = ConvLayer(trained_weight=True)
+
+    def program(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+        v = p.W.data + delta(p)
+        return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1))) + p.conv(x, p.W)
+
+    check_everything(program, layer, layer.x())
+    assert all(r.rewritten for r in rewrite_log().records)

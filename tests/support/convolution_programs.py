@@ -295,3 +295,13 @@ def of_a_tucker_delta(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
     v = p.W + torch.einsum("i j ..., j r, i p -> p r ...", p.T, p.D, p.B_flat.t())
     n = v.transpose(0, 1).reshape(v.shape[1], -1).norm(dim=1).view(1, -1, *p.ones())
     return p.conv(x, v * (p.m_in / n))
+
+
+@by_channel
+def added_as_a_difference(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    """The weight is read once more by way of a cast that does nothing."""
+    w = p.W.to(p.A.dtype)
+    v = w + S * delta(p)
+    n = v.transpose(0, 1).reshape(w.shape[1], -1).norm(dim=1, keepdim=True)
+    v = v * (p.m_in / n.reshape(w.shape[1], *(1,) * (w.dim() - 1)).transpose(0, 1))
+    return p.conv(x, p.W + (v - w), p.bias)
