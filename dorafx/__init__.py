@@ -21,8 +21,9 @@ The examples of the functions below use this layer, one spelling of DoRA among m
 >>> layer, x = DoraLinear(64, 96, rank=4), torch.randn(8, 64)
 """
 
-from dorafx.api import Explanation, VerifyReport, explain, invalidate, optimize, restore, rewrite, verify
+from dorafx.api import VerifyReport, explain, invalidate, optimize, restore, rewrite, verify
 from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
+from dorafx.explanation import Explanation
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
 

@@ -1,7 +1,7 @@
 """The public functions: optimize, restore, explain, verify, rewrite, invalidate.
 
-The backend is imported by the functions that need it: its import puts the polyfills in place, and ``import dorafx`` alone
-must change nothing about how anything else is compiled.
+The backend is imported inside the functions that need it: its import installs the polyfills, and ``import dorafx`` alone
+must not change how anything else is compiled.
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_
 if TYPE_CHECKING:
     from dorafx.validation import Check
 
-__all__ = ["Explanation", "VerifyReport", "explain", "invalidate", "optimize", "restore", "rewrite", "verify"]
-
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
-    """What :func:`restore` puts back. A copy of a model (``deepcopy``, ``pickle``) has no compiled calls, so there is
-    nothing to put back in it either, and a plain list is loaded where dorafx is not installed."""
+    """What :func:`restore` puts back. Copied and pickled as an empty plain list: a copy of a model has no compiled calls to undo, and a
+    pickle must load where dorafx is not installed."""
 
     def __reduce__(self) -> Any:
         return list, ()
@@ -65,10 +63,10 @@ def optimize(
 ) -> M:
     """Compile a model's DoRA layers in place.
 
-    Nothing of the model changes but how it is called: the same object, class, parameters, ``state_dict`` keys, hooks and
-    training mode, so ``Trainer``, ``generate`` and ``save_pretrained`` keep working. A hook that is registered later runs too:
-    what holds the module is compiled again. :func:`restore` undoes it. With a static cache on a GPU ``generate`` compiles its
-    decoding step itself, and with Inductor unless ``compile_config=CompileConfig(backend="dorafx")`` says otherwise.
+    Only the way the model is called changes; object, class, parameters, ``state_dict`` keys, hooks and training mode stay the same, so
+    ``Trainer``, ``generate`` and ``save_pretrained`` keep working. Hooks that are registered later run too, as the module's code is
+    recompiled. :func:`restore` undoes it. With a static cache on a GPU ``generate`` compiles its decoding step itself, with Inductor
+    unless ``compile_config=CompileConfig(backend="dorafx")`` is passed.
 
     Args:
         model: any ``nn.Module``.
@@ -80,13 +78,13 @@ def optimize(
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
         compose: ``"auto"``, ``"accumulated"``, ``"epilogue"``, ``"triton"`` or ``"triton_linear"``: where the low-rank product is
-            added to the base product, inside its GEMM, after it in fp32, or in a Triton kernel.
+            added to the base product: inside its GEMM, after it in fp32, or in a Triton kernel.
         norm_reuse: ``"auto"`` reuses a norm in forwards of few tokens (decoding) that record no gradients, as long as
-            nothing it was computed from changed; ``"never"`` computes it at every forward; ``"step"`` also reuses it in
-            training until the optimizer steps (gradient accumulation).
-        verify: run every region that is rewritten, and the whole graph, and their replacements on random data, forward and
-            backward, when a graph is compiled, and leave alone what differs (see :func:`verify`).
-        strict: raise where a candidate is not rewritten or dorafx fails, instead of falling back.
+            the tensors that it was computed from do not change; ``"never"`` computes it at every forward; ``"step"`` also
+            reuses it in training until the optimizer steps (gradient accumulation).
+        verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on random data,
+            forward and backward, and leave alone what differs (see :func:`verify`).
+        strict: raise if a candidate is not rewritten or dorafx fails, instead of falling back.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
 
@@ -135,7 +133,7 @@ def restore(model: M) -> M:
     """Undo :func:`optimize`: every module is called as it was before. A model that is not optimized is left alone.
 
     Args:
-        model: what was given to ``optimize``.
+        model: the model that was passed to ``optimize``.
 
     Returns:
         The same ``model``.
@@ -149,16 +147,16 @@ def restore(model: M) -> M:
 
 
 def invalidate(model: torch.nn.Module) -> int:
-    """Forget every kept norm of a model's parameters and buffers; the next forward computes them again.
+    """Remove all kept norms of a model's parameters and buffers from the store; the next forward computes them again.
 
-    Never needed after anything that goes through PyTorch: see :mod:`dorafx.runtime.store` for what is watched. For writes
-    that it cannot see (a kernel of your own that writes through a raw pointer).
+    Not needed after changes through PyTorch, which are noticed (see :mod:`dorafx.runtime.store`), only after other writes, such as those
+    of a custom kernel through a raw pointer.
 
     Args:
         model: any ``nn.Module``.
 
     Returns:
-        How many norms were forgotten.
+        The number of norms that were removed.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -175,12 +173,12 @@ def invalidate(model: torch.nn.Module) -> int:
 
 @dataclass
 class VerifyReport:
-    """What the validation of every rewrite of a model found. ``str()`` is a table; true if all of them passed.
+    """The results of validating every rewrite of a model. ``str()`` is a table; true if all checks passed.
 
     Attributes:
         checks: one for each rewritten region, one for each whole graph and one for its norm prologue: ``site``, ``pattern``,
             ``error`` (largest difference of outputs and gradients in fp64, relative to the largest value) and ``reason``
-            (what differs; empty where it passed).
+            (what differs; empty if it passed).
         log: the records.
     """
 
@@ -206,20 +204,16 @@ class VerifyReport:
             for c in self.checks
         ]
         worst = max((c.error for c in self.checks), default=0.0)
-        return "\n".join(
-            [
-                *lines,
-                f"{len(self.checks)} checks, {len(self.failures)} failed, largest difference {worst:.1e}",
-            ]
-        )
+        lines.append(f"{len(self.checks)} checks, {len(self.failures)} failed, largest difference {worst:.1e}")
+        return "\n".join(lines)
 
 
 def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport:
     """Translation validation: trace one call of ``model`` and compare every region that dorafx would rewrite, and every whole
     graph, with its replacement. Compiles nothing; like :func:`explain` otherwise.
 
-    A region is compared on random data in fp64, outputs and gradients. A graph is compared in all that a caller can see (values,
-    gradients, None apart from zeros, strides, dtypes, shared memory, writes to inputs, random numbers), on several draws
+    Outputs and gradients of a region are compared on random data in fp64. A graph is compared in everything that a caller can observe
+    (values, gradients, which of them are None, strides, dtypes, shared memory, writes to inputs, random numbers), on several draws
     with zeros, ties, infinities and NaN among them, in fp64 and in its own dtypes; and by repeated calls with parameters
     and outputs written between them.
 
@@ -254,26 +248,26 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
 
 
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """A dry run: trace one call of ``model``, rewrite every graph, compile nothing, and say what happened.
+    """A dry run: trace one call of ``model``, rewrite every graph without compiling it, and report the result.
 
-    The call runs once, eagerly, on the original graphs; random number generators are put back afterwards, the process's
-    rewrite log and an earlier ``optimize`` are not touched.
+    The call runs once, eagerly, on the original graphs; random number generators are restored afterwards; the process's
+    rewrite log and an earlier ``optimize`` are not changed.
 
     Args:
         model: a module or function.
         args, kwargs: what to call it with.
 
     Returns:
-        What was found; ``print()`` it, or its ``print()`` method for colours in a terminal, and ``print(terms=True)`` for what each
-        site computes, as a formula.
+        The explanation; ``print()`` it, or call its ``print()`` method for colours in a terminal, and ``print(terms=True)`` for what
+        each site computes, as a formula.
 
     Raises:
         TypeError: ``model`` cannot be called.
 
-    >>> found = dorafx.explain(layer, x)
-    >>> found.graph_count, found.graph_break_count, [r.pattern for r in found.rewrites], found.misses
+    >>> explanation = dorafx.explain(layer, x)
+    >>> explanation.graph_count, explanation.graph_break_count, [r.pattern for r in explanation.rewrites], explanation.misses
     (1, 0, ['linear'], [])
-    >>> print(found)
+    >>> print(explanation)
     1 graph, 0 graph breaks
     module      x  pattern  shape    rank  dtype    dense avoided  norm FLOPs   after  norm   codegen
     (function)  1  linear   96 x 64     4  float32         48 KiB      49.2 k  49.2 k  tiled  inductor
@@ -308,17 +302,18 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     Args:
         program: an ``fx.GraphModule`` (from Dynamo, ``make_fx``, ``torch.export`` or ``fx.symbolic_trace``), or a
             ``torch.export.ExportedProgram``. It is not changed.
-        example_inputs: inputs of the graph, for one whose nodes carry no shapes, as those of ``fx.symbolic_trace`` do.
-        portable: use no operator of dorafx's, so that the result runs where dorafx is not installed: norms are written out
-            over blocks of a tenth of the rows (a twentieth in half precision). Meant for inference: where gradients flow through
-            a norm, autograd then keeps every block.
+        example_inputs: inputs of the graph, needed if its nodes carry no shapes, as after ``fx.symbolic_trace``.
+        portable: use no operator of dorafx's, so that the result runs where dorafx is not installed: norms are computed by aten
+            operators over blocks of a tenth of the rows (a twentieth in half precision). Meant for inference: if gradients flow
+            through a norm, autograd saves every block.
 
     Returns:
-        A new program of the same type; ``program`` itself where it holds no DoRA, its shapes are unknown, or dorafx fails. The log says which.
+        A new program of the same type; ``program`` itself if it contains no DoRA, its shapes are unknown, or dorafx fails. The log says
+        which.
 
     Raises:
-        TypeError: anything else.
-        ValueError: the graph carries no shapes, and there are no example inputs to find them with.
+        TypeError: ``program`` is of another type.
+        ValueError: the graph carries no shapes, and there are no example inputs to compute them with.
         DorafxError: ``portable``, and the program holds an operator of dorafx's that could not be written out.
 
     >>> program = torch.export.export(layer, (x,))
@@ -359,7 +354,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     except Exception as error:
         log_failure(error, Options(), rewrite_log())
     else:
-        # Only now: a failure on the way may not leave a claim of rewrites behind.
+        # Only now: if something failed, the log must not claim rewrites.
         rewrite_log().extend(log.records, log.drawings, log.seconds)
     left = own_operators(result.graph_module if exported else result) if portable else []
     if left:
@@ -369,7 +364,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
 
 
 def _parameters_of(program: torch.export.ExportedProgram) -> Callable[[fx.Node], bool]:
-    """Tells which inputs of an exported graph are parameters, buffers or constants: the signature knows, the nodes do not."""
+    """A predicate: whether an input of an exported graph is a parameter, buffer or constant, which only the signature shows."""
     signature = program.graph_signature
     names = {
         *signature.inputs_to_parameters,

@@ -1,4 +1,4 @@
-"""Dynamo's door: what ``torch.compile(backend="dorafx")`` calls. The only module whose import changes something in the process."""
+"""The Dynamo backend: what ``torch.compile(backend="dorafx")`` calls. The only module whose import has side effects."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from torch import fx
 
 from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
-from dorafx._compat.dynamo import through_dynamo, trace_artifact
+from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
 from dorafx._compat.hooks import guard_on_hooks
 from dorafx.graphs.grad_mode import switches_gradients_on
+from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
-from dorafx.pipeline import Program, refuse, rewrite_graph
+from dorafx.pipeline import Program, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import own_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
-
-__all__ = ["dorafx"]
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _graph_ids = itertools.count(1)
@@ -33,8 +32,8 @@ _ZERO3 = Reason(
     kind=ReasonKind.ZERO3,
 )
 
-# Polyfills must be in place before Dynamo traces, and torch.compile looks the backend up before it traces: the import of
-# this module (by the entry point) is the only moment that comes early enough.
+# Polyfills must be installed before Dynamo traces. torch.compile imports this module (by the entry point) when it looks the
+# backend up, which is before tracing; no later moment is early enough.
 capture.install()
 
 
@@ -63,41 +62,79 @@ def dorafx(
         RewriteMissError: ``dorafx.strict`` and a candidate was not rewritten.
     """
     try:
-        ours, inductor = Options.split(options)
-        codegen.check_name(ours.codegen)
+        parsed, inductor = Options.split(options)
+        codegen.check_name(parsed.codegen)
     except ValueError as error:
         raise through_dynamo(error) from None
     capture.install()
     guard_on_hooks()
     announce_untested_versions()
-    graph_id = next(_graph_ids)
-    if any(map(zero3_parameter, example_inputs)):
-        program = refuse(gm, _ZERO3, ours, graph_id, members[0])
-    else:
-        program = rewrite_graph(gm, ours, graph_id, members, prologue=True)
+    program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, members)
+    records = switches_gradients_on(program.graph)
+    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
+
+
+def _compiled(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor: dict[str, Any],
+    mode: str | None,
+    members: tuple[str, ...],
+) -> tuple[Program, Callable[..., Any]]:
+    """The rewritten program and what the codegen makes of it; the original, and a miss, where the codegen fails on the rewritten one.
+    What is logged is what runs."""
+    log = RewriteLog()
+    try:
+        graph_id = next(_graph_ids)
+        if any(map(zero3_parameter, example_inputs)):
+            program = refuse(gm, _ZERO3, options, graph_id, members[0], log)
+        else:
+            program = rewrite_graph(gm, options, graph_id, members, prologue=True, log=log)
+        _trace(gm, program)
+
+        def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            return codegen.compile_graph(graph, inputs, options, inductor, mode)
+
+        try:
+            compiled = _code(gm, program, example_inputs, options, compile_piece)
+        except Exception as error:
+            if restarts_tracing(error):
+                log.clear()  # the graph comes again
+                raise
+            if program.graph is gm or options.strict:
+                raise
+            original = without_rewrites(program, gm, error)
+            compiled = _code(gm, original, example_inputs, options, compile_piece)
+            program, log = original, original.log
+    finally:
+        rewrite_log().extend(log.records, log.drawings, log.seconds)
+    trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
+    return program, compiled
+
+
+def _code(
+    gm: fx.GraphModule,
+    program: Program,
+    example_inputs: Sequence[Any],
+    options: Options,
+    compile_piece: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> Callable[..., Any]:
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
-    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, ours.codegen):
+    if program.graph is not gm and codegen.runs_as_it_stands(program.graph, options.codegen):
         if not torch.is_grad_enabled():
             reuse_buffers(program.graph)
         own_results(gm, program.graph)
-    _trace(gm, program)
     inputs = [*example_inputs, *program.norm_values]
-
-    def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return codegen.compile_graph(graph, inputs, ours, inductor, mode)
-
     split = bucket_splitter()
-    compiled = compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
-    records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, ours.norm_reuse, program.few_tokens, records=records)
+    return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:
-    """Show what became of a graph to those who watch: ``TORCH_LOGS="+dorafx"``, and tlparse by way of ``TORCH_TRACE``."""
+    """Show the graph before and after to ``TORCH_LOGS="+dorafx"`` and, by way of ``TORCH_TRACE``, to tlparse."""
     if _logger.isEnabledFor(logging.DEBUG) and program.graph is not gm:
         _logger.debug("graph before\n%s", gm.print_readable(print_output=False))
         _logger.debug("graph after\n%s", program.graph.print_readable(print_output=False))
-    trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
     if program.graph is not gm:
         trace_artifact("dorafx_rewritten_graph", "string", lambda: program.graph.print_readable(print_output=False))
 

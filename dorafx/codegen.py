@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from dorafx._compat.dynamo import lookup_backend
@@ -13,8 +14,6 @@ from dorafx._compat.inductor import compile_with_inductor, has_cpp_compiler
 from dorafx.errors import DorafxWarning
 from dorafx.ops.register import DECOMPOSITIONS
 from dorafx.options import Options
-
-__all__ = ["check_name", "compile_graph", "runs_as_it_stands"]
 
 _warned_no_compiler = False
 
@@ -54,8 +53,8 @@ def compile_graph(
     if runs_as_it_stands(gm, name):
         return gm.forward
     if name == "eager":
-        # Run as it stands, a checkpointed body would draw another dropout mask when it is computed again: Dynamo leaves
-        # it to AOTAutograd to make both draw the same.
+        # Run without compilation, a checkpointed body would draw another dropout mask when it is recomputed: that both draw
+        # the same one is AOTAutograd's task.
         name = "aot_eager"
     if name == "inductor":
         compiled: Callable[..., Any] = compile_with_inductor(gm, example_inputs, mode, inductor_options, DECOMPOSITIONS)
@@ -65,17 +64,12 @@ def compile_graph(
 
 
 def runs_as_it_stands(gm: fx.GraphModule, name: str) -> bool:
-    """Whether a codegen of this name compiles nothing: the graph's own operators are called one by one."""
-    return name == "eager" and not _has_bodies(gm)
-
-
-def _has_bodies(gm: fx.GraphModule) -> bool:
-    """Whether the graph holds higher-order operators with graphs of their own."""
-    return any(isinstance(child, fx.GraphModule) for child in gm.children())
+    """Whether a codegen of this name compiles nothing, and the graph's operators are called one by one."""
+    has_bodies = any(isinstance(child, fx.GraphModule) for child in gm.children())  # of higher-order operators
+    return name == "eager" and not has_bodies
 
 
 def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:
-    """Whether every tensor lives on an accelerator, where Inductor generates Triton."""
-    devices = {getattr(value, "device", None) for value in example_inputs}
-    devices.discard(None)
-    return bool(devices) and all(device.type != "cpu" for device in devices if device is not None)
+    """Whether all inputs are on accelerators, for which Inductor generates Triton kernels."""
+    kinds = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
+    return bool(kinds) and "cpu" not in kinds

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["DorafxError", "DorafxWarning", "RewriteMissError"]
-
 
 class DorafxError(RuntimeError):
-    """dorafx was asked for something that it cannot do."""
+    """dorafx cannot do what was requested."""
 
 
 class DorafxWarning(UserWarning):
-    """dorafx fell back to something slower but right."""
+    """dorafx fell back to something slower but correct."""
 
 
 class RewriteMissError(DorafxError):

@@ -1,4 +1,4 @@
-"""What :func:`dorafx.explain` finds."""
+"""The result of :func:`dorafx.explain`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from dorafx.log import Record, RewriteLog, folded_site
 from dorafx.log.table import as_text, finding, printable, show
 from dorafx.recording import SiteTerms
 
-__all__ = ["Explanation", "GraphBreak", "graph_breaks_of"]
-
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _NODE_NUMBER = re.compile(r"(?<=[a-z])_\d+")
 _NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write Dynamo tracing rules")
@@ -26,11 +24,11 @@ _NO_HINTS = ("Please report an issue to PyTorch", "It may be possible to write D
 
 @dataclass(frozen=True)
 class GraphBreak:
-    """Where Dynamo could not go on, and why.
+    """A place where Dynamo broke the graph, and why.
 
     Attributes:
-        reason: what it met.
-        explanation: the same at more length, in Dynamo's words.
+        reason: Dynamo's headline.
+        explanation: Dynamo's longer explanation.
         hints: what Dynamo proposes.
         source: ``file:line`` of the innermost frame outside of torch.
         function: the function there.
@@ -46,10 +44,6 @@ class GraphBreak:
     code: str = ""
     called_from: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
-
     def __rich__(self) -> Text:
         what = f"in {self.function}: {self.reason}" if self.function else self.reason
         if self.code:
@@ -62,28 +56,28 @@ class GraphBreak:
 
 def graph_breaks_of(causes: Iterable[tuple[str, list[Any]]]) -> list[GraphBreak]:
     """The distinct breaks among Dynamo's causes: (reason, user's stack of ``FrameSummary``, innermost last)."""
-    found: dict[tuple[str, str], GraphBreak] = {}
+    breaks: dict[tuple[str, str], GraphBreak] = {}
     for reason, stack in causes:
-        made = _graph_break(reason, stack)
-        found.setdefault((made.reason, made.source), made)
-    return list(found.values())
+        graph_break = _graph_break(reason, stack)
+        breaks.setdefault((graph_break.reason, graph_break.source), graph_break)
+    return list(breaks.values())
 
 
 def _graph_break(reason: str, stack: list[Any]) -> GraphBreak:
     # Dynamo's text: a headline, "  Explanation: …", "  Hint: …", then notes for its developers.
-    own = reason.split("*** While handling", 1)[0]
-    headline = next((line.strip() for line in own.splitlines() if line.strip()), "unknown")
-    explained = re.search(r"^\s*Explanation: (.+)$", own, re.MULTILINE)
-    hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", own, re.MULTILINE)]
+    for_users = reason.split("*** While handling", 1)[0]
+    headline = next((line.strip() for line in for_users.splitlines() if line.strip()), "unknown")
+    explanation = re.search(r"^\s*Explanation: (.+)$", for_users, re.MULTILINE)
+    hints = [hint.strip() for hint in re.findall(r"^\s*Hint: (.+)$", for_users, re.MULTILINE)]
     outside = [frame for frame in stack if not frame.filename.startswith(_TORCH)]
-    at = outside[-1] if outside else None
+    innermost = outside[-1] if outside else None
     return GraphBreak(
         headline,
-        explained[1].strip() if explained else "",
+        explanation[1].strip() if explanation else "",
         tuple(hint for hint in hints if not hint.startswith(_NO_HINTS)),
-        f"{at.filename}:{at.lineno}" if at else "",
-        at.name if at else "",
-        (at.line or "").strip() if at else "",
+        f"{innermost.filename}:{innermost.lineno}" if innermost else "",
+        innermost.name if innermost else "",
+        (innermost.line or "").strip() if innermost else "",
         tuple(f"{frame.filename}:{frame.lineno}" for frame in outside[:-1]),
     )
 
@@ -93,18 +87,18 @@ class Explanation:
     """What dorafx would do with a model, found by tracing one call of it. ``str()`` is a table.
 
     Attributes:
-        graph_count: graphs that Dynamo made of the call.
+        graph_count: number of graphs that Dynamo captured.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
-        terms: what each site computes, as a formula, beside the form that a near miss comes closest to; :mod:`dorafx.lift.show` has
-            the notation.
+        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; :mod:`dorafx.lift.show`
+            explains the notation.
 
     >>> def noisy(x):
     ...     print("once a forward")
     ...     return layer(x)
-    >>> found = dorafx.explain(noisy, x)
+    >>> explanation = dorafx.explain(noisy, x)
     once a forward
-    >>> found.graph_break_count, found.breaks[0].code, found.breaks[0].hints[0][:28]
+    >>> explanation.graph_break_count, explanation.breaks[0].code, explanation.breaks[0].hints[0][:28]
     (1, 'print("once a forward")', 'Avoid calling builtin `print')
     """
 
@@ -115,7 +109,7 @@ class Explanation:
 
     @property
     def graph_break_count(self) -> int:
-        """How often the program leaves compiled code for Python between graphs, or around the only one."""
+        """How often the program leaves compiled code for Python, between graphs or around a single one."""
         return max(self.graph_count - 1, 1 if self.breaks else 0)
 
     @property
@@ -148,7 +142,7 @@ class Explanation:
         return {
             "graphs": self.graph_count,
             "graph_breaks": self.graph_break_count,
-            "breaks": [b.to_dict() for b in self.breaks],
+            "breaks": [asdict(b) for b in self.breaks],
         }
 
     def __rich__(self) -> RenderableType:
@@ -170,7 +164,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _shown(terms: Iterable[SiteTerms]) -> Group:
-    """Terms for a terminal: repeated layers folded, and of a near miss what was found above the form that it comes closest to."""
+    """Terms for a terminal: repeated layers folded; a near miss is shown above the form that it is closest to."""
     folds: dict[tuple[object, ...], set[str]] = {}
     firsts: dict[tuple[object, ...], SiteTerms] = {}
     for t in terms:
@@ -184,13 +178,13 @@ def _shown(terms: Iterable[SiteTerms]) -> Group:
         text.append(f"{printable(str(key[0]) or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
         text.append(f"  {printable(t.reason or t.pattern)}")
         form = t.closest
-        for letter, found, stated in (
+        for letter, actual, expected in (
             ("y", t.output, form.output if form else ""),
             ("n", t.norm, form.norm if form else ""),
         ):
-            lines = [("found" if form else "", found)] if found else []
+            lines = [("found" if form else "", actual)] if actual else []
             if form is not None and lines:
-                lines.append((form.name, stated))
+                lines.append((form.name, expected))
             width = max((len(head) for head, _ in lines), default=0)
             for head, line in lines:
                 equation = line if line.startswith("n₁ = ") else f"{letter} = {line}"

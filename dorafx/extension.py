@@ -1,11 +1,11 @@
-"""Canonical forms of one's own: what :func:`dorafx.pattern` takes, with types.
+"""Types for writing canonical forms of your own, which :func:`dorafx.pattern` registers.
 
-A form sees every node of which the term is scaled by the reciprocal of a DoRA norm. A term is what the node computes, whatever it was
-written with: a sum of products of matrices, each product scaled by vectors. ``check`` says whether the term is the form's, ``rewrite``
+A form is asked about every node whose term is scaled by the reciprocal of a DoRA norm. A term is what the node computes, however it is
+written: a sum of products of matrices, each product scaled by vectors. ``check`` decides whether the term matches the form, ``rewrite``
 makes the nodes that replace it.
 
 >>> import torch
->>> from dorafx.extension import Candidate, Emit, Match, Part, Poly, Reason, base_core
+>>> from dorafx.extension import Candidate, CompositionPlan, Emit, Match, Part, Reason, base_core
 >>> @dorafx.pattern(name="base_only")
 ... class BaseOnly:
 ...     name: str
@@ -21,9 +21,9 @@ makes the nodes that replace it.
 ...         parts = tuple(Part(core, scale) for core, scale in cores.items())
 ...         return Match(self.name, candidate.node, candidate.expr, candidate.norm, scaling, base, parts)
 ...
-...     def rewrite(self, match: Match, emit: Emit) -> torch.fx.Node:
+...     def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> torch.fx.Node:
 ...         base, bias = emit.base(match.base, match.bias, match.scaling)
-...         y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0)
+...         y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0, plan.kernel)
 ...         low_rank, scale = emit.low_rank_sum(match.parts)
 ...         return emit.call(torch.add, y, emit.call(torch.mul, low_rank, scale))
 """
@@ -32,6 +32,7 @@ from dorafx.lift import Diag, Expr, Mat, Poly
 from dorafx.match import (
     Candidate,
     Composition,
+    CompositionPlan,
     Emit,
     Form,
     Match,
@@ -46,6 +47,7 @@ from dorafx.match import (
 __all__ = [
     "Candidate",
     "Composition",
+    "CompositionPlan",
     "Diag",
     "Emit",
     "Expr",

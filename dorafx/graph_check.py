@@ -1,10 +1,10 @@
-"""Translation validation of whole graphs: run the original, as it was captured, and its replacement, and compare all that they show.
+"""Translation validation of whole graphs: run the captured original and its replacement, and compare everything observable.
 
-A region shows which rewrite is wrong; only the whole graph shows what became of writes, aliases, layouts, random numbers and
-dead terms. Both sides run on several draws of the inputs, in three readings of their dtypes:
+A region shows which rewrite is wrong; only the whole graph shows effects on writes, aliases, layouts, random numbers and dead
+terms. Both sides run on several draws of the inputs, with three readings of their dtypes:
 
-- *exact*: every floating tensor, and every cast, is fp64, so that what remains of a difference is one of the programs;
-- *rounded*: fp64, but casts round as they say, so that one that was left out shows;
+- *exact*: every floating tensor and every cast is fp64, so that any difference is one of the programs, not of rounding;
+- *rounded*: fp64, but casts round to their dtype, so that a missing cast shows;
 - *native*: in the program's own dtypes, so that arithmetic in too low a precision shows.
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,10 +27,8 @@ from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_arguments
 from dorafx.lift.values import FLOAT_DTYPES
-from dorafx.observation import Comparison, Observation, compare, default_dtype, observe
+from dorafx.observation import Comparison, Observation, compare, default_dtype, observe, random_values
 from dorafx.rewriter.hoist import DENSE
-
-__all__ = ["TOLERANCE", "GraphCheck", "Run", "compare_calls", "crosses_dtensors"]
 
 _CASTS = {
     "double": torch.float64,
@@ -45,7 +44,7 @@ TOLERANCE = 1e-9
 order of summation stays below 1e-12."""
 
 _LOW_TOLERANCE = 1e-2
-"""The same for a program that runs in its own dtypes only, of which nobody knows how well."""
+"""The same for a program that runs in its own dtypes only, whose rounding errors are unknown."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +68,24 @@ class Run:
 
 
 class GraphCheck:
-    """Compares replacements of one graph with it. Nothing of the graph is changed; what the original shows is found once.
+    """Compares a graph with replacements of it. The graph is not changed, and is observed once for each run.
 
     Args:
-        gm: the original, from before anything was done to it. It is run in the grad mode that is active now, in which a
-            Dynamo graph begins, and without gradients too.
+        gm: the captured original. It is run in the grad mode that is active now, in which a Dynamo graph begins, and without
+            gradients too.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
-        own = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
-        modes = (own, "no_grad") if own == "grad" else (own,)
-        self.runs = [Run(draw, "exact", own) for draw in range(len(_DRAWS))]
+        current = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
+        modes = (current, "no_grad") if current == "grad" else (current,)
+        self.runs = [Run(draw, "exact", current) for draw in range(len(_DRAWS))]
         self.runs += [Run(0, "exact", mode) for mode in modes[1:]]
-        self.runs.append(Run(0, "native", own))
-        # Where values are in low precision by themselves, that a cast was left out cannot be told from another rounding.
+        self.runs.append(Run(0, "native", current))
+        # With inputs in low precision, a missing cast cannot be distinguished from other rounding.
         if not _low_precision(gm):
-            self.runs.append(Run(0, "rounded", own))
-        self._wanted: dict[Run, Observation] = {}
+            self.runs.append(Run(0, "rounded", current))
+        self._originals: dict[Run, Observation] = {}
         self._leaves: list[fx.Node] | None = None
         self._dense: tuple[str, ...] = ()
 
@@ -105,33 +104,34 @@ class GraphCheck:
         """
         dense = tuple(sorted({node.meta[DENSE] for node in new.graph.nodes if DENSE in node.meta}))
         if dense != self._dense:
-            self._wanted.clear()
+            self._originals.clear()
             self._dense = dense
         error = 0.0
         done: list[Run] = []
         failure = ""
         for run in self.runs if runs is None else runs:
             if dense and (run.mode != self.runs[0].mode or run.reading == "native"):
-                continue  # a library may multiply by the codes there, which are not those of the random weight
-            wanted = self._original(run)
-            if wanted.raised:
-                # The values of a draw may be none that the program accepts, or an operator none that computes in fp64.
-                failure = f"{wanted.raised}: {wanted.message}"
+                continue  # a library may multiply by the codes, which do not belong to the random weight
+            expected = self._original(run)
+            if expected.raised:
+                # The program may reject the values of this draw, or an operator may not support fp64.
+                failure = f"{expected.raised}: {expected.message}"
                 continue
             actual = self._observe(new, run)
             exact = self._original(Run(run.draw, "exact", run.mode)) if run.reading == "native" else None
             dtypes = self._original(Run(run.draw, "native", run.mode)) if run.reading == "rounded" else None
             tolerance = TOLERANCE if exact is None or not exact.raised else _LOW_TOLERANCE
             finite = run.draw < _FINITE_DRAWS
-            found = compare(wanted, actual, tolerance, _whole(exact), _whole(dtypes), finite)
-            if found.differences:
-                moved = self._observe(self.gm, run if exact is None else Run(run.draw, "exact", run.mode), moved=True)
-                found = compare(wanted, actual, tolerance, _whole(exact), _whole(dtypes), finite, _whole(moved))
+            comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite)
+            if comparison.differences:
+                wide = run if exact is None else Run(run.draw, "exact", run.mode)
+                noise = _whole(self._observe(self.gm, wide, perturbed=True))
+                comparison = compare(expected, actual, tolerance, _whole(exact), _whole(dtypes), finite, noise)
             done.append(run)
-            if found.differences:
-                return found, run
+            if comparison.differences:
+                return comparison, run
             if run.reading == "exact":
-                error = max(error, found.error)
+                error = max(error, comparison.error)
         if not any(run.draw == 0 for run in done) and runs is None:
             raise RuntimeError(failure or "there is nothing to run")
         return Comparison((), error), None
@@ -139,19 +139,19 @@ class GraphCheck:
     # -- running ------------------------------------------------------------------------------------------------------
 
     def _original(self, run: Run) -> Observation:
-        if run not in self._wanted:
-            self._wanted[run] = self._observe(self.gm, run)
-        return self._wanted[run]
+        if run not in self._originals:
+            self._originals[run] = self._observe(self.gm, run)
+        return self._originals[run]
 
-    def _observe(self, gm: fx.GraphModule, run: Run, moved: bool = False) -> Observation:
+    def _observe(self, gm: fx.GraphModule, run: Run, perturbed: bool = False) -> Observation:
         with torch.inference_mode(False), torch.no_grad():
             values = self._values(run)
-            if moved:
+            if perturbed:
                 generator = torch.Generator().manual_seed(-1)
                 for value in (value for _, value in values if _is_floating(value)):
-                    _move(value, generator, _bounds(self.gm))
-        program = _Runner(gm, run.reading, [name for name, _ in values], self._dense)
+                    _perturb(value, generator, _bounds(self.gm))
         names = [name for name, _ in values]
+        program = _Runner(gm, run.reading, names, self._dense)
         with default_dtype(torch.float64 if run.reading != "native" else torch.get_default_dtype()):
             return observe(program, [value for _, value in values], grad_mode=run.mode, seed=1, names=names)
 
@@ -166,7 +166,7 @@ class GraphCheck:
             name = node.name if node.op == "placeholder" or node.name in self._dense else f"self.{node.target}"
             traced: Any = node.meta.get("example_value", node.meta.get("val"))
             if node.op == "get_attr":
-                traced = _attribute(self.gm, str(node.target))
+                traced = attrgetter(str(node.target))(self.gm)
                 if not isinstance(traced, torch.Tensor):
                     continue
             elif node.op != "placeholder" and node.name not in self._dense:
@@ -176,7 +176,7 @@ class GraphCheck:
             if not isinstance(traced, torch.Tensor):
                 values[name] = size_hint(traced)
                 continue
-            # A write made it the result of one: before it, it recorded none.
+            # If it requires grad only as the result of an in-place write, it did not before that write.
             recorded = traced.requires_grad and (traced.is_leaf or node not in written)
             values[name] = _placed(draw(traced), traced, run.reading, storages, recorded)
         return list(values.items())
@@ -190,16 +190,9 @@ def _writes(node: fx.Node) -> bool:
     return any(True for _ in written_arguments(node))
 
 
-def _attribute(gm: torch.nn.Module, target: str) -> Any:
-    value: Any = gm
-    for part in target.split("."):
-        value = getattr(value, part)
-    return value
-
-
 def crosses_dtensors(gm: fx.GraphModule) -> bool:
-    """Whether a graph, or a body in it, makes DTensors of plain tensors, the reverse, or others of DTensors: for these operators a
-    plain random tensor cannot stand for a DTensor."""
+    """Whether a graph or one of its bodies converts between plain tensors and DTensors, or calls a method that only DTensors have:
+    there a plain random tensor cannot stand for a DTensor."""
     for node in gm.graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
@@ -216,26 +209,31 @@ def crosses_dtensors(gm: fx.GraphModule) -> bool:
 
 
 def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, float]:
-    """Call a rewritten program again and again, as a training or decoding loop does, and compare every call with the original: with
-    the outputs written between the calls, with parameters written in the ways that a version counter sees and does
-    not, and with square parameters transposed in place.
+    """Call a rewritten program repeatedly, as a training or decoding loop does, and compare every call with the original. Between the
+    calls the outputs are overwritten, parameters are written with and without a change of their version counters, and square
+    parameters are transposed in place.
 
     Args:
         gm: the original graph, whose inputs ``call`` takes.
         call: the program with its norm prologue, over a store of norms of its own.
 
     Returns:
-        What differs first, and the largest difference of the program's own dtypes; an empty text where nothing does.
+        The first difference (empty if there is none), and the largest error in the program's own dtypes.
 
     Raises:
         RuntimeError: the original cannot be run on random values; the message says why.
     """
     check = GraphCheck(gm)
-    own = check.runs[0].mode
+    mode = check.runs[0].mode
     placeholders = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
     with torch.inference_mode(False), torch.no_grad():
-        values = [value for name, value in check._values(Run(0, "native", own)) if name in placeholders]
+        values = [value for name, value in check._values(Run(0, "native", mode)) if name in placeholders]
     tensors = {name: value for name, value in zip(placeholders, values) if isinstance(value, torch.Tensor)}
+
+    def original(reading: str, inputs: list[Any]) -> Observation:
+        with default_dtype(torch.get_default_dtype() if reading == "native" else torch.float64):
+            return observe(_Runner(gm, reading, placeholders, ()), inputs, grad_mode=mode, seed=1, names=placeholders)
+
     worst = 0.0
     for how, write in _BETWEEN_CALLS.items():
         with torch.no_grad():
@@ -244,31 +242,27 @@ def compare_calls(gm: fx.GraphModule, call: Callable[..., Any]) -> tuple[str, fl
                     write(tensor)
         results: list[Any] = []
 
-        def once(results: list[Any] = results) -> Any:
+        def recorded_call(results: list[Any] = results) -> Any:
             results.append(call(*values))
             return results[-1]
 
-        original = _Runner(gm, "native", placeholders, ())
-        wanted = observe(original, values, grad_mode=own, seed=1, names=placeholders)
-        if wanted.raised:
-            raise RuntimeError(f"{wanted.raised}: {wanted.message}")
+        expected = original("native", values)
+        if expected.raised:
+            raise RuntimeError(f"{expected.raised}: {expected.message}")
         with default_dtype(torch.float64), torch.no_grad():
             wide = [v.detach().double().requires_grad_(v.requires_grad) if _is_floating(v) else v for v in values]
-        with default_dtype(torch.float64):
-            exact = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
-        actual = observe(once, (), tensors, grad_mode=own, seed=1)
+        exact = original("exact", wide)
+        actual = observe(recorded_call, (), tensors, grad_mode=mode, seed=1)
         tolerance = TOLERANCE if not exact.raised else _LOW_TOLERANCE
-        found = compare(wanted, actual, tolerance, _whole(exact))
-        if found.differences:
+        comparison = compare(expected, actual, tolerance, _whole(exact))
+        if comparison.differences:
             with torch.no_grad():
                 for value in filter(_is_floating, wide):
-                    _move(value, torch.Generator().manual_seed(2), _bounds(gm))
-            with default_dtype(torch.float64):
-                noise = observe(_Runner(gm, "exact", placeholders, ()), wide, grad_mode=own, seed=1, names=placeholders)
-            found = compare(wanted, actual, tolerance, _whole(exact), noise=_whole(noise))
-        worst = max(worst, found.error)
-        if found.differences:
-            return f"{how}: {found.differences[0]}", found.error
+                    _perturb(value, torch.Generator().manual_seed(2), _bounds(gm))
+            comparison = compare(expected, actual, tolerance, _whole(exact), noise=_whole(original("exact", wide)))
+        worst = max(worst, comparison.error)
+        if comparison.differences:
+            return f"{how}: {comparison.differences[0]}", comparison.error
         with torch.no_grad():
             for i, output in enumerate(flattened(results[0])[0]):
                 shared = [name for pair in actual.aliases if f"output {i}" in pair for name in pair]
@@ -299,12 +293,12 @@ _BETWEEN_CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 def _bounds(gm: fx.GraphModule) -> list[float]:
-    """Numbers that a norm may tie with: bounds of clamps, and one."""
-    found = {1.0}
+    """Numbers that a norm may be equal to: bounds of clamps, and one."""
+    bounds = {1.0}
     for node in gm.graph.nodes:
         if canonical_name(node) in ("clamp", "clamp_min", "maximum"):
-            found |= {float(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (int, float))}
-    return sorted(found)
+            bounds |= {float(a) for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, (int, float))}
+    return sorted(bounds)
 
 
 def _low_precision(gm: fx.GraphModule) -> bool:
@@ -316,7 +310,7 @@ def _low_precision(gm: fx.GraphModule) -> bool:
 
 
 def _factor_width(gm: fx.GraphModule) -> float:
-    """Matrices whose shorter side is below it are taken for the factors of a delta, whose rank is small."""
+    """The bound on the shorter side of matrices that count as the factors of a low-rank delta."""
     sides = [
         min(int(size_hint(size)) for size in tensor.shape)
         for node in gm.graph.nodes
@@ -339,14 +333,12 @@ class _Draw:
         if traced.dtype not in FLOAT_DTYPES:
             value = torch.ones(shape, dtype=traced.dtype)
             if value.dim() >= 2 and traced.dtype in (torch.int32, torch.int64):
-                value[..., 1::2] = 0  # of tokens that are all alike an attention has no gradients
+                value[..., 1::2] = 0  # with equal tokens, attention has no gradients
             return value
-        # Away from zero: a magnitude or a scaling near it would hide what it multiplies.
-        value = torch.randn(shape, dtype=torch.float64, generator=self.generator)
-        value = value + 0.5 * value.sign()
+        value = random_values(shape, self.generator)
         if not value.numel():
             return value
-        # As models begin: values of a size that no depth of layers blows up, and no softmax is saturated by.
+        # Scaled as at initialisation: values neither grow with depth nor saturate a softmax.
         value = value / math.sqrt(math.prod(shape[1:]))
         if self.kind == "zeros":
             if value.dim() < 2:
@@ -371,7 +363,7 @@ class _Draw:
         return value
 
     def _left_factor(self, shape: list[int]) -> bool:
-        """Whether it may be the factor that begins as zeros."""
+        """Whether a matrix of this shape may be the factor that is initialised to zeros."""
         return min(shape) < self.width and shape[0] >= shape[-1]
 
     def _heads(self) -> bool:
@@ -381,10 +373,10 @@ class _Draw:
         return int(torch.randint(size, (), generator=self.generator))
 
 
-def _move(value: torch.Tensor, generator: torch.Generator, bounds: list[float]) -> None:
-    """Move a tensor's elements by about a rounding each, but for those that something may tie with."""
+def _perturb(value: torch.Tensor, generator: torch.Generator, bounds: list[float]) -> None:
+    """Change a tensor's elements by about one rounding error each, except those that are zero or equal to a bound."""
     if any(not stride for size, stride in zip(value.shape, value.stride()) if size > 1):
-        return  # expanded: what lies below it would be moved as often as it is read
+        return  # expanded: each element of its memory would be changed several times
     noise = torch.randn(value.shape, dtype=torch.float64, generator=generator).to(value.device, value.dtype)
     fixed = value.detach() == 0
     for bound in bounds:
@@ -437,46 +429,46 @@ class _Runner:
         self.dense = dense
 
     def __call__(self, *values: Any) -> Any:
-        given = dict(zip(self.names, values))
+        inputs = dict(zip(self.names, values))
         contexts: list[Any] = []
         try:
             if self.reading == "native":
-                return self._run(self.gm, given, None, contexts)
+                return self._run(self.gm, inputs, None, contexts)
             with below_autocast():
-                return self._run(self.gm, given, None, contexts)
+                return self._run(self.gm, inputs, None, contexts)
         finally:
             for context in reversed(contexts):  # an exception left them open
                 context.__exit__(None, None, None)
 
-    def _run(self, gm: fx.GraphModule, given: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
+    def _run(self, gm: fx.GraphModule, inputs: dict[str, Any], operands: list[Any] | None, contexts: list[Any]) -> Any:
         """Args:
-        given: values by name.
-        operands: those of a body's inputs, in their order; None where the graph is the whole.
+        inputs: values by name.
+        operands: the inputs of a body, in their order; None for the whole graph.
         """
         values: dict[fx.Node, Any] = {}
         unneeded = _unneeded(gm.graph, self.dense)
-        inputs = iter(operands or ())
+        body_inputs = iter(operands or ())
         for node in gm.graph.nodes:
             if node in unneeded:
                 continue
             if node.op == "placeholder":
-                values[node] = given[node.name] if operands is None else next(inputs)
+                values[node] = inputs[node.name] if operands is None else next(body_inputs)
             elif node.op == "get_attr":
                 key = f"self.{node.target}"
-                values[node] = given[key] if operands is None and key in given else self._read(gm, str(node.target))
+                values[node] = inputs[key] if operands is None and key in inputs else self._read(gm, str(node.target))
             elif node.op == "output":
                 return fx.map_arg(node.args[0], values.__getitem__)
             elif node.name in self.dense and DENSE not in node.meta:
-                values[node] = given[node.name]
+                values[node] = inputs[node.name]
             elif DENSE in node.meta:
                 left, right = (values[a] for a in node.args[3:5])
-                values[node] = torch.ops.dorafx.row_norm.default(given[node.meta[DENSE]], left, right, node.args[5])
+                values[node] = torch.ops.dorafx.row_norm.default(inputs[node.meta[DENSE]], left, right, node.args[5])
             else:
                 values[node] = self._call(gm, node, values, contexts)
         raise RuntimeError("a graph without an output")
 
     def _read(self, gm: fx.GraphModule, target: str) -> Any:
-        value = _attribute(gm, target)
+        value = attrgetter(target)(gm)
         if isinstance(value, torch.Tensor):
             value = value.detach().clone()
             if self.reading != "native" and value.dtype in FLOAT_DTYPES:
@@ -493,14 +485,14 @@ class _Runner:
         rounds = None
         if self.reading != "native":
             rounds = _cast_to(node, args, kwargs) if self.reading == "rounded" else None
-            args, kwargs = _in_double(args), _in_double(kwargs)
+            args, kwargs = in_double(args), in_double(kwargs)
         if node.op == "call_method":
             name = str(node.target)
             if self.reading != "native" and name in (*_CASTS, "dequantize"):
                 name = "double"
             result = getattr(args[0], name)(*args[1:], **kwargs)
         elif node.op == "call_module":
-            result = _attribute(gm, str(node.target))(*args, **kwargs)
+            result = attrgetter(str(node.target))(gm)(*args, **kwargs)
         else:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
             name = getattr(node.target, "__name__", "")
@@ -514,13 +506,13 @@ class _Runner:
 
 
 def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
-    """Nodes that only what is not run reads: the parts of a quantised weight, whose norm and value stand in for them."""
-    found: set[fx.Node] = set()
+    """Nodes that are read only by nodes that are not run: the parts of a quantised weight, which random dense values replace."""
+    unneeded: set[fx.Node] = set()
     if not dense:
-        return found
+        return unneeded
 
     def reads(user: fx.Node, node: fx.Node) -> bool:
-        if user in found or user.name in dense:
+        if user in unneeded or user.name in dense:
             return False
         return node in user.args[3:5] if DENSE in user.meta else True
 
@@ -531,12 +523,12 @@ def _unneeded(graph: fx.Graph, dense: tuple[str, ...]) -> set[fx.Node]:
             and node.users
             and not any(reads(u, node) for u in node.users)
         ):
-            found.add(node)
-    return found
+            unneeded.add(node)
+    return unneeded
 
 
 def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:
-    """The dtype that a cast rounds to; None where a node is no cast, or one that widens."""
+    """The dtype that a cast rounds to; None for a node that is no cast, or a widening one."""
     if canonical_name(node) != "cast":
         return None
     dtype = _CASTS.get(str(node.target)) if node.op == "call_method" else None
@@ -549,11 +541,12 @@ def _cast_to(node: fx.Node, args: Any, kwargs: Any) -> torch.dtype | None:
     return dtype if torch.finfo(dtype).eps > torch.finfo(source.dtype).eps else None
 
 
-def _in_double(argument: Any) -> Any:
+def in_double(argument: Any) -> Any:
+    """An operator's argument with fp64 in place of every floating dtype in it."""
     if isinstance(argument, torch.dtype) and argument in FLOAT_DTYPES:
         return torch.float64
     if type(argument) in (list, tuple):
-        return type(argument)(_in_double(a) for a in argument)
+        return type(argument)(in_double(a) for a in argument)
     if isinstance(argument, dict):
-        return {k: _in_double(v) for k, v in argument.items()}
+        return {k: in_double(v) for k, v in argument.items()}
     return argument

@@ -1,8 +1,8 @@
-"""What one run of a program lets its caller see, and whether two programs let him see the same.
+"""What the caller of a program can observe of one run, and whether two programs are observably equal.
 
-Values are not all of it. A caller can tell strides (``view`` raises where they are others), whether two outputs share memory (writing
-one changes the other), whether an output is an input, what became of the inputs, which leaves received a gradient and
-which of those are zeros, and which random numbers come next.
+More than values: a caller can observe strides (``view`` depends on them), whether two outputs share memory (writing one changes the
+other), whether an output is an input, how the inputs were changed, which leaves received a gradient and which gradients are zeros,
+and which random numbers come next.
 """
 
 from __future__ import annotations
@@ -18,41 +18,29 @@ import torch
 from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import flattened, is_wrapper, storage_id, unflattened
 
-__all__ = [
-    "OWN_ERRORS",
-    "Comparison",
-    "Observation",
-    "Seen",
-    "compare",
-    "default_dtype",
-    "differences",
-    "distance",
-    "observe",
-]
-
 GRAD_MODES = ("as it is", "grad", "no_grad", "inference")
 _ROUNDINGS = 64
-"""How many units in the last place of a result's dtype may not show where fp64 stands for it."""
+"""Differences up to this many units in the last place of a result's dtype are ignored where both sides ran in fp64 instead."""
 
-OWN_ERRORS = 8
-"""How many times the original's own error, and a unit in the last place, a program in low precision may be off, both as root mean
-squares: the largest error of few elements is a matter of luck. Faithful rewrites stay below 3."""
+ERROR_FACTOR = 8
+"""How many times larger than the original's error, plus a unit in the last place, the error of a program in low precision may be. Both
+are root mean squares: the largest error of few elements is a matter of luck. Faithful rewrites stay below 3."""
 
 _NOISE = 1000
-"""How many times as far as a rounding of the inputs moves the original's results another program's may be."""
+"""How many times larger a difference may be than the effect on the original's results of rounding its inputs."""
 
 _EXACT_OVERLAP = 1 << 22
-"""Largest storage, in elements, of which overlapping parts are told from interleaved ones."""
+"""Largest storage, in elements, for which overlapping views are distinguished from interleaved ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What a caller sees of one tensor.
+    """What a caller can observe of one tensor.
 
     Attributes:
         value: a copy; of a DTensor, of its local part.
-        strides: None for dimensions of length 1, whose stride nobody can tell, and of an empty tensor.
-        kind: class, layout and placements, where they are not those of a plain tensor.
+        strides: None for dimensions of length 1, where they have no effect; empty for an empty tensor.
+        kind: class, layout and placements, where they differ from a plain tensor's.
     """
 
     value: torch.Tensor
@@ -66,14 +54,14 @@ class Seen:
 
 @dataclass(eq=False)
 class Observation:
-    """Everything that one run of a program lets its caller see.
+    """Everything that a caller can observe of one run of a program.
 
     Attributes:
         structure: the containers of the outputs.
-        outputs: name -> a :class:`Seen`, or what is no tensor as it is.
-        inputs: name -> the tensors that the program was given, and the leaves that it reads by itself, after the run.
-        aliases: pairs of names whose tensors share memory. Outputs among themselves, and with inputs.
-        same: pairs of names that are one object.
+        outputs: name -> a :class:`Seen`; a value that is no tensor is stored itself.
+        inputs: name -> the input tensors, and the leaves that the program reads by itself, after the run.
+        aliases: pairs of names whose tensors share memory: two outputs, or an output and an input.
+        same: pairs, likewise, that are one and the same object.
         gradients: name -> gradient of every leaf that requires one; None is kept apart from zeros. Empty where no output
             requires grad.
         generators: states of the random generators after the run.
@@ -101,22 +89,21 @@ def observe(
     backward: bool = True,
     names: Sequence[str] = (),
 ) -> Observation:
-    """Run a program once and write down all that it shows.
+    """Run a program once and record everything observable.
 
     Args:
-        program: called with fresh copies of the inputs, of equal strides; what shared memory among them still does, and what was one
-            object still is.
+        program: called with fresh copies of the inputs that preserve strides, shared memory and identity.
         inputs: its positional arguments; tensors may be nested in containers.
-        leaves: tensors that the program reads by itself, such as parameters. They are given as they are, and have their
-            values back afterwards.
+        leaves: tensors that the program reads by itself, such as parameters. They are not copied; their values are restored
+            afterwards.
         grad_mode: that of the forward: ``"as it is"`` where observe is called, ``"grad"``, ``"no_grad"`` or ``"inference"``.
-        seed: of the random generators before the run, and of the gradients that come from above. The generators have their
-            states back afterwards.
-        backward: whether to run one.
-        names: what to call the inputs' tensors, one for each leaf of ``inputs``; ``"input 0"`` and so on by default.
+        seed: of the random generators before the run, and of the gradients of the outputs. The states of the generators are
+            restored afterwards.
+        backward: whether to run the backward too.
+        names: of the inputs' tensors, one for each leaf of ``inputs``; ``"input 0"`` and so on by default.
 
     Returns:
-        What was seen. An exception of the program's is part of it.
+        The observation. An exception that the program raises is part of it.
 
     Raises:
         ValueError: an unknown mode.
@@ -127,43 +114,49 @@ def observe(
     with _mode("as it is" if not torch.is_inference_mode_enabled() else "grad"):
         arguments = _copied(inputs)
         before = {name: leaf.detach().clone() for name, leaf in named.items()}
-    called = dict(enumerate(names))
-    given = {
-        called.get(i, f"input {i}"): argument
+    names_by_index = dict(enumerate(names))
+    named_inputs = {
+        names_by_index.get(i, f"input {i}"): argument
         for i, argument in enumerate(flattened(list(arguments))[0])
         if isinstance(argument, torch.Tensor)
     }
-    watched = {**given, **named}
-    # Asked now: a program may change what requires grad.
+    watched = {**named_inputs, **named}
+    # Before the run, which may change what requires grad.
     trained = {name: t for name, t in watched.items() if t.requires_grad}
-    found = Observation()
-    with _generators_kept(watched.values()):
+    observation = Observation()
+    with _preserved_generators(watched.values()):
         torch.manual_seed(seed)
         try:
             with _mode(grad_mode):
-                result = program(*arguments)
-            _see_outputs(found, result, watched)
-            found.generators = _states(watched.values())
-            found.inputs = {name: _seen(t) for name, t in watched.items()}
+                returned = program(*arguments)
+            _see_outputs(observation, returned, watched)
+            observation.generators = _states(watched.values())
+            observation.inputs = {name: _seen(t) for name, t in watched.items()}
             if backward:
-                _see_gradients(found, result, trained, seed)
+                _see_gradients(observation, returned, trained, seed)
         except Exception as error:
-            found.raised = type(error).__name__ + (" in the backward" if found.inputs else "")
-            found.message = (str(error).splitlines() or [""])[0]
-            found.inputs = found.inputs or {name: _seen(t) for name, t in watched.items()}
+            observation.raised = type(error).__name__ + (" in the backward" if observation.inputs else "")
+            observation.message = (str(error).splitlines() or [""])[0]
+            observation.inputs = observation.inputs or {name: _seen(t) for name, t in watched.items()}
     with torch.no_grad():
         for name, value in before.items():
             if not _equal_bits(named[name], value):
                 named[name].data.copy_(value)
-    return found
+    return observation
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
 
 
+def random_values(shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """Normal values in fp64, moved away from zero: a magnitude or scaling near zero would hide errors in what it multiplies."""
+    values = torch.randn(shape, dtype=torch.float64, generator=generator)
+    return values + 0.5 * values.sign()
+
+
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Floating tensors are made in this dtype where none is named."""
+    """Set torch's default dtype inside the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -210,8 +203,8 @@ def _copied(inputs: Sequence[Any]) -> list[Any]:
             elif copy.is_floating_point() or copy.is_complex():
                 copy.requires_grad_(leaf.requires_grad)
             copies[id(leaf)] = copy
-    made: list[Any] = unflattened([copies.get(id(leaf), leaf) for leaf in leaves], structure)
-    return made
+    copied_tree: list[Any] = unflattened([copies.get(id(leaf), leaf) for leaf in leaves], structure)
+    return copied_tree
 
 
 def _devices(tensors: Any) -> list[torch.device]:
@@ -219,7 +212,7 @@ def _devices(tensors: Any) -> list[torch.device]:
 
 
 @contextlib.contextmanager
-def _generators_kept(tensors: Any) -> Iterator[None]:
+def _preserved_generators(tensors: Any) -> Iterator[None]:
     devices = _devices(tensors)
     kinds = {device.type for device in devices}
     with contextlib.ExitStack() as stack:
@@ -240,55 +233,54 @@ def _states(tensors: Any) -> dict[str, torch.Tensor]:
 # -- seeing -----------------------------------------------------------------------------------------------------------
 
 
-def _see_outputs(found: Observation, result: Any, watched: dict[str, torch.Tensor]) -> None:
-    leaves, structure = flattened(result)
-    found.structure = " ".join(str(structure).split())
+def _see_outputs(observation: Observation, returned: Any, watched: dict[str, torch.Tensor]) -> None:
+    leaves, structure = flattened(returned)
+    observation.structure = " ".join(str(structure).split())
     tensors: dict[str, torch.Tensor] = {}
     for i, leaf in enumerate(leaves):
         name = f"output {i}"
         if isinstance(leaf, torch.Tensor):
             tensors[name] = leaf
-            found.outputs[name] = _seen(leaf)
+            observation.outputs[name] = _seen(leaf)
         else:
-            found.outputs[name] = leaf
+            observation.outputs[name] = leaf
     others = list({**watched, **tensors}.items())
     aliases, same = set(), set()
     for name, output in tensors.items():
         for other_name, other in others:
             if other_name == name:
-                break  # the pairs after it are met from their other side
+                break  # later pairs are visited from the other tensor
             if other is output:
                 same.add((other_name, name))
             if _overlap(output, other):
                 aliases.add((other_name, name))
-    found.aliases, found.same = frozenset(aliases), frozenset(same)
+    observation.aliases, observation.same = frozenset(aliases), frozenset(same)
 
 
-def _see_gradients(found: Observation, result: Any, trained: dict[str, torch.Tensor], seed: int) -> None:
+def _see_gradients(observation: Observation, returned: Any, trained: dict[str, torch.Tensor], seed: int) -> None:
     outputs, weights = [], []
-    for i, leaf in enumerate(flattened(result)[0]):
+    for i, leaf in enumerate(flattened(returned)[0]):
         if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-            # One generator each: what comes from above depends on no other output.
+            # One generator each: the gradient of an output does not depend on the other outputs.
             generator = torch.Generator().manual_seed(1 + seed + 1000 * i)
             part: Any = leaf if placements(leaf) is None else leaf.to_local()  # type: ignore[attr-defined]
             outputs.append(part)
-            weight = torch.randn(part.shape, dtype=torch.float64, generator=generator)
-            weights.append((weight + 0.5 * weight.sign()).to(part.device, part.dtype))
+            weights.append(random_values(part.shape, generator).to(part.device, part.dtype))
     if not outputs or not trained:
         return
     with _mode("grad"):
         gradients = torch.autograd.grad(outputs, list(trained.values()), weights, allow_unused=True)
-    found.gradients = {name: None if g is None else _local(g.detach()) for name, g in zip(trained, gradients)}
+    observation.gradients = {name: None if g is None else _local(g.detach()) for name, g in zip(trained, gradients)}
 
 
 def _seen(tensor: torch.Tensor) -> Seen:
     value = tensor.detach()
-    of = placements(tensor)
+    dtensor_placements = placements(tensor)
     kind = "" if type(tensor) in (torch.Tensor, torch.nn.Parameter) else type(tensor).__name__
     if tensor.layout is not torch.strided:
         kind += f" {tensor.layout}"
-    if of is not None:
-        kind += f" {of}"
+    if dtensor_placements is not None:
+        kind += f" {dtensor_placements}"
     strides: tuple[int | None, ...] = ()
     if tensor.layout is torch.strided and tensor.numel():
         strides = tuple(stride if size > 1 else None for size, stride in zip(tensor.shape, tensor.stride()))
@@ -345,9 +337,9 @@ class Comparison:
     """What differs between two observations.
 
     Attributes:
-        differences: sentences, each of which says what differs; none where nothing does.
-        error: largest difference of values, relative to the largest finite element of their tensor; inf where two values
-            cannot be compared.
+        differences: one sentence for each difference.
+        error: largest difference of values, relative to the largest finite element of their tensor; inf if values cannot be
+            compared.
     """
 
     differences: tuple[str, ...]
@@ -355,14 +347,14 @@ class Comparison:
 
 
 def differences(
-    wanted: Observation, actual: Observation, tolerance: float = 1e-9, exact: Observation | None = None
+    expected: Observation, actual: Observation, tolerance: float = 1e-9, exact: Observation | None = None
 ) -> list[str]:
-    """What of a program's observation differs from the original's; empty where nothing does. As :func:`compare`."""
-    return list(compare(wanted, actual, tolerance, exact).differences)
+    """The differences that :func:`compare` finds."""
+    return list(compare(expected, actual, tolerance, exact).differences)
 
 
 def compare(
-    wanted: Observation,
+    expected: Observation,
     actual: Observation,
     tolerance: float = 1e-9,
     exact: Observation | None = None,
@@ -370,72 +362,71 @@ def compare(
     nan_gradients: bool = True,
     noise: Observation | None = None,
 ) -> Comparison:
-    """Compare what a program shows with what the original shows.
+    """Compare the observation of a program with that of the original.
 
-    Values: where the original gives a finite number, so must the other, to the tolerance; where it gives NaN, the other must give
-    no finite number; where it gives an infinity, the other must give the same or NaN (the same expression in another
-    order gives ``inf - inf``). A gradient that is None is not one of zeros. Of a vector (a bias) the gradient may be a number where
-    the original's is NaN if that column of all outputs is lost already: ``g·(y - b) + b`` with an infinite g.
+    Values: a finite number of the original must be equal within the tolerance; a NaN must not become a finite number; an infinity
+    must stay the same or become NaN (the same expression in another order may give ``inf - inf``). A gradient of None differs from
+    one of zeros. The gradient of a vector (a bias) may be finite where the original's is NaN if no output has a finite value in
+    that column anyway: ``g·(y - b) + b`` with an infinite g.
 
     Args:
-        wanted: of the original.
-        actual: of the other.
+        expected: of the original.
+        actual: of the replacement.
         tolerance: largest difference, relative to the largest finite element of the original's tensor.
-        exact: of the original in fp64, for programs in lower precision. Then the other may be as far from it as a small
-            multiple of the original's own distance and a unit in the last place of the result's dtype, as root mean squares.
-        dtypes: of the original in its own dtypes, where both sides ran in fp64 but for the program's own casts. Of these the last
-            few units in the last place of the result's own dtype do not show.
-        nan_gradients: whether a gradient that is NaN must stay one. With infinities among the inputs autograd gives ``inf - inf`` where
-            the same expression in another order, ``g·(y - b) + g·b``, has nothing to subtract; the outputs show them anyway.
-        noise: of the original in fp64, on inputs that were moved by a rounding. What that changes (the gradient of a saturated softmax is
-            all rounding) no order of summation keeps.
+        exact: of the original in fp64, for programs in lower precision. The error of the replacement may then be a small multiple
+            of the original's, plus a unit in the last place of the result's dtype, as root mean squares.
+        dtypes: of the original in its own dtypes, if both sides ran in fp64 except for the program's casts. Differences of a few units
+            in the last place of these dtypes are ignored.
+        nan_gradients: whether a NaN gradient must stay NaN. With infinities among the inputs autograd may give ``inf - inf`` where
+            the same expression in another order, ``g·(y - b) + g·b``, subtracts nothing; the outputs show the infinities anyway.
+        noise: of the original in fp64, on inputs that were perturbed by a rounding error. What this changes depends on rounding (as the
+            gradient of a saturated softmax does), so no order of summation preserves it.
     """
-    if wanted.raised or actual.raised:
-        if wanted.raised == actual.raised:
+    if expected.raised or actual.raised:
+        if expected.raised == actual.raised:
             return Comparison((), 0.0)
-        outcomes = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, wanted)]
+        outcomes = [f"{o.raised}: {o.message}" if o.raised else "no error" for o in (actual, expected)]
         return Comparison((f"{outcomes[0]} where the original raises {outcomes[1]}",), math.inf)
-    found = _Found(tolerance, exact, dtypes, nan_gradients, noise)
-    found.lost = _lost_columns(wanted, actual)
-    if wanted.structure != actual.structure:
-        found.say(f"the outputs' structure is {actual.structure}, not {wanted.structure}")
+    comparer = _Comparer(tolerance, exact, dtypes, nan_gradients, noise)
+    comparer.lost_columns = _lost_columns(expected, actual)
+    if expected.structure != actual.structure:
+        comparer.report(f"the outputs' structure is {actual.structure}, not {expected.structure}")
     for group in ("outputs", "inputs"):
-        theirs, ours = getattr(wanted, group), getattr(actual, group)
-        for name in theirs:
-            if name in ours:
-                found.compare_any(
-                    name if group == "outputs" else f"{name} after the run", theirs[name], ours[name], group
-                )
-    for pair in sorted(actual.aliases - wanted.aliases):
-        found.say(f"{pair[1]} shares memory with {pair[0]}")
-    for pair in sorted(wanted.aliases - actual.aliases):
-        found.say(f"{pair[1]} no longer shares memory with {pair[0]}")
-    for pair in sorted(actual.same ^ wanted.same):
-        if (pair in actual.aliases) == (pair in wanted.aliases):
-            found.say(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
-    for name, state in wanted.generators.items():
+        references, values = getattr(expected, group), getattr(actual, group)
+        for name in references:
+            if name in values:
+                label = name if group == "outputs" else f"{name} after the run"
+                comparer.compare_any(label, references[name], values[name], group)
+    for pair in sorted(actual.aliases - expected.aliases):
+        comparer.report(f"{pair[1]} shares memory with {pair[0]}")
+    for pair in sorted(expected.aliases - actual.aliases):
+        comparer.report(f"{pair[1]} no longer shares memory with {pair[0]}")
+    for pair in sorted(actual.same ^ expected.same):
+        if (pair in actual.aliases) == (pair in expected.aliases):
+            comparer.report(f"{pair[1]} is {'' if pair in actual.same else 'no longer '}the same object as {pair[0]}")
+    for name, state in expected.generators.items():
         if name in actual.generators and not torch.equal(state, actual.generators[name]):
-            found.say(f"other random numbers were drawn on {name}")
-    for name in dict.fromkeys((*wanted.gradients, *actual.gradients)):
-        found.compare_gradients(name, wanted.gradients.get(name), actual.gradients.get(name))
-    return Comparison(tuple(dict.fromkeys(found.sentences)), found.error)
+            comparer.report(f"other random numbers were drawn on {name}")
+    for name in dict.fromkeys((*expected.gradients, *actual.gradients)):
+        comparer.compare_gradients(name, expected.gradients.get(name), actual.gradients.get(name))
+    return Comparison(tuple(dict.fromkeys(comparer.sentences)), comparer.error)
 
 
-def _lost_columns(wanted: Observation, actual: Observation) -> dict[int, torch.Tensor]:
-    """For each length of a last axis of outputs, the columns in which none of them has a finite number, with or without the rewrite."""
-    found: dict[int, torch.Tensor] = {}
-    for name, one in wanted.outputs.items():
+def _lost_columns(expected: Observation, actual: Observation) -> dict[int, torch.Tensor]:
+    """For each size of the last axis of outputs, the columns in which no output is finite, either with or without the rewrite."""
+    columns: dict[int, torch.Tensor] = {}
+    for name, one in expected.outputs.items():
         other = actual.outputs.get(name)
         values = [getattr(seen, "value", None) for seen in (one, other)]
         for value in values:
             if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point() and value.numel():
                 lost = ~value.isfinite().reshape(-1, value.shape[-1]).any(0)
                 size = value.shape[-1]
-                found[size] = found[size] & lost if size in found else lost
-    return found
+                columns[size] = columns[size] & lost if size in columns else lost
+    return columns
 
 
-class _Found:
+class _Comparer:
     def __init__(
         self,
         tolerance: float,
@@ -449,127 +440,129 @@ class _Found:
         self.dtypes = dtypes
         self.nan_gradients = nan_gradients
         self.noise = noise
-        self.lost: dict[int, torch.Tensor] = {}
+        self.lost_columns: dict[int, torch.Tensor] = {}
         self.sentences: list[str] = []
         self.error = 0.0
 
-    def say(self, sentence: str) -> None:
+    def report(self, sentence: str) -> None:
         self.sentences.append(sentence)
         self.error = math.inf
 
-    def compare_any(self, name: str, wanted: Any, actual: Any, group: str) -> None:
-        if not isinstance(wanted, Seen) or not isinstance(actual, Seen):
-            if type(wanted) is not type(actual):
-                self.say(f"{name} is a {type(actual).__name__}, not a {type(wanted).__name__}")
-            elif isinstance(wanted, float) and isinstance(actual, float):
-                self._compare_values(name, torch.tensor(wanted), torch.tensor(actual))
-            elif not _is_same(wanted, actual):
-                self.say(f"{name} is {actual!r}, not {wanted!r}")
+    def _report_element(self, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        self.report(f"{name} is {actual.item():.3g} where the original gives {expected.item():.3g}")
+
+    def compare_any(self, name: str, expected: Any, actual: Any, group: str) -> None:
+        if not isinstance(expected, Seen) or not isinstance(actual, Seen):
+            if type(expected) is not type(actual):
+                self.report(f"{name} is a {type(actual).__name__}, not a {type(expected).__name__}")
+            elif isinstance(expected, float) and isinstance(actual, float):
+                self._compare_values(name, torch.tensor(expected), torch.tensor(actual))
+            elif not _is_same(expected, actual):
+                self.report(f"{name} is {actual!r}, not {expected!r}")
             return
         for what in ("kind", "shape", "dtype", "device", "strides", "requires_grad"):
-            theirs, ours = getattr(wanted, what), getattr(actual, what)
-            if theirs != ours:
-                self.say(
-                    f"{name} has {what} {ours or 'of a plain tensor'}, not {theirs or 'of a plain tensor'}"
+            reference, value = getattr(expected, what), getattr(actual, what)
+            if reference != value:
+                self.report(
+                    f"{name} has {what} {value or 'of a plain tensor'}, not {reference or 'of a plain tensor'}"
                     if what == "kind"
-                    else f"{name} has {what} {ours}, not {theirs}"
+                    else f"{name} has {what} {value}, not {reference}"
                 )
-        if wanted.shape != actual.shape:
+        if expected.shape != actual.shape:
             return
-        exact, typed, moved = (
-            getattr(of, group).get(name.removesuffix(" after the run")) if of is not None else None
-            for of in (self.exact, self.dtypes, self.noise)
+        exact, native, perturbed = (
+            getattr(run, group).get(name.removesuffix(" after the run")) if run is not None else None
+            for run in (self.exact, self.dtypes, self.noise)
         )
         self._compare_values(
             name,
-            wanted.value,
+            expected.value,
             actual.value,
             exact.value if isinstance(exact, Seen) else None,
-            typed.dtype if isinstance(typed, Seen) else None,
-            moved.value if isinstance(moved, Seen) else None,
+            native.dtype if isinstance(native, Seen) else None,
+            perturbed.value if isinstance(perturbed, Seen) else None,
         )
 
-    def compare_gradients(self, name: str, wanted: torch.Tensor | None, actual: torch.Tensor | None) -> None:
-        if wanted is None or actual is None:
-            if wanted is not None:
-                self.say(f"{name} receives no gradient, where the original gives {_text(wanted)}")
+    def compare_gradients(self, name: str, expected: torch.Tensor | None, actual: torch.Tensor | None) -> None:
+        if expected is None or actual is None:
+            if expected is not None:
+                self.report(f"{name} receives no gradient, where the original gives {_text(expected)}")
             elif actual is not None:
-                self.say(f"{name} receives a gradient, {_text(actual)}, where the original gives none")
+                self.report(f"{name} receives a gradient, {_text(actual)}, where the original gives none")
             return
         for what in ("shape", "dtype"):
-            if getattr(wanted, what) != getattr(actual, what):
-                self.say(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(wanted, what)}")
-        if wanted.shape == actual.shape:
-            exact, typed, moved = (
-                of.gradients.get(name) if of is not None else None for of in (self.exact, self.dtypes, self.noise)
+            if getattr(expected, what) != getattr(actual, what):
+                self.report(f"the gradient of {name} has {what} {getattr(actual, what)}, not {getattr(expected, what)}")
+        if expected.shape == actual.shape:
+            exact, native, perturbed = (
+                run.gradients.get(name) if run is not None else None for run in (self.exact, self.dtypes, self.noise)
             )
-            self._compare_values(
-                f"the gradient of {name}", wanted, actual, exact, typed.dtype if typed is not None else None, moved
-            )
+            dtype = native.dtype if native is not None else None
+            self._compare_values(f"the gradient of {name}", expected, actual, exact, dtype, perturbed)
 
     def _compare_values(
         self,
         name: str,
-        wanted: torch.Tensor,
+        expected: torch.Tensor,
         actual: torch.Tensor,
         exact: torch.Tensor | None = None,
         rounded_to: torch.dtype | None = None,
-        moved: torch.Tensor | None = None,
+        perturbed: torch.Tensor | None = None,
     ) -> None:
-        if wanted.layout is not torch.strided:
-            wanted, actual = wanted.to_dense(), actual.to_dense()
-        if not wanted.numel():
+        if expected.layout is not torch.strided:
+            expected, actual = expected.to_dense(), actual.to_dense()
+        if not expected.numel():
             return
-        if not (wanted.is_floating_point() or wanted.is_complex()):
-            if not torch.equal(wanted, actual.to(wanted.dtype)):
-                self.say(f"{name} differs in {int((wanted != actual).sum())} of {wanted.numel()} elements")
+        if not (expected.is_floating_point() or expected.is_complex()):
+            if not torch.equal(expected, actual.to(expected.dtype)):
+                self.report(f"{name} differs in {int((expected != actual).sum())} of {expected.numel()} elements")
             return
-        wide = torch.complex128 if wanted.is_complex() else torch.float64
-        dtype = wanted.dtype
-        wanted, actual = wanted.to(wide), actual.to(wide)
-        finite = torch.isfinite(wanted)
+        wide = torch.complex128 if expected.is_complex() else torch.float64
+        dtype = expected.dtype
+        expected, actual = expected.to(wide), actual.to(wide)
+        finite = torch.isfinite(expected)
         if dtype is torch.float64:
             exact = None
         if exact is not None:
             # What is finite in fp64 may have overflowed in the original.
             finite &= torch.isfinite(exact)
-        gone = finite & ~torch.isfinite(actual)
-        if gone.any():
-            self.say(f"{name} is {_number(actual[gone][0])} where the original gives {_number(wanted[gone][0])}")
+        non_finite = finite & ~torch.isfinite(actual)
+        if non_finite.any():
+            self._report_element(name, actual[non_finite][0], expected[non_finite][0])
             return
-        made = torch.isnan(wanted) & torch.isfinite(actual)
+        no_longer_nan = torch.isnan(expected) & torch.isfinite(actual)
         if (
             name.startswith("the gradient")
-            and wanted.numel() in self.lost
-            and wanted.numel() == max(wanted.shape, default=0)
+            and expected.numel() in self.lost_columns
+            and expected.numel() == max(expected.shape, default=0)
         ):
-            made &= ~self.lost[wanted.numel()].view(wanted.shape)
-        if made.any() and (self.nan_gradients or not name.startswith("the gradient")):
-            self.say(f"{name} is {_number(actual[made][0])} where the original gives nan")
+            no_longer_nan &= ~self.lost_columns[expected.numel()].view(expected.shape)
+        if no_longer_nan.any() and (self.nan_gradients or not name.startswith("the gradient")):
+            self.report(f"{name} is {actual[no_longer_nan][0].item():.3g} where the original gives nan")
             return
-        unlike = torch.isinf(wanted) & ~torch.isnan(actual) & (actual != wanted)
-        if unlike.any():
-            self.say(f"{name} is {_number(actual[unlike][0])} where the original gives {_number(wanted[unlike][0])}")
+        unequal = torch.isinf(expected) & ~torch.isnan(actual) & (actual != expected)
+        if unequal.any():
+            self._report_element(name, actual[unequal][0], expected[unequal][0])
             return
         if not finite.any():
             return
-        wanted, actual = wanted[finite], actual[finite]
+        expected, actual = expected[finite], actual[finite]
         if exact is not None:
-            against = exact.to(wide)[finite]
-            own = distance(wanted, against) + torch.finfo(dtype).eps
-            if moved is not None and moved.shape == finite.shape:
-                own = max(own, distance(moved.to(wide)[finite], against) * _coarser(dtype))
-            off, error = distance(actual, against), _largest_distance(actual, against)
-            if off > max(self.tolerance, OWN_ERRORS * own):
+            reference = exact.to(wide)[finite]
+            original_error = distance(expected, reference) + torch.finfo(dtype).eps
+            if perturbed is not None and perturbed.shape == finite.shape:
+                original_error = max(original_error, distance(perturbed.to(wide)[finite], reference) * _coarser(dtype))
+            rms_error, error = distance(actual, reference), _largest_distance(actual, reference)
+            if rms_error > max(self.tolerance, ERROR_FACTOR * original_error):
                 self.sentences.append(
-                    f"{name} is {off:.1e} off in the root mean square, more than {OWN_ERRORS} times the original's {own:.1e}"
+                    f"{name} is {rms_error:.1e} off in the root mean square, more than {ERROR_FACTOR} times the original's {original_error:.1e}"
                 )
         else:
-            allowed, error = self.tolerance, _largest_distance(actual, wanted)
+            allowed, error = self.tolerance, _largest_distance(actual, expected)
             if rounded_to is not None and rounded_to.is_floating_point and rounded_to is not torch.float64:
                 allowed = max(allowed, _ROUNDINGS * torch.finfo(rounded_to).eps)
-            if moved is not None and moved.shape == finite.shape:
-                allowed = max(allowed, _NOISE * _largest_distance(moved.to(wide)[finite], wanted))
+            if perturbed is not None and perturbed.shape == finite.shape:
+                allowed = max(allowed, _NOISE * _largest_distance(perturbed.to(wide)[finite], expected))
             if not error <= allowed:
                 self.sentences.append(f"{name} differs by {error:.1e} of its largest element")
         self.error = max(self.error, error)
@@ -580,30 +573,26 @@ def _coarser(dtype: torch.dtype) -> float:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of all elements together, relative to the other's; NaN counts for nothing."""
+    """The norm of the difference, relative to the norm of ``other``; 0 if it is NaN."""
     return _number_of((one - other).norm() / other.norm().clamp_min(1e-300))
 
 
 def _largest_distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Of an element, relative to the other's largest; NaN counts for nothing."""
+    """The largest difference of an element, relative to the largest element of ``other``; 0 if it is NaN."""
     return _number_of((one - other).abs().max() / other.abs().max().clamp_min(1e-300))
 
 
 def _number_of(distance: torch.Tensor) -> float:
-    # Of what is compared all is finite, of the noise some may not be.
+    # The compared values are all finite, those of the perturbed run may not be.
     return 0.0 if torch.isnan(distance) else distance.item()
 
 
 def _is_same(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # a class whose equality is no truth: what it shows is compared
+    except Exception:  # a class whose equality is not a bool
         return repr(one) == repr(other)
 
 
 def _text(gradient: torch.Tensor) -> str:
     return "zeros" if not gradient.any() else "numbers"
-
-
-def _number(value: torch.Tensor) -> str:
-    return f"{value.item():.3g}"

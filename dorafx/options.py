@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["COMPOSE", "Options"]
-
 _PREFIX = "dorafx."
 COMPOSE = ("auto", "accumulated", "epilogue", "triton", "triton_linear")
 _CHOICES = {
@@ -24,11 +22,11 @@ class Options:
     Attributes:
         codegen: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend, which receives the rewritten graph.
         norm: ``"auto"``, ``"tiled"`` or ``"factored"``: the algorithm of the row norm.
-        compose: ``"auto"``; ``"accumulated"`` adds the low-rank product inside the GEMM, whose result, the sum that ``g`` scales, is
-            rounded to half precision in a half-precision model; ``"epilogue"`` after it in fp32;
-            ``"triton"``: the epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA
-            device it always is); ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels
-            do not serve (a CPU, fp64) is computed as by ``"epilogue"``, and the log says why.
+        compose: where the low-rank product is added. ``"auto"``; ``"accumulated"``: inside the GEMM, whose result (the sum that
+            ``g`` scales) a half-precision model rounds to half precision; ``"epilogue"``: after it in fp32; ``"triton"``: the
+            epilogue is a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is);
+            ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU,
+            fp64) is computed as by ``"epilogue"``, and the log says why.
         norm_reuse: ``"auto"``: a norm is reused in forwards of few tokens that record no gradients; ``"never"``; ``"step"``:
             also in training, until the optimizer steps (gradient accumulation).
         verify: run every region that is rewritten and its replacement on random data in fp64, forward and backward, when
@@ -51,7 +49,7 @@ class Options:
             ValueError: an unknown ``dorafx.*`` key, or a value that is not allowed; the message names what is.
         """
         names = [f.name for f in fields(Options)]
-        ours: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for key, value in (options or {}).items():
             if not str(key).startswith(_PREFIX):
@@ -61,8 +59,8 @@ class Options:
             if name not in names:
                 raise ValueError(f"unknown option {key!r}; valid ones are {', '.join(_PREFIX + n for n in names)}")
             _check(key, name, value)
-            ours[name] = value
-        return Options(**ours), rest
+            values[name] = value
+        return Options(**values), rest
 
 
 def _check(key: str, name: str, value: Any) -> None:

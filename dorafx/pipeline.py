@@ -1,5 +1,5 @@
-"""The road of a graph, a line a station. Importing this changes nothing in the process; what comes of a graph is in the program that
-is returned, and in the log that is given."""
+"""The pipeline that rewrites a graph. Importing this module has no side effects; the outcome is in the program that is returned and in
+the log that is passed in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
 from dorafx.graphs.contractions import has_tucker_products, with_tucker_products_in_steps
 from dorafx.graphs.copying import copy_graph_module
+from dorafx.graphs.filled import without_filled_zeros
 from dorafx.graphs.functional import has_writes, without_private_writes
 from dorafx.graphs.grad_mode import modes_of_bodies
 from dorafx.log import RewriteLog, rewrite_log
@@ -32,13 +33,11 @@ from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, hoist_norms, no
 if TYPE_CHECKING:
     from dorafx.validation import Check, Validation
 
-__all__ = ["STATIONS", "Program", "functional_copy", "log_failure", "refuse", "rewrite_graph"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _warned: set[str] = set()
 
-STATIONS = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist")
-"""What a graph passes, in this order; the log has the seconds that each took."""
+STAGES = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist")
+"""The stages in the order in which a graph passes them; the log has the seconds that each took."""
 
 
 @dataclass
@@ -46,14 +45,14 @@ class Program:
     """What a graph became: a norm prologue and a main graph.
 
     Attributes:
-        graph: the main graph; its last inputs are the norms. The graph that was given, where nothing was there to rewrite.
+        graph: the main graph, whose last inputs are the norms; the original graph where there was nothing to rewrite.
         norms: how the prologue computes each of them.
         few_tokens: whether every composition serves few tokens, as in decoding (see :func:`dorafx.plan.serves_few_tokens`).
         checks: what the validation of each rewrite found.
         log: the records of this graph alone.
-        error: what was raised on the way, if anything was: the graph is the one that was given then.
-        terms: of every site, where they were asked for.
-        failures: reasons that are a failure of the lifter's, also where only the composition was left alone.
+        error: the exception that the rewriting raised, if any; ``graph`` is the original then.
+        terms: of every site, if they were requested.
+        failures: reasons that are failures of the lifter, including those where only the composition was left alone.
     """
 
     graph: fx.GraphModule
@@ -90,12 +89,12 @@ def rewrite_graph(
         graph_id: number of the graph in the log.
         members: names of the modules that this graph serves; the log has the records once for each.
         prologue: whether norms leave the graph; without it they stay, as in graphs that others compile.
-        is_parameter: tells which inputs are parameters or buffers, where they do not say so themselves.
-        log: where the records go besides into the program's own; the process's log by default.
-        terms: whether the program has the terms of every site.
+        is_parameter: whether an input is a parameter or buffer, for graphs whose nodes do not show it.
+        log: receives the records too, besides the program's own log; the process's log by default.
+        terms: whether to collect the terms of every site.
 
     Returns:
-        The program. Where anything goes wrong it is the graph as it was, with a logged miss and one warning.
+        The program. If anything goes wrong, it is the unchanged graph, with a logged miss and one warning.
 
     Raises:
         RewriteMissError: ``options.strict`` and a candidate was not rewritten.
@@ -105,7 +104,7 @@ def rewrite_graph(
     transform = transform_around_products(gm)
     try:
         if transform is None:
-            program = _Road(options, recorder, is_parameter).through(gm, prologue)
+            program = _Pipeline(options, recorder, is_parameter).run(gm, prologue)
         else:
             program = _under_transform(gm, recorder, *transform)
     except Exception as error:
@@ -118,8 +117,8 @@ def rewrite_graph(
     return program
 
 
-def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, site: str = "") -> Program:
-    """The program as it is, with a miss in the process's log.
+def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, site: str, log: RewriteLog) -> Program:
+    """Leave a graph unchanged, with a miss in the log.
 
     Raises:
         RewriteMissError: ``options.strict``.
@@ -127,7 +126,7 @@ def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, 
     recorder = Recorder(options, graph_id, (site,))
     recorder.left_alone(reason)
     program = Program(gm, log=recorder.log({}))
-    rewrite_log().extend(program.log.records)
+    log.extend(program.log.records)
     _raise_if_strict(program, options)
     return program
 
@@ -142,7 +141,7 @@ def _raise_if_strict(program: Program, options: Options) -> None:
 
 
 def _under_transform(gm: fx.GraphModule, recorder: Recorder, transform: str, norms: bool) -> Program:
-    """The graph as it is, with a miss where it might hold DoRA."""
+    """The unchanged graph, with a miss if it might contain DoRA."""
     if norms:
         recorder.left_alone(
             Reason(
@@ -155,7 +154,7 @@ def _under_transform(gm: fx.GraphModule, recorder: Recorder, transform: str, nor
 
 
 def log_failure(error: Exception, options: Options, log: RewriteLog, site: str = "", graph_id: int = 0) -> None:
-    """What every fallback says: a miss in the log with the last line of the traceback, and one warning for equal failures.
+    """Report a fallback: a miss in the log with the last line of the traceback, and one warning for equal failures.
 
     Args:
         error: what was raised while a graph was rewritten.
@@ -164,24 +163,60 @@ def log_failure(error: Exception, options: Options, log: RewriteLog, site: str =
         site: the module that the graph serves.
         graph_id: number of the graph in the log.
     """
-    last = traceback.format_exception_only(type(error), error)[-1].strip()
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    file = where.filename.rsplit("/", 1)[-1]
+    last, where = _told(error)
     recorder = Recorder(options, graph_id, (site,))
-    what = f"internal failure, graph left as it was: {last} ({file}:{where.lineno})"
+    what = f"internal failure, graph left as it was: {last} ({where})"
     recorder.left_alone(Reason(what, kind=ReasonKind.INTERNAL_FAILURE))
     log.extend(recorder.log({}).records)
-    if last not in _warned:
-        _warned.add(last)
-        warnings.warn(f"dorafx left a graph as it was: {last}", DorafxWarning, stacklevel=3)
+    _warn_once(f"dorafx left a graph as it was: {last}")
 
 
-class _Road:
-    """One graph and its bodies on their way.
+def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> Program:
+    """The program as it was, because what compiles it failed on the rewritten graph; with one warning for equal failures.
+
+    Args:
+        program: the rewritten one.
+        gm: the graph that it was made of.
+        error: what the compiler raised.
+    """
+    last, where = _told(error)
+    miss = {
+        "status": "missed",
+        "reason": f"{program.log.records[0].codegen} failed on the rewritten graph, the original is compiled instead: {last} ({where})",
+        "kind": ReasonKind.CODEGEN_FAILED.value,
+        "dense_bytes_avoided": 0,
+        "flops_after": 0,
+        "norm_algorithm": "",
+        "norm_placement": "",
+    }
+    log = RewriteLog()
+    records = (replace(record, **miss) if record.rewritten else record for record in program.log.records)
+    log.extend(records, program.log.drawings, program.log.seconds)
+    _warn_once(
+        f"dorafx has the original graph compiled, {program.log.records[0].codegen} failed on the rewritten one: {last}"
+    )
+    return Program(gm, checks=program.checks, log=log, error=error)
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """The message of an error, and the file and line where it was raised."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    last = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+    return last, f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
+
+
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, DorafxWarning, stacklevel=4)
+
+
+class _Pipeline:
+    """Takes one graph and its bodies through the stages.
 
     Args:
         options: dorafx's options.
-        recorder: collects what the log will say.
+        recorder: collects the records for the log.
         is_parameter: see :func:`rewrite_graph`.
     """
 
@@ -194,11 +229,11 @@ class _Road:
         self.checks: list[Check] = []
         self.few_tokens: list[bool] = []
         self.failures: list[str] = []
-        self.seconds = dict.fromkeys(STATIONS, 0.0)
+        self.seconds = dict.fromkeys(STAGES, 0.0)
 
-    def through(self, gm: fx.GraphModule, prologue: bool) -> Program:
-        """All stations of a graph: those of the graphs in it, then the norms of all of them."""
-        with _unseen_by_saved_tensors_hooks(), _garbage_kept():
+    def run(self, gm: fx.GraphModule, prologue: bool) -> Program:
+        """All stages: those of the graph and of its bodies, then the hoisting of all their norms."""
+        with _unseen_by_saved_tensors_hooks(), _without_garbage_collection():
             new = self._graph(gm)
             norms = self._hoisted(new) if prologue and new is not gm else ()
             if norms and self.options.verify:
@@ -215,17 +250,17 @@ class _Road:
         )
 
     def _graph(self, gm: fx.GraphModule, part: str = "") -> fx.GraphModule:
-        """The stations of one graph; its bodies go before it."""
+        """The stages of one graph; its bodies are rewritten first."""
         bodies = self._bodies(gm, part)
-        with self._station("functional copy"):
+        with self._stage("functional copy"):
             pure = functional_copy(gm)
-        with self._station("lift and match"):
+        with self._stage("lift and match"):
             matches = match_graph(pure.graph, self.is_parameter)
         new = self._rewritten(gm, pure, matches, part)
         return _with_bodies(new, gm, bodies) if bodies else new
 
     def _bodies(self, gm: fx.GraphModule, part: str) -> dict[str, fx.GraphModule]:
-        """The bodies that changed."""
+        """The rewritten bodies, by name; those that did not change are left out."""
         bodies = {n: b for n, b in gm.named_children() if isinstance(b, fx.GraphModule) and _is_body(gm, n)}
         modes = modes_of_bodies(gm.graph) if bodies else {}
         changed = {}
@@ -237,62 +272,62 @@ class _Road:
         return changed
 
     def _rewritten(self, gm: fx.GraphModule, pure: fx.GraphModule, matches: Matches, part: str) -> fx.GraphModule:
-        """Plan, rewrite, verify; once more without a candidate that cannot be emitted, or is wrong."""
+        """Plan, rewrite, verify; repeated without each candidate that cannot be emitted or fails the verification."""
         validation: Validation | None = None
         while True:
             new = gm
             refused: list[Reason] = []
             copied: dict[fx.Node, fx.Node] = {}
-            with self._station("plan"):
+            with self._stage("plan"):
                 plan = make_plan(matches, self.options, part)
             if plan.empty:
                 break
             if self.options.verify and validation is None:
                 validation = self._validation(gm)
             try:
-                with self._station("rewrite"):
+                with self._stage("rewrite"):
                     new, copied = apply_plan(pure, matches, plan)
             except CannotEmit as failed:
                 refused = [failed.reason]
             if validation is not None and not refused:
-                with self._station("verify"):
+                with self._stage("verify"):
                     refused = validation.failures(pure, matches, plan, new, copied)
             if not refused:
                 break
             for reason in refused:
                 matches.refuse(reason.node, reason)
         _logger.debug("%s", plan)
-        with self._station("record"):
+        with self._stage("record"):
             self.recorder.rewritten(matches, plan, copied)
         self.few_tokens.extend(c.few_tokens for c in plan.compositions)
         self.failures.extend(reason.text for reason in matches.failures)
         return new
 
     def _validation(self, gm: fx.GraphModule) -> Validation:
-        # Who does not ask for it does not pay for its import either.
+        # Imported here: only runs with verification pay for it.
         from dorafx.validation import Validation
 
         return Validation(gm, self.checks)
 
     def _hoisted(self, new: fx.GraphModule) -> tuple[HoistedNorm, ...]:
-        with self._station("hoist"):
+        with self._stage("hoist"):
             return hoist_norms(new)
 
     def _verified(
         self, gm: fx.GraphModule, new: fx.GraphModule, norms: tuple[HoistedNorm, ...]
     ) -> tuple[fx.GraphModule, tuple[HoistedNorm, ...]]:
-        """The rewritten graph and its prologue; with all norms in the graph, and a miss, where repeated calls show that they may not
-        leave it."""
+        """The rewritten graph and its norms. If repeated calls show that they may not leave the graph, all norms stay in it, with a
+        logged miss."""
         from dorafx.validation import check_prologue
 
-        with self._station("verify"):
+        with self._stage("verify"):
             check = check_prologue(gm, new, norms, self.options.norm_reuse, self._serves_few_tokens)
         self.checks.append(check)
         if check.passed:
             return new, norms
         self.recorder.forget()
-        again = _Road(self.options, self.recorder, self.is_parameter)
-        new = again._graph(gm)  # what takes the norms out changes the graph
+        again = _Pipeline(self.options, self.recorder, self.is_parameter)
+        new = again._graph(gm)  # from the original: hoisting has changed the rewritten graph in place
         self.few_tokens = again.few_tokens
         assert check.kind is not None
         self.recorder.left_alone(
@@ -305,7 +340,7 @@ class _Road:
         return bool(self.few_tokens) and all(self.few_tokens)
 
     @contextlib.contextmanager
-    def _station(self, name: str) -> Iterator[None]:
+    def _stage(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         try:
             yield
@@ -314,13 +349,13 @@ class _Road:
 
 
 def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """``gm``, or a copy without the in-place arithmetic that nobody else can see, and with products of a core and two factors in two
-    steps."""
+    """A copy of ``gm`` in which in-place arithmetic on private memory is out of place, and a product of a core and two factors two
+    products; ``gm`` itself where there is none of these."""
     writes, tucker = has_writes(gm.graph), has_tucker_products(gm.graph)
     if not writes and not tucker:
         return gm
     copy, _ = copy_graph_module(gm)
-    changed = writes and without_private_writes(copy.graph)
+    changed = writes and without_private_writes(copy.graph) | without_filled_zeros(copy.graph)
     changed |= tucker and with_tucker_products_in_steps(copy.graph)
     if not changed:
         return gm
@@ -343,18 +378,18 @@ def _with_bodies(new: fx.GraphModule, original: fx.GraphModule, bodies: dict[str
 
 @contextlib.contextmanager
 def _unseen_by_saved_tensors_hooks() -> Iterator[None]:
-    """The shapes of new nodes are found by running operators on fake tensors, which autograd records. Dynamo may compile
-    inside activation checkpointing, whose hooks count what is saved and would count these."""
+    """Hide from saved-tensors hooks what is recorded here: the shapes of new nodes come from running operators on fake tensors, which
+    autograd records. Dynamo may compile inside activation checkpointing, whose hooks count saved tensors and would count these."""
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(RuntimeError):  # hooks are forbidden here: then there are none to hide from
+        with contextlib.suppress(RuntimeError):  # raised where hooks are forbidden; then there are none
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         yield
 
 
 @contextlib.contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Graphs are made of cycles and nothing of them dies while they are rewritten: a collector would walk all of them
-    again and again."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Pause the garbage collector: graphs consist of reference cycles that all live until the rewriting is done, and it would traverse
+    them again and again."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Importing other packages for a command: what they say about themselves is not what was asked for."""
+"""Importing other packages for a command, without their messages."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Iterator
 
 from dorafx.errors import DorafxWarning
 
-__all__ = ["quiet_imports"]
-
 
 @contextlib.contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Warnings and log messages of others do not show (PEFT imports torchao and bitsandbytes, which tell of libraries for GPUs that
-    they do not find); dorafx's own do, and so do errors."""
+    """Hide warnings and log messages of other packages (PEFT imports torchao and bitsandbytes, which report missing GPU libraries).
+    dorafx's own warnings are shown, and so are errors."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

@@ -6,19 +6,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["SCOPES", "adapted_modules", "entry_modules", "module_groups", "resolve_scope"]
-
 SCOPES = ("auto", "model", "modules")
 
 
 def adapted_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     """The modules whose forward holds a DoRA computation and nothing else: adapter layers with a magnitude vector."""
-    found = []
+    adapted = []
     for name, module in model.named_modules():
         magnitudes = getattr(module, "lora_magnitude_vector", None)
         if isinstance(magnitudes, torch.nn.Module) and any(True for _ in magnitudes.children()):
-            found.append((name, module))
-    return found
+            adapted.append((name, module))
+    return adapted
 
 
 def resolve_scope(model: torch.nn.Module, scope: str) -> str:
@@ -29,13 +27,13 @@ def resolve_scope(model: torch.nn.Module, scope: str) -> str:
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: {scope!r} is not one of {', '.join(map(repr, SCOPES))}")
-    found = bool(adapted_modules(model))
-    if scope == "modules" and not found:
+    has_adapters = bool(adapted_modules(model))
+    if scope == "modules" and not has_adapters:
         raise ValueError(
             'scope="modules" needs adapter layers with a lora_magnitude_vector, and the model has none; use scope="model"'
         )
     if scope == "auto":
-        return "modules" if found else "model"
+        return "modules" if has_adapters else "model"
     return scope
 
 

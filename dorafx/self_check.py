@@ -1,7 +1,7 @@
-"""Does dorafx recognise DoRA on this torch? Releases of torch change what graphs look like, and no number tells.
+"""Does dorafx recognise DoRA on this torch? Releases of torch change what graphs look like, which a version number does not show.
 
-A small layer, spelled as PEFT spells its own, goes through Dynamo, lift, match, plan and rewrite. On a torch that is newer than all
-that were tested it does so once, at the first graph: what does not work any more says so by itself.
+A small layer, written as in PEFT, goes through Dynamo, lift, match, plan and rewrite. On a torch that is newer than all tested
+versions this is done once, at the first graph, so that a failure is reported to the user.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from dorafx.options import Options
 from dorafx.pipeline import rewrite_graph
 from dorafx.versions import VERSIONS, untested
 
-__all__ = ["SelfCheck", "announce_untested_versions", "check_recognition"]
-
 _TOKENS, _D_OUT, _D_IN, _RANK, _SCALE = 3, 4, 5, 2, 2.0
 _lock = threading.Lock()
 _announced = False
@@ -30,11 +28,11 @@ _announced = False
 
 @dataclass(frozen=True)
 class SelfCheck:
-    """What became of the layer.
+    """The result for the test layer.
 
     Attributes:
         passed: whether it was captured as one graph, rewritten whole, and gives the same numbers.
-        reason: what went wrong; empty where nothing did.
+        reason: what went wrong; empty if nothing did.
     """
 
     passed: bool
@@ -54,7 +52,7 @@ def layer(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, m:
 
 
 def check_recognition() -> SelfCheck:
-    """Take the layer through capture and rewrite, on tensors of a few numbers. Nothing of it shows in the log."""
+    """Capture and rewrite the layer with small tensors, and compare results. The process's log is not changed."""
     log = RewriteLog()
     graphs: list[fx.GraphModule] = []
 
@@ -62,15 +60,15 @@ def check_recognition() -> SelfCheck:
         graphs.append(gm)
         return rewrite_graph(gm, Options(), log=log).graph
 
-    def called(*operands: torch.Tensor) -> torch.Tensor:
+    def function(*operands: torch.Tensor) -> torch.Tensor:
         return layer(*operands)
 
     shapes = ((_TOKENS, _D_IN), (_D_OUT, _D_IN), (_RANK, _D_IN), (_D_OUT, _RANK), (_D_OUT,))
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         operands = [_numbers(i, shape) for i, shape in enumerate(shapes)]
         try:
-            compiled: Any = torch.compile(called, backend=backend, fullgraph=True, dynamic=False)
-            result, wanted = compiled(*operands), layer(*operands)
+            compiled: Any = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+            result, expected = compiled(*operands), layer(*operands)
         except Exception as error:
             return SelfCheck(False, f"it fails: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     if not graphs:
@@ -78,13 +76,13 @@ def check_recognition() -> SelfCheck:
     if [(r.pattern, r.status) for r in log.records] != [("linear", "rewritten")]:
         reasons = [r.reason for r in log.records if r.reason] or ["it is passed over"]
         return SelfCheck(False, reasons[0])
-    off = float((result - wanted).detach().abs().max() / wanted.detach().abs().max())
-    return SelfCheck(off < 1e-12, "" if off < 1e-12 else f"its result is off by {off:.1e}")
+    difference = float((result - expected).detach().abs().max() / expected.detach().abs().max())
+    return SelfCheck(difference < 1e-12, "" if difference < 1e-12 else f"its result is off by {difference:.1e}")
 
 
 def announce_untested_versions() -> None:
-    """At the first graph of a process: a note in the log and one warning where a package is newer than all that were tested, and
-    whether DoRA is recognised there. It never raises, and costs a comparison afterwards."""
+    """At the first graph of a process: if a package is newer than all tested versions, write a note to the log and warn once, saying
+    whether DoRA is still recognised. Never raises; later calls cost a comparison."""
     global _announced
     if _announced:
         return
@@ -114,7 +112,7 @@ def announce_untested_versions() -> None:
 
 
 def _numbers(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """Numbers between 1 and 2 that no random generator is asked for."""
+    """Numbers between 1 and 2, made without a random generator."""
     count = torch.Size(shape).numel()
     values = 1.5 + 0.5 * torch.arange(1 + seed, 1 + seed + count, dtype=torch.float64, device="cpu").cos()
     return values.view(shape).requires_grad_(len(shape) == 1 or _RANK in shape)

@@ -1,12 +1,11 @@
 """Translation validation: run what a rewrite replaces and its replacement on random data, in fp64, forward and backward.
 
-The region of a rewrite reaches from the values that its term is made of (activations, parameters) to the rewritten node.
-Both sides are computed from the same random values of these; every cast to a floating dtype is read as one to fp64, so that
-what remains of a difference is a difference of the programs.
+The region of a rewrite reaches from the values that its term consists of (activations, parameters) to the rewritten node. Both
+sides are computed from the same random values; every cast to a floating dtype becomes one to fp64, so that any difference is one
+of the programs, not of rounding.
 
-The whole graph is run as well, from before anything was done to it (:mod:`dorafx.graph_check`): layouts, aliases, writes, random numbers
-and dropped terms show there only. A graph that differs where no region does is cut into its rewrites, and those that
-differ by themselves are refused.
+The whole graph as it was captured is compared too (:mod:`dorafx.graph_check`): only there do layouts, aliases, writes, random numbers
+and dropped terms show. If the graph differs but no region does, each rewrite is applied alone, and those that then differ are refused.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from torch import fx
 
 from dorafx._compat.autograd import below_autocast
 from dorafx._compat.tensors import size_hint
-from dorafx.graph_check import TOLERANCE, GraphCheck, Run, compare_calls, crosses_dtensors
+from dorafx.graph_check import TOLERANCE, GraphCheck, Run, compare_calls, crosses_dtensors, in_double
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.provenance import site_of
 from dorafx.graphs.tensors import tensor_of
@@ -29,30 +28,28 @@ from dorafx.lift import leaves_of
 from dorafx.lift.values import FLOAT_DTYPES
 from dorafx.log import NormCounters
 from dorafx.match import Matches, Reason, ReasonKind
-from dorafx.observation import OWN_ERRORS, distance
+from dorafx.observation import ERROR_FACTOR, distance, random_values
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan
 from dorafx.rewriter.hoist import DENSE, NORM
 from dorafx.runtime import with_prologue
 from dorafx.runtime.store import NormStore
 
-__all__ = ["Check", "Region", "Validation", "check_prologue"]
-
 _TO_DOUBLE = frozenset(("double", "float", "half", "bfloat16", "dequantize"))
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the validation of one rewrite found.
+    """The result of the validation of one rewrite.
 
     Attributes:
         site: the module's name; empty for a plain function.
         pattern: the canonical form, or ``"norm_only"``; ``"whole graph"`` for all rewrites of a graph together, and ``"norm
             prologue"`` for repeated calls with the norms taken before the graph.
-        error: largest difference of outputs and gradients relative to the largest value, in fp64; inf if the two could
-            not be compared.
-        reason: what was wrong; empty where nothing was.
-        kind: of the reason; None where nothing was wrong.
+        error: largest difference of outputs and gradients relative to the largest value, in fp64; inf if they could not be
+            compared.
+        reason: what is wrong; empty if nothing is.
+        kind: of the reason; None if nothing is wrong.
     """
 
     site: str
@@ -83,7 +80,7 @@ class Validation:
 
     Args:
         gm: the graph as it was captured.
-        checks: receives what is found.
+        checks: receives the results.
     """
 
     def __init__(self, gm: fx.GraphModule, checks: list[Check]) -> None:
@@ -98,18 +95,18 @@ class Validation:
         new: fx.GraphModule,
         copied: dict[fx.Node, fx.Node],
     ) -> list[Reason]:
-        """Why candidates are to be refused, each with the node that it is refused by.
+        """The reasons to refuse candidates, each with the node that identifies the candidate.
 
         Args:
-            pure: what was matched.
-            matches, plan: its candidates, and what was done about them.
+            pure: the graph that was matched.
+            matches, plan: its candidates, and the decisions about them.
             new: the rewritten graph.
             copied: node of ``pure`` -> the node that stands for it in ``new``.
         """
         failed: list[Reason] = []
         for node, pattern, terms in _regions(plan):
             if node not in copied:
-                continue  # nobody reads it any more
+                continue  # removed, as nothing reads it any more
             error, why = Region(node, copied[node], leaves_of(matches.lift, terms), copied).check()
             if why is None:
                 self.checks.append(Check(site_of(node), pattern, error))
@@ -122,14 +119,14 @@ class Validation:
     def _imprecise_norms(
         self, matches: Matches, plan: RewritePlan, new: fx.GraphModule, copied: dict[fx.Node, fx.Node]
     ) -> list[Reason]:
-        """Norms that are computed in lower precision than the original's. Of results that are rounded themselves a norm's
-        rounding cannot be told, but all tokens have it."""
+        """Norms that are computed in lower precision than the original's. In outputs that are rounded themselves this error does not
+        stand out, though it affects every token."""
         nodes = self._graph.gm.graph.nodes
         devices = {"cpu"} | {tensor.device.type for node in nodes if (tensor := tensor_of(node)) is not None}
         if any(torch.is_autocast_enabled(device) for device in devices - {"meta"}) or any(
             getattr(node.target, "__name__", "") == "_enter_autocast" for node in nodes
         ):
-            return []  # regions are run below autocast, where the original is more precise than it is
+            return []  # regions are run without autocast, where the original is more precise than in the program
         failed: list[Reason] = []
         for node in new.graph.nodes:
             norm = plan.norms.get(node.meta.get(NORM))
@@ -141,20 +138,20 @@ class Validation:
             site = info.sites[0]
             region = Region(site, node, leaves_of(matches.lift, [info.expr]), copied, rounded=True)
             try:
-                own, off = region.errors()
-            except Exception:  # an operator that these dtypes have none of: the graph tells
+                original_error, error = region.errors()
+            except Exception:  # an operator does not support these dtypes; the check of the whole graph remains
                 continue
-            if off > OWN_ERRORS * own:
-                what = f"the norm is {off:.1e} off in its own dtypes, more than {OWN_ERRORS} times the original's {own:.1e}"
+            if error > ERROR_FACTOR * original_error:
+                what = f"the norm is {error:.1e} off in its own dtypes, more than {ERROR_FACTOR} times the original's {original_error:.1e}"
                 failed.append(_differs(what, site))
-                self.checks.append(_failed(site_of(site), "norm_only", off, failed[-1]))
+                self.checks.append(_failed(site_of(site), "norm_only", error, failed[-1]))
         return failed
 
     def _graph_failures(
         self, pure: fx.GraphModule, matches: Matches, plan: RewritePlan, new: fx.GraphModule
     ) -> list[Reason]:
         if any(DENSE in node.meta for node in new.graph.nodes):
-            # A library may multiply by the codes, which are not those of the random weight: the regions stand for the graph.
+            # A library may multiply by the codes, which do not belong to the random weight: only the regions are checked.
             self.checks.append(Check("", "whole graph (not run: quantised weights)", 0.0))
             return []
         if crosses_dtensors(self._graph.gm):
@@ -168,27 +165,31 @@ class Validation:
         guilty: list[tuple[fx.Node, str, Reason]] = []
         for node, pattern, part in candidates if run is not None and len(candidates) > 1 else ():
             try:
-                alone, _ = apply_plan(pure, matches, part)
+                rewritten, _ = apply_plan(pure, matches, part)
             except CannotEmit as refused:
                 guilty.append((node, pattern, refused.reason))
                 continue
-            of_part, _, _ = self._compared(alone, [run] if run is not None else None)
-            if of_part is not None:
-                guilty.append((node, pattern, of_part))
+            reason, _, _ = self._compared(rewritten, [run] if run is not None else None)
+            if reason is not None:
+                guilty.append((node, pattern, reason))
         if any(pattern == "norm_only" for _, pattern, _ in guilty):
-            # Their compositions read them, and fall with them where they are wrong by themselves: that shows next time.
+            # A composition reads its norm, so its difference may be the norm's. If it is wrong itself, the next round shows it.
             guilty = [g for g in guilty if g[1] == "norm_only"]
         guilty = guilty or [(node, pattern, why) for node, pattern, _ in candidates]
         self.checks.extend(_failed(site_of(node), pattern, error, why) for node, pattern, why in guilty)
         return [replace(why, node=node) for node, _, why in guilty]
 
     def _compared(self, new: fx.GraphModule, runs: list[Run] | None = None) -> tuple[Reason | None, float, Run | None]:
-        """Why a graph may not replace the original (None if it may), the largest difference, and the run that shows it."""
+        """Why a graph may not replace the original (None if it may), the largest difference, and the run that differs."""
         try:
-            found, run = self._graph.compare(new, runs)
+            comparison, run = self._graph.compare(new, runs)
         except Exception as failed:
             return _not_run(f"the graph cannot be run on random values: {_line(failed)}"), math.inf, None
-        return (_differs(f"{run}, {found.differences[0]}") if found.differences else None), found.error, run
+        return (
+            (_differs(f"{run}, {comparison.differences[0]}") if comparison.differences else None),
+            comparison.error,
+            run,
+        )
 
 
 def _regions(plan: RewritePlan) -> list[tuple[fx.Node, str, list[Any]]]:
@@ -201,20 +202,20 @@ def _regions(plan: RewritePlan) -> list[tuple[fx.Node, str, list[Any]]]:
 
 
 def _candidates(matches: Matches, plan: RewritePlan) -> list[tuple[fx.Node, str, RewritePlan]]:
-    """Each rewrite that can be refused, and a plan of it alone. A composition has its norms with it."""
+    """Each rewrite that can be refused: its node, its pattern, and a plan of it alone (of a composition, with its norms)."""
 
-    def alone(norms: dict[int, NormPlan], compositions: list[CompositionPlan]) -> RewritePlan:
+    def plan_of(norms: dict[int, NormPlan], compositions: list[CompositionPlan]) -> RewritePlan:
         return RewritePlan(norms, compositions, part=plan.part)
 
-    found: list[tuple[fx.Node, str, RewritePlan]] = []
+    candidates: list[tuple[fx.Node, str, RewritePlan]] = []
     for atom_id, norm in plan.norms.items():
         if norm.factors.info.sites:
-            found.append((norm.factors.info.sites[0], "norm_only", alone({atom_id: norm}, [])))
+            candidates.append((norm.factors.info.sites[0], "norm_only", plan_of({atom_id: norm}, [])))
     for c in plan.compositions:
         used = {atom.id for atom in matches.lift.norms_in(c.match.expr)} | {c.match.norm.atom.id}
         norms = {atom_id: norm for atom_id, norm in plan.norms.items() if atom_id in used}
-        found.append((c.match.node, c.match.pattern, alone(norms, [c])))
-    return found
+        candidates.append((c.match.node, c.match.pattern, plan_of(norms, [c])))
+    return candidates
 
 
 def check_prologue(
@@ -229,7 +230,7 @@ def check_prologue(
     """
 
     def run(*inputs: Any) -> Any:
-        # Interpreted: a graph with bodies does not run as it stands.
+        # Interpreted: a graph with bodies cannot be called directly.
         return fx.Interpreter(new).run(*inputs)
 
     if any(node.target is torch.ops.dorafx.row_norm_quantized.default for n in norms for node in n.graph.nodes):
@@ -253,9 +254,9 @@ class Region:
     """The original region that ends in ``node``, and its replacement that ends in ``replacement``.
 
     Args:
-        leaves: nodes of the original graph where the region begins (its inputs begin it in any case).
+        leaves: nodes of the original graph where the region begins; it also begins at the graph's inputs.
         copied: original node -> the node of the new graph that stands for it.
-        rounded: whether the values are those of the leaves' own dtypes.
+        rounded: whether the random values are rounded to the leaves' dtypes.
     """
 
     def __init__(
@@ -276,42 +277,42 @@ class Region:
         self._generator = torch.Generator().manual_seed(0)
 
     def check(self) -> tuple[float, Reason | None]:
-        """How far outputs and gradients differ, and what is wrong with that, if anything is."""
+        """The largest difference of outputs and gradients, and the reason to refuse the rewrite, if there is one."""
         try:
             with torch.random.fork_rng(), torch.enable_grad(), below_autocast():
-                wanted = self._run(self.node, lambda n: n)
+                expected = self._run(self.node, lambda n: n)
                 actual = self._run(self.replacement, self.originals.get)
-                error, what = self._compare(wanted, actual)
+                error, what = self._compare(expected, actual)
         except Exception as failed:
-            return math.inf, _not_run(f"{type(failed).__name__}: {str(failed).splitlines()[0]}", self.node)
+            return math.inf, _not_run(_line(failed), self.node)
         if error <= TOLERANCE:
             return error, None
         by = "" if math.isinf(error) else f" by {error:.1e}"
         return error, _differs(f"{what} differ{by} from the original's in fp64", self.node)
 
     def errors(self) -> tuple[float, float]:
-        """How far the original and the replacement, run in their own dtypes, are from themselves in fp64, as relative root mean
+        """The errors of the original and of the replacement: each in its own dtypes compared with itself in fp64, as relative root mean
         squares; a unit in the last place of its dtype is added to the original's."""
         with torch.random.fork_rng(), torch.no_grad(), below_autocast():
             ends = ((self.node, lambda n: n), (self.replacement, self.originals.get))
             exact = [self._run(*end) for end in ends]
             self.native = True
-            own, new = (self._run(*end) for end in ends)
-        rounding = torch.finfo(own.dtype).eps
-        return distance(own.double(), exact[0]) + rounding, distance(new.double(), exact[1])
+            original, replacement = (self._run(*end) for end in ends)
+        rounding = torch.finfo(original.dtype).eps
+        return distance(original.double(), exact[0]) + rounding, distance(replacement.double(), exact[1])
 
-    def _compare(self, wanted: torch.Tensor, actual: torch.Tensor) -> tuple[float, str]:
-        if wanted.shape != actual.shape:
-            return math.inf, f"shapes ({tuple(actual.shape)} and {tuple(wanted.shape)})"
-        worst = (_difference(actual, wanted), "outputs")
+    def _compare(self, expected: torch.Tensor, actual: torch.Tensor) -> tuple[float, str]:
+        if expected.shape != actual.shape:
+            return math.inf, f"shapes ({tuple(actual.shape)} and {tuple(expected.shape)})"
+        worst = (_difference(actual, expected), "outputs")
         trained = [v for v in self._values.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-        if wanted.requires_grad != actual.requires_grad:
+        if expected.requires_grad != actual.requires_grad:
             return math.inf, "gradient flows"
-        if not wanted.requires_grad:
+        if not expected.requires_grad:
             return worst
-        weights = torch.randn(wanted.shape, dtype=torch.float64, generator=self._generator).to(wanted.device)
+        weights = torch.randn(expected.shape, dtype=torch.float64, generator=self._generator).to(expected.device)
         gradients = [
-            torch.autograd.grad((side * weights).sum(), trained, allow_unused=True) for side in (wanted, actual)
+            torch.autograd.grad((side * weights).sum(), trained, allow_unused=True) for side in (expected, actual)
         ]
         for one, other in zip(*gradients):
             if (one is None) != (other is None):
@@ -346,23 +347,23 @@ class Region:
         return result
 
     def _quantized_norm(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-        """The norm of a quantised weight is that of the random value that its dequantisation has here: codes of random values
-        there are none in fp64. That blocks are dequantised as the library does it is not this check's business."""
+        """The norm of a quantised weight, computed from the random value that stands for its dequantisation: there are no codes for
+        random values in fp64. Whether blocks are dequantised as the library does is not checked here."""
         left, right = (values[factor] for factor in _factors(node))
         weight = self._value(next(n for n in self.node.graph.nodes if n.name == node.meta[DENSE]))
         return torch.ops.dorafx.row_norm.default(weight, left, right, node.args[5])
 
     def _needed(self, end: fx.Node, original: Callable[[fx.Node], fx.Node | None]) -> set[fx.Node]:
-        found: set[fx.Node] = set()
+        needed: set[fx.Node] = set()
         stack = [end]
         while stack:
             node = stack.pop()
-            if node in found:
+            if node in needed:
                 continue
-            found.add(node)
+            needed.add(node)
             if original(node) not in self.leaves:
                 stack.extend(_factors(node) if DENSE in node.meta else node.all_input_nodes)
-        return found
+        return needed
 
     def _value(self, node: fx.Node) -> Any:
         """The value of a leaf: random where it is a floating tensor, as traced where it is a number."""
@@ -375,9 +376,7 @@ class Region:
         shape = [size_hint(size) for size in traced.shape]
         if traced.dtype not in FLOAT_DTYPES:
             return torch.zeros(shape, dtype=traced.dtype, device=traced.device)
-        # Away from zero: a magnitude or a scaling near it would hide what it multiplies.
-        value = torch.randn(shape, dtype=torch.float64, generator=self._generator)
-        value = (value + 0.5 * value.sign()).to(traced.device)
+        value = random_values(shape, self._generator).to(traced.device)
         if self.rounded:
             value = value.to(traced.dtype).double()
         return value.requires_grad_(traced.requires_grad)
@@ -389,10 +388,10 @@ def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node]:
     return left, right
 
 
-def _difference(actual: torch.Tensor, wanted: torch.Tensor) -> float:
-    if not wanted.numel():
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    if not expected.numel():
         return 0.0
-    error = (actual - wanted).abs().max().item() / max(wanted.abs().max().item(), 1e-30)
+    error = (actual - expected).abs().max().item() / max(expected.abs().max().item(), 1e-30)
     return math.inf if math.isnan(error) else error
 
 
@@ -416,20 +415,10 @@ def _dtype_of(node: fx.Node) -> torch.dtype:
 def _call(node: fx.Node, values: dict[fx.Node, Any], native: bool) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
     if not native:
-        args, kwargs = _in_double(args), _in_double(kwargs)
+        args, kwargs = in_double(args), in_double(kwargs)
     if node.op == "call_method":
         name = "double" if node.target in _TO_DOUBLE and not native else str(node.target)
         return getattr(args[0], name)(*args[1:], **kwargs)
     if node.op != "call_function":
         raise TypeError(f"a region with a {node.op}")
     return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _in_double(argument: Any) -> Any:
-    if isinstance(argument, torch.dtype) and argument in FLOAT_DTYPES:
-        return torch.float64
-    if isinstance(argument, (list, tuple)):
-        return type(argument)(_in_double(a) for a in argument) if type(argument) in (list, tuple) else argument
-    if isinstance(argument, dict):
-        return {k: _in_double(v) for k, v in argument.items()}
-    return argument

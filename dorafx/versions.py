@@ -1,5 +1,5 @@
-"""Which versions dorafx needs, and which it was tested with: the one place that ``pyproject.toml``, the README, ``dorafx doctor`` and
-the tests agree with."""
+"""The versions that dorafx needs and those it was tested with: the single source for ``pyproject.toml``, the README, ``dorafx doctor``
+and the tests."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import re
 import sys
 from dataclasses import dataclass
 
-__all__ = ["OPTIONAL", "PYTHON", "VERSIONS", "Versions", "minor", "untested"]
-
 
 @dataclass(frozen=True)
 class Versions:
-    """What is said of a package's versions.
+    """The supported versions of a package.
 
     Attributes:
-        minimum: the oldest that dorafx can work with.
+        minimum: the oldest that dorafx works with.
         tested: those that the tests were run with, oldest first.
     """
 
@@ -33,7 +31,7 @@ class Versions:
         return minor(version) < minor(self.minimum)
 
     def is_untested(self, version: str) -> bool:
-        """Whether a version is newer than all that were tested; its patch releases are not."""
+        """Whether a version is newer than all that were tested; patch releases of these are not."""
         return minor(version) > minor(self.tested[-1])
 
 
@@ -45,28 +43,28 @@ VERSIONS = {
     "triton": Versions("3.6", ("3.6.0", "3.8.0", "3.9.0")),
 }
 OPTIONAL = frozenset({"peft", "transformers", "triton"})
-"""What dorafx works without."""
+"""Packages that dorafx works without."""
 
 
 def minor(version: str) -> tuple[int, int]:
     """``(2, 12)`` of ``"2.12.1+cu130"``, and of ``"2.12rc1"``, which counts as 2.12."""
-    found = re.match(r"(\d+)(?:\.(\d+))?", version)
-    return (int(found[1]), int(found[2] or 0)) if found else (0, 0)
+    match = re.match(r"(\d+)(?:\.(\d+))?", version)
+    return (int(match[1]), int(match[2] or 0)) if match else (0, 0)
 
 
 def untested() -> dict[str, str]:
     """The packages of this process that are newer than all that were tested, with their versions. Nothing is imported for it."""
-    found = {}
+    newer = {}
     for name, versions in VERSIONS.items():
         if name not in sys.modules:
             continue
         try:
             version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # a copy on the path: what it says of itself
+        except importlib.metadata.PackageNotFoundError:  # a copy on the path, without metadata
             version = str(getattr(sys.modules[name], "__version__", ""))
         if versions.is_untested(version):
-            found[name] = version
-    return found
+            newer[name] = version
+    return newer
 
 
 def _text(version: str) -> str:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 import dorafx
-from dorafx.extension import Candidate, Emit, Match, Part, Reason, base_core
+from dorafx.extension import Candidate, CompositionPlan, Emit, Match, Part, Reason, base_core
 
 
 @dorafx.pattern(name="base_only")
@@ -28,9 +28,9 @@ class BaseOnly:
         parts = tuple(Part(core, scale) for core, scale in others.items())
         return Match(self.name, candidate.node, candidate.expr, candidate.norm, cores[base], base, parts)
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         base, _ = emit.base(match.base, match.bias, match.scaling)
-        y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0)
+        y = emit.compose(base, None, emit.vector(match.scaling), None, 1.0, plan.kernel)
         low_rank, scale = emit.low_rank_sum(match.parts)
         return emit.call(torch.add, y, emit.call(torch.mul, low_rank, scale))
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from dorafx.lift import Mat
-from dorafx.match import Candidate, Emit, Match, Reason, base_core, forms, pattern
+from dorafx.match import Candidate, CompositionPlan, Emit, Match, Reason, base_core, forms, pattern
 
 
 @pattern(name="embedding")
@@ -56,6 +56,5 @@ class Embedding:
         table = candidate.lift.unrounded(Mat(candidate.norm.dense_atom))
         return candidate.lift.unrounded(factor).atom.id == table.atom.id
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        made: fx.Node = forms()["linear"].rewrite(match, emit)
-        return made
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        return forms()["linear"].rewrite(match, plan, emit)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from dorafx.match import (
     Candidate,
+    CompositionPlan,
     Emit,
     Match,
     Part,
@@ -90,16 +91,17 @@ class Linear:
 
     name: str = "linear"
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         g = emit.vector(match.scaling)
-        whole = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
-        if whole is not None:
-            return whole
+        if plan.kernel == "triton_linear":
+            layer = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
+            if layer is not None:
+                return layer
         base, bias = emit.base(match.base, match.bias, match.scaling)
         bias_node = emit.vector(bias) if bias.items else None
-        if emit.accumulate:
+        if plan.accumulate:
             for part in match.parts:
                 base = emit.accumulated(base, part)
-            return emit.compose(base, None, g, bias_node, 1.0)
+            return emit.compose(base, None, g, bias_node, 1.0, plan.kernel)
         lora, scale = emit.low_rank_sum(match.parts)
-        return emit.compose(base, lora, g, bias_node, scale)
+        return emit.compose(base, lora, g, bias_node, scale, plan.kernel)

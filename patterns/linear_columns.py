@@ -5,12 +5,27 @@ The scaling lies on the input's side, where the linear form has it on the output
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from dorafx.lift import Diag, Expr, Mat, Poly
-from dorafx.match import Candidate, Emit, Match, Part, Reason, ReasonKind, no_base_product, pattern
+from dorafx.lift.algebra import Chain, Factor
+from dorafx.match import (
+    Candidate,
+    Composition,
+    CompositionPlan,
+    Emit,
+    Match,
+    Part,
+    Reason,
+    ReasonKind,
+    group,
+    no_base_product,
+    pattern,
+)
 
 
 @pattern(name="linear_columns")
@@ -47,14 +62,17 @@ class LinearColumns:
         cores = candidate.composition.cores
         base = next(
             (
-                c
-                for c in cores
-                if c and isinstance(c[-1], Mat) and lift.unrounded(c[-1]).atom.id == weight and self._head(c)
+                core
+                for core in cores
+                if len(core) > 2
+                and isinstance(core[1], Diag)
+                and isinstance(core[-1], Mat)
+                and lift.unrounded(core[-1]).atom.id == weight
+                and candidate.norm.atom in lift.norms_in(Poly(((core[1].mono, 1.0),)))
             ),
             None,
         )
-        head = self._head(base) if base is not None else None
-        if base is None or head is None or candidate.norm.atom not in lift.norms_in(Poly(((head[-1].mono, 1.0),))):
+        if base is None:
             return no_base_product(candidate)
         if lift.gemms.get(Expr.chain(base)):
             return Reason(
@@ -62,21 +80,76 @@ class LinearColumns:
                 candidate.node,
                 kind=ReasonKind.NOTHING_ELSE,
             )
-        parts = [Part(core, poly) for core, poly in cores.items() if core != base]
-        if not parts or any(self._head(part.core) != head for part in parts):
+        products = _products(candidate.composition)
+        if products is None:
             what = "a part of the output has an input that is not scaled as the weight's is"
             return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
-        constant, scaling = candidate.expr, cores[base]
+        parts = []
+        for product in products:
+            computed = bool(lift.gemms.get(Expr.chain(product.core)))
+            if product.tail == base[2:] or (product.core[-1] == base[-1] and computed):
+                continue  # the product with the weight, and the base product of the input itself
+            if product.core[0] != base[0] or computed:
+                what = "a part of the output has an input that is not scaled as the weight's is"
+                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+            parts.append(Part(product.core, product.output))
+        if not parts:
+            what = "the base product is scaled by the norm, but no low-rank product is added"
+            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
         return Match(
-            self.name, candidate.node, constant, candidate.norm, scaling, base, tuple(parts), constant, Poly(())
+            self.name,
+            candidate.node,
+            candidate.expr,
+            candidate.norm,
+            cores[base],
+            base,
+            tuple(parts),
+            constant=candidate.expr,
+            bias=candidate.composition.bias,
         )
 
-    @staticmethod
-    def _head(core: tuple[Mat | Diag, ...]) -> tuple[Mat, Diag] | None:
-        """The activation and its scaling, that a core begins with."""
-        if len(core) < 3 or not isinstance(core[0], Mat) or not isinstance(core[1], Diag):
-            return None
-        return core[0], core[1]
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        products = _products(group(match.expr))
+        assert products is not None
+        bias = match.bias
+        terms = []
+        for product in products:
+            head = product.core[0]
+            if product.input.constant is None and isinstance(head, Mat):
+                terms.append((emit.product_of_scaled(head, product.input, product.tail), product.output))
+            else:
+                node, bias = emit.base(product.core, bias, product.output)
+                terms.append((node, product.output))
+        return emit.scaled_sum(terms, bias)
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        return emit.shaped_like_site(emit.expression(match.expr))
+
+class _Product(NamedTuple):
+    """``output ⊙ ((x ⊙ input) · tail)``: what cores that differ in the scaling of the input make together."""
+
+    core: Chain
+    """``x · tail``, with the scaling of the first of them."""
+    tail: Chain
+    input: Poly
+    output: Poly
+
+
+def _products(composition: Composition) -> list[_Product] | None:
+    """A composition by its products, ``t·(x ⊙ c)·Wᵀ + (1 - t)·x·Wᵀ`` as one; None where the scalings do not come apart into one of the
+    input and one of the output."""
+    products: dict[tuple[Factor, Chain], _Product] = {}
+    for core, output in composition.cores.items():
+        if len(core) < 2 or not isinstance(core[0], Mat):
+            return None
+        head, second = core[:2]
+        mono = second.mono if isinstance(second, Diag) else ()
+        tail = core[2:] if mono else core[1:]
+        same = products.get((head, tail))
+        ratio = output.ratio_to(same.output) if same is not None else Poly.const(1.0)
+        if ratio is None or ratio.constant is None:
+            return None
+        summand = Poly(((mono, ratio.constant),))
+        if same is None:
+            products[head, tail] = _Product(core, tail, summand, output)
+        else:
+            products[head, tail] = same._replace(input=same.input + summand)
+    return list(products.values())

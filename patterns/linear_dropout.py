@@ -13,6 +13,7 @@ from torch import fx, nn
 from dorafx.lift import Expr, Poly
 from dorafx.match import (
     Candidate,
+    CompositionPlan,
     Emit,
     Match,
     Part,
@@ -86,7 +87,7 @@ class LinearDropout:
                 return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
             parts.append(Part(core, scale))
         if unscaled > 1:
-            # The layer's own result is one value; what is added beside it (a residual) belongs to somebody else.
+            # The layer's own result is one value; what else is added (a residual) is no part of the layer.
             what = "something else than the unscaled base product is added to the delta form"
             return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
         if not unscaled or not parts:
@@ -96,11 +97,11 @@ class LinearDropout:
             self.name, candidate.node, candidate.expr, candidate.norm, scaling, base, tuple(parts), constant=constant
         )
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         assert match.constant is not None
         g = emit.vector(match.scaling)
         # A base product that the graph only has with its bias brings (g - 1) times the bias along.
         base, bias = emit.base(match.base, Poly(()), match.scaling + Poly.const(-1.0))
         result = emit.expression(match.constant + Expr.broadcast(bias) if bias.items else match.constant)
         lora, scale = emit.low_rank_sum(match.parts)
-        return emit.compose_delta(result, base, lora, g, scale)
+        return emit.compose_delta(result, base, lora, g, scale, plan.kernel)

@@ -120,6 +120,7 @@ FORMS = {
         "detach(‖W + s·B·A‖)",
     ),
     "linear_columns": ("x·D(m·n⁻¹)·Wᵀ + s·x·D(m·n⁻¹)·Aᵀ·Bᵀ", "‖W + s·B·A‖_col"),
+    "linear_weight_delta": ("x·Wᵀ·D(m·n⁻¹) − x·Wᵀ + s·x·Aᵀ·Bᵀ·D(m·n⁻¹)", "detach(‖W + s·B·A‖)"),
     "embedding": ("onehot(i)·E·D(m·n⁻¹) + s·onehot(i)·A·B·D(m·n⁻¹)", "detach(‖E + s·A·B‖_col)"),
     "convolution": (
         "patches(channels(x))·flat(W)ᵀ·D(m·n⁻¹) + s·patches(channels(x))·flat(A)ᵀ·flat(B)ᵀ·D(m·n⁻¹)",
@@ -145,7 +146,7 @@ class WithoutStatement:
     def check(self, candidate: Any) -> Match | Reason:
         return Reason("no form of its own", candidate.node)
 
-    def rewrite(self, match: Match, emit: Any) -> Any: ...
+    def rewrite(self, match: Match, plan: Any, emit: Any) -> Any: ...
 
 
 class WithAStatementOfItsOwn(WithoutStatement):

@@ -1,4 +1,4 @@
-"""The road itself: what importing it does, what it returns, and where the log's seconds come from."""
+"""The pipeline itself: what importing it does, what it returns, and where the log's seconds come from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import fx
 import dorafx
 from dorafx import RewriteMissError, capture, pipeline, rewrite_log
 from dorafx.options import Options
-from dorafx.pipeline import STATIONS, rewrite_graph
+from dorafx.pipeline import STAGES, rewrite_graph
 
 UNTOUCHED = """
 import torch
@@ -63,14 +63,14 @@ def test_the_log_has_the_seconds_of_each_station() -> None:
     for verify in (False, True):
         log = dorafx.RewriteLog()
         rewrite_graph(graph, Options(verify=verify), prologue=True, log=log)
-        assert tuple(log.seconds) == STATIONS
-        spent = {station for station, seconds in log.seconds.items() if seconds > 0}
-        assert spent == set(STATIONS) - (set() if verify else {"verify"})
+        assert tuple(log.seconds) == STAGES
+        spent = {stage for stage, seconds in log.seconds.items() if seconds > 0}
+        assert spent == set(STAGES) - (set() if verify else {"verify"})
         again = dorafx.RewriteLog.from_json(log.to_json())
         assert again.seconds == log.seconds
         once = dict(log.seconds)
         log.extend((), seconds=once)
-        assert log.seconds == {station: 2 * seconds for station, seconds in once.items()}
+        assert log.seconds == {stage: 2 * seconds for stage, seconds in once.items()}
         log.clear()
         assert log.seconds == {}
 

@@ -106,7 +106,9 @@ def nothing_done(place: Any, name: str, instead: Callable[..., Any]) -> Plant:
 
 def composition(change: Callable[[Emitter, fx.Node], fx.Node]) -> Plant:
     right = Linear.rewrite
-    return lambda patch: patch.setattr(Linear, "rewrite", lambda self, m, emit: change(emit, right(self, m, emit)))
+    return lambda patch: patch.setattr(
+        Linear, "rewrite", lambda self, m, plan, emit: change(emit, right(self, m, plan, emit))
+    )
 
 
 def norm(change: Callable[[Emitter, fx.Node], fx.Node]) -> Plant:
@@ -140,14 +142,14 @@ def write_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def through(dtype: torch.dtype) -> Callable[[Emitter, fx.Node], fx.Node]:
-    return lambda emit, made: emit.cast(emit.cast(made, dtype), emit.tensor(made).dtype)
+    return lambda emit, replacement: emit.cast(emit.cast(replacement, dtype), emit.tensor(replacement).dtype)
 
 
 FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant, str]] = {
     "outputs that are one": (
         two_layers,
         FP64,
-        nothing_done(Ownership, "of", lambda self, emit, original, made: made),
+        nothing_done(Ownership, "of", lambda self, emit, original, replacement: replacement),
         "output 1 shares memory with output 0",
     ),
     "zero term": (
@@ -159,7 +161,7 @@ FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant
     "n for 1/n": (
         reciprocal_root,
         FP64,
-        norm_in_place(lambda emit, made: emit.call(torch.reciprocal, made)),
+        norm_in_place(lambda emit, replacement: emit.call(torch.reciprocal, replacement)),
         "outputs differ",
     ),
     "write forgotten": (written_input, FP64, write_forgotten, "after the run differs"),
@@ -167,13 +169,13 @@ FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant
     "dtype": (
         plain,
         FP32,
-        composition(lambda emit, made: emit.method("double", made)),
+        composition(lambda emit, replacement: emit.method("double", replacement)),
         "has dtype torch.float64, not torch.float32",
     ),
     "strides": (
         from_the_left,
         FP64,
-        nothing_done(apply, "laid_out_like", lambda emit, node, made: made),
+        nothing_done(apply, "laid_out_like", lambda emit, node, replacement: replacement),
         "has strides (1, 7), not (5, 1)",
     ),
     "detach forgotten": (
@@ -185,13 +187,13 @@ FAULTS: dict[str, tuple[Callable[[Layer, torch.Tensor], Any], torch.dtype, Plant
     "detach of the norm": (
         differentiable,
         FP64,
-        norm(lambda emit, made: emit.method("detach", made)),
+        norm(lambda emit, replacement: emit.method("detach", replacement)),
         "gradient flows differ",
     ),
     "detach": (
         plain,
         FP64,
-        composition(lambda emit, made: emit.method("detach", made)),
+        composition(lambda emit, replacement: emit.method("detach", replacement)),
         "gradient flows differ",
     ),
     "norm in fp32 of fp64": (wide, FP32, norm(through(FP32)), "the norm is"),

@@ -58,18 +58,18 @@ def test_peft(kind: str, dtype: torch.dtype, dropout: float) -> None:
 def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     right = Linear.rewrite
 
-    def rewrite(self: Linear, match: Any, emit: Emitter) -> fx.Node:
-        made = right(self, match, emit)
+    def rewrite(self: Linear, match: Any, plan: Any, emit: Emitter) -> fx.Node:
+        replacement = right(self, match, plan, emit)
         if how == "scale":
-            return emit.call(torch.mul, made, 1.001)
+            return emit.call(torch.mul, replacement, 1.001)
         if how == "gradient":
-            return emit.method("detach", made)
+            return emit.method("detach", replacement)
         if how == "random":
-            emit.call(torch.rand_like, made)
-            return made
+            emit.call(torch.rand_like, replacement)
+            return replacement
         if how == "nan":
-            return emit.call(torch.nan_to_num, made)
-        return emit.call(torch.add, made, emit.method("sum", made))
+            return emit.call(torch.nan_to_num, replacement)
+        return emit.call(torch.add, replacement, emit.method("sum", replacement))
 
     monkeypatch.setattr(Linear, "rewrite", rewrite)
 
@@ -230,5 +230,5 @@ def test_observations_differ() -> None:
     }
     assert not differences(original, observe(lambda v: (v @ p.t(), v), (x,), [p]))
     for sentence, program in wrong.items():
-        found = differences(original, observe(program, (x,), [p]))
-        assert any(sentence in f for f in found), (sentence, found)
+        seen = differences(original, observe(program, (x,), [p]))
+        assert any(sentence in difference for difference in seen), (sentence, seen)

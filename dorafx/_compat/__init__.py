@@ -1,2 +1,2 @@
-"""Private torch API, and nothing else: one place to look when a torch release moves something. A module a subject; none imports
-anything else of dorafx."""
+"""Private torch API, and nothing else: the one place to check when a torch release moves something. One module for each subject;
+none imports other parts of dorafx."""

@@ -1,4 +1,4 @@
-"""Private API of the autograd engine: what is going on while a forward runs."""
+"""Private API of the autograd engine: its state while a forward runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,10 @@ import torch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = [
-    "below_autocast",
-    "below_autograd",
-    "differentiates_by_itself",
-    "forward_mode",
-    "in_backward",
-    "save_for_backward",
-    "saved_tensors_are_packed",
-]
-
 
 def differentiates_by_itself(tensor: torch.Tensor) -> bool:
-    """Whether all that leads to a tensor is differentiated by formulas of autograd's own, none by a ``torch.autograd.Function``'s
-    or a custom operator's (which is one, too)."""
+    """Whether a tensor's whole history is differentiated by autograd's built-in formulas, with no ``torch.autograd.Function`` and no
+    custom operator (which is one, too)."""
     stack, seen = [tensor.grad_fn], set()
     while stack:
         fn = stack.pop()
@@ -34,7 +24,7 @@ def differentiates_by_itself(tensor: torch.Tensor) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether this thread runs a backward: a forward that runs there recomputes (activation checkpointing)."""
+    """Whether this thread runs a backward. A forward inside of it is a recomputation (activation checkpointing)."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
@@ -49,19 +39,19 @@ def below_autograd() -> Any:
 
 
 def below_autocast() -> Any:
-    """A context in which no operator is autocast, whatever region the caller is in. Unlike ``torch.autocast(enabled=
-    False)`` it leaves the region's settings and its cache of cast weights alone, and costs one thread-local flag."""
+    """A context in which no operator is autocast. Unlike ``torch.autocast(enabled=False)`` it keeps the settings of the surrounding
+    region and its cache of cast weights, and costs one thread-local flag."""
     return torch._C._DisableAutocast()
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode differentiation is going on (``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``)."""
+    """Whether forward-mode differentiation is active (``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``)."""
     return int(torch.autograd.forward_ad._current_level) >= 0
 
 
 def save_for_backward(tensor: torch.Tensor) -> None:
-    """While a joint graph of forward and backward is traced: let its partitioner save this tensor and not what it is made
-    of. No effect outside of tracing, nor in a checkpointed region, which has its own policy for every node."""
+    """While a joint graph of forward and backward is traced: make its partitioner save this tensor instead of what it is computed
+    from. No effect outside of tracing, nor in a checkpointed region, which has its own policy for every node."""
     mode = get_proxy_mode()
     if mode is None:
         return

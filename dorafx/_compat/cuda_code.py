@@ -1,8 +1,8 @@
-"""The code that Inductor generates for a CUDA device, made without one.
+"""The code that Inductor generates for a CUDA device, generated without one.
 
-Autograd has no CUDA tensors without a device, so that what a compiled program is made of is captured with tensors of the CPU, the
-joint graph of forward and backward parted; each part is then given tensors of CUDA, which hold no data, and Inductor is let write
-its code, which nobody runs. The device that it is told of has the properties of an H100.
+Without a device autograd has no CUDA tensors. So the graphs of a compiled program, forward and backward already partitioned, are
+captured with CPU tensors; then each is given CUDA tensors without data, and Inductor generates its code, which is not run. The
+properties of the device are those of an H100.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from unittest import mock
 
 import torch
 from torch import fx
-
-__all__ = ["Part", "captured_parts", "cuda_code"]
 
 _H100 = {
     "name": "NVIDIA H100",
@@ -39,7 +37,7 @@ _H100 = {
 
 @dataclass(frozen=True)
 class Part:
-    """One graph that Inductor is given: a forward or a backward, with its operators decomposed.
+    """One graph that Inductor receives: a forward or a backward, with its operators decomposed.
 
     Attributes:
         inputs: tensors of the CPU without data, and numbers.
@@ -53,8 +51,8 @@ class Part:
 
 @contextlib.contextmanager
 def captured_parts() -> Iterator[list[Part]]:
-    """The graphs that Inductor would compile here, in the order in which it is given them: of a program with gradients the forward
-    and the backward. None is compiled, and the program can't be run: call it once, and let it raise. Tensors made here have no data."""
+    """Collect the graphs that Inductor would compile in this context, in order: for a program with gradients the forward and the
+    backward. None is compiled, so the one call of the program must be expected to raise. Tensors made here have no data."""
     from torch._functorch import config as functorch
     from torch._inductor import compile_fx, config
     from torch._inductor.output_code import MockFXGraphCacheOutput
@@ -79,7 +77,7 @@ def cuda_code(part: Part) -> str:
     """Inductor's module of a graph, as Python source: Triton kernels, and a function ``call`` that launches them and the products.
 
     Raises:
-        Exception: what Inductor raises of a graph that it can't lower to CUDA.
+        Exception: Inductor's, for a graph that it can't lower to CUDA.
     """
     from torch._inductor import compile_fx, config
     from torch._inductor.graph import GraphLowering
@@ -119,24 +117,24 @@ def cuda_code(part: Part) -> str:
 
 
 def _on(device: torch.device, gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of a graph that makes its constants on a device."""
+    """A copy of a graph that creates its tensors on a device."""
     moved = fx.GraphModule(gm, fx.Graph())
     output = moved.graph.graph_copy(gm.graph, {})
     moved.graph.output(output)
 
-    def there(argument: Any) -> Any:
+    def on_device(argument: Any) -> Any:
         return device if isinstance(argument, torch.device) else argument
 
     for node in moved.graph.nodes:
-        node.args = fx.node.map_aggregate(node.args, there)
-        node.kwargs = fx.node.map_aggregate(node.kwargs, there)
+        node.args = fx.node.map_aggregate(node.args, on_device)
+        node.kwargs = fx.node.map_aggregate(node.kwargs, on_device)
     moved.recompile()
     return moved
 
 
 @contextlib.contextmanager
 def _pretended() -> Iterator[None]:
-    """What Inductor asks of the device, answered by constants. Nothing is asked of a driver."""
+    """Replace Inductor's queries of the device by constants; no driver is needed."""
     from torch._dynamo import device_interface
     from torch._inductor import scheduler
     from torch._inductor.fx_passes import reinplace
@@ -162,7 +160,7 @@ def _pretended() -> Iterator[None]:
         raise_if_triton_unavailable = staticmethod(lambda device=None: None)
 
     Interface.Worker = Worker  # type: ignore[misc]
-    device_interface.get_interface_for_device("cpu")  # registers those that there are, once
+    device_interface.get_interface_for_device("cpu")  # registers the existing ones, once
     target = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, is_active=lambda: True
     )
@@ -172,14 +170,14 @@ def _pretended() -> Iterator[None]:
         "is_bf16_supported": lambda *args, **kwargs: True,
         "current_device": lambda: 0,
     }
-    found = {name: Interface for name in ("cuda", "cuda:0")}
+    interfaces = {name: Interface for name in ("cuda", "cuda:0")}
     previous = driver._active
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(device_interface.device_interfaces, found))
+        stack.enter_context(mock.patch.dict(device_interface.device_interfaces, interfaces))
         for name, answer in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(scheduler, "has_triton", return_value=True))
-        # It looks by a copy whether shapes fit, and a copy asks for the device.
+        # It checks by a copy whether shapes fit, which would need the device.
         stack.enter_context(
             mock.patch.object(reinplace, "_inplace_generalized_scatter", lambda into, source, views: into)
         )

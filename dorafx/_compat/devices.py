@@ -1,4 +1,4 @@
-"""Private API of devices: what measuring needs."""
+"""Private API of devices, for measurements."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["spin"]
-
 _TRIAL = 2_000_000
-"""Cycles that the rate of a device's clock is taken from: about a millisecond."""
+"""Cycles for measuring the rate of a device's clock: about a millisecond."""
 
 
 def spin(device: str, seconds: float) -> None:

@@ -1,6 +1,6 @@
-"""Private API of torch.distributed, and nothing else: :mod:`dorafx._compat` for programs of several processes.
+"""Private API of torch.distributed.
 
-Nothing here imports torch.distributed.tensor for a program that has not done so.
+Nothing here imports torch.distributed.tensor into a program that has not imported it.
 """
 
 from __future__ import annotations
@@ -13,20 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "bucket_splitter",
-    "from_parts",
-    "fully_sharded_process",
-    "is_partial",
-    "is_shard",
-    "local_part",
-    "partial_norm",
-    "placements",
-    "replicated",
-    "rewrite_before_buckets",
-    "zero3_parameter",
-]
-
 
 def placements(value: Any) -> tuple[Any, ...] | None:
     """The placements of a DTensor; None for anything else."""
@@ -35,48 +21,48 @@ def placements(value: Any) -> tuple[Any, ...] | None:
 
 
 def replicated() -> Any:
-    """The placement of a value that every device has whole."""
+    """The placement of a value that every device holds completely."""
     from torch.distributed.tensor import Replicate
 
     return Replicate()
 
 
 def is_partial(placement: Any) -> bool:
-    """Whether a placement is of values that are still to be reduced over devices."""
+    """Whether the values of a placement have yet to be reduced over devices."""
     return bool(placement.is_partial())
 
 
 def is_shard(placement: Any, dimension: int) -> bool:
-    """Whether a placement cuts a dimension into one contiguous piece a device."""
+    """Whether a placement splits a dimension into one contiguous piece for each device."""
     from torch.distributed.tensor import Shard
 
-    # The exact class: a strided shard, as combined parallelisms make them, interleaves the pieces.
+    # The exact class: a strided shard, which combined parallelisms use, interleaves the pieces.
     return type(placement) is Shard and placement.dim == dimension
 
 
-def local_part(tensor: torch.Tensor, mesh: Any, wanted: tuple[Any, ...]) -> torch.Tensor:
-    """This device's part of a tensor that lies as ``wanted``; a plain tensor is one that every device has whole."""
+def local_part(tensor: torch.Tensor, mesh: Any, target: tuple[Any, ...]) -> torch.Tensor:
+    """This device's part of a tensor that is laid out by the placements ``target``; a plain tensor counts as replicated."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if not isinstance(tensor, DTensor):
         tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    if tuple(tensor.placements) != wanted:
-        tensor = tensor.redistribute(mesh, wanted)
+    if tuple(tensor.placements) != target:
+        tensor = tensor.redistribute(mesh, target)
     local: torch.Tensor = tensor.to_local()
     return local
 
 
 def from_parts(
-    part: torch.Tensor, length: int, mesh: Any, current: tuple[Any, ...], wanted: tuple[Any, ...] | None
+    part: torch.Tensor, length: int, mesh: Any, current: tuple[Any, ...], target: tuple[Any, ...] | None
 ) -> torch.Tensor:
-    """The vector of ``length`` elements whose parts lie on the devices as ``lies``, brought to ``wanted``. Parts may differ
-    in length, so the whole's is not known from one of them."""
+    """The vector of ``length`` elements whose parts have the placements ``current``, redistributed to ``target``. Parts may
+    differ in length, so the length of the whole cannot be computed from one of them."""
     from torch.distributed.tensor import DTensor
 
-    made: torch.Tensor = DTensor.from_local(
+    whole: torch.Tensor = DTensor.from_local(
         part, mesh, current, run_check=False, shape=torch.Size((length,)), stride=(1,)
     )
-    return made if wanted is None or current == wanted else made.redistribute(mesh, wanted)  # type: ignore[attr-defined]
+    return whole if target is None or current == target else whole.redistribute(mesh, target)  # type: ignore[attr-defined]
 
 
 def partial_norm() -> Any:
@@ -108,16 +94,16 @@ _splitter: ContextVar[Callable[[Any, Any, Compile], Callable[..., Any]] | None] 
 
 
 def bucket_splitter() -> Callable[[Any, Any, Compile], Callable[..., Any]] | None:
-    """Under DistributedDataParallel, what compiles a graph in pieces that end where a bucket of gradients is full:
+    """Under DistributedDataParallel, a function that compiles a graph in pieces, one for each bucket of gradients:
     ``splitter(graph, inputs, compile_piece)``. None elsewhere."""
     return _splitter.get()
 
 
 def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
-    """Have Dynamo's DDPOptimizer hand this backend whole graphs, to be split by :func:`bucket_splitter`.
+    """Make Dynamo's DDPOptimizer pass whole graphs to this backend, which splits them with :func:`bucket_splitter`.
 
-    DDPOptimizer cuts a graph at the buckets and calls the backend for each piece. A cut may run through a layer, whose norm
-    is in one piece then and its composition in another. Other backends are called as ever.
+    DDPOptimizer splits a graph at the buckets and calls the backend for each piece. A split may separate the norm of a layer from
+    its composition. Other backends are not affected.
     """
     if not torch.distributed.is_available():
         return
@@ -144,7 +130,7 @@ def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
 
 
 def _unwrapped(backend: Any) -> Any:
-    """The function under what ``torch.compile`` and ``functools.partial`` wrap around a backend."""
+    """A backend without the wrappers of ``torch.compile`` and ``functools.partial``."""
     while True:
         inner = getattr(backend, "compiler_fn", None) or (
             backend.func if isinstance(backend, functools.partial) else None

@@ -1,4 +1,4 @@
-"""Private API of Dynamo: compiling calls, what it counts and says, and what it traces in the place of what."""
+"""Private API of Dynamo: compiled calls, its counters and messages, and substitutes for functions that it traces."""
 
 from __future__ import annotations
 
@@ -11,23 +11,6 @@ from typing import Any
 
 import torch
 
-__all__ = [
-    "allow_recompilations",
-    "fresh_compile",
-    "graph_breaks",
-    "graph_statistics",
-    "group_compiler",
-    "lookup_backend",
-    "quiet_tracing_errors",
-    "restore_compiled_call",
-    "set_compiled_call",
-    "through_dynamo",
-    "trace_artifact",
-    "trace_instead",
-    "whole_graphs",
-]
-
-
 _group_numbers = itertools.count()
 
 
@@ -35,7 +18,7 @@ def lookup_backend(name: str) -> Any:
     """A registered Dynamo backend by name.
 
     Raises:
-        ValueError: no such backend; the message names the ones there are.
+        ValueError: no such backend; the message names the registered ones.
     """
     from torch._dynamo.backends.registry import lookup_backend as lookup
     from torch._dynamo.exc import InvalidBackend
@@ -50,34 +33,33 @@ def lookup_backend(name: str) -> Any:
 def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     """A compiled function that calls a module, with a code object of its own.
 
-    Dynamo keeps compiled graphs, and counts recompilations against its limit, per code object. ``Module._call_impl`` is
-    one code object for every module of a process, so with more shapes than the limit (8) it would fall back to eager
-    for good. A code object for each group of equal modules gives each group a cache and a limit of its own.
+    Dynamo caches compiled graphs, and counts recompilations against its limit, per code object. ``Module._call_impl`` is one code
+    object for all modules of a process, so with more shapes than the limit (8) it would fall back to eager permanently. A code
+    object for each group of equal modules gives each group its own cache and limit.
     """
 
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    own = types.FunctionType(
+    function = types.FunctionType(
         call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
     )
-    return _compiled(own, backend, dynamic)
+    return _compiled(function, backend, dynamic)
 
 
 def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
-    """``torch.compile(function, backend=backend)`` with a callable that Dynamo takes for a registered backend. After compiling by
-    one of those, Dynamo drops its weak references to the inputs; by any other, it leaves them to a fake mode that lives as
-    long as the compiled code, and ``torch.utils.swap_tensors``, with it ``.to()`` of torchao's parameters, refuses what
-    somebody refers to."""
+    """``torch.compile(function, backend=backend)`` with a callable that Dynamo takes for a registered backend. After compiling with a
+    registered backend, Dynamo drops its weak references to the inputs. Otherwise a fake mode holds them as long as the compiled
+    code lives, and ``torch.utils.swap_tensors``, which ``.to()`` of torchao's parameters uses, refuses tensors with weak references."""
     compiled: Callable[..., Any] = torch._dynamo.optimize(backend=_Known(backend), dynamic=dynamic)(function)
     return compiled
 
 
 class _Known(torch._TorchCompileWrapper):
-    """What ``torch.compile`` makes of a backend: Dynamo goes by its ``compiler_name`` (to 2.13) or ``compiler_fn`` (since)."""
+    """``torch.compile``'s wrapper of a backend, which Dynamo identifies by its ``compiler_name`` (to 2.13) or ``compiler_fn`` (since)."""
 
     def __init__(self, backend: Any) -> None:
-        # Any but "eager", by which Dynamo would compile below the transforms of torch.func instead of leaving them alone.
+        # Any name but "eager", with which Dynamo would compile inside the transforms of torch.func instead of leaving them alone.
         super().__init__("aot_eager", None, None, None)  # type: ignore[no-untyped-call]
         self.compiler_name = "dorafx"
         self._backend = backend
@@ -92,7 +74,7 @@ class _Known(torch._TorchCompileWrapper):
 
 
 def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
-    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns what was there."""
+    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns the previous value."""
     previous = module._compiled_call_impl
     module._compiled_call_impl = functools.partial(compiled, module)
     return previous
@@ -108,11 +90,9 @@ def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
 
 
 def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:
-    """``torch.compile`` of a call of ``model`` under a code object that nothing was compiled for yet, so that earlier
-    compilations neither answer nor count."""
-    compiled = group_compiler(backend, None) if isinstance(model, torch.nn.Module) else None
-    if compiled is not None:
-        return functools.partial(compiled, model)
+    """``torch.compile`` of a call of ``model`` with a new code object, so that earlier compilations are neither reused nor counted."""
+    if isinstance(model, torch.nn.Module):
+        return functools.partial(group_compiler(backend, None), model)
     return _compiled(model, backend)
 
 
@@ -125,21 +105,21 @@ def whole_graphs() -> Any:
 
 @contextlib.contextmanager
 def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
-    """The graph breaks that happen inside: of each Dynamo's reason and the user's stack (``FrameSummary``, innermost
-    last). Dynamo traces again what it has broken, so one break may come several times."""
+    """Collect the graph breaks that happen inside: Dynamo's reason and the user's stack (``FrameSummary``, innermost last) of each.
+    One break may be reported several times, as Dynamo traces a broken frame again."""
     from torch._dynamo.utils import graph_break_reasons
 
     before = len(graph_break_reasons)
-    found: list[tuple[str, Any]] = []
+    breaks: list[tuple[str, Any]] = []
     try:
-        yield found
+        yield breaks
     finally:
-        found.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
+        breaks.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
 
 
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
-    """A file of the graph being compiled in what ``TORCH_TRACE`` collects and tlparse shows; ``payload`` is not called
-    where nobody collects."""
+    """Add a file about the graph being compiled to the trace that ``TORCH_TRACE`` collects and tlparse shows. ``payload`` is called
+    only if a trace is collected."""
     from torch._logging._internal import trace_structured
 
     trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=payload)
@@ -153,8 +133,8 @@ def graph_statistics() -> tuple[int, int]:
 
 
 def allow_recompilations(limit: int) -> None:
-    """Let Dynamo compile up to ``limit`` variants of one code object. Beyond its limit (8) it runs that code eagerly for
-    good, which a measurement of compiled code must not meet."""
+    """Let Dynamo compile up to ``limit`` variants of one code object. Beyond its default limit (8) it runs that code eagerly, which
+    must not happen in a measurement of compiled code."""
     import torch._dynamo.config as config
 
     config.recompile_limit = limit
@@ -167,9 +147,16 @@ def quiet_tracing_errors() -> None:
     logging.getLogger("torch._subclasses").setLevel(logging.CRITICAL)
 
 
+def restarts_tracing(error: Exception) -> bool:
+    """Whether what a compiler raised is no failure, but tells Dynamo to trace anew or not at all."""
+    from torch._dynamo.exc import RestartAnalysis, SkipFrame
+
+    return isinstance(error, (RestartAnalysis, SkipFrame))
+
+
 def through_dynamo(error: ValueError) -> ValueError:
-    """The error as one that Dynamo hands to the user as it is. What a backend raises it wraps in a
-    ``BackendCompilerFailed`` otherwise, which is no ``ValueError``; its own kind of exceptions it lets through."""
+    """The error as one that Dynamo passes to the user unchanged. Dynamo wraps other exceptions of a backend in a
+    ``BackendCompilerFailed``, which is no ``ValueError``, but not exceptions of its own kind."""
     return _UserValueError(*error.args)
 
 
@@ -191,13 +178,13 @@ _UserValueError = _user_value_error()
 
 
 def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) -> bool:
-    """Have Dynamo trace ``substitute`` where it would inline ``original``; calls outside of tracing do not change.
+    """Make Dynamo trace ``substitute`` where it would inline ``original``; calls outside of tracing do not change.
 
-    ``torch.compiler.substitute_in_graph`` is for functions; for methods Dynamo knows no substitutes, but it does trace
-    what ``_torchdynamo_inline`` names, a mark that ``torch.compile`` leaves on the functions it returns.
+    ``torch.compiler.substitute_in_graph`` works for functions, not for methods. For these Dynamo traces the function in the
+    attribute ``_torchdynamo_inline``, which ``torch.compile`` sets on the functions it returns.
 
     Returns:
-        Whether this torch heeds the mark; if it does not, nothing is changed.
+        Whether this torch uses the attribute; if it does not, nothing is changed.
     """
     from torch._dynamo.variables import UserFunctionVariable
 

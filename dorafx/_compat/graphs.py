@@ -1,4 +1,4 @@
-"""Private API of graphs: what tracers leave on nodes and modules, and exported programs."""
+"""Private API of graphs: attributes that tracers set on nodes and modules, and exported programs."""
 
 from __future__ import annotations
 
@@ -7,18 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    "GRAPH_MODULE_ATTRIBUTES",
-    "carry_node_attributes",
-    "codegen_of",
-    "exported_program_with_graph",
-    "input_source",
-    "is_inference_input",
-    "mark_new_input",
-    "tracer_class",
-]
-
-
 GRAPH_MODULE_ATTRIBUTES = (
     "shape_env",
     "compile_subgraph_reason",
@@ -26,13 +14,13 @@ GRAPH_MODULE_ATTRIBUTES = (
     "_source_to_user_stacks",
     "_backend_id",
 )
-"""What Dynamo leaves on a GraphModule beside its graph and metadata, and AOTAutograd reads."""
+"""Attributes of a GraphModule that Dynamo sets and AOTAutograd reads, besides the graph and its metadata."""
 
 
 def carry_node_attributes(old: Any, new: Any) -> None:
-    """Dynamo's ``_dynamo_source`` is lost by ``Graph.graph_copy``; AOTAutograd asserts that placeholders have it. Its
-    ``grapharg``, a weak reference to the input, is for Dynamo alone, which takes it from its own graph after compilation: a
-    parameter that is referred to so cannot be swapped, and a torchao weight not be moved."""
+    """Copy the attributes that ``Graph.graph_copy`` loses: AOTAutograd asserts that placeholders have Dynamo's ``_dynamo_source``.
+    Remove ``grapharg``, a weak reference to the input that only Dynamo needs, and takes from its own graph after compilation: a
+    parameter with a weak reference cannot be swapped, and a torchao weight not be moved."""
     if hasattr(old, "_dynamo_source"):
         new._dynamo_source = old._dynamo_source
     if is_inference_input(old):
@@ -44,8 +32,8 @@ _INFERENCE = "dorafx_inference"
 
 
 def is_inference_input(node: Any) -> bool:
-    """Whether a placeholder stands for a tensor that was made in inference mode, which Dynamo's fake tensors do not show. Dynamo compiles
-    the graph again for one that was not."""
+    """Whether a placeholder stands for a tensor that was made in inference mode, which Dynamo's fake tensors do not show. Dynamo
+    recompiles the graph for an ordinary tensor."""
     if _INFERENCE in node.meta:
         return True
     example = getattr(node.meta.get("grapharg"), "_example", None)
@@ -54,25 +42,25 @@ def is_inference_input(node: Any) -> bool:
 
 
 def input_source(node: Any) -> str:
-    """How Dynamo reached what a placeholder stands for, ``L['self']._parameters['weight']``; empty where it does not say."""
+    """Dynamo's source of a placeholder, ``L['self']._parameters['weight']``; empty if it has none."""
     source = getattr(node, "_dynamo_source", None)
     name = getattr(source, "name", "") if source is not None else ""
     return str(name() if callable(name) else name)  # a method in older releases
 
 
 def tracer_class(graph: fx.Graph) -> type[fx.Tracer] | None:
-    """The class of the tracer that made a graph; None where it is not said."""
-    found: type[fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
-    return found
+    """The class of the tracer that made a graph; None if it is not recorded."""
+    tracer: type[fx.Tracer] | None = getattr(graph, "_tracer_cls", None)
+    return tracer
 
 
 def codegen_of(graph: fx.Graph) -> Any:
-    """How a graph's code is generated: what its inputs and outputs look like to a caller."""
+    """A graph's code generator, which determines the structure of inputs and outputs for a caller."""
     return graph._codegen
 
 
 def mark_new_input(node: Any) -> None:
-    """A placeholder that Dynamo did not make has no source; AOTAutograd accepts None, but not that nothing is said."""
+    """Give a placeholder that Dynamo did not make the source None, as AOTAutograd does not accept a missing attribute."""
     node._dynamo_source = None
 
 

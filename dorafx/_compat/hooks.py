@@ -1,4 +1,4 @@
-"""Hooks of modules inside of what Dynamo compiles."""
+"""Hooks of modules in compiled graphs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch.nn.modules import module as nn_module
 from torch.utils.hooks import RemovableHandle
-
-__all__ = ["guard_on_hooks", "has_forward_hooks"]
 
 _GLOBAL_HOOKS = (
     "_global_forward_pre_hooks",
@@ -32,18 +30,17 @@ def has_forward_hooks(module: torch.nn.Module) -> bool:
 
 
 def guard_on_hooks() -> None:
-    """While Dynamo compiles a graph: have it compile again once a module of the graph gets its first hook, or the process
-    its first hook of all modules.
+    """While Dynamo compiles a graph: make it recompile once a module of the graph gets its first hook, or the process its first
+    global module hook.
 
-    Dynamo guards on the hooks that it traced, but by default (``torch._dynamo.config.skip_nnmodule_hook_guards``) not on
-    there being none: a hook registered after a module's first compiled call would never run. The setting is the whole
-    process's and is left alone. A comparison for each of the dicts that hooks are kept in, six a module, costs a decoding
-    step of a small model a quarter of its time. Every registration counts ``RemovableHandle.next_id`` up, so one comparison
-    for a graph is enough: where the counter is what it was when the module was last looked through, its dicts are still
-    empty; else they are looked through again.
+    Dynamo guards on the hooks that it traced, but by default (``torch._dynamo.config.skip_nnmodule_hook_guards``) not on their
+    absence: a hook registered after a module's first compiled call would never run. The setting is global and is not changed.
+    Guards on each of the dicts of hooks, six for each module, would take a quarter of the time of a small model's decoding step.
+    Every registration increments ``RemovableHandle.next_id``, so one comparison for each graph is enough: if the counter has not
+    changed since the module was last inspected, its dicts are still empty; else they are inspected again.
 
-    Not seen are hooks that come without a registration: written into a module's dict by hand, or carried by a
-    module that is put in the place of another.
+    Hooks without a registration are not noticed: those written into a module's dict directly, or those of a module that replaces
+    another.
 
     No effect outside of a compilation.
     """
@@ -65,11 +62,11 @@ def guard_on_hooks() -> None:
             added.append(source.make_guard(GuardBuilder.SEQUENCE_LENGTH))
         else:
             paths.setdefault(local, []).append(path)
-    for local, found in paths.items():
-        added.append(local.make_guard(functools.partial(_no_late_hooks, paths=tuple(found))))
+    for local, paths_of_local in paths.items():
+        added.append(local.make_guard(functools.partial(_no_late_hooks, paths=tuple(paths_of_local))))
     if added and getattr(tls, "current_tx", None) is not None:
         module: Any = InstructionTranslator.current_tx().import_source("torch.nn.modules.module")
-        # Those that hold none are looked through along with a module's own.
+        # Empty ones are inspected together with a module's own dicts.
         names = [name for name in _GLOBAL_HOOKS if not paths or getattr(nn_module, name)]
         added += [AttrSource(module, name).make_guard(GuardBuilder.SEQUENCE_LENGTH) for name in names]
     for guard in added:
@@ -77,7 +74,7 @@ def guard_on_hooks() -> None:
 
 
 def _path_from_local(source: Any) -> tuple[Any, tuple[Step, ...]]:
-    """The local variable that a dict is reached from and the way to it; None for the variable where it is another way."""
+    """The local variable from which a dict is reached, and the path to it; None and an empty path if it is reached otherwise."""
     from torch._dynamo.source import AttrSource, DictGetItemSource, LocalSource, NNModuleSource
 
     steps: list[Step] = []
@@ -101,13 +98,13 @@ def _path_from_local(source: Any) -> tuple[Any, tuple[Step, ...]]:
 
 
 def _no_late_hooks(builder: Any, guard: Any, *, paths: tuple[tuple[Step, ...], ...]) -> None:
-    """Add the guard on the dicts of hooks that ``paths`` lead to from a local variable: one for all where the variable is a
-    module, else a comparison for each. The signature is that of Dynamo's guards."""
+    """Add the guard on the dicts of hooks that ``paths`` lead to from a local variable: a single one if the variable is a module,
+    else one for each dict. The signature is that of Dynamo's guards."""
     name = guard.originating_source.local_name
     module = builder.get(guard)
     if isinstance(module, torch.nn.Module):
         check = _hook_check(name, _tree(paths))
-        # At the root, where Dynamo asks always: below a module whose dicts are unchanged it asks nothing.
+        # At the root, which Dynamo always checks; it skips the guards below a module whose dicts are unchanged.
         add: Any = getattr(builder.guard_manager.root, "add_epilogue_lambda_guard", None)
         messages = [f"no hook of the modules under {guard.name} since this was compiled"]
         if check({name: module}) and add is not None:
@@ -132,25 +129,25 @@ def _source_of(local: Any, path: tuple[Step, ...]) -> Any:
 
 
 def _hook_check(name: str, tree: Tree) -> Callable[[Mapping[str, Any]], bool]:
-    """A test of a frame's local variables: whether the module called ``name`` has no hook in the dicts of ``tree``, nor the
-    process a hook of all modules where it had none.
+    """A test of a frame's local variables: whether the module in the variable ``name`` still has no hook in the dicts of ``tree``, and
+    no global hook was added to an empty dict.
 
-    One graph serves many modules, so what was found is kept for each of them, by identity (a module's ``__eq__`` and
-    ``__hash__`` may be its own), until it is gone.
+    One graph serves many modules, so the result is cached for each as long as it lives, by identity (a module may define its own
+    ``__eq__`` and ``__hash__``).
     """
     seen: dict[int, int] = {}  # id of a module -> the counter when it was last found to be without hooks
     alive: dict[int, weakref.ref[Any]] = {}
     everywhere = [getattr(nn_module, hooks) for hooks in _GLOBAL_HOOKS if not getattr(nn_module, hooks)]
 
     def forget(key: int) -> Callable[[Any], None]:
-        def gone(_: Any) -> None:
+        def remove(_: Any) -> None:
             seen.pop(key, None)
             alive.pop(key, None)
 
-        return gone
+        return remove
 
-    def look_through(module: Any) -> bool:
-        count = RemovableHandle.next_id  # before looking: another thread may register a hook meanwhile
+    def inspect_hooks(module: Any) -> bool:
+        count = RemovableHandle.next_id  # before inspecting: another thread may register a hook meanwhile
         try:
             if any(everywhere) or not _all_empty(module, tree):
                 return False
@@ -164,7 +161,7 @@ def _hook_check(name: str, tree: Tree) -> Callable[[Mapping[str, Any]], bool]:
 
     def check(local_variables: Mapping[str, Any]) -> bool:
         module = local_variables[name]
-        return seen.get(id(module)) == RemovableHandle.next_id or look_through(module)
+        return seen.get(id(module)) == RemovableHandle.next_id or inspect_hooks(module)
 
     return check
 
@@ -177,13 +174,13 @@ def _tree(paths: tuple[tuple[Step, ...], ...]) -> Tree:
             after.setdefault(first, []).append(tuple(rest))
         else:
             ends.append(first[1])
-    # A getter of one name returns no tuple: name it twice.
+    # An itemgetter of one name returns no tuple, so the first name is given twice.
     getter = itemgetter(*ends, ends[0]) if ends else None
     return getter, tuple((*step, _tree(tuple(rests))) for step, rests in after.items())
 
 
 def _all_empty(value: Any, tree: Tree) -> bool:
-    # Modules keep all of this in their ``__dict__``, and a look into it takes a third of the time of their attributes'.
+    # Modules store all of this in their ``__dict__``, where a look-up takes a third of the time of an attribute's.
     dicts_of, branches = tree
     if dicts_of is not None and any(dicts_of(value.__dict__)):
         return False

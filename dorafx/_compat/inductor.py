@@ -1,4 +1,4 @@
-"""Private API of Inductor: compiling a graph with it, with caches that know of dorafx."""
+"""Private API of Inductor: compiling a graph, with dorafx's digest in the cache keys."""
 
 from __future__ import annotations
 
@@ -9,31 +9,21 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = [
-    "compile_with_inductor",
-    "has_cpp_compiler",
-    "limit_compile_threads",
-    "load_inductor",
-    "mode_options",
-    "source_hash",
-    "split_scaled_sums",
-]
-
 
 def compile_with_inductor(
     gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any], decompositions: Mapping[Any, Any]
 ) -> Any:
-    """What ``torch.compile(backend="inductor")`` does with a graph, with a key of our own in the cache keys: the caches
-    do not see that an operator's backward or decomposition changed (pytorch issue 144344).
+    """Compile a graph as ``torch.compile(backend="inductor")`` does, with dorafx's digest in the cache keys: the caches do not notice
+    that an operator's backward or decomposition changed (pytorch issue 144344).
 
     Args:
         gm, example_inputs, mode, options: as Inductor takes them.
-        decompositions: of operators that it does not know.
+        decompositions: of dorafx's operators.
     """
     _register(decompositions)
     wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
-    # The tag reaches what is compiled now, which is the forward. A backward is compiled at its first call, under
-    # Inductor's options alone: for its key the digest must be in one of them.
+    # The tag covers what is compiled now, which is the forward. A backward is compiled at its first call with only Inductor's
+    # options, so one of them must hold the digest too.
     option = "post_grad_custom_pre_pass"
     wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
@@ -41,7 +31,7 @@ def compile_with_inductor(
 
 
 def _keyed_pass(inner: Any) -> Any:
-    """A graph pass that splits scaled sums, does what ``inner`` does (nothing if None), and puts dorafx's digest into the cache keys."""
+    """A graph pass that splits scaled sums, runs ``inner`` (if not None), and adds dorafx's digest to the cache keys."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     if inner is not None and not isinstance(inner, CustomGraphPass):
@@ -54,8 +44,8 @@ def _keyed_pass(inner: Any) -> Any:
                 inner(graph)
 
         def uuid(self) -> Any:
-            own = inner.uuid() if inner is not None else ""
-            return None if own is None else f"dorafx-{source_hash()}-{own}"
+            inner_key = inner.uuid() if inner is not None else ""
+            return None if inner_key is None else f"dorafx-{source_hash()}-{inner_key}"
 
     return KeyedPass()
 
@@ -71,7 +61,7 @@ def _register(decompositions: Mapping[Any, Any]) -> None:
 
 @functools.cache
 def source_hash() -> str:
-    """A digest of dorafx's sources, so that an edited installation never meets artefacts of the old one."""
+    """A digest of dorafx's sources, so that an edited installation does not reuse artefacts of the old one."""
     import hashlib
     import pathlib
 
@@ -83,7 +73,7 @@ def source_hash() -> str:
 
 @functools.cache
 def has_cpp_compiler() -> bool:
-    """Whether Inductor will find the C++ compiler that it needs for a CPU, by Inductor's own search."""
+    """Whether Inductor's search finds the C++ compiler that it needs for a CPU."""
     import subprocess
 
     from torch._inductor import cpp_builder
@@ -97,7 +87,7 @@ def has_cpp_compiler() -> bool:
 
 
 def load_inductor() -> None:
-    """Import all of Inductor now, so that a compilation timed later does not pay for it."""
+    """Import all of Inductor now, so that the time of a later compilation does not include it."""
     import torch._inductor.compile_fx
     import torch._inductor.utils  # noqa: F401
 
@@ -108,7 +98,7 @@ def mode_options(mode: str) -> dict[str, Any]:
 
 
 def limit_compile_threads(threads: int) -> None:
-    """How many processes Inductor compiles kernels in; 1 is this one. To be called before anything is compiled."""
+    """Set the number of processes in which Inductor compiles kernels; 1 is this one. To be called before anything is compiled."""
     import torch._inductor.config as config
 
     config.compile_threads = threads
@@ -117,8 +107,8 @@ def limit_compile_threads(threads: int) -> None:
 def split_scaled_sums(graph: fx.Graph) -> None:
     """Write ``add(x, y, alpha=c)`` as a product with ``c`` and a sum, in a graph of ATen's operators.
 
-    Where ``y`` is a matrix product, Inductor (torch 2.11 to 2.13) makes ``addmm`` of it, without the factor, unless all that reads
-    the sum is pointwise: of a program whose norm was rewritten another reader may be left alone. Both forms it computes alike.
+    If ``y`` is a matrix product, Inductor (torch 2.11 to 2.13) drops the factor when it fuses the sum to ``addmm``, which it does unless
+    all readers of the sum are pointwise. In a rewritten program other readers may remain. Inductor computes both forms alike.
     """
     aten = torch.ops.aten
     for node in graph.find_nodes(op="call_function", target=aten.add.Tensor):

@@ -1,4 +1,4 @@
-"""What an operator says of the arguments that it writes to, and of those that its results are views of."""
+"""Operators and their schemas: which arguments they write to, and which their results may be views of."""
 
 from __future__ import annotations
 
@@ -8,21 +8,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-__all__ = [
-    "Argument",
-    "aten_name",
-    "body_operands_start",
-    "is_higher_order",
-    "is_overload",
-    "leaves_its_operands",
-    "packet_name",
-    "recorded_calls",
-    "schemas",
-    "takes_operands_for_body",
-    "views",
-    "writes",
-]
 
 Argument = tuple[int | None, str]
 """Where an argument stands in a call: its position (None where only a keyword gives it), and its name."""
@@ -47,13 +32,13 @@ _LEAVE_THEIR_OPERANDS = frozenset(
 
 
 def leaves_its_operands(target: Any) -> bool:
-    """Whether a higher-order operator that has no body writes to none of its operands: the functional forms write to copies."""
+    """Whether a higher-order operator without a body writes to none of its operands; the functional forms write to copies."""
     return str(target.name()) in _LEAVE_THEIR_OPERANDS
 
 
 @functools.cache
 def schemas(target: Any) -> tuple[Any, ...]:
-    """The schema of an overload, those of all overloads of a packet; nothing for any other call target."""
+    """The schema of an overload, or of all overloads of a packet; empty for any other call target."""
     if isinstance(target, torch._ops.OpOverload):
         return (target._schema,)
     if isinstance(target, torch._ops.OpOverloadPacket):
@@ -62,7 +47,7 @@ def schemas(target: Any) -> tuple[Any, ...]:
 
 
 def packet_name(target: Any) -> str | None:
-    """``"add"`` for ``aten.add``, a packet of overloads; None for what is not one of aten."""
+    """``"add"`` for ``aten.add``, a packet of overloads; None for anything but a packet of aten."""
     if not isinstance(target, torch._ops.OpOverloadPacket) or not target._qualified_op_name.startswith("aten::"):
         return None
     return target._qualified_op_name.removeprefix("aten::")
@@ -92,12 +77,12 @@ def views(target: Any) -> frozenset[Argument]:
 
 @functools.cache
 def _aliased(target: Any, written: bool) -> frozenset[Argument]:
-    found = schemas(target)
-    if not found and isinstance(target, types.BuiltinFunctionType):
-        found = schemas(getattr(torch.ops.aten, target.__name__, None))
+    candidates = schemas(target)
+    if not candidates and isinstance(target, types.BuiltinFunctionType):
+        candidates = schemas(getattr(torch.ops.aten, target.__name__, None))
     return frozenset(
         (None if argument.kwarg_only else position, argument.name)
-        for schema in found
+        for schema in candidates
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None
         and (argument.alias_info.is_write if written else bool(schema.returns))
@@ -111,7 +96,7 @@ def _is_of_a_list(schema: Any) -> bool:
 
 
 def aten_name(target: Any) -> str | None:
-    """``"add"`` for ``aten.add.Tensor``; None for what is not an aten overload."""
+    """``"add"`` for ``aten.add.Tensor``; None for anything but an overload of aten."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
     return str(target._schema.name.split("::")[1])
@@ -123,7 +108,7 @@ def is_overload(target: Any) -> bool:
 
 
 def takes_operands_for_body(target: Any) -> bool:
-    """Whether a call target is a higher-order operator whose body takes one more input for one more operand."""
+    """Whether a call target is a higher-order operator whose operands are the inputs of its body, so that more can be added."""
     return target in (torch.ops.higher_order.tag_activation_checkpoint, torch.ops.higher_order.invoke_subgraph)
 
 

@@ -1,4 +1,4 @@
-"""Private API of tensors and their storages: what one is made of, and whether it is still the same."""
+"""Private API of tensors and their storages: identity, layout, wrapper subclasses and fake tensors."""
 
 from __future__ import annotations
 
@@ -11,36 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-__all__ = [
-    "FakeLayout",
-    "Geometry",
-    "fake_mode",
-    "fake_mode_of",
-    "flattened",
-    "is_known",
-    "is_wrapper",
-    "needs_values",
-    "size_hint",
-    "storage_id",
-    "under",
-    "unflattened",
-    "version_of",
-    "weak_storage",
-    "wrapped",
-]
-
 
 def weak_storage(tensor: torch.Tensor, on_death: Callable[[Any], None]) -> weakref.ref[torch.UntypedStorage]:
-    """A weak reference to a tensor's storage, which torch keeps as one Python object while the memory lives: calling it gives
-    what ``tensor.untyped_storage()`` gives. Nobody looks for references to storages where they refuse those to tensors."""
+    """A weak reference to a tensor's storage, which is one Python object as long as the memory lives; calling it returns
+    ``tensor.untyped_storage()``. Code that refuses tensors with weak references (``swap_tensors``) does not check storages."""
     return weakref.ref(tensor.untyped_storage(), on_death)
 
 
 class Geometry:
-    """How tensors read their memory: shapes, strides, dtypes, and whether signs are flipped on the way (a lazy negation).
+    """How tensors read their memory: shapes, strides, dtypes, lazy negation and conjugation.
 
-    Dynamo's own check of its inputs compares all of that in one call; what it takes for a difference may be one of the mode
-    that it runs in (inference mode, autocast), so that is looked at again, tensor by tensor.
+    Dynamo's check of its inputs compares all of this in one call, but may also fail because the mode differs (inference mode,
+    autocast); after a failure the tensors are compared one by one.
     """
 
     __slots__ = ("_check", "_exact")
@@ -50,7 +32,7 @@ class Geometry:
         self._check = _geometry_check(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether nothing of it differs."""
+        """Whether the geometry of the tensors is unchanged."""
         if self._check is not None and self._check(*tensors):
             return True
         if list(map(_geometry, tensors)) != self._exact:
@@ -64,7 +46,7 @@ def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _geometry_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | None:
-    """Dynamo's check that tensors are like these; None where this torch has none that takes the same arguments."""
+    """Dynamo's check that tensors are like these; None if this torch has none with these arguments."""
     try:
         from torch._C._dynamo.guards import TensorGuards
 
@@ -79,18 +61,18 @@ def _geometry_check(tensors: Sequence[torch.Tensor]) -> Callable[..., bool] | No
 
 
 def is_wrapper(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a subclass that is made of other tensors, and has no memory of its own."""
+    """Whether a tensor is a wrapper subclass: it consists of other tensors, and has no memory of its own."""
     return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
 
 
 def wrapped(tensor: Any) -> list[torch.Tensor]:
-    """What a :func:`is_wrapper` is made of."""
+    """The inner tensors of a wrapper subclass (see :func:`is_wrapper`)."""
     return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def flattened(tree: Any) -> tuple[list[Any], Any]:
-    """The leaves of nested containers, those of other libraries that are registered as pytrees included, and the structure around
-    them, whose ``str()`` is equal for equal structures."""
+    """The leaves of nested containers (all that are registered as pytrees), and their structure, whose ``str()`` is equal for equal
+    structures."""
     from torch.utils._pytree import tree_flatten
 
     return tree_flatten(tree)
@@ -104,7 +86,7 @@ def unflattened(leaves: list[Any], structure: Any) -> Any:
 
 
 class FakeLayout(NamedTuple):
-    """What a strided fake tensor of known sizes is, but for its storage. Equal ones are equal to every operator's shape rule."""
+    """A strided fake tensor of known sizes, without its storage. No operator's shape rule distinguishes tensors of equal layouts."""
 
     shape: torch.Size
     stride: tuple[int, ...]
@@ -115,8 +97,8 @@ class FakeLayout(NamedTuple):
 
     @staticmethod
     def of(tensor: Any) -> FakeLayout | None:
-        """The layout of a tensor; None where that does not say all: of other classes, with symbolic sizes, of another layout, a
-        lazily conjugated or negated one, or one whose value is known."""
+        """The layout of a tensor; None if it is not described completely by it: another class, symbolic sizes, not strided, complex,
+        lazily negated, with a known value, or made in inference mode."""
         if type(tensor) is not FakeTensor or tensor.layout is not torch.strided or tensor.is_complex():
             return None
         stride: Any = tensor.stride()
@@ -128,28 +110,28 @@ class FakeLayout(NamedTuple):
         return FakeLayout(tensor.shape, stride, offset, tensor.dtype, tensor.device, tensor.requires_grad)
 
     def made(self, mode: Any, alias: torch.Tensor | None = None) -> torch.Tensor:
-        """A fake tensor of this layout: on the storage of ``alias``, where one is given, else on one of its own."""
-        made = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        """A fake tensor of this layout, on the storage of ``alias`` if given, else on a new one."""
+        fake = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if alias is not None:
-            made.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
-        made.requires_grad_(self.requires_grad)
-        return FakeTensor(mode, made, self.device)
+            fake.set_(alias.untyped_storage(), self.offset, self.shape, self.stride)
+        fake.requires_grad_(self.requires_grad)
+        return FakeTensor(mode, fake, self.device)
 
 
 version_of: Callable[[torch.Tensor], int] = operator.attrgetter("_version")
-"""How often a tensor's memory was written to, through it and its views."""
+"""A tensor's version: how often its memory was written, through it and its views."""
 
 
 def storage_id(tensor: torch.Tensor) -> int:
-    """A number that tensors of one storage share. Fake tensors have no data pointer, so the storage object's is taken; the
-    wrappers of ``torch.func``'s transforms have no storage but that of what they wrap."""
+    """A number that is equal for tensors of one storage: the address of the storage object, as fake tensors have no data pointer. The
+    wrappers of ``torch.func``'s transforms have the storage of the tensor that they wrap."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return int(tensor.untyped_storage()._cdata)
 
 
 def is_known(condition: Any) -> bool:
-    """Whether a condition holds; where sizes that only running tells decide about it, no. Other symbolic sizes are guarded."""
+    """Whether a condition holds; False if it depends on sizes that are known only at run time. Other symbolic sizes are guarded."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -158,7 +140,7 @@ def is_known(condition: Any) -> bool:
 
 
 def size_hint(value: Any) -> Any:
-    """The number that a symbolic size or scalar had when it was traced, without a guard on it; anything else as it is."""
+    """The traced value of a symbolic size or scalar, without a guard on it; anything else unchanged."""
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         return value.node.hint if value.node.has_hint() else 3
     return value
@@ -173,8 +155,8 @@ def fake_mode() -> Any:
 
 @contextlib.contextmanager
 def under(mode: Any) -> Iterator[None]:
-    """Run operators on fake tensors in their mode; on tensors as they are where there is None. Sizes that are symbols are for the
-    Python dispatcher alone in some versions (2.11: "Cannot call numel() on tensor with symbolic sizes")."""
+    """Run operators in a fake mode; without any if it is None. The Python dispatcher is enabled because some versions support symbolic
+    sizes only there (2.11: "Cannot call numel() on tensor with symbolic sizes")."""
     if mode is None:
         yield
         return
@@ -185,7 +167,7 @@ def under(mode: Any) -> Iterator[None]:
 
 
 def needs_values(error: Exception) -> bool:
-    """Whether an operator cannot be run on fake tensors: what it does depends on a tensor's numbers, or nobody wrote a fake kernel."""
+    """Whether an operator cannot be run on fake tensors: its result depends on a tensor's values, or it has no fake kernel."""
     from torch._subclasses import fake_tensor as fake
 
     return isinstance(

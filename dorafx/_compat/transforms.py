@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["transform_around_products"]
-
 _ENTERS = {
     "_vmap_increment_nesting": "vmap",
     "_grad_increment_nesting": "grad",
@@ -31,15 +29,13 @@ _PRODUCTS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "einsum"
 def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
     """The function transform of a Dynamo graph (its bodies included) under which products of tensors are formed.
 
-    Between entering and leaving a transform, a node's value is a wrapper (of a batch, of a tangent) that has no storage,
-    and its shape is not what the operator works on. A transform around no product is of no interest: Transformers makes
-    attention masks by ``vmap``.
+    Inside a transform, a node's value is a wrapper (of a batch, of a tangent) without storage, and its shape is not the one that the
+    operator works on. A transform without products does not matter: Transformers makes attention masks with ``vmap``.
 
     Returns:
-        None where there is no such transform, else its name as in ``torch.func`` and whether anything in the graph might be a
-        norm.
+        None if there is no such transform, else its name as in ``torch.func`` and whether anything in the graph might be a norm.
     """
-    found, norms = None, False
+    transform, norms = None, False
     for module in gm.modules():
         if not isinstance(module, fx.GraphModule):
             continue
@@ -50,9 +46,9 @@ def transform_around_products(gm: fx.GraphModule) -> tuple[str, bool] | None:
                 open_transforms.append(_ENTERS[name])
             elif name in _LEAVES and open_transforms:
                 open_transforms.pop()
-            elif open_transforms and _is_product(name) and found is None:
-                found = open_transforms[0]
-    return None if found is None else (found, norms)
+            elif open_transforms and _is_product(name) and transform is None:
+                transform = open_transforms[0]
+    return None if transform is None else (transform, norms)
 
 
 def _is_product(name: str) -> bool:

@@ -1,14 +1,14 @@
 """``dorafx bench --kernels``: the row norms' kernels, compiled ahead of time for every architecture, without a GPU: what the
-compiler reports, and what follows from it.
+compiler reports, and estimates from it.
 
-**Traffic.** Through L2 go the weight, once; ``right``, once for each block of rows; ``left``, where it is resident once for each
-part that d_in is divided into, else once for each tile along d_in; and the partial sums::
+**Traffic.** Through L2 go the weight, once; ``right``, once for each block of rows; ``left``, once for each part of d_in if it is
+resident, else once for each tile along d_in; and the partial sums::
 
     bytes = d_out·d_in·w + ceil(d_out / rows)·rank·d_in·f + reads·d_out·rank·f + 8·parts·d_out
 
-**Predicted time.** The largest of three times, and a launch: bytes that memory has to deliver (each operand once) at the card's
-bandwidth; bytes through L2 at ``L2_BYTES_A_CLOCK`` a multiprocessor; and the products of whole tiles at the tensor cores' rate. The
-last two grow by what the last wave of programs leaves idle. No overlap is lost in it, and nothing of it has been measured.
+**Predicted time.** The launch, plus the largest of three times: bytes from memory (each operand once) at the card's bandwidth; bytes
+through L2 at ``L2_BYTES_A_CLOCK`` for each multiprocessor; and the products of whole tiles at the tensor cores' rate. The last two
+are increased by the idle share of the last wave of programs. The three are assumed to overlap perfectly; nothing has been measured.
 """
 
 from __future__ import annotations
@@ -31,48 +31,25 @@ from dorafx.ops.triton.quantized import quantized_row_norm_kernel
 from dorafx.ops.triton.row_norm import GROUP, row_norm_kernel
 from dorafx.ops.triton.tiles import block_constants
 
-__all__ = [
-    "CARDS",
-    "DTYPES",
-    "L2_LIMIT",
-    "LAYOUTS",
-    "RANKS",
-    "Card",
-    "Launch",
-    "Resources",
-    "Row",
-    "compiled",
-    "dense_launch",
-    "dense_row",
-    "markdown",
-    "quantized_launch",
-    "quantized_problem",
-    "quantized_source",
-    "resident_programs",
-    "row_norm_source",
-    "rows",
-    "violations",
-]
-
 DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 L2_BYTES_A_CLOCK = 26
-"""What a multiprocessor reads from L2 in a clock, at best: assumed; 6 TB/s on an H200."""
+"""The most bytes that a multiprocessor reads from L2 in a clock cycle: assumed; 6 TB/s on an H200."""
 _LAUNCH_SECONDS = 3e-6
 L2_LIMIT = 550e6
-"""What the norm of 8192x8192, r384, bf16 may move through L2 on a Hopper GPU, in bytes."""
+"""The most bytes that the norm of 8192x8192, r384, bf16 may move through L2 on a Hopper GPU."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU, as its data sheet has it.
+    """A GPU, by its data sheet.
 
     Attributes:
-        gpu: what decides block sizes.
-        threads: threads that a multiprocessor has at a time.
+        gpu: the properties that determine block sizes.
+        threads: resident threads of a multiprocessor.
         clock: of the multiprocessors, in Hz.
-        half: rate of dense products of fp16 and bf16 with fp32 sums, in FLOP/s; tf32 has half of it.
+        half: rate of dense products of fp16 and bf16 with fp32 sums, in FLOP/s; that of tf32 is half of it.
         memory: bandwidth in bytes/s.
     """
 
@@ -112,7 +89,7 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """What the compiler reports of a kernel: registers a thread, bytes spilled, bytes of shared memory."""
+    """What the compiler reports of a kernel: registers for each thread, bytes spilled, bytes of shared memory."""
 
     registers: int
     spilled: int
@@ -120,7 +97,7 @@ class Resources:
 
 
 def ptxas(architecture: int) -> str:
-    """The assembler that Triton brings for an architecture; the newer one has had this name since Blackwell."""
+    """Triton's assembler for an architecture; since Blackwell there is a newer one under a name of its own."""
     folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     newer = folder / "ptxas-blackwell"
     return str(newer if architecture >= 90 and newer.exists() else folder / "ptxas")
@@ -130,7 +107,7 @@ def compiled(architecture: int, source: ASTSource, warps: int, stages: int) -> R
     """Compile for an architecture, with no GPU.
 
     Raises:
-        RuntimeError: the assembler does not take it; and whatever Triton raises.
+        RuntimeError: the assembler rejects it; and whatever Triton raises.
     """
     kernel = triton.compile(
         source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps, "num_stages": stages}
@@ -152,8 +129,8 @@ def compiled(architecture: int, source: ASTSource, warps: int, stages: int) -> R
 
 
 def resident_programs(card: Card, resources: Resources, warps: int) -> int:
-    """Programs that a multiprocessor of the card has at a time: registers are given to a warp by the 256, shared memory has 1 KiB
-    more for each."""
+    """Resident programs of a multiprocessor: registers are allocated to a warp in units of 256, and each program takes 1 KiB of
+    additional shared memory."""
     of_warp = -(-resources.registers * 32 // 256) * 256
     return min(
         card.threads // (32 * warps),
@@ -170,7 +147,7 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "columns": _DOWN_COLUMNS,
     "scattered": _ALONG_ROWS[1:],
 }
-"""The strides that are one: rows of all operands lie side by side in memory, or their columns, or nothing of W."""
+"""The strides that are one: those along the rows of all operands, or down their columns, or (scattered) none of W's."""
 
 
 def row_norm_source(
@@ -186,9 +163,9 @@ def row_norm_source(
     """The dense kernel as the launcher specialises it.
 
     Args:
-        weight, factor, operand: dtypes, of :data:`DTYPES`; the product's operands have the factors' by default.
-        layout: of :data:`LAYOUTS`.
-        left: the left factor's dtype, where it differs from the right one's.
+        weight, factor, operand: names in :data:`DTYPES`; the product's operands have the factors' dtype by default.
+        layout: a name in :data:`LAYOUTS`.
+        left: the left factor's dtype, if it differs from the right one's.
         aligned: whether addresses are multiples of 16.
     """
     constants = {
@@ -209,7 +186,7 @@ _QUANTIZED = {"nf4": ("u8", "fp32"), "fp4": ("u8", "fp32"), "bnb8": ("i8", "fp32
 
 
 def quantized_source(config: configs.RowNormConfig, rank: int, format: str) -> ASTSource:
-    """The kernel for quantised weights, of a format that it serves."""
+    """The kernel for quantised weights, for one of its formats."""
     codes, scales = _QUANTIZED[format]
     factor = "bf16" if config.factor_bytes == 2 else "fp32"
     types = {
@@ -234,7 +211,7 @@ def quantized_source(config: configs.RowNormConfig, rank: int, format: str) -> A
 def _source(
     kernel: Any, types: dict[str, Any], constants: dict[str, Any], divisible: set[tuple[int, ...]]
 ) -> ASTSource:
-    """Every argument without a type that is no constant is an integer that 16 divides, but the scale."""
+    """Arguments that have no type and are no constants are integers divisible by 16, except the scale."""
     names = kernel.arg_names
     integers = [n for n in names if n not in types and n not in constants and n != "scale"]
     signature = {"scale": "fp32", **types, **dict.fromkeys(integers, "i32"), **dict.fromkeys(constants, "constexpr")}
@@ -249,15 +226,15 @@ def _source(
 
 @dataclass(frozen=True)
 class Launch:
-    """A norm ``[d_out, d_in]`` on a card, divided as its launcher divides it.
+    """A norm ``[d_out, d_in]`` on a card, divided into programs as by its launcher.
 
     Attributes:
         config: block sizes.
         programs: of the launch.
-        parts: into which d_in is divided.
+        parts: number of parts into which d_in is divided.
         l2: bytes through L2.
         memory: bytes from memory.
-        flops: of whole tiles, where fp32 counts three times.
+        flops: of whole tiles; fp32 counts three times.
     """
 
     config: configs.RowNormConfig
@@ -307,7 +284,7 @@ def dense_launch(problem: configs.Problem, card: Card, d_out: int, d_in: int) ->
 
 
 def quantized_launch(format: str, operand_bytes: int, rank: int, card: Card, d_out: int, d_in: int) -> Launch:
-    """The launch of a quantised weight's norm. Of its scales and zero points groups of 64 values are counted."""
+    """The launch of a quantised weight's norm; its scales and zero points are counted for groups of 64 values."""
     problem = quantized_problem(format, operand_bytes, rank)
     config = configs.row_norm_config(problem, card.gpu)
     codes = 0.5 if format in ("nf4", "fp4") else 1
@@ -315,7 +292,7 @@ def quantized_launch(format: str, operand_bytes: int, rank: int, card: Card, d_o
 
 
 def quantized_problem(format: str, operand_bytes: int, rank: int) -> configs.Problem:
-    """Of a weight with scales and zero points of the widths that :func:`quantized_source` has."""
+    """The problem of a weight whose scales and zero points have the dtypes of :func:`quantized_source`."""
     scale, zero = _BYTES[_QUANTIZED[format][1]], 1 if format == "affine" else 0
     return configs.Problem(rank, operand_bytes, operand_bytes, configs.code_bytes(format, scale, zero))
 
@@ -357,16 +334,16 @@ def rows(
     """Compile what is launched for every kernel, dtypes, rank and architecture.
 
     Args:
-        report: told of each architecture that is done.
+        report: called with a line after each architecture.
     """
-    found = []
+    result = []
     for architecture in architectures:
         card = CARDS[architecture]
         for rank in ranks:
-            found += [dense_row(card, rank, *operands) for operands in _OPERANDS]
-            found += [_quantized_row(card, rank, f, operand) for f in _FORMATS for operand in ("bf16", "fp32")]
-        report(f"sm_{architecture}: {len(found)} kernels so far")
-    return found
+            result += [dense_row(card, rank, *operands) for operands in _OPERANDS]
+            result += [_quantized_row(card, rank, f, operand) for f in _FORMATS for operand in ("bf16", "fp32")]
+        report(f"sm_{architecture}: {len(result)} kernels so far")
+    return result
 
 
 def dense_row(card: Card, rank: int, weight: str, factor: str, operand: str) -> Row:
@@ -394,25 +371,25 @@ def _row(kernel: str, dtypes: str, rank: int, card: Card, launch: Launch, source
     return Row(kernel, dtypes, rank, card, launch, resources, resident, seconds)
 
 
-def violations(found: Sequence[Row]) -> list[str]:
+def violations(rows: Sequence[Row]) -> list[str]:
     """What must not be: spilled registers, more shared memory than the card has, and on Hopper more than :data:`L2_LIMIT` of the
     norm that it is stated for."""
-    wrong = []
-    for row in found:
+    problems = []
+    for row in rows:
         named = f"sm_{row.card.gpu.architecture}, {row.dtypes}, rank {row.rank}"
         if row.resources.spilled:
-            wrong.append(f"{named}: {row.resources.spilled} bytes of registers spilled")
+            problems.append(f"{named}: {row.resources.spilled} bytes of registers spilled")
         if row.resources.shared > row.card.gpu.block_bytes:
-            wrong.append(f"{named}: {row.resources.shared} bytes of shared memory, of {row.card.gpu.block_bytes}")
+            problems.append(f"{named}: {row.resources.shared} bytes of shared memory, of {row.card.gpu.block_bytes}")
         stated = (90, "bf16 weight, bf16 factors", 384)
         if (row.card.gpu.architecture, row.dtypes, row.rank) == stated and row.launch.l2 > L2_LIMIT:
-            wrong.append(f"{named}: {row.launch.l2 / 1e6:.0f} MB through L2, of {L2_LIMIT / 1e6:.0f}")
-    return wrong
+            problems.append(f"{named}: {row.launch.l2 / 1e6:.0f} MB through L2, of {L2_LIMIT / 1e6:.0f}")
+    return problems
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(rows: Sequence[Row]) -> str:
     """The report as a page."""
-    wrong = violations(found)
+    problems = violations(rows)
     lines = [
         "# The row norms' kernels, compiled ahead of time",
         "",
@@ -431,11 +408,11 @@ def markdown(found: Sequence[Row]) -> str:
         f"  bytes through L2 at {L2_BYTES_A_CLOCK} bytes a clock and multiprocessor (assumed; 6 TB/s on an H200); products of whole tiles at the",
         "  tensor cores' rate (fp32 as three products of tf32). The last two are multiplied by what the last wave leaves idle.",
         "",
-        f"Spilled registers: {'none' if not any(r.resources.spilled for r in found) else 'see below'}. "
-        f"Kernels: {len(found)}. "
-        + ("Everything is within its limits." if not wrong else "Not within limits: " + "; ".join(wrong)),
+        f"Spilled registers: {'none' if not any(r.resources.spilled for r in rows) else 'see below'}. "
+        f"Kernels: {len(rows)}. "
+        + ("Everything is within its limits." if not problems else "Not within limits: " + "; ".join(problems)),
     ]
-    for card in dict.fromkeys(row.card for row in found):
+    for card in dict.fromkeys(row.card for row in rows):
         gpu = card.gpu
         lines += [
             "",
@@ -444,7 +421,7 @@ def markdown(found: Sequence[Row]) -> str:
             "| weight and factors | rank | tile | left | stages | warps | parts | registers | spilled | shared KiB | programs | L2 MB | predicted us |",
             "|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         ]
-        lines += [_line(row) for row in found if row.card == card]
+        lines += [_line(row) for row in rows if row.card == card]
     return "\n".join(lines) + "\n"
 
 

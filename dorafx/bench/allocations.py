@@ -1,4 +1,4 @@
-"""What a call allocates, and what autograd keeps of it."""
+"""The memory that a call allocates, and the memory that autograd saves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,11 @@ import torch
 from dorafx._compat.profiler import memory_events
 from dorafx._compat.tensors import storage_id
 
-__all__ = ["Allocations", "allocations", "peak_bytes", "saved_bytes", "storage_bytes"]
-
 
 @dataclass(frozen=True)
 class Allocations:
-    """Bytes: of the largest single allocation of a call, and of all that was alive at once at most, beyond what was
-    alive before the call. As the caching allocator or the CPU's hands them out, rounded up there."""
+    """Bytes of the largest single allocation of a call, and of the peak of all allocations beyond what was allocated before the
+    call. As the allocator (the caching one on CUDA, the CPU's) rounds them up."""
 
     largest: int
     peak: int
@@ -27,10 +25,10 @@ def allocations(step: Callable[[], Any], device: str) -> Allocations:
     """Run ``step`` once under the profiler, which sees every allocation of tensor memory on any device.
 
     Raises:
-        RuntimeError: the profiler saw no memory at all, as where another tool holds it.
+        RuntimeError: the profiler saw no memory at all, as when another tool uses it.
     """
     kind = torch.device(device).type
-    # Allocations on any device are recorded on the host's side; following the device's kernels would only slow it down.
+    # Allocations on any device are recorded on the host; profiling the device's kernels would only slow the call down.
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
@@ -47,26 +45,26 @@ def allocations(step: Callable[[], Any], device: str) -> Allocations:
 
 
 def saved_bytes(forward: Callable[[], Any], excluded: Iterable[torch.Tensor]) -> int:
-    """Bytes that autograd keeps between ``forward`` and its backward: storages of saved tensors, each counted once and
-    whole, as a view keeps all of its storage alive.
+    """Bytes that autograd saves between ``forward`` and its backward: the storages of saved tensors, each counted once and
+    completely, as a view keeps its whole storage alive.
 
     Args:
-        forward: returns what a backward would start from.
+        forward: returns the tensor from which a backward would start.
         excluded: tensors that exist anyway: parameters and buffers.
     """
     known = {storage_id(t) for t in excluded}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         if storage_id(tensor) not in known:
-            # Detached: a tensor that is both an output and saved by its own node would be a cycle. Held until the end, so
-            # that no two storages ever have one address.
-            kept[storage_id(tensor)] = tensor.detach()
+            # Detached: an output that is saved by its own node would form a reference cycle. Held until the end, so that no
+            # two storages get the same address.
+            saved[storage_id(tensor)] = tensor.detach()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    total = storage_bytes(kept.values())
+    total = storage_bytes(saved.values())
     del result
     return total
 
@@ -79,13 +77,13 @@ def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def peak_bytes(
     step: Callable[[], Any], device: str, standing: Callable[[], list[torch.Tensor]], temporaries: int | None = None
 ) -> int:
-    """Bytes of all tensors at the height of one step.
+    """Peak bytes of all tensors in one step.
 
     Args:
-        step: run once; its optimizer has its state already.
-        standing: the tensors that are there before and after it. On a CUDA device the caching allocator counts, and they are
-            not asked for; on a CPU ``temporaries`` are added to them.
-        temporaries: bytes at once beyond what was there, if they are known; else a profiler counts them.
+        step: run once; its optimizer must have its state already.
+        standing: returns the tensors that exist before and after the step. On a CPU ``temporaries`` are added to them; on a CUDA
+            device the caching allocator counts, and it is not called.
+        temporaries: peak bytes beyond the standing tensors, if known; else a profiler counts them.
     """
     if torch.device(device).type != "cuda":
         if temporaries is None:

@@ -1,4 +1,4 @@
-"""What the device can do at best, measured in the same run: the copy bandwidth and the rate of matrix products."""
+"""The device's best rates, measured in the same run: the copy bandwidth and the rate of matrix products."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ import torch
 
 from .clock import Clock
 
-__all__ = ["measure_ceilings"]
-
 
 def measure_ceilings(clock: Clock, dtype: torch.dtype, side: int = 0) -> dict[str, tuple[str, list[float]]]:
-    """``copy`` in bytes/s, read and written, of a tensor beyond any cache; ``matmul`` in FLOP/s, of square matrices.
+    """``copy`` in bytes/s, read plus written, of a tensor larger than any cache; ``matmul`` in FLOP/s, of square matrices.
 
     Args:
         clock: times the calls.
         dtype: of the matrices.
-        side: rows of the matrices, and of the copied one; 0 chooses 8192 on a CUDA device and 2048 on a CPU.
+        side: rows of the matrices, which also scales the copied tensor; 0 chooses 8192 on a CUDA device and 2048 on a CPU.
     """
     side = side or (8192 if clock.cuda else 2048)
     a, b = (torch.randn(side, side, dtype=dtype, device=clock.device) for _ in range(2))

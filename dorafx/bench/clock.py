@@ -1,4 +1,4 @@
-"""Timing: warm-up, then single calls until a time is spent, with what the device needs to be timed fairly."""
+"""Timing: warm-up calls, then single calls until a time is used up, with CUDA events and a cold cache where needed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ import torch
 
 from dorafx._compat.devices import spin
 
-__all__ = ["Clock", "Timing"]
-
 _FLUSH_BYTES = 256 << 20  # more than any GPU's second-level cache
 _ISSUED = 3
-"""Calls whose host time decides how long the device spins."""
+"""Calls whose host time determines how long the device spins."""
 _LONGEST_SPIN = 0.02
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of single calls: as the device had them, and, of a CUDA device, in which the host issued them (on a CPU there is
-    no other time, and ``host`` is empty)."""
+    """Seconds of single calls on the device and, for a CUDA device, those that the host took to issue them (on a CPU these are the
+    same, and ``host`` is empty)."""
 
     seconds: list[float]
     host: list[float]
@@ -33,8 +31,8 @@ class Clock:
     """How calls are timed.
 
     Attributes:
-        device: ``"cpu"`` or a CUDA device; there a call's time is what passes between two events on its stream.
-        seconds: time to spend on one figure after the warm-up; at least ``least`` calls are timed, at most ``most``.
+        device: ``"cpu"`` or a CUDA device, where a call is timed by two events on its stream.
+        seconds: of timed calls for one figure, after the warm-up; at least ``least`` calls are timed, at most ``most``.
     """
 
     device: str
@@ -75,11 +73,11 @@ class Clock:
 
         Args:
             step: what is timed.
-            before: called before each call of ``step``, outside of the time.
-            cold: one operator of a model: on a CUDA device, overwrite the cache before each call, as other layers' weights pass
-                through it, and let the device spin while the call is issued, as in a model it is busy then: no time of the host
-                is in the figure. Without it a device that waits for the host is timed waiting, as its user has it.
-            warm_up: calls before the first that counts; they compile and choose kernels.
+            before: called before each call of ``step``, not timed.
+            cold: time one operator as in a model. On a CUDA device the cache is overwritten before each call, as by other layers'
+                weights, and the device spins while the call is issued, as it is busy then in a model, so that the figure contains no
+                host time. Without it the figure contains the time that the device waits for the host, as a user experiences it.
+            warm_up: untimed calls at the beginning; they compile and choose kernels.
         """
         for _ in range(warm_up):
             if before is not None:
@@ -90,22 +88,22 @@ class Clock:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.device) if operator else None
         issued = [self._issued(step, before) for _ in range(_ISSUED)] if operator else []
         busy = min(2 * max(issued) + 2e-5, _LONGEST_SPIN) if issued else 0.0
-        found: list[float] = []
+        samples: list[float] = []
         start = time.perf_counter()
-        while len(found) < self.least or (len(found) < self.most and time.perf_counter() - start < self.seconds):
+        while len(samples) < self.least or (len(samples) < self.most and time.perf_counter() - start < self.seconds):
             if before is not None:
                 before()
             self.synchronise()
             if flush is not None:
                 flush.zero_()
             seconds, host = self._one(step, busy)
-            found.append(seconds)
+            samples.append(seconds)
             if not operator and self.cuda:
                 issued.append(host)
-        return Timing(found, issued)
+        return Timing(samples, issued)
 
     def _issued(self, step: Callable[[], Any], before: Callable[[], Any] | None) -> float:
-        """Seconds until ``step`` returns, of a device that had nothing to do."""
+        """Seconds until ``step`` returns on the host, starting with an idle device."""
         if before is not None:
             before()
         self.synchronise()
@@ -114,7 +112,7 @@ class Clock:
         return time.perf_counter() - start
 
     def _one(self, step: Callable[[], Any], busy: float) -> tuple[float, float]:
-        """Seconds of a call on the device and on the host; before it the device spins for ``busy`` seconds."""
+        """Seconds of a call on the device and on the host; the device spins for ``busy`` seconds before it."""
         if not self.cuda:
             start = time.perf_counter()
             step()

@@ -1,4 +1,4 @@
-"""``dorafx bench``: its arguments, and what it does with them."""
+"""``dorafx bench``: its arguments and actions."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ from .run import run_bench
 from .shapes import PRESETS, parse_shape
 from .table import markdown, summary, tables
 from .tune import run_tune
-
-__all__ = ["add_arguments", "run_command"]
 
 _NOT_OF_GPU = ("against", "shapes", "hidden", "rank", "dtype", "checkpointing", "autocast", "tune")
 
@@ -173,20 +171,20 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    """Exit code 1 if a kernel is not within its limits."""
+    """Exit code 1 if a kernel exceeds its limits."""
     if options.suites or options.json:
         raise ValueError("--kernels measures no suite and writes Markdown: leave suites and --json out")
     if not dispatch.available():
         raise ValueError("--kernels compiles Triton kernels, and Triton is not installed")
     from . import ahead
 
-    found = ahead.rows(ranks=options.rank or ahead.RANKS, report=lambda line: print(line, file=sys.stderr))
-    page = ahead.markdown(found)
+    rows = ahead.rows(ranks=options.rank or ahead.RANKS, report=lambda line: print(line, file=sys.stderr))
+    page = ahead.markdown(rows)
     if options.output is None:
         print(page, end="")
     else:
         options.output.write_text(page)
-    return 1 if ahead.violations(found) else 0
+    return 1 if ahead.violations(rows) else 0
 
 
 def _gpu(options: argparse.Namespace) -> int:
@@ -223,12 +221,12 @@ def _gpu(options: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _ended_by_interrupt() -> Iterator[None]:
-    """Let a request to terminate, as ``timeout`` sends it, end the run as Ctrl-C does: with the processes that it started."""
+    """Treat SIGTERM (as ``timeout`` sends it) like Ctrl-C, which also ends the processes of the run."""
 
     def interrupt(*unused: object) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

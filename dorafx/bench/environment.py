@@ -14,16 +14,14 @@ import torch
 
 import dorafx
 
-__all__ = ["describe_environment"]
-
 _PACKAGES = ("torch", "triton", "peft", "transformers", "numpy")
 
 
 def describe_environment(device: str, threads: int) -> dict[str, Any]:
-    """Plain data; what a system does not tell is an empty string.
+    """Plain data; what is not available is an empty string.
 
     Args:
-        device: that is measured.
+        device: the measured one.
         threads: of each process; 0 stands for torch's own choice.
     """
     cuda = torch.device(device).type == "cuda"
@@ -44,7 +42,7 @@ def describe_environment(device: str, threads: int) -> dict[str, Any]:
 
 
 def _driver() -> str:
-    """Driver, highest clock and power limit of the GPUs, as ``nvidia-smi`` tells them."""
+    """Driver, highest clock and power limit of the GPUs, from ``nvidia-smi``."""
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
     return (_output(query) or "").replace("\n", "; ")
 
@@ -66,8 +64,8 @@ def _version(package: str) -> str:
 
 
 def _commit(package: Path) -> str:
-    """The commit that the package is checked out from, with ``+changes`` where files differ from it."""
-    # A package installed below somebody's repository is in the folder but not in the index.
+    """The commit that is checked out, with ``+changes`` if files of the package differ from it."""
+    # A package that is installed inside another repository is in its folder but not in its index.
     if _git(package, "ls-files", "--error-unmatch", "__init__.py") is None:
         return ""
     commit = _git(package, "rev-parse", "HEAD") or ""
@@ -75,12 +73,12 @@ def _commit(package: Path) -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What a git command prints; None if it fails or there is no git."""
+    """The output of a git command; None if it fails or git is not installed."""
     return _output(["git", "-C", str(folder), *arguments])
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints; None if it fails or there is none of its name."""
+    """The output of a command; None if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.SubprocessError):

@@ -18,10 +18,8 @@ from .clock import Clock
 from .models import Size, build, move_off_initial_values
 from .norms import NORMS, Norm
 
-__all__ = ["COMPILED", "Figures", "Task", "build_layer", "build_model"]
-
 Figures = dict[str, tuple[str, list[float]]]
-"""What a suite measures: by metric the unit and the samples."""
+"""The figures of a suite: metric -> unit and samples."""
 
 COMPILED = {"dorafx": "dorafx", "peft-inductor": "inductor", "lora": "inductor", "merged": "inductor"}
 """The backend of each implementation that is compiled; the others run eagerly."""
@@ -29,16 +27,16 @@ COMPILED = {"dorafx": "dorafx", "peft-inductor": "inductor", "lora": "inductor",
 
 @dataclass(frozen=True)
 class Task:
-    """One configuration, as a worker gets it.
+    """One configuration, as a worker receives it.
 
     Attributes:
-        parameters: the case's own.
+        parameters: of the case.
         autocast: fp32 adapters under ``torch.autocast`` to ``dtype``: PEFT's default, and what HF's Trainer does with bf16.
-        loss_tokens: logits and loss of so many last tokens only; 0 for all.
-        gradients: micro-batches of a computation of gradients without an optimizer's step, measured besides; 0 for none.
-        logits: file that the last tokens' logits of a prefill are written to, for a comparison.
-        alone: called when everything is compiled and before anything is timed; returns when nobody else uses the device.
-        done: told of every figure as soon as it is there.
+        loss_tokens: number of last tokens that logits and loss are computed for; 0 for all.
+        gradients: micro-batches of an additional measurement of gradients without an optimizer step; 0 for none.
+        logits: file for the last tokens' logits of a prefill, for a comparison.
+        alone: called after compilation and before timing; returns when no other process uses the device.
+        done: called with every figure as soon as it is measured.
     """
 
     name: str
@@ -59,12 +57,12 @@ class Task:
     done: Callable[[Figures], None] = lambda figures: None
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, compiled if this implementation is; by dorafx one adapter layer after the other, if ``scope`` says so.
-        Under autocast if the task is."""
+        """``call``, compiled if this implementation is compiled (by dorafx one adapter layer after the other, depending on
+        ``scope``), and under autocast if the task is."""
         return self.under_autocast(self._compiled(call))
 
     def under_autocast(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call`` under autocast if the task is; else itself."""
+        """``call`` under autocast if the task is; else ``call`` itself."""
         if not self.autocast:
             return call
 
@@ -81,8 +79,8 @@ class Task:
             return call
         options: dict[str, Any] = {}
         if backend == "dorafx":
-            given = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
-            options = {key: value for key, (value, default) in given.items() if value != default}
+            settings = {"dorafx.codegen": (self.codegen, "inductor"), "dorafx.compose": (self.compose, "auto")}
+            options = {key: value for key, (value, default) in settings.items() if value != default}
         mode = None if self.mode == "default" else self.mode
         if mode is not None and options:  # torch.compile takes only one of the two
             options = {**mode_options(mode), **options}
@@ -119,7 +117,7 @@ class Task:
                     layer.compile(backend=COMPILED[self.name], dynamic=dynamic, mode=mode)
 
     def random(self, *shape: int) -> torch.Tensor:
-        """Standard normal values in the task's dtype; the worker seeds the generator, so every process draws the same."""
+        """Standard normal values in the task's dtype. The worker seeds the generator, so they are equal in every process."""
         return torch.randn(*shape, dtype=self.dtype, device=self.clock.device)
 
 
@@ -136,7 +134,7 @@ def build_layer(task: Task) -> torch.nn.Module:
     lora = LoraConfig(
         r=p["rank"], lora_alpha=2 * p["rank"], use_dora=task.name != "lora", target_modules=["0"], task_type=None
     )
-    # PEFT would keep the factors of a half-precision layer in fp32, which is meant for autocast.
+    # PEFT makes the factors of a half-precision layer in fp32, which is meant for autocast.
     inject_adapter_in_model(lora, holder).to(task.dtype)
     move_off_initial_values(holder)
     layer: Any = holder[0]
@@ -148,7 +146,7 @@ def build_layer(task: Task) -> torch.nn.Module:
 
 
 def build_model(task: Task, size: Size) -> Any:
-    """The model of :func:`~dorafx.bench.models.build`, merged or with another norm where the task wants it."""
+    """The model of :func:`~dorafx.bench.models.build`, merged or with another norm if the task says so."""
     model = build(size, task.name != "lora", task.dtype, task.clock.device, task.checkpointing, task.autocast)
     if task.name == "merged":
         return model.merge_and_unload()
@@ -156,7 +154,7 @@ def build_model(task: Task, size: Size) -> Any:
 
 
 def _with_norm_of(name: str, module: torch.nn.Module) -> torch.nn.Module:
-    """Give PEFT's DoRA layers another norm in place where ``name`` is one; everything else stays PEFT's."""
+    """Replace the norm of PEFT's DoRA layers in place if ``name`` is a norm; everything else stays PEFT's."""
     if name in NORMS and name != "peft":
         from peft.tuners.lora.dora import DoraLinearLayer
 

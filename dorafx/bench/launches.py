@@ -1,10 +1,10 @@
-"""What a step launches on a GPU, counted in the code that Inductor generates for one; none is needed.
+"""The kernel launches of a step on a GPU, counted in the code that Inductor generates; no GPU is needed.
 
     python -m dorafx.bench.launches --shape llama-3-8b --rank 16 --tokens 4096
 
-A decoder layer of a model's shape, in training: the launches of its forward and its backward as dorafx compiles DoRA and as Inductor
-compiles plain LoRA and PEFT's DoRA. Attention is one launch in the forward and three in the backward, whatever it is made of.
-What is launched once a step for all layers together (norms, the optimizer) is not in it.
+For a decoder layer of a model's shape, in training: the launches of forward and backward of DoRA compiled by dorafx, and of plain
+LoRA and PEFT's DoRA compiled by Inductor. Attention counts as one launch in the forward and three in the backward. Launches that a
+step has once for all layers (norms, the optimizer) are not counted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,10 @@ from dorafx.observation import default_dtype
 from .models import llama_config
 from .shapes import PRESETS, Preset
 
-__all__ = ["IMPLEMENTATIONS", "Launches", "launches"]
-
 IMPLEMENTATIONS = {"dorafx": ("dorafx", True), "lora": ("inductor", False), "peft": ("inductor", True)}
-"""Name -> the backend, and whether the adapters are DoRA's."""
+"""Name -> the backend, and whether the adapters are DoRA."""
 
-# One launch each: a Triton kernel of Inductor's, a product of cuBLAS, an operator that is one.
+# One launch each: a Triton kernel of Inductor's, a product of cuBLAS, a custom operator.
 _LAUNCH = re.compile(r"\b(triton_\w+)\.run\(|\bextern_kernels\.(\w+)\(|\btorch\.ops\.([\w.]+)\(")
 _SEVERAL = {"dorafx_bench.attention_backward.default": 3}
 
@@ -42,17 +40,17 @@ class Launches:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Of the forward and of the backward."""
+        """The numbers of launches of the forward and of the backward."""
         forward, backward = (sum(_SEVERAL.get(name, 1) for name in part) for part in (self.forward, self.backward))
         return forward, backward
 
 
 def launches(name: str, shape: Preset, rank: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Launches:
-    """What one decoder layer launches in a training step.
+    """The launches of one decoder layer in a training step.
 
     Args:
         name: one of :data:`IMPLEMENTATIONS`.
-        shape: of the model that the layer is one of.
+        shape: of the model that the layer belongs to.
         tokens: of one sequence.
 
     Raises:
@@ -69,7 +67,7 @@ def launches(name: str, shape: Preset, rank: int, tokens: int, dtype: torch.dtyp
         x = torch.empty(1, tokens, shape.hidden, dtype=dtype, requires_grad=True)
         places = torch.empty(1, tokens, shape.head_dim, dtype=dtype)
         step = torch.compile(layer, backend=backend, fullgraph=True, dynamic=False)
-        with contextlib.suppress(TypeError):  # what was captured can't be run
+        with contextlib.suppress(TypeError):  # the captured graphs can't be run
             step(x, position_embeddings=(places, places))
     if [part.is_backward for part in parts] != [False, True]:
         raise RuntimeError(f"{name}: one forward and one backward were expected, not {len(parts)} graphs")
@@ -99,15 +97,15 @@ def _decoder_layer(shape: Preset, rank: int, dtype: torch.dtype, use_dora: bool)
 
 
 def _give_memory(module: torch.nn.Module) -> None:
-    """Parameters of the CPU for those of the meta device: of the fake mode, so that they have no data either."""
+    """Replace parameters on the meta device by CPU parameters, which have no data either in the fake mode."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
-            made = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-            setattr(owner, name, torch.nn.Parameter(made, parameter.requires_grad))
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+            setattr(owner, name, torch.nn.Parameter(value, parameter.requires_grad))
 
 
 _ATTENTION = torch.library.Library("dorafx_bench", "DEF")
-"""Attention as one operator, which has no kernel and stands in code that is not run: a CPU's has none for a GPU."""
+"""Attention as one operator without a kernel, as the code is not run; the CPU's attention is none that a GPU has."""
 _ATTENTION.define("attention(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 _ATTENTION.define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor sums) -> (Tensor, Tensor, Tensor)"
@@ -116,7 +114,7 @@ _ATTENTION.define(
 
 @torch.library.register_fake("dorafx_bench::attention", lib=_ATTENTION)
 def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As flash attention has it: tokens before heads, and a number a row for the backward."""
+    """As flash attention returns it: tokens before heads, and one number for each row for the backward."""
     return _tokens_first(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -143,7 +141,7 @@ torch.library.register_autograd(
 
 
 def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
-    """As transformers calls attention."""
+    """Attention with the signature that transformers calls."""
     return torch.ops.dorafx_bench.attention.default(query, key, value)[0].transpose(1, 2), None
 
 
@@ -158,18 +156,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--names", action="store_true", help="print every launch")
     options = parser.parse_args()
-    found = {name: launches(name, PRESETS[options.shape], options.rank, options.tokens) for name in IMPLEMENTATIONS}
+    counted = {name: launches(name, PRESETS[options.shape], options.rank, options.tokens) for name in IMPLEMENTATIONS}
     table = Table(
         "", "forward", "backward", title=f"launches of a decoder layer of {options.shape}, rank {options.rank}"
     )
-    for name, of in found.items():
-        table.add_row(name, *map(str, of.counts))
+    for name, launched in counted.items():
+        table.add_row(name, *map(str, launched.counts))
     console = Console()
     console.print(table)
     if options.names:
-        for name, of in found.items():
+        for name, launched in counted.items():
             for part in ("forward", "backward"):
-                console.print(f"{name}, {part}: {', '.join(getattr(of, part))}", highlight=False, soft_wrap=True)
+                console.print(f"{name}, {part}: {', '.join(getattr(launched, part))}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,15 @@
-"""What a process takes of memory."""
+"""The memory of a process."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-__all__ = ["peak_resident_bytes"]
-
 
 def peak_resident_bytes() -> int | None:
-    """Peak resident memory of this process in bytes; None where the system does not tell.
+    """Peak resident memory of this process in bytes; None if the system does not provide it.
 
-    On Linux ``ru_maxrss`` will not do: it survives ``exec``, so a child starts with its parent's peak.
+    On Linux ``ru_maxrss`` is not usable: it survives ``exec``, so a child starts with its parent's peak.
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""The model that is measured: Llama-shaped, made from a config with random weights, so that no download is needed."""
+"""The measured model: Llama-shaped, made from a config with random weights, so that no download is needed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from dorafx.observation import default_dtype
 
 from .shapes import Preset
 
-__all__ = ["VOCABULARY", "Size", "build", "llama_config"]
-
 VOCABULARY = 1024
-"""Small, so that the head, which has no adapter, does not blur what is compared; the more where ``layers`` were cut."""
+"""Small, so that the head, which has no adapter, has little influence on the comparison, even with few layers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Size:
         layers: decoder layers.
         rank: of the adapters.
         tokens: of a prefill and of a training step.
-        intermediate, heads, kv_heads, head_dim: 0 derives them from ``hidden``: 11/4 of it, and heads of 64.
+        intermediate, heads, kv_heads, head_dim: if 0, derived from ``hidden``: 11/4 of it, and heads of 64.
 
     Raises:
         ValueError: a number below 1, or a hidden size that the derived heads do not divide.
@@ -62,9 +60,9 @@ def build(
     checkpointing: bool = False,
     fp32_adapters: bool = False,
 ) -> Any:
-    """A causal language model with an adapter on every linear layer of the decoder; adapters are moved off their initial
-    values, where DoRA would do nothing. They have the model's dtype, or with ``fp32_adapters`` PEFT's default, which is meant
-    for autocast."""
+    """A causal language model with an adapter on every linear layer of the decoder. The adapters do not have their initial values,
+    with which DoRA has no effect. They have the model's dtype, or with ``fp32_adapters`` PEFT's default, which is meant for
+    autocast."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
@@ -73,20 +71,20 @@ def build(
     lora = LoraConfig(
         r=size.rank, lora_alpha=2 * size.rank, use_dora=use_dora, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    # Made where it will live: initialising a model of billions of weights on the host takes minutes.
+    # Made on its device: initialising a model of billions of weights on the host takes minutes.
     with default_dtype(dtype), torch.device(device):
         base = LlamaForCausalLM(config)
         model: Any = get_peft_model(base, lora, autocast_adapter_dtype=fp32_adapters)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-            # For the reentrant kind transformers lets the embedding's output require gradients, which breaks the graph there.
+            # Only reentrant checkpointing needs the embedding's output to require gradients, and it breaks the graph.
             model.disable_input_require_grads()
     move_off_initial_values(model)
     return model
 
 
 def llama_config(size: Size | Preset, **further: Any) -> Any:
-    """The config of transformers for a model of a size, with what else it is to have."""
+    """The config of transformers for a model of a size, with further fields."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -101,7 +99,7 @@ def llama_config(size: Size | Preset, **further: Any) -> Any:
 
 
 def move_off_initial_values(model: torch.nn.Module) -> None:
-    """Give PEFT's adapters values as training would: ``B`` starts at zero, the magnitude at the row norm."""
+    """Change PEFT's adapters as training would: initially ``B`` is zero, and the magnitude the row norm."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

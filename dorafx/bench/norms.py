@@ -9,19 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NORMS", "PRODUCT", "Norm", "chunked", "dense", "identity", "largest_error", "product"]
-
 Norm = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 _CHUNK_BYTES = 256 << 20
-_ROWS = 1024  # whose fp64 copies are a small part of the device's memory
+_ROWS = 1024  # their fp64 copies take a small part of the device's memory
 
 PRODUCT = "product"
-"""What :func:`product` is called among the implementations of a norm, of which it is only a part."""
+"""The name of :func:`product` among the implementations of a norm, though it is only a part of one."""
 
 
 def identity(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """What stock PEFT computes: the dense product by sending an identity matrix through both factors."""
+    """As stock PEFT: the dense product by applying both factors to an identity matrix."""
     eye = torch.eye(right.shape[1], dtype=right.dtype, device=right.device)
     delta = F.linear(F.linear(eye, right), left).T
     n: Tensor = torch.linalg.norm(weight + scale * delta, dim=1)
@@ -29,7 +27,7 @@ def identity(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tenso
 
 
 def dense(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """The dense product, as one would write it down."""
+    """The norm with the dense product, written directly."""
     n: Tensor = torch.linalg.norm(weight + scale * (left @ right), dim=1)
     return n.to(weight.dtype)
 
@@ -54,8 +52,8 @@ def chunked(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor
 
 
 def product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """``W·Aᵀ [d_out, r]`` alone: the one product of the factored norm that reads the weight, so that no such norm is faster. Summed
-    and on a CUDA device also written in fp32."""
+    """``W·Aᵀ [d_out, r]`` alone: the only product of the factored norm that reads the weight, so no such norm can be faster.
+    Accumulated, and on a CUDA device also written, in fp32."""
     if weight.is_cuda and weight.dtype == right.dtype and weight.dtype.itemsize == 2:
         return torch.mm(weight, right.T, out_dtype=torch.float32)
     return torch.mm(weight.to(right.dtype), right.T)

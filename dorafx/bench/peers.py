@@ -1,6 +1,6 @@
-"""Other people's DoRA, from folders that a caller names: nothing of it is part of dorafx.
+"""DoRA implementations of others, from folders that a caller names; none is part of dorafx.
 
-paper     the fork of PEFT of arXiv:2603.22276 (its repository, or one that has it below ``vendor``): all of PEFT is taken from it
+paper     the fork of PEFT of arXiv:2603.22276 (its repository, or one that contains it below ``vendor``), used in place of PEFT
 axolotl   axolotl's kernel of the norm (its repository), inside stock PEFT's layers
 """
 
@@ -20,25 +20,23 @@ from dorafx.errors import DorafxError
 
 from .norms import NORMS
 
-__all__ = ["PEERS", "find_peers", "use_peer"]
-
 PEERS = {
     "paper": "the fork of PEFT of arXiv:2603.22276, eager",
     "axolotl": "stock PEFT with axolotl's kernel of the norm, eager",
 }
 
 _MARKS = {"paper": "peft/tuners/lora/dora_fused.py", "axolotl": "axolotl/kernels/dora.py"}
-"""Files that only they have, from where their packages are imported."""
+"""A file that identifies each, relative to the folder that its package is imported from."""
 _ROOTS = (".", "src", "*", "*/src", "vendor/*", "vendor/*/src")
 
 
 def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
-    """By name, where the packages of the peers are imported from.
+    """Name -> the folder that the peer's package is imported from.
 
     Raises:
-        ValueError: a folder in which there is none.
+        ValueError: a folder contains no peer.
     """
-    found: dict[str, Path] = {}
+    peers: dict[str, Path] = {}
     for folder in folders:
         declared = {
             name: file.parents[mark.count("/")].resolve()
@@ -50,33 +48,33 @@ def find_peers(folders: Sequence[Path]) -> dict[str, Path]:
             raise ValueError(
                 f"--peer-path: {folder} has neither {' nor '.join(_MARKS.values())}, there or below src or vendor"
             )
-        for name, where in declared.items():
-            found.setdefault(name, where)
-    return found
+        for name, package_folder in declared.items():
+            peers.setdefault(name, package_folder)
+    return peers
 
 
-def use_peer(name: str, where: Path) -> None:
-    """Let this process run a peer: before anything of PEFT is imported.
+def use_peer(name: str, folder: Path) -> None:
+    """Make this process use a peer; to be called before PEFT is imported.
 
     Raises:
-        DorafxError: PEFT is imported already; or what is found in ``where`` cannot be used.
+        DorafxError: PEFT is imported already; or the contents of ``folder`` cannot be used.
     """
     if name == "paper":
         if "peft" in sys.modules:
             raise DorafxError("another PEFT is imported in this process already")
-        sys.path.insert(0, str(where))
+        sys.path.insert(0, str(folder))
         import peft
 
-        if not Path(peft.__file__).is_relative_to(where):
-            raise DorafxError(f"PEFT was imported from {peft.__file__}, not from {where}")
+        if not Path(peft.__file__).is_relative_to(folder):
+            raise DorafxError(f"PEFT was imported from {peft.__file__}, not from {folder}")
     elif name == "axolotl":
-        NORMS[name] = _axolotl_norm(where / _MARKS[name])
+        NORMS[name] = _axolotl_norm(folder / _MARKS[name])
 
 
 def _axolotl_norm(file: Path) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """Its function gives ``m / n``; of magnitudes of one, ``1 / n``."""
+    """Its function returns ``m / n``, so with magnitudes of one ``1 / n``."""
     package, name = types.ModuleType("axolotl_kernels"), "axolotl_kernels.dora"
-    # What dequantises weights there needs bitsandbytes, and returns dense ones, which are all that is measured, as they are.
+    # axolotl's dequantisation needs bitsandbytes. Only dense weights are measured, which it returns unchanged.
     quantize: Any = types.ModuleType("axolotl_kernels.quantize")
     quantize.dequantize = lambda weight, state=None: weight
     sys.modules.update({package.__name__: package, quantize.__name__: quantize})

@@ -1,4 +1,4 @@
-"""What will be measured: from the command line's settings to a list of cases, as plain data."""
+"""The plan of a measurement: from the command line's settings to a list of cases, as plain data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from .quantized import GROUPS, WEIGHTS, packed_bytes
 from .shapes import PRESETS, Shape, parse_shape
 from .work import Work
 
-__all__ = ["ANCHORS", "DTYPES", "SUITES", "Case", "Settings", "Suite", "anchors_of", "cases_of", "check_device"]
-
 ANCHORS = {
     "peft": "stock PEFT, eager",
     "peft-inductor": "stock PEFT, compiled by Inductor",
@@ -34,7 +32,7 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 
 @dataclass(frozen=True)
 class Suite:
-    """What a suite measures and can be measured against; ``why`` says why not against the rest."""
+    """What a suite measures, and the anchors that are allowed in it; ``why`` is the reason against the others."""
 
     measures: str
     allowed: tuple[str, ...]
@@ -100,7 +98,7 @@ SUITES = {
 _COMPOSED = tuple(name for name in SUITES if name not in ("norm", "pass"))
 _TRAINED_MODELS = ("model", "memory", "compile")
 _SERVED = {
-    # What compiles a whole model may as well be compiled layer by layer.
+    # Suites that compile a whole model can also compile it layer by layer.
     "scope": ("model", "decode", "compile"),
     "compose": _COMPOSED,
     "codegen": _COMPOSED,
@@ -109,17 +107,17 @@ _SERVED = {
     "micro_batches": _TRAINED_MODELS,
     "autocast": ("model", "decode"),
 }
-"""The suites in which an option has an effect, of the options that have none in some."""
+"""Option -> the suites in which it has an effect, for options without an effect in some suites."""
 _DEFAULT_HIDDEN = {"norm": (1024, 2048, 4096, 8192)}
 _DEFAULT_RANK = {"norm": (8, 64, 384)}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line gives; empty tuples leave the choice to the suite.
+    """The settings of the command line; empty tuples leave the choice to the suite.
 
     Raises:
-        ValueError: a value that is not allowed; the message names what is.
+        ValueError: a value is not allowed; the message names the allowed ones.
     """
 
     suites: tuple[str, ...]
@@ -178,11 +176,11 @@ class Settings:
         _one_of("--scope", self.scope, ("model", "auto"))
         defaults = {known.name: known.default for known in fields(self)}
         for name, served in _SERVED.items():
-            wrong = [suite for suite in self.suites if suite not in served]
+            unsupported = [suite for suite in self.suites if suite not in served]
             value = getattr(self, name)
-            if wrong and value != defaults[name]:
-                given = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
-                raise ValueError(f"{given} goes with the suites {', '.join(served)}, not with {wrong[0]}")
+            if unsupported and value != defaults[name]:
+                option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                raise ValueError(f"{option} goes with the suites {', '.join(served)}, not with {unsupported[0]}")
         if self.autocast and DTYPES[self.dtype].itemsize != 2:
             raise ValueError(f"--autocast is for --dtype bfloat16 or float16, not {self.dtype}")
         _one_of("--weights", self.weights, WEIGHTS)
@@ -193,14 +191,14 @@ class Settings:
         check_device(self.device)
         kernel = self.compose in ("triton", "triton_linear")
         if kernel and (torch.device(self.device).type != "cuda" or self.dtype == "float64"):
-            # What would be measured instead is the composition without a kernel.
+            # Otherwise the composition without a kernel would be measured instead.
             raise ValueError(f"--compose {self.compose} needs a CUDA device and a dtype other than float64")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to measure in every implementation: ``parameters`` go to the worker, ``work`` has the least work of the
-    metrics that have a limit."""
+    """One case to measure for every implementation: ``parameters`` go to the worker; ``work`` is the least work of each metric that
+    has a limit."""
 
     suite: str
     label: str
@@ -209,7 +207,7 @@ class Case:
 
 
 def anchors_of(suite: str, against: Sequence[str]) -> tuple[str, ...]:
-    """The anchors to measure in a suite: those asked for (``("none",)``: dorafx alone), or the suite's own choice.
+    """The anchors to measure in a suite: the requested ones (``("none",)``: dorafx alone), or the suite's default.
 
     Raises:
         ValueError: an unknown anchor, or one that makes no sense in the suite.
@@ -262,11 +260,11 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
 
 
 def _distinct(cases: Iterable[Case]) -> list[Case]:
-    """Every case once, however often the settings name it."""
-    found: dict[str, Case] = {}
+    """The cases without repetitions."""
+    distinct: dict[str, Case] = {}
     for case in cases:
-        found.setdefault(case.label, case)
-    return list(found.values())
+        distinct.setdefault(case.label, case)
+    return list(distinct.values())
 
 
 def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int, weights: str) -> Case:
@@ -291,7 +289,7 @@ def _operator_case(suite: str, shape: Shape, tokens: int, itemsize: int, weights
 
 
 def _weights(suite: str, settings: Settings) -> list[Shape]:
-    """The distinct weights, each at every rank unless it names its own."""
+    """The distinct weights, each at every rank unless it specifies one."""
     shapes: list[Shape] = []
     for text in settings.shapes:
         preset = PRESETS.get(text.lower())
@@ -306,16 +304,16 @@ def _weights(suite: str, settings: Settings) -> list[Shape]:
 
 
 def _models(suite: str, settings: Settings) -> list[tuple[str, Size]]:
-    found = []
+    models = []
     for layers, rank in itertools.product(settings.layers or (4,), settings.rank or (128,)):
         common = {"layers": layers, "rank": rank, "tokens": settings.tokens}
         for text in settings.shapes:
             _one_of(f"--shapes in the suite {suite}", text.lower(), PRESETS)
             preset = asdict(PRESETS[text.lower()])
-            found.append((text.lower(), Size(**{**preset, **common})))
+            models.append((text.lower(), Size(**{**preset, **common})))
         if not settings.shapes:
-            found += [(f"hidden {d}", Size(hidden=d, **common)) for d in settings.hidden or (1024,)]
-    return found
+            models += [(f"hidden {d}", Size(hidden=d, **common)) for d in settings.hidden or (1024,)]
+    return models
 
 
 def _one_of(what: str, value: str, known: Any) -> None:

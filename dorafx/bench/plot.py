@@ -10,8 +10,6 @@ from dorafx.errors import DorafxError
 from .results import Results, Row
 from .table import human, summary
 
-__all__ = ["FORMATS", "plot"]
-
 FORMATS = (".png", ".svg", ".pdf")
 _COLOURS = {
     "dorafx": "#0b6e4f",
@@ -22,17 +20,17 @@ _COLOURS = {
     "lora": "#8a8a8a",
     "merged": "#c9c9c9",
 }
-_BAR = 0.8  # of the room that a case has
+_BAR = 0.8  # of the height of a case
 _PIXELS_PER_INCH = 150
 
 
 def plot(results: Results, path: Path) -> Path:
-    """Draw the results and write them; the file's ending chooses the format.
+    """Draw the results into a file, whose ending determines the format.
 
     Bars are medians, whiskers quartiles, a dot the least time at the measured ceilings.
 
     Raises:
-        ValueError: an ending that is not known, or nothing to draw.
+        ValueError: an unknown ending, or nothing to draw.
         DorafxError: matplotlib is not installed.
         OSError: the file cannot be written.
     """
@@ -46,7 +44,7 @@ def plot(results: Results, path: Path) -> Path:
     if not panels:
         raise ValueError("there is nothing to draw: no configuration has a figure")
     try:
-        # No pyplot: it would choose a backend for the whole process, and look for a display.
+        # Not pyplot, which would choose a backend for the whole process and look for a display.
         from matplotlib.figure import Figure
     except ImportError:
         raise DorafxError("bench --plot needs matplotlib: pip install 'dorafx[bench]'") from None
@@ -58,14 +56,14 @@ def plot(results: Results, path: Path) -> Path:
         axis.set_title(f"{suite}: {metric}", loc="left", fontsize=10)
     figure.suptitle(summary(results), x=0.01, ha="left", fontsize=8)
     _legend(figure, results)
-    # Without the time of drawing, the same results give the same file.
+    # Without the date, so that equal results give equal files.
     metadata: dict[str, Any] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower(), {})
     figure.savefig(path, dpi=_PIXELS_PER_INCH, metadata=metadata)
     return path
 
 
 def _legend(figure: Any, results: Results) -> None:
-    """One for all panels, below them, where it covers nothing."""
+    """One legend for all panels, below them."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -86,12 +84,12 @@ def _panel(axis: Any, results: Results, rows: list[Row], metric: str) -> None:
     names = list(dict.fromkeys(row.name for row in rows))
     width = _BAR / len(names)
     medians = [row.metrics[metric].median for row in rows]
-    # A logarithmic axis has no place for a figure of zero.
+    # A logarithmic axis cannot show zero.
     wide = min(medians) > 0 and max(medians) > 20 * min(medians)
     for index, name in enumerate(names):
-        own = [row for row in rows if row.name == name]
-        places = [cases.index(row.case) + (index + 0.5) * width - _BAR / 2 for row in own]
-        values = [row.metrics[metric] for row in own]
+        rows_of_name = [row for row in rows if row.name == name]
+        places = [cases.index(row.case) + (index + 0.5) * width - _BAR / 2 for row in rows_of_name]
+        values = [row.metrics[metric] for row in rows_of_name]
         errors = list(zip(*((v.median - v.quartiles[0], v.quartiles[1] - v.median) for v in values)))
         bars = axis.barh(
             places, [v.median for v in values], width, color=_COLOURS.get(name, "black"), xerr=errors,

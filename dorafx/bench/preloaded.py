@@ -1,4 +1,4 @@
-"""What the server of a benchmark's processes imports once for all that run PEFT's models."""
+"""Imports that the fork server of a benchmark does once for all processes that run PEFT's models."""
 
 from __future__ import annotations
 

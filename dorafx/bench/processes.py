@@ -1,4 +1,4 @@
-"""A job in a process of its own: its progress, its result, and how it ended if there is none."""
+"""A job in a process of its own: its progress, and its result or error."""
 
 from __future__ import annotations
 
@@ -15,88 +15,73 @@ from typing import Any
 
 from dorafx.errors import DorafxError
 
-__all__ = [
-    "ALONE",
-    "DEVICE",
-    "PEFT",
-    "Job",
-    "JobError",
-    "JobProcess",
-    "Report",
-    "is_turn",
-    "one_line",
-    "run_job",
-    "turn",
-]
-
 PEFT = ("dorafx.bench.preloaded",)
-"""What takes a job with a model seconds to import."""
+"""Modules for jobs with a model, which take seconds to import."""
 
 _SECONDS_TO_EXIT = 30
 
 Report = Callable[[Any], None]
-"""Tells the parent something of a job: plain data. Of a :func:`turn` it returns when the parent gives it."""
+"""Sends plain data about a job to the parent. For a :func:`turn` it returns when the parent grants it."""
 
 Job = Callable[[dict[str, Any], Report], dict[str, Any]]
-"""A module-level function of a request and of a function that reports; both dicts are plain data."""
+"""A module-level function of a request and a function that reports; request and result are plain data."""
 
 
 DEVICE = "device"
-"""The turn that a job asks for before it touches the device."""
+"""The turn that a job requests before it uses the device."""
 ALONE = "alone"
-"""The turn that a job asks for before it times anything."""
+"""The turn that a job requests before it times anything."""
 
 
 def turn(kind: str) -> dict[str, str]:
-    """What a job reports to be given a turn of a kind that its parent knows."""
+    """What a job reports to request a turn: ``DEVICE`` or ``ALONE``."""
     return {"turn": kind}
 
 
 class JobError(DorafxError):
-    """A job did not end well; the message says how it ended, in one line."""
+    """A job failed; the message says how, in one line."""
 
 
 class JobProcess:
     """``job(request, report)`` in a new process.
 
-    What the job prints is kept from this process's output. The processes are forked from a server that has imported
-    this package and nothing has run in, where the system can; on a CUDA device ask for ``"spawn"``, as nobody promises that
-    what was imported left CUDA alone.
+    The job's output does not appear in this process's output. Where the system allows it, processes are forked from a server that
+    has only imported this package. For a CUDA device use ``"spawn"``: an import in the server may have initialised CUDA.
 
     Args:
         job: importable by its name.
-        request: what it gets.
+        request: the job's argument.
         start_method: of :mod:`multiprocessing`; None is the cheapest safe one.
-        preload: modules that the server imports once for all jobs. It heeds those of this process's first job.
+        preload: modules that the server imports once for all jobs; only those of this process's first job count.
 
     Attributes:
-        connection: for :func:`multiprocessing.connection.wait`; ready where :meth:`receive` returns at once.
+        connection: for :func:`multiprocessing.connection.wait`; ready when :meth:`receive` would return at once.
     """
 
     def __init__(
         self, job: Job, request: dict[str, Any], start_method: str | None = None, preload: Sequence[str] = ()
     ) -> None:
         if start_method is None:
-            # Elsewhere a forked process may not use the system's libraries (macOS), or there is no fork (Windows).
+            # Elsewhere a forked process cannot safely use system libraries (macOS), or there is no fork (Windows).
             start_method = "forkserver" if sys.platform == "linux" else "spawn"
         context: Any = multiprocessing.get_context(start_method)
         if start_method == "forkserver":
             context.set_forkserver_preload(["dorafx.bench.worker", *preload])
         self.connection: Connection
-        self.connection, theirs = context.Pipe()
+        self.connection, child_connection = context.Pipe()
         self._finished = False
         self._folder = tempfile.TemporaryDirectory()
         self._output = Path(self._folder.name) / "output.txt"
-        self._process: Any = context.Process(target=_run, args=(job, request, theirs, str(self._output)))
+        self._process: Any = context.Process(target=_run, args=(job, request, child_connection, str(self._output)))
         try:
             self._process.start()
-            theirs.close()
+            child_connection.close()
         except BaseException:
             self.end()
             raise
 
     def receive(self) -> dict[str, Any]:
-        """Wait for the next message: ``{"progress": what}`` for what the job reports, ``{"result": …}`` at its end.
+        """Wait for the next message: ``{"progress": …}`` for each report of the job, ``{"result": …}`` at its end.
 
         Raises:
             JobError: the job raised, or its process died.
@@ -116,12 +101,12 @@ class JobProcess:
         return message
 
     def give_turn(self) -> None:
-        """Let a job go on that waits for a turn. One that died meanwhile shows in :meth:`receive`."""
+        """Let a job continue that waits for a turn. If it died meanwhile, :meth:`receive` raises."""
         with contextlib.suppress(OSError):
             self.connection.send(None)
 
     def end(self) -> None:
-        """Stop the process, unless it is through and on its way out, and clear up."""
+        """Stop the process, unless it has finished and is exiting, and clean up."""
         if self._process.pid is not None:
             if self._finished:
                 self._process.join(_SECONDS_TO_EXIT)
@@ -139,14 +124,14 @@ class JobProcess:
 def run_job(
     job: Job,
     request: dict[str, Any],
-    on_progress: Callable[[Any], None] = lambda what: None,
+    on_progress: Callable[[Any], None] = lambda message: None,
     start_method: str | None = None,
     preload: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Run a :class:`JobProcess` and wait for it; it has every turn at once, as it is alone.
+    """Run a :class:`JobProcess` and wait for it; every turn is granted at once, as it is the only job.
 
     Args:
-        on_progress: called with all that the job reports.
+        on_progress: called with each report of the job.
 
     Returns:
         What the job returned.
@@ -169,23 +154,23 @@ def run_job(
         process.end()
 
 
-def is_turn(what: Any) -> bool:
-    """Whether a job that reports this waits for a turn."""
-    return isinstance(what, dict) and set(what) == {"turn"}
+def is_turn(message: Any) -> bool:
+    """Whether a report is a request of a turn."""
+    return isinstance(message, dict) and set(message) == {"turn"}
 
 
 def _run(job: Job, request: dict[str, Any], parent: Connection, output: str) -> None:
-    """The process's own side."""
-    # Into a file: a job's output must not end up inside the parent's, and a pipe that nobody reads would block it.
+    """Runs in the new process."""
+    # Into a file: the output must not mix with the parent's, and a pipe that is not read would block the job.
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os.dup2(sink, 1)
     os.dup2(sink, 2)
 
-    def report(what: Any) -> None:
-        parent.send({"progress": what})
-        if is_turn(what):
+    def report(message: Any) -> None:
+        parent.send({"progress": message})
+        if is_turn(message):
             parent.recv()
 
     try:
@@ -199,7 +184,7 @@ def _run(job: Job, request: dict[str, Any], parent: Connection, output: str) -> 
 
 
 def one_line(error: Exception) -> str:
-    """An exception as the line that says most of it."""
+    """An exception as its most informative line."""
     lines = [line.strip() for line in "".join(traceback.format_exception_only(error)).splitlines() if line.strip()]
-    # Dynamo's first line says only which backend raised; what it raised is on the next.
+    # Dynamo's first line says only which backend raised; the error is on the next.
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

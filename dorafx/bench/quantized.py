@@ -8,8 +8,6 @@ import torch
 
 from dorafx.ops.quantized import Packed, dequantize
 
-__all__ = ["GROUPS", "WEIGHTS", "dense_of", "packed_bytes", "random_packed"]
-
 GROUPS = {"nf4": 64, "bnb8": 0, "affine": 32}
 """Elements of a row that share a scale; 0 for all."""
 WEIGHTS = ("dense", *GROUPS)
@@ -51,5 +49,4 @@ def dense_of(weight: Packed) -> Callable[[], torch.Tensor]:
 
         arguments = (weight.scales, weight.group, weight.format, weight.shape, weight.dtype)
         return lambda: torch.ops.bitsandbytes.dequantize_4bit(weight.packed, *arguments)
-    rest = (weight.format, weight.shape, weight.group, weight.dtype)
-    return lambda: dequantize(weight.packed, weight.scales, weight.zeros, *rest)
+    return lambda: dequantize(weight)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA", "Metric", "Results", "Row"]
-
 SCHEMA = 1
 _KIND = "dorafx bench"
 _UNITS = ("s", "B", "count", "share", "ratio", "B/s", "FLOP/s")
@@ -18,7 +16,7 @@ _UNITS = ("s", "B", "count", "share", "ratio", "B/s", "FLOP/s")
 
 @dataclass
 class Metric:
-    """One figure: its raw samples, a list for each round, and the least work that it stands for (0 where none is known).
+    """One figure: its raw samples, a list for each round, and the least work that it stands for (0 if unknown).
 
     ``unit``: seconds, bytes, a count, a share of 1, a plain ratio, bytes/s or FLOP/s.
     """
@@ -53,9 +51,11 @@ class Metric:
 
 @dataclass
 class Row:
-    """One configuration: an implementation in a case. ``error`` is how it failed, empty if it did not; ``facts`` are counts
-    that do not vary: graphs and graph breaks of what is compiled, modules that dorafx rewrote. ``left_out`` is why nothing of it
-    was measured, where a budget did not suffice. ``note`` says what stands in the place of something that the device has not."""
+    """One configuration: an implementation in a case.
+
+    ``error`` is how it failed, empty if it did not; ``facts`` are counts that do not vary: graphs and graph breaks of compiled
+    implementations, modules that dorafx rewrote. ``left_out`` is why it was not measured within a budget. ``note`` says what replaces
+    something that the device does not have."""
 
     suite: str
     case: str
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass
 class Results:
-    """All of one run. ``ceilings``: ``copy`` in bytes/s (read and written) and ``matmul`` in FLOP/s, measured in the run."""
+    """The results of one run. ``ceilings``: ``copy`` in bytes/s (read plus written) and ``matmul`` in FLOP/s, measured in the run."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
 
     def limit(self, metric: Metric) -> float:
-        """Seconds that the metric's work takes at the measured ceilings; 0 where it is not known."""
+        """Seconds that the metric's work takes at the measured ceilings; 0 if unknown."""
         shares = []
         for name, amount in (("matmul", metric.flops), ("copy", metric.bytes)):
             ceiling = self.ceilings.get(name)
@@ -106,7 +106,7 @@ class Results:
         return json.dumps(document, indent=1)
 
     def write(self, path: Path) -> None:
-        """:meth:`to_json` into a file, which whoever reads it finds whole at any moment.
+        """Write :meth:`to_json` into a file, atomically, so that readers always find a complete file.
 
         Raises:
             OSError: it cannot be written.
@@ -161,7 +161,7 @@ def _row(data: Any, where: str) -> Row:
     suite, case, name, error = (_get(data, field_, str, where) for field_ in ("suite", "case", "name", "error"))
     metrics = _metrics(_get(data, "metrics", dict, where), f"{where}.metrics")
     parameters, facts = _get(data, "parameters", dict, where), _get(data, "facts", dict, where)
-    # Files from before there were budgets have none of these.
+    # Older files, from before there were budgets, lack these fields.
     left_out, note = (_get({field_: "", **data}, field_, str, where) for field_ in ("left_out", "note"))
     return Row(suite, case, name, parameters, metrics, error, facts, left_out, note)
 

@@ -21,14 +21,12 @@ from .processes import PEFT, JobError, run_job
 from .results import Metric, Results, Row
 from .worker import CEILINGS, configuration, request_for
 
-__all__ = ["progress_bar", "run_bench"]
-
 Configuration = tuple[Case, Row]
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def progress_bar(console: Console) -> Progress:
-    """Description, bar, done of total, time."""
+    """A progress bar with a description, finished and total steps, and the time."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,12 +39,12 @@ def progress_bar(console: Console) -> Progress:
 def run_bench(settings: Settings, out: Path | None = None, console: Console | None = None) -> Results:
     """Measure everything that the settings name.
 
-    A configuration that fails is a row with its error, and is left out of later rounds; the rest goes on.
+    A configuration that fails becomes a row with its error, and is skipped in later rounds; the others continue.
 
     Args:
         settings: what to measure.
-        out: the results' JSON, written anew after every round, so that an interrupted run leaves what it has.
-        console: where the progress bar goes; standard error by default.
+        out: file for the results' JSON, rewritten after every round, so that an interrupted run leaves partial results.
+        console: for the progress bar; standard error by default.
 
     Returns:
         The results.
@@ -68,7 +66,7 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
         rows=[row for _, row in configurations],
     )
     if out is not None:
-        out.touch()  # better to fail now than after the first round
+        out.touch()  # fails now, not after the first round
     start_method = "spawn" if torch.device(settings.device).type == "cuda" else None
     preload = PEFT if any(SUITES[suite].needs_peft for suite in settings.suites) else ()
     run = functools.partial(run_job, configuration, start_method=start_method, preload=preload)
@@ -79,7 +77,7 @@ def run_bench(settings: Settings, out: Path | None = None, console: Console | No
             progress.update(task, description=CEILINGS)
             _measure_ceilings(settings, results, run)
             progress.advance(task)
-            # Every other round backwards: a machine that slows down as it warms favours neither end.
+            # Every other round backwards, so that a machine that slows down as it gets warm favours neither end.
             for case, row in configurations if number % 2 == 0 else reversed(configurations):
                 progress.update(task, description=f"{row.suite} {row.case}: {row.name}")
                 if not row.error:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["PRESETS", "Preset", "Shape", "parse_shape"]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -20,7 +18,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a decoder layer of a Llama-like architecture is made of."""
+    """The sizes of a Llama-like architecture."""
 
     hidden: int
     intermediate: int
@@ -47,7 +45,7 @@ class Preset:
         names: dict[tuple[int, int], list[str]] = {}
         for name, shape in self.linears().items():
             names.setdefault(shape, []).append(name.removesuffix("_proj"))
-        return [Shape(*shape, label="/".join(of)) for shape, of in names.items()]
+        return [Shape(*shape, label="/".join(layers)) for shape, layers in names.items()]
 
 
 PRESETS = {
@@ -56,7 +54,7 @@ PRESETS = {
     "mistral-small-24b": Preset(5120, 32768, 32, 8, 128, 40),
     "gemma3-27b": Preset(5376, 21504, 32, 16, 128, 62),
 }
-"""From the ``config.json`` that each model is published with (Gemma's from its ``text_config``)."""
+"""From the published ``config.json`` of each model (Gemma's from its ``text_config``)."""
 
 _SIZE = re.compile(r"(\d+)x(\d+)(?::(\d+))?")
 

@@ -1,4 +1,4 @@
-"""Calls that are first made ready, all of them, and then timed one after the other."""
+"""Calls that are all warmed up first, and then timed one after the other."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 
 from .implementations import Figures, Task
 
-__all__ = ["Step", "time_steps"]
-
 
 @dataclass(frozen=True)
 class Step:
-    """One figure: its name, what is timed, what goes before each call outside of the time, and calls until it is ready."""
+    """One figure: its name, the timed call, an untimed call before each of them, and the number of warm-up calls."""
 
     name: str
     call: Callable[[], Any]
@@ -24,7 +22,7 @@ class Step:
 
 
 def time_steps(task: Task, steps: Sequence[Step]) -> Figures:
-    """Warm all steps up, wait until the device is free of others, then time them in their order."""
+    """Warm up all steps, wait until no other process uses the device, then time them in order."""
     for step in steps:
         for _ in range(step.warm_up):
             if step.before is not None:
@@ -32,11 +30,11 @@ def time_steps(task: Task, steps: Sequence[Step]) -> Figures:
             step.call()
     task.clock.synchronise()
     if task.clock.cuda:
-        torch.cuda.empty_cache()  # others share the device's memory
+        torch.cuda.empty_cache()  # other processes share the device's memory
     task.alone()
     figures: Figures = {}
     for step in steps:
-        found = task.clock.figures(step.name, step.call, step.before, warm_up=0)
-        task.done(found)
-        figures.update(found)
+        measured = task.clock.figures(step.name, step.call, step.before, warm_up=0)
+        task.done(measured)
+        figures.update(measured)
     return figures

@@ -1,4 +1,4 @@
-"""Results as tables for a terminal, one a case."""
+"""Results as tables for a terminal, one for each case."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from rich.table import Table
 from dorafx.log.table import human_bytes
 
 from .results import Metric, Results, Row
-
-__all__ = ["human", "markdown", "remarks", "summary", "tables"]
 
 
 def human(value: float, unit: str) -> str:
@@ -47,8 +45,8 @@ def summary(results: Results) -> str:
 
 
 def tables(results: Results) -> list[Table]:
-    """A table for each case of each suite: a line for each implementation, a section for each figure."""
-    made = []
+    """A table for each case of each suite, with a section for each figure and a line for each implementation."""
+    result = []
     for suite, case in dict.fromkeys((row.suite, row.case) for row in results.rows):
         table = Table(title=f"{suite}: {case}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold")
@@ -63,12 +61,12 @@ def tables(results: Results) -> list[Table]:
             table.add_section()
         table.caption = "\n".join(f"{row.name} {remark}" for row in rows for remark in remarks(row)) or None
         table.caption_justify = "left"
-        made.append(table)
-    return made
+        result.append(table)
+    return result
 
 
 def markdown(results: Results) -> str:
-    """The same as a section of a Markdown page: one table a suite, one line an implementation and figure."""
+    """The same as a section of a Markdown page: one table for each suite, one line for each implementation and figure."""
     lines = [*(f"{line}  " for line in summary(results).splitlines()), ""]
     for suite in dict.fromkeys(row.suite for row in results.rows):
         lines += [f"### {suite}", "", "| case | figure | implementation | median | quartiles | to dorafx | of limit |"]
@@ -88,7 +86,7 @@ def markdown(results: Results) -> str:
 
 
 def remarks(row: Row) -> list[str]:
-    """What is to be said of a row beside its figures."""
+    """The remarks on a row besides its figures."""
     kinds = (("failed", row.error), ("left out", row.left_out), ("note", row.note if row.metrics else ""))
     return [f"{kind}: {text}" for kind, text in kinds if text]
 
@@ -100,7 +98,7 @@ def _cells(results: Results, row: Row, name: str) -> tuple[str, str, str, str]:
 
 
 def _spread(metric: Metric) -> str:
-    """The quartiles with one unit; nothing where they are equal."""
+    """The quartiles, with one unit if they share it; empty if they are equal."""
     low, high = metric.quartiles
     if low == high:
         return ""

@@ -1,7 +1,7 @@
-"""``dorafx bench --tune``: search launch configurations of the row norm on the device at hand, and print its table.
+"""``dorafx bench --tune``: search launch configurations of the row norm on the current device, and print its table.
 
-The table is pasted into :mod:`dorafx.ops.triton.configs`, so that nobody waits for a search at a first call; the tests then
-compile every configuration of it for every architecture and look for spilled registers.
+The table is to be pasted into :mod:`dorafx.ops.triton.configs`, so that no search is needed at a first call; the tests then compile
+every configuration of it for every architecture and check for spilled registers.
 """
 
 from __future__ import annotations
@@ -24,20 +24,15 @@ from dorafx.ops.triton.configs import TABLES, Gpu, RowNormConfig, table_of
 from .clock import Clock
 from .shapes import Shape
 
-__all__ = [
-    "Choice", "Problem", "Timer", "candidates", "check_device", "fits", "paste", "paste_for", "run_tune", "search", "served",
-    "time_on", "tune",
-]  # fmt: skip
-
 SHAPES = (Shape(4096, 4096), Shape(8192, 8192), Shape(28672, 8192), Shape(1024, 8192))
-"""What is searched over by default: square and both kinds of oblong weights."""
+"""The default weights of the search: square, tall and wide."""
 
 _RANKS_OF_ANY = (256, 384)
-"""The ranks that stand for those without a configuration of their own."""
+"""The ranks timed for a configuration that serves any rank."""
 _ACCUMULATORS = 64
-"""Registers of a thread that the product's tile may fill; the sums of squares take as many; the weight's tile and the addresses
-need the rest, of which these are"""
+"""Registers of a thread for the tile of the product, at most; the sums of squares take as many."""
 _OTHERS = 56
+"""Registers of a thread for the weight's tile and the addresses."""
 _CHUNKS = 8
 """Chunks of the rank, at most."""
 
@@ -53,7 +48,7 @@ class Problem:
 
 
 Timer = Callable[[RowNormConfig, Problem], float]
-"""Seconds of a call; raises where the configuration does not compile, launch, or give the norm."""
+"""Seconds of a call; raises if the configuration does not compile, does not launch, or does not compute the norm."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +57,7 @@ class Choice:
 
     Attributes:
         config: the fastest.
-        gain: the geometric mean over the problems of the present configuration's time over its time; at least 1.
+        gain: its speed relative to the present configuration: the geometric mean over the problems; at least 1.
         tried: configurations that ran.
         failed: configurations that did not.
     """
@@ -74,8 +69,8 @@ class Choice:
 
 
 def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
-    """Configurations that may serve what the present one does, without those that cannot fit a multiprocessor."""
-    found = []
+    """Configurations that may replace the present one, without those that do not fit a multiprocessor."""
+    configurations = []
     for rows, columns, depth, warps, stages in itertools.product(
         (64, 128, 256), (32, 64, 128), (16, 32, 64, 128), (4, 8, 16), (1, 2, 3, 4)
     ):
@@ -86,27 +81,29 @@ def candidates(present: RowNormConfig, gpu: Gpu) -> list[RowNormConfig]:
         )
         if present.max_rank is None:
             sensible = depth in (32, 64) and stages > 1
-        else:  # chunks are whole, and few
+        else:  # at least one whole chunk, and not too many
             sensible = depth <= present.max_rank <= _CHUNKS * depth
         if sensible and 8 <= accumulators <= _ACCUMULATORS and fits(config, gpu):
-            found.append(config)
-    return found
+            configurations.append(config)
+    return configurations
 
 
 def served(config: RowNormConfig) -> str:
     """What a row of a table serves, in words."""
-    upto = "any rank" if config.max_rank is None else f"rank to {config.max_rank}"
-    return f"{8 * config.factor_bytes}-bit factors, {upto}"
+    ranks = "any rank" if config.max_rank is None else f"rank to {config.max_rank}"
+    return f"{8 * config.factor_bytes}-bit factors, {ranks}"
 
 
 def fits(config: RowNormConfig, gpu: Gpu) -> bool:
-    """Whether the card has the memory for it, with the problems that are timed."""
+    """Whether the card has enough shared memory for a configuration in the timed problems."""
     problem = configs.Problem(config.max_rank or 0, config.factor_bytes, config.factor_bytes, 2)
     return config.shared_bytes(problem, gpu.architecture) <= gpu.block_bytes
 
 
-def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer) -> Choice:
-    """The configuration with the least geometric mean of times over the problems.
+def search(
+    present: RowNormConfig, configurations: Iterable[RowNormConfig], problems: Sequence[Problem], timer: Timer
+) -> Choice:
+    """The configuration with the smallest geometric mean of times over the problems.
 
     Raises:
         DorafxError: the present configuration does not run.
@@ -116,12 +113,12 @@ def search(present: RowNormConfig, tried: Iterable[RowNormConfig], problems: Seq
     except Exception as error:
         raise DorafxError(f"--tune: the configuration in use, {present}, failed: {_first_line(error)}") from error
     best, gain, ran, failed = present, 1.0, 1, 0
-    for config in tried:
+    for config in configurations:
         if config == present:
             continue
         try:
             after = [timer(config, problem) for problem in problems]
-        except Exception:  # too large for the device, or the compiler gives up: one candidate less
+        except Exception:  # too large for the device, or it does not compile
             failed += 1
             continue
         ran += 1
@@ -143,9 +140,9 @@ def tune(
     Args:
         table: the configurations in use.
         gpu: the card that they are for.
-        shapes: weights to time; ranks of their own are not heeded, since a row of the table serves ranks.
+        shapes: weights to time; their ranks are ignored, since a row of the table determines the ranks.
         timer: times one configuration.
-        report: told of each row that is done.
+        report: called with a line after each row.
     """
     choices = []
     for present in table:
@@ -172,7 +169,7 @@ def paste(name: str, choices: Sequence[Choice]) -> str:
 
 
 def paste_for(architecture: int, choices: Sequence[Choice]) -> str:
-    """The table of an architecture as Python, with the place where it goes."""
+    """The table of an architecture as Python, with the place where it belongs."""
     key = max((known for known in TABLES if known <= architecture), default=min(TABLES))
     return f"# dorafx/ops/triton/configs.py: TABLES[{key}]\n" + paste(f"ROW_NORM_{key}", choices)
 
@@ -181,7 +178,7 @@ def time_on(clock: Clock, config: RowNormConfig, problem: Problem) -> float:
     """Seconds of the kernel in this configuration: the median of cold calls.
 
     Raises:
-        ArithmeticError: what it computes is not the norm; and whatever Triton raises.
+        ArithmeticError: the result is not the norm; and whatever Triton raises.
     """
     from dorafx.ops.triton.row_norm import launch
 

@@ -1,7 +1,7 @@
-"""The least work that a computation needs, for the share of the hardware's limit: FLOPs, and bytes that must move.
+"""The least work that a computation needs, for its share of the hardware's limit: FLOPs, and bytes that must move.
 
-Counted for DoRA whose norms are known (what plain LoRA does too), without attention's products and without the temporary
-tensors of any implementation: a lower bound, so the share that the table prints is one too.
+For DoRA with its norms computed already (the same work as plain LoRA), without attention's products and without any implementation's
+temporary tensors. It is a lower bound, and so is the share that the table prints.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from .models import VOCABULARY, Size
 from .shapes import Preset
-
-__all__ = ["Work", "compose_work", "decode_work", "layer_work", "model_work", "norm_work"]
 
 
 @dataclass(frozen=True)
@@ -28,22 +26,22 @@ class Work:
 def norm_work(
     d_out: int, d_in: int, rank: int, itemsize: int, packed: float | None = None, factor_size: int = 0
 ) -> Work:
-    """The product ``B·A`` once, every operand read once (a quantised weight has ``packed`` bytes, the factors' elements
-    ``factor_size``, by default as the weight's), the norms written in fp32."""
+    """The product ``B·A`` once, every operand read once, the norms written in fp32. A quantised weight has ``packed`` bytes; elements of
+    the factors have ``factor_size`` bytes, by default ``itemsize``."""
     weight = itemsize * d_out * d_in if packed is None else packed
     factors = (factor_size or itemsize) * rank * (d_out + d_in)
     return Work(2.0 * d_out * d_in * rank, weight + factors + 4.0 * d_out)
 
 
 def compose_work(tokens: int, d_out: int, itemsize: int) -> dict[str, Work]:
-    """Forward: two ``[tokens, d_out]`` tensors read, one written. With the backward: one more kept, and in the backward
-    two read and two written."""
+    """Forward: two ``[tokens, d_out]`` tensors read, one written. With the backward: one more saved, and in the backward two read and
+    two written."""
     tensor = float(tokens * d_out * itemsize)
     return {"forward": Work(0, 3 * tensor), "forward + backward": Work(0, 8 * tensor)}
 
 
 def layer_work(tokens: int, d_out: int, d_in: int, rank: int, itemsize: int) -> dict[str, Work]:
-    """One linear: forward; training also the gradients of ``x`` and of the factors (the weight is frozen)."""
+    """One linear: the forward; the training step has the gradients of ``x`` and of the factors too (the weight is frozen)."""
     base, low = 2.0 * tokens * d_out * d_in, 2.0 * tokens * rank * (d_out + d_in)
     weights = itemsize * (d_out * d_in + rank * (d_out + d_in))
     activations = itemsize * tokens * (d_out + d_in)
@@ -61,7 +59,7 @@ def _layers(size: Size) -> list[tuple[int, int]]:
 def model_work(
     size: Size, itemsize: int, checkpointing: bool, micro_batches: int, loss_tokens: int = 0
 ) -> dict[str, Work]:
-    """All linears of a model and its head, which has ``loss_tokens`` tokens (0: all). Checkpointing computes the decoder's
+    """All linears of a model and its head, which is computed for ``loss_tokens`` tokens (0: all). Checkpointing computes the decoder's
     forward twice."""
     forward = step = weights = 0.0
     for d_out, d_in in _layers(size):
@@ -78,8 +76,8 @@ def model_work(
 
 
 def decode_work(size: Size, itemsize: int) -> dict[str, Work]:
-    """Every weight and the filled key-value cache read once for one token."""
-    one = Size(**{**vars(size), "tokens": 1})
-    work = model_work(one, itemsize, False, 1)["prefill"]
+    """One token: every weight and the filled key-value cache read once."""
+    one_token = Size(**{**vars(size), "tokens": 1})
+    work = model_work(one_token, itemsize, False, 1)["prefill"]
     cache = 2.0 * size.layers * size.kv_heads * size.head_dim * size.tokens * itemsize
     return {"one token": Work(work.flops, work.bytes + cache)}

@@ -20,33 +20,31 @@ from .peers import use_peer
 from .plan import DTYPES, SUITES, Case, Settings
 from .processes import ALONE, DEVICE, Report, turn
 
-__all__ = ["CEILINGS", "configuration", "prepare", "request_for", "task_of"]
-
 CEILINGS = "ceilings"
 """The name of the configuration that measures the device instead of an implementation."""
 
-# Several shapes in several phases are more than the 8 variants that Dynamo compiles of one code object. Stock PEFT's
-# layers share one and would run eagerly from the ninth on: a handicap that is the measurement's, not the model's.
+# Several shapes in several phases need more than the 8 variants that Dynamo compiles of one code object. Stock PEFT's layers share
+# one, and would run eagerly from the ninth variant on, because of the measurement, not of the model.
 RECOMPILATIONS = 64
 
 OPERATORS = tuple(name for name, suite in SUITES.items() if not suite.needs_peft)
-"""Suites in which there is no layer to rewrite."""
+"""Suites without a layer to rewrite."""
 
 
 _OWN = ("mode", "codegen", "compose", "scope", "checkpointing", "micro_batches", "autocast")
 _FURTHER = ("loss_tokens", "gradients")
-"""What only some requests name."""
+"""Fields that only some requests have."""
 
 
 def request_for(settings: Settings, name: str, case: Case | None) -> dict[str, Any]:
-    """What :func:`configuration` needs to know."""
+    """The request that :func:`configuration` takes."""
     request = {key: getattr(settings, key) for key in ("dtype", "device", "seconds", "threads", *_OWN)}
     suite, parameters = (case.suite, case.parameters) if case is not None else (CEILINGS, {})
     return {**request, "name": name, "suite": suite, "parameters": parameters}
 
 
 def prepare(request: dict[str, Any]) -> Clock:
-    """What comes first in a process that measures: threads, seed, limits of the compilers, device, and where a peer's code is."""
+    """Set up a measuring process: a peer's code, threads, seed, limits of the compilers, and the device."""
     peer = request.get("peer")
     if peer:
         use_peer(request["name"], Path(peer))
@@ -62,7 +60,7 @@ def prepare(request: dict[str, Any]) -> Clock:
 
 
 def task_of(request: dict[str, Any], clock: Clock, report: Report = lambda what: None) -> Task:
-    """The task that a request describes; its turns and figures are reported."""
+    """The task that a request describes, which reports its turns and figures."""
     logits = request.get("logits")
     return Task(
         request["name"],
@@ -81,28 +79,28 @@ def configuration(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Measure one configuration.
 
     Returns:
-        ``figures``, ``{metric: [unit, samples]}``, and ``facts``: of what is compiled its graphs and graph breaks, of
-        dorafx also how many modules it rewrote.
+        ``figures``, ``{metric: [unit, samples]}``, and ``facts``: graphs and graph breaks of compiled implementations, and for
+        dorafx the number of rewritten modules.
 
     Raises:
-        DorafxError: dorafx left a DoRA layer as it was, or mended an anchor's, so that the figures would be another
-            implementation's.
+        DorafxError: dorafx did not rewrite a DoRA layer, or its polyfills were installed for an anchor, so that the figures
+            would not be the implementation's.
     """
-    mended = "dorafx.backend" in sys.modules  # before anything of a suite is imported
+    already_imported = "dorafx.backend" in sys.modules  # before anything of a suite is imported
     clock = prepare(request)
     from .suites import MEASURES
 
     report(turn(DEVICE))
     if request["suite"] == CEILINGS:
-        found = measure_ceilings(clock, DTYPES[request["dtype"]])
-        return {"figures": {key: list(value) for key, value in found.items()}, "facts": {}}
+        ceilings = measure_ceilings(clock, DTYPES[request["dtype"]])
+        return {"figures": {key: list(value) for key, value in ceilings.items()}, "facts": {}}
     task = task_of(request, clock, report)
     rewrite_log().clear()
     before = graph_statistics()
     figures = {key: list(value) for key, value in MEASURES[request["suite"]](task).items()}
-    graphs, breaks = (now - then for now, then in zip(graph_statistics(), before))
-    if task.name != "dorafx" and not mended and "dorafx.backend" in sys.modules:
-        # Importing the backend makes PEFT's layers traceable as one graph. No anchor may profit from that.
+    graphs, breaks = (end - start for end, start in zip(graph_statistics(), before))
+    if task.name != "dorafx" and not already_imported and "dorafx.backend" in sys.modules:
+        # Importing the backend makes PEFT's layers traceable as one graph, from which no anchor may benefit.
         raise DorafxError(f"bench {request['suite']}: dorafx's polyfills were installed while {task.name} was measured")
     facts = {"graphs": graphs, "graph breaks": breaks} if task.name in COMPILED else {}
     if task.name == "dorafx" and request["suite"] not in OPERATORS:  # these call the operators

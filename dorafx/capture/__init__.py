@@ -1,9 +1,9 @@
 """Capture: make stock PEFT DoRA layers traceable as one graph, without the user changing a line.
 
-A few functions on the way of PEFT's DoRA forward break the graph, so that the product ``B·A`` and the norm that needs it
-land in different graphs. Dynamo lets a library give a traceable equal of a function, which Dynamo traces in the
-original's place and eager execution never sees. Such an equal is given only where the installed function is one that it
-was written for: an unknown version gets none, a warning, and still works.
+A few functions that PEFT's DoRA forward calls break the graph, so that the product ``B·A`` and the norm that needs it end up in
+different graphs. A library can register a traceable equivalent of a function with Dynamo (a polyfill), which is traced in place
+of the original and never used in eager execution. A polyfill is registered only for the function versions that it was written
+for; an unknown version causes a warning, and works without it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recognise a function by what it does: a digest of its syntax tree, blind to comments, docstrings and layout."""
+"""A digest of a function's syntax tree, which does not depend on comments, docstrings and layout."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["fingerprint"]
-
 _IGNORED = frozenset({"annotation", "returns", "type_comment", "type_params", "kind", "ctx"})
-"""Fields that change nothing of what a function does, or that only some Python versions have."""
+"""Fields that do not change what a function does, or that only some Python versions have."""
 
 
 def fingerprint(fn: Callable[..., Any]) -> str:
-    """Sixteen hex digits, the same on every Python version; empty where the function cannot be judged by its source:
-    there is none (interactive or frozen definitions), or the function wraps another, whose source it would show."""
+    """Sixteen hex digits, equal on every Python version. Empty if the function's source is not available (interactive or frozen
+    definitions), or if the function wraps another, whose source would be returned instead."""
     code = getattr(fn, "__code__", None)
-    # Made by ``exec``: Python 3.13 would show the source of ``python -c`` for it.
+    # A function made by ``exec``: Python 3.13 would return the source of ``python -c`` for it.
     if hasattr(fn, "__wrapped__") or getattr(code, "co_filename", "") == "<string>":
         return ""
     try:
@@ -30,7 +28,7 @@ def fingerprint(fn: Callable[..., Any]) -> str:
 
 
 def _canonical(node: object) -> str:
-    # Neither ast.unparse nor ast.dump: both print differently from one Python version to the next.
+    # Neither ast.unparse nor ast.dump, whose output differs between Python versions.
     if isinstance(node, list):
         return f"[{','.join(map(_canonical, node))}]"
     if not isinstance(node, ast.AST):

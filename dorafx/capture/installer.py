@@ -20,8 +20,6 @@ from .late import after_import
 from .polyfills import POLYFILLS, Polyfill
 from .status import CaptureStatus
 
-__all__ = ["install", "status"]
-
 _lock = threading.Lock()
 _status: CaptureStatus | None = None
 
@@ -29,13 +27,13 @@ _status: CaptureStatus | None = None
 def install() -> CaptureStatus:
     """Install the polyfills for the PEFT of this process; later calls cost a comparison.
 
-    It is called when the backend is looked up, which is before Dynamo traces anything for it. A PEFT that is imported by
-    then, as the one that made the user's model is, gets its polyfills here. One that is not is left alone: importing it
-    takes seconds and is nothing that a model without PEFT should pay. It gets them at the end of its own import, not
-    at the next call of the backend, because by then Dynamo has traced, and broken, the graph.
+    Called when the backend is looked up, which is before Dynamo traces anything for it. If PEFT is imported already, as it is when
+    it made the user's model, its polyfills are installed here. Otherwise PEFT is not imported, which takes seconds that a model
+    without PEFT should not pay: the polyfills are installed at the end of PEFT's own import. The next call of the backend would be
+    too late, because Dynamo has traced, and broken, the graph by then.
 
     Returns:
-        What is in place; empty while PEFT is not imported.
+        The installed polyfills; empty while PEFT is not imported.
     """
     global _status
     if _status is not None:
@@ -43,7 +41,7 @@ def install() -> CaptureStatus:
     if sys.modules.get("peft") is None:
         after_import("peft", _install_after_import)
         return CaptureStatus()
-    # Before the lock is taken: another thread may be importing PEFT, and would end in this function.
+    # Before the lock is taken: another thread may be importing PEFT, whose import calls this function at its end.
     peft = importlib.import_module("peft")
     with _lock:
         if _status is None:
@@ -53,11 +51,11 @@ def install() -> CaptureStatus:
 
 
 def status() -> CaptureStatus:
-    """What is in place for the PEFT that is installed, which is imported to know it."""
+    """The polyfills for the installed PEFT, which is imported to find out."""
     try:
         if importlib.util.find_spec("peft") is not None:
             importlib.import_module("peft")
-    except Exception as error:  # a broken installation of somebody else's package is not ours to report by crashing
+    except Exception as error:  # a broken installation of another package is reported, and does not raise here
         return CaptureStatus(skipped=[("peft", f"import failed: {type(error).__name__}: {error}")])
     return install()
 
@@ -65,23 +63,23 @@ def status() -> CaptureStatus:
 def _install_after_import() -> None:
     try:
         install()
-    except Exception as error:  # the user is importing PEFT, and must get it
+    except Exception as error:  # the user's import of PEFT must succeed
         warnings.warn(f"dorafx could not install its polyfills: {error}", DorafxWarning, stacklevel=2)
 
 
 def _install(peft: types.ModuleType) -> CaptureStatus:
-    found = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
+    status = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
     for polyfill in POLYFILLS:
         reason = _install_one(polyfill)
         if reason is None:
-            found.installed.append(polyfill.qualified)
+            status.installed.append(polyfill.qualified)
         elif reason:
-            found.skipped.append((polyfill.qualified, reason))
-    return found
+            status.skipped.append((polyfill.qualified, reason))
+    return status
 
 
 def _install_one(polyfill: Polyfill) -> str | None:
-    """None if installed, "" if not needed, else the reason why not."""
+    """None if installed, "" if not needed, else the reason why it is not installed."""
     try:
         target: Any = importlib.import_module(polyfill.module)
     except Exception as error:
@@ -97,7 +95,7 @@ def _install_one(polyfill: Polyfill) -> str | None:
         return "the function differs from those that the polyfill was written for"
     substitute = polyfill.make(target)
     if polyfill.method:
-        # Dynamo looks substitutes of functions up where a function is a value of its own, which methods are not.
+        # Dynamo looks substitutes up for function values, which bound methods are not.
         return None if trace_instead(target, substitute) else "this version of torch traces methods otherwise"
     try:
         torch.compiler.substitute_in_graph(target)(substitute)
@@ -106,18 +104,18 @@ def _install_one(polyfill: Polyfill) -> str | None:
     return None
 
 
-def _report(found: CaptureStatus) -> None:
+def _report(status: CaptureStatus) -> None:
     from dorafx.log import rewrite_log
 
     log = rewrite_log()
-    for name in found.installed:
-        log.add_note(f"polyfill installed: {name} (PEFT {found.peft_version})")
-    for name, reason in found.skipped:
-        log.add_note(f"polyfill not installed: {name} (PEFT {found.peft_version}): {reason}")
-    if found.skipped:
-        functions = "; ".join(f"{name}: {reason}" for name, reason in found.skipped)
+    for name in status.installed:
+        log.add_note(f"polyfill installed: {name} (PEFT {status.peft_version})")
+    for name, reason in status.skipped:
+        log.add_note(f"polyfill not installed: {name} (PEFT {status.peft_version}): {reason}")
+    if status.skipped:
+        functions = "; ".join(f"{name}: {reason}" for name, reason in status.skipped)
         warnings.warn(
-            f"dorafx has no polyfill for these functions of PEFT {found.peft_version}: {functions}. DoRA layers work "
+            f"dorafx has no polyfill for these functions of PEFT {status.peft_version}: {functions}. DoRA layers work "
             "as ever, but may break the graph, and are not rewritten where they do.",
             DorafxWarning,
             stacklevel=3,

@@ -1,4 +1,4 @@
-"""Do something right after a module is imported, by whomever, without importing it oneself."""
+"""Run a callback right after a module is imported by other code."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 
-__all__ = ["after_import"]
-
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds one module by the other finders, and has its loader call back when the module's body has run."""
+    """Finds one module with the other finders, and makes its loader call back after executing the module."""
 
     def __init__(self, name: str, callback: Callable[[], object]) -> None:
         self.name = name
@@ -45,18 +43,18 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             self.callback()
 
         try:
-            # On the instance, which serves this module alone: a loader of another type would show in the module's
-            # __loader__ and __spec__, which the user's code may look at.
+            # On the instance, which is used for this module only. A loader of another type would be visible in the module's
+            # __loader__ and __spec__, which the user's code may inspect.
             loader.exec_module = exec_module  # type: ignore[method-assign, union-attr]
         except AttributeError:
-            return  # a loader with slots; whoever waits must look at sys.modules now and then
+            return  # a loader with slots: no callback, so the caller must check sys.modules
 
 
 def after_import(name: str, callback: Callable[[], object]) -> None:
     """Call ``callback()`` once, when the module ``name`` (not imported yet) has been imported.
 
-    A failing import leaves the callback waiting for the next try. Exceptions of the callback reach whoever imports the
-    module, so it must have none.
+    After a failed import the callback waits for the next attempt. The callback must not raise: the exception would reach the code
+    that imports the module.
     """
     if not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(name, callback))

@@ -1,4 +1,4 @@
-"""Traceable equals of functions of PEFT that Dynamo cannot trace, and the versions of those that each is equal to."""
+"""Traceable equivalents of functions of PEFT that Dynamo cannot trace, and the versions that each is equivalent to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from typing import Any
 import torch
 
 import dorafx.ops  # noqa: F401  (registers the operator that stands for HQQ's dequantisation)
-
-__all__ = [
-    "POLYFILLS",
-    "Polyfill",
-    "make_cache_clear",
-    "make_dequantize_bnb_weight",
-    "make_dequantize_module_weight",
-    "make_transpose",
-]
 
 _HQQ_PACKINGS = {"8bit_u8": "hqq8", "4bit_u8": "hqq4", "2bit_u8": "hqq2", "1bit_u8": "hqq1"}
 _BITSANDBYTES = ("Params4bit", "Int8Params")
@@ -49,8 +40,7 @@ def _dequantize_for_cpu(weight: Any) -> torch.Tensor:
 
 
 def _dequantize_hqq(module: Any) -> torch.Tensor:
-    """``HQQLinear.dequantize()``, as one operator where it is one of codes of a power of two bits and of scales that are not
-    themselves quantised."""
+    """``HQQLinear.dequantize()``; one operator if the codes have 1, 2, 4 or 8 bits and the scales are not quantised themselves."""
     meta = getattr(module, "meta", None)
     if meta is None:  # another class that has a W_q
         return module.dequantize()  # type: ignore[no-any-return]
@@ -72,13 +62,13 @@ def _dequantize_hqq(module: Any) -> torch.Tensor:
 def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``dequantize_module_weight(module)``.
 
-    What the original does that Dynamo cannot is to ask a type for its ``__module__``. The order of the tests is the
-    original's: HQQ, torchao, a bare tensor (FSDP), an error for anything else, bitsandbytes, a parameter as it is.
+    The original reads the ``__module__`` of a type, which Dynamo cannot trace. The order of the tests is the original's: HQQ,
+    torchao, a bare tensor (FSDP), an error for anything else, bitsandbytes, an unquantised parameter.
     """
     assert isinstance(original, types.FunctionType)
-    # What bitsandbytes' formats need differs between versions of PEFT, so that part stays the installed version's.
+    # The code for bitsandbytes' formats differs between versions of PEFT, so the installed version's is called.
     home = sys.modules[original.__module__]
-    # A copy: the original function object itself is what Dynamo replaces.
+    # A copy, as Dynamo replaces calls of the original function object.
     untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
 
     def dequantize_module_weight(module: torch.nn.Module) -> Any:
@@ -93,8 +83,8 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
             return weight
         device = weight.device
         dense = home.dequantize_bnb_weight(weight, state=getattr(module, "state", None))
-        # 8 bit weights may be moved in place by their dequantisation. The original assigns in any case, but Dynamo
-        # cannot assign a parameter that did not move.
+        # Dequantisation may move 8-bit weights in place. The original always assigns, but Dynamo cannot assign a parameter
+        # that did not move.
         if device.type == "cpu" and module.weight.device != device:
             module.weight = module.weight.to(device)
         return dense
@@ -103,13 +93,13 @@ def make_dequantize_module_weight(original: Callable[..., Any]) -> Callable[...,
 
 
 def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A traceable ``dequantize_bnb_weight(weight, state)``, which the original is not for asking an instance for its class.
+    """A traceable ``dequantize_bnb_weight(weight, state)``; the original reads the ``__class__`` of an instance.
 
-    PEFT before 0.18 moves a weight that is on the CPU to a GPU for the time of its dequantisation, since bitsandbytes could not
-    do it on the CPU then; now it can, and the values are the same.
+    PEFT before 0.18 moves a weight from the CPU to a GPU for dequantisation, which bitsandbytes could not do on the CPU then. Now
+    it can, with the same values.
 
-    In evaluation on a CPU with AVX512-BF16, bitsandbytes lays a weight out anew, and its own dequantisation then reads it in the
-    old order: eager PEFT gets a norm of scrambled weights, tracing an error. Here the values are those of the weight.
+    In evaluation on a CPU with AVX512-BF16, bitsandbytes changes the layout of a weight, and its own dequantisation then reads it in
+    the old order: eager PEFT computes a norm of scrambled weights, and tracing raises. Here the values are the weight's.
     """
     assert isinstance(original, types.FunctionType)
     untouched = types.FunctionType(original.__code__, original.__globals__, original.__name__, original.__defaults__)
@@ -126,9 +116,9 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
         if state.SCB is None:
             state.SCB = weight.SCB
         scale = state.SCB.to(weight.device)
-        # A forward of the base layer has made the weight's data the memory of these codes: the same values, but the graph knows
-        # that nobody writes them. Once two layers differ in shape, Dynamo makes the sizes of what is no parameter symbols; those
-        # of the weight are the same numbers.
+        # The codes share the memory of the weight's data since a forward of the base layer, but in the graph they are known not
+        # to be written. They are reshaped as the weight, because Dynamo makes the sizes of tensors that are no parameters
+        # symbolic once two layers differ in shape.
         codes = weight.data if state.CB is None else state.CB.reshape(weight.shape)
         if hasattr(bnb.functional, "int8_vectorwise_dequant"):
             return bnb.functional.int8_vectorwise_dequant(codes, scale)
@@ -138,11 +128,11 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
 
 
 def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A traceable ``_cache_clear(self)`` of a DoRA layer, equal to the original in every state.
+    """A traceable ``_cache_clear(self)`` of a DoRA layer, equivalent to the original in every state.
 
-    The original clears a dict at every forward that does not cache. The dict is empty then, but the mutation alone keeps
-    Dynamo from tracing a checkpointed body. Here an empty dict is left alone and a filled one cleared as ever, so
-    ``ENABLE_DORA_CACHING`` means what it means in eager; Dynamo guards on the dict, whichever of the two was traced.
+    The original clears a dict at every forward that does not cache. The dict is empty then, but the mutation alone keeps Dynamo
+    from tracing a checkpointed body. Here only a non-empty dict is cleared, so ``ENABLE_DORA_CACHING`` works as in eager mode;
+    Dynamo guards on the dict in both cases.
     """
 
     def _cache_clear(self: Any) -> None:
@@ -155,8 +145,8 @@ def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
 def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``transpose(weight, fan_in_fan_out)``, for embeddings and for layers whose weight is ``[d_in, d_out]``.
 
-    The original makes a new ``Parameter`` of a transposed parameter, which Dynamo cannot trace, and which is a leaf: no
-    gradient flows through it to the weight. ``detach`` is the same cut.
+    The original makes a new ``Parameter`` of a transposed parameter, which Dynamo cannot trace. It is a leaf, so no gradient flows
+    through it to the weight; ``detach`` has the same effect.
     """
 
     def transpose(weight: torch.Tensor, fan_in_fan_out: bool) -> torch.Tensor:
@@ -171,13 +161,13 @@ def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Polyfill:
-    """A function of PEFT and how to make its traceable equal.
+    """A function of PEFT and its traceable equivalent.
 
     Attributes:
         module: where the function is defined.
         name: its qualified name there.
-        make: given the original, gives the equal.
-        known: fingerprint of each original that the equal stands for, with the versions of PEFT that have it.
+        make: makes the equivalent from the original.
+        known: fingerprint of each original that it is equivalent to, with the versions of PEFT that have it.
         method: the function is called as a method.
         optional: versions without the function do not need the polyfill either.
     """

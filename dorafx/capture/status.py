@@ -1,10 +1,8 @@
-"""What is in place."""
+"""Which polyfills are installed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-__all__ = ["CaptureStatus"]
 
 
 @dataclass
@@ -12,9 +10,9 @@ class CaptureStatus:
     """Which functions of PEFT have a polyfill.
 
     Attributes:
-        peft_version: of the PEFT that was imported; empty while none is.
-        installed: qualified names of the functions that have one.
-        skipped: (qualified name, reason) of those that should have one and have none.
+        peft_version: of the imported PEFT; empty while none is imported.
+        installed: qualified names of the functions that have a polyfill.
+        skipped: (qualified name, reason) of the functions whose polyfill could not be installed.
     """
 
     peft_version: str = ""

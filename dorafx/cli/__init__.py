@@ -1,4 +1,4 @@
-"""The command line, and what its commands are made of."""
+"""The command line and its commands."""
 
 from .main import main
 

@@ -6,8 +6,7 @@ import importlib.metadata
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -19,8 +18,6 @@ from dorafx.versions import OPTIONAL, VERSIONS
 
 from .self_tests import SELF_TESTS, run_self_test
 
-__all__ = ["Check", "bug_report", "examine"]
-
 _VARIABLES = re.compile(
     r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
 )
@@ -28,13 +25,13 @@ _VARIABLES = re.compile(
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's answer.
+    """One line of the doctor's report.
 
     Attributes:
         group: ``"environment"``, ``"versions"``, ``"recognition"``, ``"polyfills"`` or ``"operators"``.
-        name: what was looked at.
+        name: what was checked.
         passed: whether it is as it should be.
-        detail: what was found.
+        detail: the result.
     """
 
     group: str
@@ -46,18 +43,14 @@ class Check:
     def mark(self) -> str:
         return "ok" if self.passed else "FAIL"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields."""
-        return asdict(self)
-
 
 def examine() -> list[Check]:
-    """All checks, in the order to read them."""
+    """All checks, in the order of the report."""
     return [*_environment(), *map(_version, VERSIONS), _recognition(), *_polyfills(), *_operators()]
 
 
 def bug_report(checks: Iterable[Check]) -> str:
-    """What to paste into a bug report: a block of Markdown that names no file and no person."""
+    """A block of Markdown for a bug report, which names no file and no person."""
     checks = list(checks)
     lines = [f"{c.name}: {c.detail}" for c in checks if c.group in ("environment", "versions")]
     for group in ("recognition", "polyfills", "operators"):
@@ -70,15 +63,15 @@ def bug_report(checks: Iterable[Check]) -> str:
 
 def _environment() -> list[Check]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = describe_environment(device, 0)
+    environment = describe_environment(device, 0)
     facts = {
-        "dorafx": " ".join(p for p in (found["dorafx"], found["commit"]) if p),
-        "python": f"{found['python']} on {found['system']}",
-        "processor": f"{found['processor']}, {found['cores']} cores, {found['threads']} threads",
+        "dorafx": " ".join(p for p in (environment["dorafx"], environment["commit"]) if p),
+        "python": f"{environment['python']} on {environment['system']}",
+        "processor": f"{environment['processor']}, {environment['cores']} cores, {environment['threads']} threads",
     }
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
-        facts["GPU"] = f"{found['device']}, compute capability {major}.{minor}, CUDA {found['cuda']}"
+        facts["GPU"] = f"{environment['device']}, compute capability {major}.{minor}, CUDA {environment['cuda']}"
     else:
         facts["GPU"] = "none that torch can use"
     facts["C++ compiler"] = "found" if has_cpp_compiler() else "none: graphs on a CPU run eagerly"
@@ -89,15 +82,18 @@ def _environment() -> list[Check]:
 def _version(name: str) -> Check:
     versions = VERSIONS[name]
     try:
-        found = importlib.metadata.version(name)
+        installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         optional = name in OPTIONAL
         return Check("versions", name, optional, "not installed (optional)" if optional else "not installed")
-    if versions.is_too_old(found):
-        return Check("versions", name, False, f"{found} is not supported ({versions.minimum} or newer is)")
+    if versions.is_too_old(installed):
+        return Check("versions", name, False, f"{installed} is not supported ({versions.minimum} or newer is)")
     tested = f"tests ran with {versions.range}"
     return Check(
-        "versions", name, True, f"{found}, newer than {tested}" if versions.is_untested(found) else f"{found}, {tested}"
+        "versions",
+        name,
+        True,
+        f"{installed}, newer than {tested}" if versions.is_untested(installed) else f"{installed}, {tested}",
     )
 
 
@@ -124,7 +120,7 @@ def _operators() -> list[Check]:
 
 
 def _guarded(name: str, device: str, dtype: torch.dtype) -> Check:
-    """The self-test's answer; an operator that cannot even run is the doctor's finding, not the doctor's failure."""
+    """The result of a self-test; an operator that raises is a failed check, not a failure of the command."""
     label = f"{name} {device} {str(dtype).removeprefix('torch.')}"
     try:
         passed, detail = run_self_test(name, device, dtype)

@@ -1,7 +1,7 @@
 """The command line: ``dorafx {demo, explain, bench, report, doctor}``.
 
-Exit codes: 0 done; 1 it ran and the answer is no (``explain`` found misses, ``doctor`` found a failure, a configuration of
-``bench`` failed); 2 it could not run (wrong input, or the code it was given failed); 130 interrupted.
+Exit codes: 0 success; 1 it ran, with a negative result (``explain`` found misses, ``doctor`` found a failure, a configuration of
+``bench`` failed); 2 it could not run (wrong input, or the user's code failed); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,8 +26,6 @@ from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
 
-__all__ = ["main"]
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
@@ -34,16 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         code: int = options.run(options)
-        sys.stdout.flush()  # a reader that is gone shows here, not when Python ends
+        sys.stdout.flush()  # a closed pipe raises here, not when Python exits
         return code
     except KeyboardInterrupt:
         print("dorafx: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe has seen enough, as ``head`` does
+    except BrokenPipeError:  # the reader of a pipe has closed it, as ``head`` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        # A traceback would end in exit code 1, which here means that the command ran.
+        # Not raised: a traceback gives exit code 1, which here means that the command ran.
         if options.debug:
             raise
         print(f"dorafx: {_one_line(error)}", file=sys.stderr)
@@ -56,7 +55,7 @@ def _one_line(error: Exception) -> str:
         cause = cause.__cause__  # Dynamo wraps what the model raised
     if isinstance(getattr(cause, "inner_exception", None), Exception):
         return _one_line(cause.inner_exception)  # type: ignore[attr-defined]
-    # Dynamo's own first line says only that a shape computation failed; what failed is quoted further down.
+    # Dynamo's first line says only that a shape computation failed; its error is quoted further down.
     quoted = re.search(r": got (\w+\(.*\))$", str(cause), re.MULTILINE)
     if quoted:
         return f"{quoted[1]} (--debug shows where)"
@@ -67,7 +66,7 @@ def _one_line(error: Exception) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; ``--help`` has the rest."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
@@ -146,8 +145,8 @@ def _explain(options: argparse.Namespace) -> int:
 
     if not options.debug:
         quiet_tracing_errors()
-        warnings.simplefilter("ignore", FutureWarning)  # between PEFT and transformers, and not the user's
-    # What the model's code prints must not end up in the middle of the JSON.
+        warnings.simplefilter("ignore", FutureWarning)  # of PEFT about transformers, nothing that the user can change
+    # Output of the model's code must not mix with the JSON.
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         if Path(options.target).is_dir():
             target = adapter_target(
@@ -159,7 +158,7 @@ def _explain(options: argparse.Namespace) -> int:
     if options.html is not None:
         explanation.log.to_html(options.html)
     if options.json:
-        terms = {"terms": [t.to_dict() for t in explanation.terms]} if options.terms else {}
+        terms = {"terms": [asdict(t) for t in explanation.terms]} if options.terms else {}
         print(json.dumps({**explanation.to_dict(), **terms, **json.loads(explanation.log.to_json())}, indent=1))
     else:
         explanation.print(terms=options.terms)
@@ -194,7 +193,7 @@ def _doctor(options: argparse.Namespace) -> int:
         checks = examine()
     failed = [check for check in checks if not check.passed]
     if options.json:
-        answer = {"passed": not failed, "checks": [c.to_dict() for c in checks], "bug_report": bug_report(checks)}
+        answer = {"passed": not failed, "checks": [asdict(c) for c in checks], "bug_report": bug_report(checks)}
         print(json.dumps(answer, indent=1))
         return 1 if failed else 0
     console = Console(highlight=False, soft_wrap=True)

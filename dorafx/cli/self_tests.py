@@ -9,10 +9,8 @@ import torch
 import dorafx.ops  # noqa: F401  (registers the operators)
 from dorafx.ops import dispatch, reference
 
-__all__ = ["SELF_TESTS", "run_self_test"]
-
 Tensors = Sequence[torch.Tensor]
-# What is computed from tensors, and the same in fp64.
+# Shapes of the operands, the computation, the same in fp64, and whether the result is in fp32 whatever the dtype.
 SelfTest = tuple[tuple[tuple[int, ...], ...], Callable[[Tensors], Tensors], Callable[[Tensors], Tensors], bool]
 
 _D_OUT, _D_IN, _RANK, _TOKENS, _SCALE = 96, 160, 8, 33, 1.5
@@ -29,9 +27,11 @@ def run_self_test(name: str, device: str, dtype: torch.dtype) -> tuple[bool, str
     shapes, compute, exact, accumulates = SELF_TESTS[name]
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    got = compute([v.to(device) for v in values])
-    wanted = exact([v.double() for v in values])
-    error = max(float((g.cpu().double() - w).abs().max() / w.abs().max()) for g, w in zip(got, wanted, strict=True))
+    actual = compute([v.to(device) for v in values])
+    expected = exact([v.double() for v in values])
+    error = max(
+        float((g.cpu().double() - w).abs().max() / w.abs().max()) for g, w in zip(actual, expected, strict=True)
+    )
     # Norms are accumulated and returned in fp32 whatever the dtype; anything else is rounded to it.
     bound = 1e-5 if accumulates else 8 * torch.finfo(dtype).eps
     kernel = ""
@@ -45,10 +45,10 @@ def _row_norm(algorithm: str) -> Callable[[Tensors], Tensors]:
 
 
 def _row_norms(t: Tensors) -> Tensors:
-    found: list[torch.Tensor] = torch.ops.dorafx.row_norms(
+    norms: list[torch.Tensor] = torch.ops.dorafx.row_norms(
         [t[0], t[3]], [t[1], t[4]], [t[2], t[5]], [_SCALE, 1.0], "auto", [None, None]
     )
-    return found
+    return norms
 
 
 def _compose(t: Tensors) -> torch.Tensor:

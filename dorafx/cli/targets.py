@@ -1,4 +1,4 @@
-"""What ``dorafx explain`` is given: a Python file and a callable, or the folder of a PEFT adapter."""
+"""The target of ``dorafx explain``: a Python file and a callable, or the folder of a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ import torch
 
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
-
-__all__ = ["Target", "adapter_target", "script_target"]
 
 _BY_TASK = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -38,16 +36,16 @@ class Target:
 
 
 def script_target(target: str) -> Target:
-    """What ``FILE.py:CALLABLE`` makes.
+    """The target that ``FILE.py:CALLABLE`` returns.
 
     Raises:
         ValueError: not of that form, no such file, or no such callable in it.
         TypeError: the callable returned something else than a model, ``(model, args)`` or ``(model, args, kwargs)``.
     """
-    made = _load(target)()
-    parts = made if isinstance(made, tuple) else (made,)
+    returned = _load(target)()
+    parts = returned if isinstance(returned, tuple) else (returned,)
     if not 1 <= len(parts) <= 3 or not callable(parts[0]):
-        raise TypeError(f"{target} must return a model, (model, args) or (model, args, kwargs), not {made!r:.60}")
+        raise TypeError(f"{target} must return a model, (model, args) or (model, args, kwargs), not {returned!r:.60}")
     model, args, kwargs = (*parts, *((), {})[len(parts) - 1 :]) if len(parts) < 3 else parts
     if not isinstance(args, (tuple, list)):
         raise TypeError(f"{target}: args must be a tuple, not {type(args).__name__}")
@@ -65,7 +63,7 @@ def _load(target: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
-    # Dataclasses and Dynamo look a function's module up in sys.modules; a name that is taken must stay as it is.
+    # Dataclasses and Dynamo look a function's module up in sys.modules; a module that is there under this name must stay.
     if spec.name in sys.modules:
         spec.name = f"{spec.name}_explained"
         spec.loader.name = spec.name  # type: ignore[attr-defined]
@@ -78,14 +76,16 @@ def _load(target: str) -> Any:
         sys.modules.pop(spec.name, None)
         raise
     if not callable(getattr(module, name, None)):
-        own = (n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__)
-        known = [n for n in own if not n.startswith("_")]
+        defined = (
+            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
+        )
+        known = [n for n in defined if not n.startswith("_")]
         raise ValueError(f"{path} has no callable {name!r}; it has {', '.join(known) or 'none'}")
     return getattr(module, name)
 
 
 def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, random_weights: bool) -> Target:
-    """The model of a PEFT adapter's folder, from configurations alone: no weight is read, and none is made unless asked.
+    """The model of a PEFT adapter's folder, from configurations alone: no weights are read, and none are made unless requested.
 
     Args:
         folder: has an ``adapter_config.json``.
@@ -93,10 +93,10 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
             that the adapter names, whichever has one.
         tokens: length of the sequence that it is called with, one sequence.
         train: as in training: dropout active, gradients recorded.
-        random_weights: make random weights instead of tensors without data, for models whose forward looks at values.
+        random_weights: make random weights instead of tensors without data, for models whose forward reads values.
 
     Raises:
-        ValueError: something is absent or not what it should be; the message names it.
+        ValueError: something is absent or wrong; the message names it.
         DorafxError: PEFT or transformers is not installed.
     """
     try:
@@ -111,7 +111,7 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
     config: Any = transformers.AutoConfig.from_pretrained(
         str(_base_folder(folder, base, settings.get("base_model_name_or_path"))), local_files_only=True
     )
-    # A cache holds values; without one the same layers run.
+    # Without a cache, which would need values; the same layers run.
     for part in (config, getattr(config, "text_config", config)):
         if hasattr(part, "use_cache"):
             part.use_cache = False
@@ -140,12 +140,12 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"there is no {path.name} in {path.parent}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: not a JSON object")
-    return found
+    return content
 
 
 def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
@@ -158,7 +158,7 @@ def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    wanted = f", {named!r}," if named else ""
+    label = f", {named!r}," if named else ""
     raise ValueError(
-        f"the base model{wanted} has no config.json in or beside {folder}: give its folder with --base (nothing is downloaded)"
+        f"the base model{label} has no config.json in or beside {folder}: give its folder with --base (nothing is downloaded)"
     )

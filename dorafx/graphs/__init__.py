@@ -1,1 +1,1 @@
-"""What any FX graph can say of itself; there is no DoRA in it."""
+"""Analyses and changes of any FX graph; nothing here knows DoRA."""

@@ -14,8 +14,6 @@ from .operators import canonical_name
 from .shapes import of_mode
 from .tensors import tensor_of
 
-__all__ = ["has_tucker_products", "with_tucker_products_in_steps"]
-
 _ELLIPSIS = "*"
 
 

@@ -7,8 +7,6 @@ from torch import fx
 
 from dorafx._compat.graphs import GRAPH_MODULE_ATTRIBUTES, carry_node_attributes, codegen_of, tracer_class
 
-__all__ = ["copy_graph", "copy_graph_module", "module_with_graph"]
-
 
 def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A graph module of the same submodules and parameters (shared) with a copied graph, and original node -> copy."""
@@ -19,7 +17,7 @@ def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node,
 def copy_graph(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """A copy of a module's graph, and original node -> copy.
 
-    ``Graph.graph_copy`` leaves out what Dynamo puts on nodes beside ``meta``; that is carried over here.
+    ``Graph.graph_copy`` leaves out the attributes that Dynamo puts on nodes besides ``meta``; they are copied here.
     """
     graph = fx.Graph(tracer_cls=tracer_class(gm.graph))
     mapping: dict[fx.Node, fx.Node] = {}
@@ -35,7 +33,7 @@ def copy_graph(gm: fx.GraphModule) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 
 def module_with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module around a graph that was made from ``gm`` 's, with what else ``gm`` has."""
+    """A module with a graph derived from that of ``gm``, and with everything else that ``gm`` has."""
     attributes: dict[str, object] = {}
     for node in graph.nodes:
         if node.op in ("get_attr", "call_module"):

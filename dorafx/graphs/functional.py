@@ -1,11 +1,12 @@
-"""In-place arithmetic on a value that nobody else can see is out-of-place arithmetic: ``y = linear(x, W); y /= n; y *= m``.
+"""Replaces in-place arithmetic on values that nobody else can see by out-of-place arithmetic: ``y = linear(x, W); y /= n; y *= m``.
 
-The lifter treats whatever is written as unknown. This pass first takes out the writes that have a plain equivalent, so
-that sequential compositions lift like any other.
+The lifter treats every written value as unknown. This pass runs before it and removes the writes that have an out-of-place
+equivalent, so that sequential compositions lift like any other.
 
-First it is decided, for the memory of each written value, whether the graph can do without the writes: which operator made it, which
-nodes name the whole of it (what made it, and the result of each write), which are other views of it, and whether any of these is read
-after a write that came later than the view. Then each name is read as the version of its place in the graph.
+First it decides, for the memory of each written value, whether the graph can do without the writes. For this it looks at which
+operator created the memory, which nodes stand for the whole of it (its creator, and the result of each write), which nodes are other
+views of it, and whether a view is read after a later write. Then every read of such a node is replaced by a read of the version that
+is current at that place in the graph.
 """
 
 from __future__ import annotations
@@ -26,8 +27,6 @@ from dorafx.graphs.tensors import tensor_of
 from .grad_mode import GradMode
 from .operators import canonical_name
 from .writes import Memory, memories, nodes_in, written_arguments
-
-__all__ = ["has_writes", "without_private_writes"]
 
 _ARITHMETIC = (
     "abs",
@@ -57,22 +56,22 @@ _ARITHMETIC = (
     "subtract",
     "true_divide",
 )
-# These change what a tensor is, and write nothing. Tracers take the product of a matrix and a vector apart with a squeeze.
+# These change a tensor's metadata and write no elements. Tracers decompose the product of a matrix and a vector with a ``squeeze_``.
 _METADATA = ("detach", "squeeze", "swapaxes", "swapdims", "t", "transpose", "unsqueeze")
 
 
 def _twins(names: tuple[str, ...]) -> dict[Any, Callable[..., Any]]:
-    """Writing operator -> its twin that writes nothing, of the same arguments."""
-    found: dict[Any, Callable[..., Any]] = {}
+    """In-place operator -> its out-of-place twin, which takes the same arguments."""
+    twins: dict[Any, Callable[..., Any]] = {}
     for name in names:
-        found[f"{name}_"] = twin = getattr(torch, name)
+        twins[f"{name}_"] = twin = getattr(torch, name)
         writing, plain = getattr(torch.ops.aten, f"{name}_", None), getattr(torch.ops.aten, name)
         if hasattr(torch, f"{name}_"):
-            found[getattr(torch, f"{name}_")] = twin
+            twins[getattr(torch, f"{name}_")] = twin
         for overload in writing.overloads() if writing is not None else ():
             if hasattr(plain, overload):
-                found[getattr(writing, overload)] = getattr(plain, overload)
-    return found
+                twins[getattr(writing, overload)] = getattr(plain, overload)
+    return twins
 
 
 _METADATA_TWINS = _twins(_METADATA)
@@ -86,11 +85,11 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Any]] = {
     operator.itruediv: torch.div,
     operator.ipow: torch.pow,
 }
-# Autocast rounds or widens the operands of these, and leaves those of their twins that write as they are.
+# Autocast casts the operands of these, but not those of their in-place twins.
 _AUTOCAST = {*_twins(("addcdiv", "addcmul", "addmm", "baddbmm", "pow", "reciprocal", "rsqrt")), operator.ipow}
-# These make earlier nodes look as if no gradient went through them (or one did): a tracer leaves one tensor on all of them.
+# These change whether a tensor requires a gradient. A tracer leaves the same tensor on all its nodes, so earlier nodes look changed too.
 _CHANGE_GRADIENTS = frozenset({"detach_", "requires_grad_", "set_", "shallow_copy_data_"})
-# Operators whose result is a fresh tensor, where it does not lie in the storage of one of its operands.
+# Operators whose result is a new tensor, unless it is in the storage of one of its operands.
 _FRESH = frozenset(
     [
         "linear",
@@ -141,7 +140,7 @@ _VIEWS = frozenset(
 
 
 class _Refused(Exception):
-    """The writes to a memory are not what their twins compute, or that is not known."""
+    """The writes to a memory differ from what their twins compute, or it is not known whether they do."""
 
     def __init__(self, private: _Private) -> None:
         self.private = private
@@ -149,15 +148,15 @@ class _Refused(Exception):
 
 @dataclass(eq=False)
 class _Private:
-    """Memory that a graph can do without writing to.
+    """Memory to which a graph does not need to write.
 
     Attributes:
-        owner: the node that made it.
-        writes: those that write to it, each the name of a new version.
-        names: the nodes that stand for the whole of it, whatever its version: the owner, the writes, and views that took over.
-        slot: where a tracer left its values on the nodes.
-        uncast: the fake values of twins whose dtype is not the memory's.
-        version: what stands for the latest version, as a graph is followed.
+        owner: the node that created it.
+        writes: the nodes that write to it; each stands for a new version.
+        names: the nodes that stand for the whole of it, in any version: the owner, the writes, and views that took over.
+        slot: the key of ``meta`` under which the tracer left its values.
+        uncast: the fake values of twins whose dtype differs from the memory's.
+        version: the node of the latest version, while the graph is followed.
     """
 
     owner: fx.Node
@@ -173,42 +172,42 @@ class _Private:
 
 
 def has_writes(graph: fx.Graph) -> bool:
-    """Whether some node writes to another's value, or changes what it is."""
+    """Whether some node writes to another's value, or changes whether it requires a gradient."""
     return any(_name(node) in _CHANGE_GRADIENTS or any(True for _ in written_arguments(node)) for node in graph.nodes)
 
 
 def without_private_writes(graph: fx.Graph) -> bool:
-    """Replace writes that nobody can tell from their out-of-place twins by these, and let no node carry a tensor of which a later
-    one changed whether it requires a gradient.
+    """Replace writes by their out-of-place twins where nothing can tell the difference, and correct the fake tensors of nodes for which
+    a later node changed whether the tensor requires a gradient.
 
     Args:
-        graph: changed in place. Each node whose value was written gets the fake tensor of its version, on a storage of its own.
+        graph: changed in place. Each node whose value was written gets the fake tensor of its version, with its own storage.
 
     Returns:
         Whether the graph was changed.
     """
-    found = memories(graph)
+    all_memories = memories(graph)
     order = {node: i for i, node in enumerate(graph.nodes)}
-    private = [p for memory in found if memory.writers and (p := _private(memory, order)) is not None]
-    changed = _forget_gradients(found, private, order)
+    private = [p for memory in all_memories if memory.writers and (p := _private(memory, order)) is not None]
+    changed = _forget_gradients(all_memories, private, order)
     values: dict[fx.Node, Any] = {}
     while private:
         try:
-            values = _evaluated(graph, found, private)
+            values = _evaluated(graph, all_memories, private)
             break
         except _Refused as refused:
             private.remove(refused.private)
-            changed |= _forget_gradients(found, private, order)
+            changed |= _forget_gradients(all_memories, private, order)
     if private:
         _replace_writes(graph, private, values)
     return bool(private) or changed
 
 
-# -- who owns a write -------------------------------------------------------------------------------------------------
+# -- which memory is private ------------------------------------------------------------------------------------------
 
 
 def _private(memory: Memory, order: dict[fx.Node, int]) -> _Private | None:
-    """What to do without the writes to a memory; None where somebody can tell."""
+    """The memory as a private one; None if something can tell whether it is written."""
     owner = memory.values[0]
     tensor = tensor_of(owner)
     if tensor is None or not _is_fresh(owner) or "out" in owner.kwargs:
@@ -241,8 +240,8 @@ def _private(memory: Memory, order: dict[fx.Node, int]) -> _Private | None:
 
 
 def _takes_over(view: fx.Node, names: set[fx.Node], earlier: list[fx.Node], order: dict[fx.Node, int]) -> bool:
-    """Whether a view of a whole value is all that is left of it: nothing that shares its memory is read later. (Autograd sees a
-    write to ``x.detach()``, but none to ``x.data``: there, what was saved for a backward pass before is read as it was written.)"""
+    """Whether a view of a whole value replaces it: nothing else that shares its memory is read later. (Autograd notices a write to
+    ``x.detach()``, but not one to ``x.data``: there a backward pass reads a tensor that it saved before as it is after the write.)"""
     if canonical_name(view) not in _VIEWS or view.all_input_nodes[:1] != [view.args[0]] or view.args[0] not in names:
         return False
     return all(order[reader] <= order[view] for node in earlier for reader in node.users)
@@ -255,7 +254,7 @@ def _is_fresh(node: fx.Node) -> bool:
 
 
 def _is_known(write: fx.Node, device: torch.device) -> bool:
-    """Whether a node writes to its first argument alone, what its twin would return."""
+    """Whether a node writes only to its first argument, and what it writes is what its twin returns."""
     if write.target not in _OUT_OF_PLACE or not write.args or "out" in write.kwargs:
         return False
     targets = {n for argument in written_arguments(write) for n in nodes_in(argument)}
@@ -270,7 +269,7 @@ def _autocasts(graph: fx.Graph, device: torch.device) -> bool:
 
 
 def _hides_a_view(reader: fx.Node, last: int, order: dict[fx.Node, int]) -> bool:
-    """Whether what a node makes of a value may share its memory without a word, while that is still written."""
+    """Whether a node's result may share a value's memory unnoticed, while there are still writes to come."""
     if reader.op == "output" or order[reader] > last:
         return False
     unknown = reader.meta.get("example_value", reader.meta.get("val")) is None and bool(reader.users)
@@ -278,7 +277,7 @@ def _hides_a_view(reader: fx.Node, last: int, order: dict[fx.Node, int]) -> bool
 
 
 def _name(node: fx.Node) -> str:
-    """What a called method or function is called."""
+    """The name of the method or function that a node calls."""
     if node.op == "call_method":
         return str(node.target)
     if node.op != "call_function":
@@ -286,16 +285,16 @@ def _name(node: fx.Node) -> str:
     return (aten_name(node.target) if is_overload(node.target) else None) or str(getattr(node.target, "__name__", ""))
 
 
-# -- what the versions are --------------------------------------------------------------------------------------------
+# -- the values of the versions ---------------------------------------------------------------------------------------
 
 
-def _forget_gradients(found: list[Memory], private: list[_Private], order: dict[fx.Node, int]) -> bool:
-    """Where a node changes whether a tensor requires a gradient, of a memory that is not private: let the earlier nodes, which
-    carry that tensor too, require one, as they may have done. Returns whether there was such a node."""
+def _forget_gradients(all_memories: list[Memory], private: list[_Private], order: dict[fx.Node, int]) -> bool:
+    """For memories that are not private: if a node changes whether a tensor requires a gradient, let the earlier nodes that carry the
+    same tensor require one, as they may have before. Returns whether there was such a node."""
     owners = {p.owner for p in private}
     pairs = [
         (changing, node)
-        for memory in found
+        for memory in all_memories
         if memory.values[0] not in owners
         for changing in memory.values
         if _name(changing) in _CHANGE_GRADIENTS
@@ -313,15 +312,15 @@ def _forget_gradients(found: list[Memory], private: list[_Private], order: dict[
     return changed
 
 
-def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) -> dict[fx.Node, Any]:
-    """Fake values of all nodes of private memories, without the writes.
+def _evaluated(graph: fx.Graph, all_memories: list[Memory], private: list[_Private]) -> dict[fx.Node, Any]:
+    """Fake values of all nodes of private memories, computed without the writes.
 
     Raises:
-        _Refused: a version is not what the write leaves.
+        _Refused: a twin's result differs from what the write leaves.
     """
     named = {name: p for p in private for name in p.names}
     owned = {p.owner: p for p in private}
-    of_node = {node: p for memory in found if (p := owned.get(memory.values[0])) for node in memory.values}
+    of_node = {node: p for memory in all_memories if (p := owned.get(memory.values[0])) for node in memory.values}
     values: dict[fx.Node, Any] = {}
     mode = GradMode(graph)
 
@@ -339,7 +338,7 @@ def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) ->
             values[node] = _value(node, p, value, mode.records)
         except _Refused:
             raise
-        except Exception as error:  # an operator that cannot be run on what the nodes carry
+        except Exception as error:  # the operator cannot be run on the fake values of the nodes
             raise _Refused(p) from error
         if node in p.names:
             p.version = node
@@ -347,29 +346,29 @@ def _evaluated(graph: fx.Graph, found: list[Memory], private: list[_Private]) ->
 
 
 def _value(node: fx.Node, p: _Private, value: Callable[[fx.Node], Any], records: bool) -> Any:
-    """A node's fake value; of a write, its twin's."""
+    """A node's fake value; for a write, that of its twin."""
     traced = tensor_of(p.owner)
     fake_mode = fake_mode_of(traced)
     if fake_mode is None or traced is None or is_wrapper(traced):
         raise _Refused(p)
     with under(fake_mode), torch.set_grad_enabled(records):
         if node is p.owner and not p.changes(_METADATA_TWINS):
-            made = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=traced.device)
+            fresh = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype, device=traced.device)
             differentiable = records and any(_requires_grad(value(operand)) for operand in node.all_input_nodes)
-            return made.requires_grad_(traced.requires_grad and differentiable)
+            return fresh.requires_grad_(traced.requires_grad and differentiable)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _of_mode(value(n), fake_mode))
         result = _twins_value(node, p, args, kwargs, records) if node in p.writes else _called(node, args, kwargs)
     if node is p.owner and result.dtype != traced.dtype:
-        raise _Refused(p)  # it stands in an autocast region
+        raise _Refused(p)  # it is in an autocast region
     if _requires_grad(result) and not _requires_grad(tensor_of(node)) and not p.changes(_CHANGES_GRADIENTS):
-        return result.detach()  # gradients are not recorded where the graph begins
+        return result.detach()  # gradients are not recorded when the graph starts
     return result
 
 
 def _twins_value(write: fx.Node, p: _Private, args: Any, kwargs: Any, records: bool) -> torch.Tensor:
     before: torch.Tensor = args[0]
     result: torch.Tensor = _OUT_OF_PLACE[write.target](*args, **kwargs)
-    # Where no gradients are recorded, what is written keeps those that it has, and what a twin returns has none.
+    # While no gradients are recorded, a written tensor keeps its gradient history, and a twin's result has none.
     same = records or not (before.requires_grad or p.slot == "val") or write.target in _CHANGES_GRADIENTS
     if write.target not in _METADATA_TWINS:
         if result.dtype != before.dtype:
@@ -398,7 +397,7 @@ def _geometry(tensor: torch.Tensor) -> tuple[str, ...]:
 
 
 def _of_mode(value: Any, mode: Any) -> Any:
-    """A fake value as one of another mode, which ``make_fx`` of real tensors makes for each value."""
+    """A fake value as one of another mode: ``make_fx`` of real tensors creates a mode for each value."""
     if not isinstance(value, torch.Tensor) or fake_mode_of(value) is mode:
         return value
     with mode:
@@ -410,7 +409,7 @@ def _of_mode(value: Any, mode: Any) -> Any:
 
 
 def _replace_writes(graph: fx.Graph, private: list[_Private], values: dict[fx.Node, Any]) -> None:
-    """Put its twin in the place of each write, and read each name as its version there."""
+    """Replace each write by its twin, and each read of a name by the version that is current there."""
     named = {name: p for p in private for name in p.names}
 
     def current(node: fx.Node) -> fx.Node:
@@ -435,19 +434,19 @@ def _replace_writes(graph: fx.Graph, private: list[_Private], values: dict[fx.No
 
 
 def _twin(graph: fx.Graph, write: fx.Node, p: _Private) -> fx.Node:
-    """The version that a write makes, before that."""
+    """Insert the twin of a write before it; returns the node of the new version."""
     target = _OUT_OF_PLACE[write.target]
     with graph.inserting_before(write):
-        made = graph.call_function(target, write.args, write.kwargs)
-        made.meta = dict(write.meta)
+        twin = graph.call_function(target, write.args, write.kwargs)
+        twin.meta = dict(write.meta)
         if write not in p.uncast:
-            return made
+            return twin
         # In place, the result keeps its dtype whatever is added to it.
         dtype = write.meta[p.slot].dtype
-        made.meta[p.slot] = p.uncast[write]
+        twin.meta[p.slot] = p.uncast[write]
         if is_overload(target):
-            cast = graph.call_function(torch.ops.aten._to_copy.default, (made,), {"dtype": dtype})
+            cast = graph.call_function(torch.ops.aten._to_copy.default, (twin,), {"dtype": dtype})
         else:
-            cast = graph.call_method("to", (made, dtype))
+            cast = graph.call_method("to", (twin, dtype))
         cast.meta = dict(write.meta)
     return cast

@@ -7,8 +7,6 @@ from torch import fx
 
 from .writes import attribute_of
 
-__all__ = ["attribute_id", "looks_like_parameter"]
-
 
 def attribute_id(node: fx.Node) -> int | None:
     """Which tensor a ``get_attr`` node reads; None for any other node."""
@@ -17,7 +15,7 @@ def attribute_id(node: fx.Node) -> int | None:
 
 
 def looks_like_parameter(node: fx.Node) -> bool:
-    """Whether a placeholder or an attribute is a parameter or a buffer, as far as its tensor or its name tells."""
+    """Whether a placeholder or an attribute is a parameter or a buffer, judged by its tensor or its name."""
     if node.op == "get_attr":
         return True
     example = node.meta.get("example_value")

@@ -1,8 +1,8 @@
-"""What an operator that the table of names does not hold is, as far as torch itself can tell.
+"""Identifies operators that are not in the table of names, as far as torch itself can tell.
 
-Tracers choose the names: what was a method in one release of torch is an operator in the next (``.T`` became ``numpy_T``). Before
-an operator is given up as unknown, its own name is looked up; and one whose result lies in its argument's memory is told by how it
-lies there, which is all that there is to know of a view.
+Tracers choose the names: what is a method in one release of torch is an operator in the next (``.T`` became ``numpy_T``). So an unknown
+operator is looked up by the name that torch gives it. If its result shares its argument's memory, it is identified by how the result
+lies in that memory, which is all there is to know of a view.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from dorafx._compat.autograd import differentiates_by_itself
 from dorafx._compat.tensors import size_hint, storage_id, version_of
 from dorafx.graphs.tensors import tensor_of
 
-__all__ = ["View", "name_in_torch", "view_of"]
-
 
 class View(NamedTuple):
     """How a result lies in the memory of the one tensor that an operator takes.
 
-    ``name``: ``"identity"``, ``"detach"``, ``"data"`` (detached, and autograd is not told of writes to it), ``"t"`` (of a matrix),
-    ``"permute"`` or ``"view"`` (another shape, elements in the same order). ``order``: for ``"permute"``, the argument's axes in the order of the result's.
+    ``name``: ``"identity"``, ``"detach"``, ``"data"`` (detached, and autograd does not see writes to it), ``"t"`` (of a matrix),
+    ``"permute"`` or ``"view"`` (another shape, elements in the same order).
+    ``order``: for ``"permute"``, the argument's axes in the order of the result's.
     """
 
     name: str
@@ -35,8 +34,8 @@ class View(NamedTuple):
 
 
 def name_in_torch(target: Any) -> str | None:
-    """The name under which torch itself defines a function, a property of tensors or a packet of overloads; None for anything that
-    torch does not generate of its operators (a Python function of the same name may be something else: ``torch.masked.sum``)."""
+    """The name under which torch itself defines a function, a property of tensors or a packet of overloads. None for anything that
+    torch does not generate from its operators: a Python function of the same name may be something else (``torch.masked.sum``)."""
     packet = operators.packet_name(target)
     if packet is not None:
         return packet
@@ -50,14 +49,14 @@ def name_in_torch(target: Any) -> str | None:
 
 
 def view_of(node: fx.Node) -> View | None:
-    """How the result of an operator lies in its only tensor argument, where it makes nothing but views; None otherwise."""
-    found = _view_by_memory(node)
-    gradients = _makes_views(node) if found is not None else None
-    if found is None or gradients is None:
+    """How the result of an operator lies in the memory of its only tensor argument; None if it does anything but create views."""
+    view = _view_by_memory(node)
+    gradients = _makes_views(node) if view is not None else None
+    if view is None or gradients is None:
         return None
     if gradients == "kept":
-        return found
-    return View(gradients) if found.name == "identity" else None
+        return view
+    return View(gradients) if view.name == "identity" else None
 
 
 def _operand(node: fx.Node) -> torch.Tensor | None:
@@ -97,7 +96,7 @@ def _view_by_memory(node: fx.Node) -> View | None:
 
 
 def _axes(tensor: torch.Tensor) -> list[tuple[str, str]]:
-    """Length and stride of each axis; of one of length 1, whose stride says nothing, the length."""
+    """Length and stride of each axis; only the length if it is 1, because the stride then means nothing."""
     return [(str(n), "" if str(n) == "1" else str(s)) for n, s in zip(tensor.shape, tensor.stride())]
 
 
@@ -109,18 +108,17 @@ def _order(before: list[tuple[str, str]], after: list[tuple[str, str]]) -> tuple
     left = list(range(len(before)))
     order = []
     for axis in after:
-        found = next((i for i in left if before[i] == axis), None)
-        if found is None:
+        position = next((i for i in left if before[i] == axis), None)
+        if position is None:
             return None
-        left.remove(found)
-        order.append(found)
+        left.remove(position)
+        order.append(position)
     return tuple(order)
 
 
 def _makes_views(node: fx.Node) -> str | None:
-    """What becomes of gradients in an operator that is run on a tensor without data: ``"kept"``, ``"detach"`` or ``"data"``; None where
-    it calls anything but views that autograd has formulas of its own for. (What is differentiated by a formula of somebody's own has
-    whatever gradient that says.)"""
+    """What an operator does to gradients, found by running it on a tensor without data: ``"kept"``, ``"detach"`` or ``"data"``. None if it
+    calls anything but views that have autograd's own formulas (a custom formula may define any gradient)."""
     source = tensor_of(node.all_input_nodes[0])
     assert source is not None
     try:

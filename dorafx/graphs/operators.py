@@ -1,7 +1,7 @@
 """One name for every spelling of an operator.
 
-``torch.add``, ``Tensor.add``, ``operator.add`` and ``aten.add.Tensor`` are one operator to the lifter, so the same
-transfer functions serve Dynamo graphs, ``make_fx`` graphs, exported programs and ``fx.symbolic_trace``.
+``torch.add``, ``Tensor.add``, ``operator.add`` and ``aten.add.Tensor`` are one operator to the lifter, so the same transfer functions
+serve Dynamo graphs, ``make_fx`` graphs, exported programs and ``fx.symbolic_trace``.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from dorafx._compat.operators import aten_name, is_overload
 
 from .lookup import name_in_torch, view_of
 
-__all__ = ["CONVOLUTIONS", "arguments", "canonical_name", "drops_nothing", "first_argument", "permuted_axes"]
-
-# Canonical name -> names it goes by as a torch function, a Tensor method, an operator or an aten packet.
+# Canonical name -> its names as a torch function, a Tensor method, a Python operator or an aten packet.
 _ALIASES: dict[str, tuple[str, ...]] = {
     "add": ("add", "__add__", "__radd__"),
     "sub": ("sub", "subtract", "__sub__"),
@@ -32,6 +30,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "reciprocal": ("reciprocal",),
     "pow": ("pow", "__pow__"),
     "square": ("square",),
+    "float_power": ("float_power",),
     "sqrt": ("sqrt",),
     "rsqrt": ("rsqrt",),
     "sum": ("sum",),
@@ -93,11 +92,14 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "dropout": ("dropout", "native_dropout", "alpha_dropout", "feature_dropout"),
     "eye": ("eye",),
     "diag": ("diag", "diag_embed"),
+    "diagonal": ("diagonal", "diagonal_copy"),
     "getattr": ("getattr",),
     "getitem": ("getitem", "__getitem__"),
     "slice": ("slice",),
     "select": ("select",),
     "stack": ("stack",),
+    "cat": ("cat", "concat", "concatenate"),
+    "pad": ("pad", "constant_pad_nd"),
 }
 CONVOLUTIONS: dict[str, tuple[str, ...]] = {
     "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
@@ -165,13 +167,13 @@ def canonical_name(node: fx.Node) -> str | None:
         return _BY_NAME.get(aten) or _looked_up(node)
     try:
         name = _FUNCTIONS.get(target)
-    except TypeError:  # an unhashable callable is somebody's own object
+    except TypeError:  # an unhashable callable, which cannot be torch's
         return None
     return name or _GRAD_MODES.get(getattr(target, "__name__", "")) or _looked_up(node)
 
 
 def _looked_up(node: fx.Node) -> str | None:
-    """What torch, or how the result lies in memory, tells of an operator that the table does not hold."""
+    """The name of an operator that is not in the table, from torch's own name or from how its result lies in memory."""
     name = _BY_NAME.get(name_in_torch(node.target) or "") if node.op == "call_function" else None
     if name is None and (view := view_of(node)) is not None:
         name = view.name
@@ -179,7 +181,7 @@ def _looked_up(node: fx.Node) -> str | None:
 
 
 def permuted_axes(node: fx.Node) -> tuple[Any, ...]:
-    """The axes of the argument of a ``permute`` in the order of its result's."""
+    """For a ``permute``: the axes of the argument in the order of the result's axes."""
     if _known(node):
         dims: Any = node.kwargs.get("dims", node.args[1:])
         return tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else tuple(dims)
@@ -188,14 +190,14 @@ def permuted_axes(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _known(node: fx.Node) -> bool:
-    """Whether the table knows a node by its name, so that it has the arguments that go with that."""
+    """Whether a node is in the table by its name, so that it has the usual arguments of that operator."""
     if node.op == "call_method":
         return node.target in _BY_NAME
     target: Any = node.target
     return (aten_name(target) or name_in_torch(target)) in _BY_NAME or target in _FUNCTIONS
 
 
-# The names that torch takes from NumPy for its own, and aten's for the first argument.
+# NumPy's argument names, which torch also accepts, and aten's name for the first argument.
 _KEYWORDS = {
     "a": "input",
     "axis": "dim",
@@ -208,7 +210,7 @@ _KEYWORDS = {
 
 
 def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
-    """The node's arguments by name: positional ones in the order of ``names``, then keywords. Absent ones are absent."""
+    """The node's arguments by name: positional ones in the order of ``names``, then keywords. Omitted arguments are left out."""
     out = dict(zip(names, node.args))
     for name, value in node.kwargs.items():
         known = _KEYWORDS.get(name, name)
@@ -217,7 +219,7 @@ def arguments(node: fx.Node, *names: str) -> dict[str, Any]:
 
 
 def first_argument(node: fx.Node) -> Any:
-    """The value that an operator is about, given by position or by name; None where there is none."""
+    """The operator's main operand, passed by position or by name; None if there is none."""
     if node.args:
         return node.args[0]
     return next(

@@ -1,5 +1,5 @@
-"""Where a node comes from: the module that it was traced in, by the name that ``named_modules()`` gives it, the user's line, the
-operator as a person would write it."""
+"""Where a node comes from: the module in which it was traced (as ``named_modules()`` names it), the line of user code, and a readable
+name of the operator."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from torch import fx
 
 from dorafx._compat.graphs import input_source
 
-__all__ = ["input_path", "module_path", "operator_name", "site_of", "source_of"]
-
-# What a compiled frame calls its module: a method's ``self``, the first of the arguments that a decorator passes on; after a graph
-# break in it, the module is a value on the resumed frame's stack.
+# The names of the module in a compiled frame: a method's ``self``, or the first of the arguments that a decorator passes on. After a
+# graph break, the module is a value on the resumed frame's stack.
 _ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[0\]|self(?!\w))")
 _DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
@@ -41,7 +39,7 @@ def site_of(node: fx.Node) -> str:
 
 
 def input_path(node: fx.Node) -> str:
-    """Where an input or an attribute of the graph comes from, as ``named_parameters()`` would say; empty where the graph does not."""
+    """Where an input or an attribute of the graph comes from, as ``named_parameters()`` names it; empty if the graph does not tell."""
     if node.op == "get_attr":
         return str(node.target)
     access = input_source(node) if node.op == "placeholder" else ""
@@ -60,5 +58,5 @@ def source_of(node: fx.Node) -> str:
 
 
 def operator_name(node: fx.Node) -> str:
-    """A node's operator as a person would write it."""
+    """A readable name of a node's operator."""
     return str(getattr(node.target, "__name__", node.target))

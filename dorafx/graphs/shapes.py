@@ -1,4 +1,4 @@
-"""Shapes: for graphs that carry none, and of new nodes."""
+"""Fake values, and so shapes, for graphs whose nodes have none."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from dorafx.graphs.tensors import tensor_of
 
 from .copying import copy_graph_module
 
-__all__ = ["UnknownShapes", "carries_shapes", "of_mode", "sizes_of", "with_shapes"]
-
 
 class UnknownShapes(Exception):
-    """The shapes of a graph's values cannot be found."""
+    """The shapes of a graph's values cannot be determined."""
 
 
 def carries_shapes(gm: fx.GraphModule) -> bool:
-    """Whether a tracer left values on the graph's nodes; a graph of no calls needs none."""
+    """Whether a tracer left values on the graph's nodes; a graph without calls needs none."""
     calls = [n for n in gm.graph.nodes if n.op in ("call_function", "call_method", "call_module")]
     return not calls or any(tensor_of(n) is not None for n in calls)
 
 
 def with_shapes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
-    """A copy of the graph whose nodes carry the fake values that it computes of these inputs. Nothing real is computed, and
-    nothing is written, whatever the graph writes.
+    """A copy of the graph whose nodes carry the fake values that the graph computes from these inputs. No real values are computed or
+    written, even if the graph writes in place.
 
     Raises:
         UnknownShapes: an operator cannot be run on fake tensors.
@@ -45,7 +43,7 @@ def with_shapes(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphMo
 
 
 def of_mode(value: Any, mode: Any) -> Any:
-    """A fake value as one of another mode, which is entered: ``make_fx`` of real tensors makes a mode for each value."""
+    """A fake value as one of another mode, which the caller has entered: ``make_fx`` of real tensors creates a mode for each value."""
     if not isinstance(value, torch.Tensor) or getattr(value, "fake_mode", mode) is mode:
         return value
     twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
@@ -53,7 +51,7 @@ def of_mode(value: Any, mode: Any) -> Any:
 
 
 class _Propagation(fx.Interpreter):
-    """Runs a graph on fake tensors, its parameters' twins included."""
+    """Runs a graph on fake tensors, with fake copies of its parameters."""
 
     def __init__(self, gm: fx.GraphModule, mode: Any) -> None:
         super().__init__(gm)
@@ -70,7 +68,7 @@ class _Propagation(fx.Interpreter):
                 f"the shapes behind {n.name} ({n.format_node()}) are unknown, since it cannot be run on fake tensors: capture the "
                 "program with Dynamo or torch.export, or write it without the value of a tensor"
             ) from error
-        if isinstance(result, (torch.Tensor, int)):  # a size, of which a norm by way of a mean is made
+        if isinstance(result, (torch.Tensor, int)):  # an int is a size; a norm that is computed from a mean needs it
             n.meta["val"] = result
         return result
 
@@ -91,7 +89,7 @@ class _Propagation(fx.Interpreter):
 
 
 def _open_linears(gm: fx.GraphModule) -> None:
-    """Write calls of plain ``nn.Linear`` modules out, which ``fx.symbolic_trace`` takes for leaves."""
+    """Replace calls of plain ``nn.Linear`` modules, which ``fx.symbolic_trace`` leaves as they are, by ``F.linear``."""
     for node in list(gm.graph.nodes):
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         if type(module) is not nn.Linear or has_forward_hooks(module) or node.kwargs:
@@ -99,9 +97,9 @@ def _open_linears(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(node):
             weight = gm.graph.get_attr(f"{node.target}.weight")
             bias = gm.graph.get_attr(f"{node.target}.bias") if module.bias is not None else None
-            made = gm.graph.call_function(F.linear, (node.args[0], weight, bias))
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+            linear = gm.graph.call_function(F.linear, (node.args[0], weight, bias))
+        linear.meta = dict(node.meta)
+        node.replace_all_uses_with(linear)
         gm.graph.erase_node(node)
     gm.recompile()
 

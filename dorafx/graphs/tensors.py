@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["tensor_of"]
-
 
 def tensor_of(node: Any) -> torch.Tensor | None:
     """The (fake) tensor that a tracer left on a node: shape, dtype, device; None where there is none."""

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 
 from torch import fx
 
-__all__ = ["dies"]
-
 
 def dies(node: fx.Node, site: fx.Node, order: Mapping[fx.Node, int], depth: int = 12) -> bool:
-    """Whether every use of a node lies on the way to the site, both of one graph and in its ``order``."""
+    """Whether every use of a node leads to the site and nowhere else. ``order``: the positions of the graph's nodes."""
     if depth == 0:
         return False
     return all(

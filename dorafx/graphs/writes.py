@@ -1,4 +1,4 @@
-"""Which values of a graph change under our feet: in-place writes and everything that shares storage with them."""
+"""Which values of a graph change in place: those that are written, and everything that shares memory with them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,6 @@ from dorafx.graphs.tensors import tensor_of
 from .lookup import view_of
 from .operators import first_argument
 
-__all__ = [
-    "Memory",
-    "attribute_of",
-    "memories",
-    "names_another_memory",
-    "nodes_in",
-    "storage_of",
-    "written_arguments",
-    "written_nodes",
-]
-
 _INPLACE_NAMES = ("iadd", "isub", "imul", "itruediv", "imatmul", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor")
 _INPLACE_OPERATORS = frozenset(getattr(operator, name) for name in _INPLACE_NAMES) | {operator.setitem}
 _INPLACE_METHODS = frozenset(f"__{name}__" for name in (*_INPLACE_NAMES, "setitem"))
@@ -40,11 +29,11 @@ _INPUTS = ("placeholder", "get_attr")
 
 # Function -> position of ``max_norm``.
 _RESCALE_THEIR_TABLE = {"embedding": 3, "embedding_bag": 3}
-# Packages whose functions say by their names that they write. Anything else that stands in a graph as one call (a function that
-# was wrapped for a tracer, or allowed in the graph) may do so without a word.
+# Packages whose functions show by their names whether they write. Any other function that is a single call in a graph (one that was
+# wrapped for a tracer, or allowed in the graph) may write without showing it.
 _NAME_THEIR_WRITES = frozenset({"torch", "_operator", "builtins", "math", "einops", "dorafx"})
-# Operators of aten whose result may be an operand, or a view of one, without a word in their schemas. Where a tracer of fake tensors
-# was at work, the storages tell; ``make_fx`` of real tensors makes a fake mode, and a storage, for each value.
+# Operators of aten whose result may be an operand, or a view of one, although their schemas do not say so. In graphs that were traced
+# with fake tensors the storages show it; but ``make_fx`` of real tensors creates a fake mode, and a storage, for each value.
 _MAY_RETURN_THEIR_OPERAND = frozenset(
     ("_unsafe_view", "alpha_dropout", "atleast_1d", "atleast_2d", "atleast_3d", "broadcast_tensors", "chain_matmul", "dropout", "einsum",
      "feature_alpha_dropout", "feature_dropout", "linalg_multi_dot", "meshgrid", "type_as")
@@ -52,7 +41,7 @@ _MAY_RETURN_THEIR_OPERAND = frozenset(
 
 
 def written_arguments(node: fx.Node) -> Iterator[Any]:
-    """The arguments of a node that it writes to; all of them, where it is not known to which."""
+    """The arguments that a node writes to; all of its arguments if it is not known which."""
     if "out" in node.kwargs:
         yield node.kwargs["out"]
     if node.op == "call_method":
@@ -74,9 +63,9 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
         if view_of(node) is None:  # a view writes to nothing
             yield node.all_input_nodes
         return
-    yield from _given(node, operators.writes(target))
+    yield from _argument_values(node, operators.writes(target))
     name = getattr(target, "__name__", "")
-    if "batch_norm" in name or "instance_norm" in name:  # their running statistics, of which few schemas say it
+    if "batch_norm" in name or "instance_norm" in name:  # running statistics: few schemas say that they are written
         yield from (node.args[1:], tuple(node.kwargs.values()))
     if operators.schemas(target):
         return
@@ -94,8 +83,8 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
             yield node.args[out]
 
 
-def _given(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
-    """What a call gives for some of its operator's arguments."""
+def _argument_values(node: fx.Node, arguments: Iterable[operators.Argument]) -> Iterator[Any]:
+    """The values that a call passes for some of its operator's arguments."""
     for position, name in arguments:
         if position is not None and position < len(node.args):
             yield node.args[position]
@@ -113,12 +102,12 @@ def _names_its_writes(target: Any) -> bool:
 
 def _bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order operator runs."""
-    found = (attribute_of(argument) for argument in node.all_input_nodes if argument.op == "get_attr")
-    return [body for body in found if isinstance(body, fx.GraphModule)]
+    attributes = (attribute_of(argument) for argument in node.all_input_nodes if argument.op == "get_attr")
+    return [body for body in attributes if isinstance(body, fx.GraphModule)]
 
 
 def attribute_of(node: fx.Node) -> Any:
-    """What a node's target names in the module that owns its graph; None where there is no such thing."""
+    """The attribute, of the module that owns the graph, that a node's target names; None if there is no such attribute."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         value = getattr(value, part, None)
@@ -126,38 +115,38 @@ def attribute_of(node: fx.Node) -> Any:
 
 
 def _written_by_module(node: fx.Node) -> Iterator[Any]:
-    """A module that was left as one call: its inputs where it works in place or is not one of torch's, and its own tensors
-    where it may bring a table to a norm or keep statistics."""
+    """What a call of a module writes to: its inputs if it works in place or is not one of torch's, and its own tensors if it may
+    renormalise a table or keep statistics."""
     module = attribute_of(node)
     torchs = type(module).__module__.startswith("torch.nn.modules.")
     hooked = bool(getattr(module, "_forward_hooks", None) or getattr(module, "_forward_pre_hooks", None))
     if not torchs or hooked or getattr(module, "inplace", False) or list(module.children()):
         yield node.all_input_nodes
     if not torchs or hooked or list(module.buffers()) or getattr(module, "max_norm", None) is not None:
-        own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
-        yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in own]
+        tensor_ids = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+        yield [other for other in node.graph.nodes if other.op == "get_attr" and id(attribute_of(other)) in tensor_ids]
 
 
 def _written_by_bodies(node: fx.Node) -> Iterator[Any]:
-    """What a higher-order operator (activation checkpointing, ``nested_compile_region``) has its bodies write to: all of its
-    operands, where it is not known which of them is which input."""
+    """What the bodies of a higher-order operator (activation checkpointing, ``nested_compile_region``) write to: all of its operands if
+    it is not known which operand is which input."""
     bodies = _bodies(node)
     if not bodies and not operators.leaves_its_operands(node.target):
         yield node.all_input_nodes
     for body in bodies:
-        # Of what the body did not make itself, as far as its nodes have tensors on them to tell.
+        # Only values that the body did not create itself, as far as the tensors on its nodes show that.
         written = [n for n in written_nodes(body.graph) if n.op in _INPUTS or (tensor_of(n) is None and n.users)]
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         operands = node.args[body_operands_start(node.target) :]
         known = takes_operands_for_body(node.target) and len(operands) == len(inputs)
         if known and all(n.op == "placeholder" for n in written):
-            yield [operand for operand, given in zip(operands, inputs) if given in written]
+            yield [operand for operand, placeholder in zip(operands, inputs) if placeholder in written]
         elif written:
             yield node.all_input_nodes
 
 
 def _rescales(node: fx.Node) -> bool:
-    """``F.embedding(i, table, padding_idx, max_norm)`` brings the rows that it looks up to that norm, in the table."""
+    """``F.embedding(i, table, padding_idx, max_norm)`` rescales, in the table, the rows that it looks up to that norm."""
     position = _RESCALE_THEIR_TABLE[node.target.__name__]  # type: ignore[union-attr]
     return node.kwargs.get("max_norm", node.args[position] if len(node.args) > position else None) is not None
 
@@ -171,7 +160,7 @@ def _position(target: Any, name: str) -> int | None:
 
 
 def _asks_inplace(node: fx.Node) -> bool:
-    """``F.dropout(x, 0.1, True, True)`` and its like write to their first argument."""
+    """Whether a call such as ``F.dropout(x, 0.1, True, True)`` writes to its first argument."""
     if node.kwargs.get("inplace") is True:
         return True
     position = _position(node.target, "inplace")
@@ -179,11 +168,12 @@ def _asks_inplace(node: fx.Node) -> bool:
 
 
 def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
-    """Every node whose storage some node of the graph writes to, found by the storages of the traced fake tensors
-    (so views count) and by what operators say of their results (``make_fx`` of real tensors gives each value a storage of its own).
-    Where a written value has no tensor on it, only the node itself; nor has ``tensor.set_(source)`` (since torch 2.15
-    ``aten.shallow_copy_data_``), which is how Dynamo writes ``tensor.data = source``, written to anything but what the name stands for:
-    the memory of both stays as it is."""
+    """Every node whose memory some node of the graph writes to.
+
+    Shared memory is found by the storages of the traced fake tensors, so views count, and by the operators' schemas, since ``make_fx``
+    of real tensors gives each value its own storage. If a written value has no tensor on its node, only that node counts.
+    ``tensor.set_(source)`` (since torch 2.15 ``aten.shallow_copy_data_``), which is how Dynamo traces ``tensor.data = source``, also
+    counts only for the nodes themselves: it changes what the name refers to, and leaves the memory of both tensors as it is."""
     written: set[fx.Node] = set()
     spreading: list[fx.Node] = []
     for node in graph.nodes:
@@ -202,7 +192,7 @@ def written_nodes(graph: fx.Graph) -> frozenset[fx.Node]:
 
 
 def names_another_memory(node: fx.Node) -> bool:
-    """Whether a call is how Dynamo writes ``tensor.data = source``: what ``tensor`` names from there on is the source's memory."""
+    """Whether a call is how Dynamo traces ``tensor.data = source``: from there on, ``tensor`` names the source's memory."""
     target = node.target
     return target is torch.Tensor.set_ or "shallow_copy_data_" in (
         aten_name(target),
@@ -215,7 +205,7 @@ class Memory:
     """Values of a graph that may share memory.
 
     Attributes:
-        values: their nodes in the order of the graph; the first made the memory, or received it.
+        values: their nodes in the order of the graph; the first one created the memory, or is an input.
         writers: the nodes that write to some of them, in the order of the graph.
     """
 
@@ -224,7 +214,7 @@ class Memory:
 
 
 def memories(graph: fx.Graph) -> list[Memory]:
-    """Every node of a graph, by the memory that it may share with others (see :func:`written_nodes` for how that is known)."""
+    """All nodes of a graph, grouped by the memory that they may share (see :func:`written_nodes` for how that is found)."""
     parents: dict[fx.Node, fx.Node] = {}
     of_storage: dict[int, fx.Node] = {}
 
@@ -238,20 +228,21 @@ def memories(graph: fx.Graph) -> list[Memory]:
         others = [of_storage.setdefault(storage, node) for storage in _storages(node)]
         for other in (*others, *_viewed(node)):
             parents[root(node)] = root(other)
-    found: dict[fx.Node, Memory] = defaultdict(lambda: Memory([], []))
+    by_root: dict[fx.Node, Memory] = defaultdict(lambda: Memory([], []))
     for node in graph.nodes:
-        found[root(node)].values.append(node)
+        by_root[root(node)].values.append(node)
         for target in dict.fromkeys(root(n) for argument in written_arguments(node) for n in nodes_in(argument)):
-            found[target].writers.append(node)
-    return list(found.values())
+            by_root[target].writers.append(node)
+    return list(by_root.values())
 
 
 def _viewed(node: fx.Node) -> Iterator[fx.Node]:
-    """The arguments that a node's result may be a view of, by its operator's schema, and where neither that nor the storages tell."""
-    if node.target is operator.getitem:  # out of the results of a split
+    """The arguments of which a node's result may be a view: by its operator's schema, or for the operators whose schema and storages do
+    not show it."""
+    if node.target is operator.getitem:  # takes one of the results of a split
         yield from nodes_in(node.args[0])
     elif node.op == "call_function" and _names_its_writes(node.target):
-        for argument in _given(node, operators.views(node.target)):
+        for argument in _argument_values(node, operators.views(node.target)):
             yield from nodes_in(argument)
         if aten_name(node.target) in _MAY_RETURN_THEIR_OPERAND:
             mode = fake_mode_of(tensor_of(node))
@@ -268,7 +259,7 @@ def nodes_in(argument: Any) -> Iterator[fx.Node]:
 
 
 def storage_of(node: fx.Node) -> int | None:
-    """A number that values of one storage share; None for what is no tensor."""
+    """A number that identifies a node's storage; None if its value is not a tensor."""
     tensor = tensor_of(node)
     return storage_id(tensor) if tensor is not None else None
 

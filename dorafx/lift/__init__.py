@@ -1,4 +1,4 @@
-"""Lift: FX nodes to terms of a small algebra."""
+"""Lifts FX nodes to terms of a small algebra."""
 
 from . import transfer as _transfer  # noqa: F401  (fills the table of transfer functions)
 from .algebra import Atom, Diag, Expr, Mat, Poly

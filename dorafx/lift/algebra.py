@@ -1,4 +1,4 @@
-"""The term algebra: what a graph computes, in a normal form that does not remember how it was spelled.
+"""The term algebra: what a graph computes, in a normal form that does not depend on how it was written.
 
 Two kinds of terms are enough for DoRA.
 
@@ -12,10 +12,10 @@ Indeterminates are :class:`Atom` s. ``detach`` is pushed down to them: an atom a
 indeterminates of equal value. Two polynomials that are equal in this algebra therefore agree in value *and* in every
 derivative, which is what makes a rewrite by algebra preserve gradient flow without a separate argument.
 
-A program is not quite such a polynomial: ``0·p``, ``b - b`` and ``u/u`` still give ``p``, ``b`` and ``u`` a gradient (of zeros,
-where a program without the term gives none), and are NaN where these are infinite or zero. So a term remembers what
-*vanished* from it, as long as nothing that is left in it has the same gradient and is as little a number there (``0·W + W`` is
-no number where ``W`` is infinite): it is not equal to a term from which nothing vanished.
+A program is not quite such a polynomial. ``0·p``, ``b - b`` and ``u/u`` still give ``p``, ``b`` and ``u`` a gradient of zeros, where a
+program without the term gives them none; and they are NaN where these are infinite or zero. So a term remembers what *vanished* from
+it, unless something left in it has the same gradient and is NaN in the same places (``0·W + W`` is NaN where ``W`` is infinite). Such a
+term is not equal to a term from which nothing vanished.
 """
 
 from __future__ import annotations
@@ -24,31 +24,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = [
-    "ONES",
-    "Atom",
-    "Chain",
-    "Diag",
-    "Expr",
-    "Factor",
-    "Mat",
-    "Mono",
-    "Poly",
-    "TooComplex",
-    "Vanished",
-    "is_ones",
-    "transpose_chain",
-]
-
-# Sums are distributed over products, so a bound keeps the pass linear in the number of nodes. A DoRA layer with a
-# dropout, a bias and three summed low-rank chains has 9 terms of at most 6 factors.
+# Products are distributed over sums, so without bounds terms could grow exponentially; with them the pass is linear in the number of
+# nodes. A DoRA layer with a dropout, a bias and three summed low-rank chains has 9 terms of at most 6 factors.
 MAX_TERMS = 24
 MAX_FACTORS = 12
 _MAX_VANISHED = 64
 
 
 class TooComplex(Exception):
-    """A term outgrew the bounds; the lifter makes an atom of the node instead."""
+    """A term exceeds the bounds; the lifter makes an atom of the node instead."""
 
 
 class Atom(NamedTuple):
@@ -83,10 +67,10 @@ Chain = tuple[Factor, ...]
 
 
 class Vanished(NamedTuple):
-    """An indeterminate that a program reads, and of which no term is left: one was multiplied by zero, or taken off itself.
+    """An indeterminate that a program reads although it is in no term any more: it was multiplied by zero, or cancelled.
 
-    ``divisor``: it divided, and no longer does: where it is zero, the program's value is no number.
-    ``zeroed``: it was multiplied by zero: where it is infinite, the program's value is no number.
+    ``divisor``: it was a divisor and cancelled: where it is zero, the program's value is NaN.
+    ``zeroed``: it was multiplied by zero: where it is infinite, the program's value is NaN.
     """
 
     atom: Atom
@@ -118,7 +102,7 @@ def _of_chain(chain: Chain) -> Iterator[Vanished]:
 
 
 def _remaining(lost: Iterable[Vanished], left: Iterable[Vanished]) -> Lost:
-    """What of ``lost`` nothing that is ``left`` in a term stands for. A detached twin has the value, but no gradient."""
+    """What of ``lost`` is not represented by anything ``left`` in a term. A detached twin has the same value, but no gradient."""
     lost = frozenset(lost)
     if not lost:
         return _NOTHING
@@ -175,12 +159,12 @@ def _push(chain: list[Factor], factor: Factor, lost: set[Vanished]) -> None:
                 chain.append(Diag(merged))
             return
     elif chain and isinstance(chain[-1], Mat) and factor.atom.id == chain[-1].atom.id == ONES.id:
-        raise TooComplex  # their product is a multiple of ones, by an inner dimension that no term remembers
+        raise TooComplex  # 𝟙·𝟙 is a multiple of 𝟙 by the size of the inner dimension, which no term has
     chain.append(factor)
 
 
 def is_ones(factor: Factor) -> bool:
-    """Whether a factor is a matrix of ones, whichever way it lies."""
+    """Whether a factor is a matrix of ones, transposed or not."""
     return isinstance(factor, Mat) and factor.atom == ONES
 
 
@@ -237,7 +221,7 @@ class Poly:
 
     @property
     def constant(self) -> float | None:
-        """The value, where this is a constant, and was never anything else; else None."""
+        """The value if this is a constant from which nothing vanished; else None."""
         if self.vanished:
             return None
         if not self.items:
@@ -258,8 +242,8 @@ class Poly:
         return Poly(((_inverse(mono), 1.0 / c),))
 
     def ratio_to(self, other: Poly) -> Poly | None:
-        """The monomial ``q`` with ``self = q · other``, or None. Used to see that all parts share one scaling; nothing is
-        divided by anything for it, so nothing vanishes."""
+        """The monomial ``q`` with ``self = q · other``, or None. It is used to find out whether all parts share one scaling. The program
+        does not compute this quotient, so nothing vanishes."""
         if not self.items or len(self.items) != len(other.items):
             return None
         first, k = other.items[0]
@@ -314,8 +298,8 @@ class Expr:
         for (scalars, chain), c in terms.items():
             if c == 0:
                 lost.update(_of_mono(scalars), _of_chain(chain))
-        made = Expr(items)
-        return Expr(items, _remaining(lost, made.parts())) if lost else made
+        expr = Expr(items)
+        return Expr(items, _remaining(lost, expr.parts())) if lost else expr
 
     @staticmethod
     def chain(factors: Iterable[Factor], coefficient: float = 1.0) -> Expr:
@@ -335,7 +319,7 @@ class Expr:
         return Expr.chain((Mat(ONES),)).right_diag(vector)
 
     def without(self, lost: Lost) -> Expr:
-        """The same value, in a program in which this vanished besides."""
+        """The same value, in a program in which ``lost`` vanished too."""
         return Expr.of(dict(self.items), self.vanished | lost) if lost else self
 
     def __add__(self, other: Expr) -> Expr:

@@ -1,4 +1,4 @@
-"""Which nodes of a graph a term is made of."""
+"""The nodes of a graph that are in a term."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from torch import fx
 from .algebra import Expr, Poly
 from .lifter import Lifter
 
-__all__ = ["leaves_of"]
-
 
 def leaves_of(lift: Lifter, terms: Iterable[Expr | Poly]) -> set[fx.Node]:
-    """The nodes that terms are made of."""
-    found: set[fx.Node] = set()
+    """The nodes that are in terms, at any depth."""
+    nodes: set[fx.Node] = set()
     stack = list(terms)
     while stack:
         for atom in stack.pop().atoms():
             info = lift.atom_of(atom)
             if info.node is not None:
-                found.add(info.node)
+                nodes.add(info.node)
             stack.extend(term for term in (info.expr, info.poly) if term is not None)
-    return found
+    return nodes

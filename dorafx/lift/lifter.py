@@ -1,6 +1,6 @@
-"""Lift: FX nodes to terms of the algebra, one transfer function per operator family.
+"""Lifts FX nodes to terms of the algebra, with one transfer function per operator family.
 
-An operator that the table does not know becomes an atom: never an error, never a guess.
+An operator that is not in the table becomes an atom: never an error, never a guess.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, trans
 from .quantized import quantizes_activations
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
-__all__ = ["Lifter", "Reading", "transfer", "transfers"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 Observer = Callable[["Lifter", fx.Node, Value], Any]
@@ -41,30 +39,30 @@ _PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding"
 
 
 class Reading(IntEnum):
-    """What an operator may be read by, in the order in which it is asked: the first that gives a value is heard."""
+    """The ways to read an operator, in the order in which they are tried: the first that gives a value is used."""
 
     STACK = 1
     """As a step of a sum over a stack of matrices, or of one matrix for all entries of a batch."""
     TAKEN_APART = 2
-    """As a step of a product that a tracer took apart, by the letters of its axes."""
+    """As a step of a product that a tracer decomposed, by the letters of its axes."""
     MATRIX = 3
-    """As a vector that has the shape of a matrix again, which it was."""
+    """As a matrix that became a vector by its shape and is brought back to the shape of the matrix."""
     OPERATOR = 4
     """By what the operator does."""
     MOVED = 5
-    """As axes that were only moved, by their letters."""
+    """As a tensor whose axes were only moved, by the letters of its axes."""
     ROW = 6
-    """As a matrix of one row that is a vector by its shape."""
+    """As a matrix of one row that becomes a vector by its shape."""
 
 
 _TRANSFER: dict[str, dict[Reading, Transfer]] = {}
 
 
 def transfer(*names: str, reading: Reading = Reading.OPERATOR) -> Callable[[Transfer], Transfer]:
-    """Register a transfer function of the operators with these canonical names; one for each reading.
+    """Register a transfer function for the operators with these canonical names; each operator may have one for each reading.
 
     Raises:
-        ValueError: the operator has one for this reading.
+        ValueError: an operator already has one for this reading.
     """
 
     def register(fn: Transfer) -> Transfer:
@@ -80,7 +78,7 @@ def transfer(*names: str, reading: Reading = Reading.OPERATOR) -> Callable[[Tran
 
 
 def transfers() -> dict[str, tuple[Transfer, ...]]:
-    """The transfer functions of each operator, in the order in which they are asked."""
+    """The transfer functions of each operator, in the order in which they are tried."""
     return {name: tuple(known.values()) for name, known in _TRANSFER.items()}
 
 
@@ -90,8 +88,8 @@ class Lifter:
     Args:
         graph: the graph; it is not changed.
         observer: called as ``observer(lifter, node, value)`` after each node, with a verdict whose ``value`` is "keep",
-            "seal" (make the node an atom for everything downstream: the matcher has recognised it) or "relift" (an
-            operand was sealed meanwhile, so lift this node again).
+            "seal" (make the node an atom for everything downstream, because the matcher has recognised it) or "relift" (lift
+            this node again, because an operand has been sealed).
         is_parameter: tells which placeholders and attributes are parameters or buffers.
     """
 
@@ -107,23 +105,23 @@ class Lifter:
         self.atoms: list[AtomInfo] = [AtomInfo("ones", requires_grad=False, parameter=True)]
         self.values: dict[fx.Node, Value | None] = {}
         self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
-        """Which nodes hold a given term, in graph order: operands to reuse."""
+        """The nodes that hold a given term, in graph order, which can be reused as operands."""
         self.gemms: dict[Expr, list[Gemm]] = {}
         self._product_dtypes: dict[frozenset[Any], set[torch.dtype]] | None = None
         self.expanded: dict[fx.Node, VectorValue] = {}
-        """Nodes that are a vector repeated along other axes, and the vector."""
+        """Nodes that are a vector expanded along other axes, and the vector."""
         self.absolute: dict[fx.Node, MatrixValue] = {}
         """Nodes that are absolute values of a matrix, and the matrix."""
         self.stacked: dict[fx.Node, tuple[MatrixValue, int]] = {}
-        """Nodes that are several matrices along a new first axis: the sum of these, and how many."""
+        """Nodes that stack several matrices along a new first axis; the sum of the matrices, and their number."""
         self.repeated: dict[fx.Node, MatrixValue] = {}
-        """Nodes that are one matrix for each entry of a batch, and the matrix."""
+        """Nodes that repeat one matrix for each entry of a batch, and the matrix."""
         self.roundings: dict[fx.Node, torch.dtype] = {}
-        """Nodes whose term leaves out that something in it was cast to this dtype, which holds fewer values."""
+        """Nodes whose term ignores that something in it was rounded to this dtype."""
         self.failures: dict[fx.Node, str] = {}
-        """Nodes whose transfer function raised, and what and where."""
+        """Nodes whose transfer function raised an exception: which one, and where."""
         self.subscripts: dict[fx.Node, Any] = {}
-        """Nodes whose axes are known by letters (see ``transfer.rearranged``)."""
+        """Nodes whose axes have letters (see ``transfer.rearranged``)."""
         self.written = written_nodes(graph)
         self._written_attributes: set[int | None] | None = None
         self._interned: dict[Any, Atom] = {}
@@ -150,7 +148,7 @@ class Lifter:
             if self.observer is not None:
                 verdict = self.observer(self, node, value).value
                 if verdict == "relift":
-                    # An operand was sealed, so this node is made of an atom now; the observer sees it afresh.
+                    # An operand has been sealed: lifted again, the node contains its atom, and is shown to the observer again.
                     value = self.values[node] = self._lift_here(node)
                     verdict = self.observer(self, node, value).value if value is not None else "keep"
                 if verdict == "seal":
@@ -172,7 +170,7 @@ class Lifter:
     def _lift_here(self, node: fx.Node) -> Value | None:
         self._lifted, self._unrounded = node, set()
         value = self._lift(node)
-        if self._made_in_inference_mode(node):
+        if self._is_inference_tensor(node):
             self._inference.add(node)
         self._lifted = None
         aside: tuple[dict[fx.Node, Any], ...] = (self.expanded, self.absolute, self.stacked, self.repeated)
@@ -192,7 +190,7 @@ class Lifter:
             return self.atom_value(node)
         known = _TRANSFER.get(name) if name is not None else None
         if name is not None and known is not None and not quantizes_activations(node, name):
-            self.failures.pop(node, None)  # of a time before an operand was sealed
+            self.failures.pop(node, None)  # from an attempt before an operand was sealed
             try:
                 for read in known.values():
                     value = read(self, node)
@@ -205,8 +203,8 @@ class Lifter:
         return self.atom_value(node)
 
     def _failed(self, node: fx.Node, error: Exception) -> None:
-        """A transfer function met what it was not written for. The node is an unknown value, as if the table did not know it; where
-        DoRA depends on it, the matcher says so."""
+        """A transfer function raised an exception. The node becomes an unknown value, as if its operator were not in the table; if DoRA
+        depends on it, the matcher reports the failure."""
         _logger.debug("%s is left as an unknown value", node.format_node(), exc_info=error)
         message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -223,14 +221,14 @@ class Lifter:
     # -- atoms --------------------------------------------------------------------------------------------------------
 
     def atom_value(self, node: fx.Node) -> Value | None:
-        """The node as an indeterminate; None where it is no floating tensor (or symbolic scalar, or size of a parameter)."""
+        """The node as an indeterminate; None unless it is a floating tensor, a symbolic scalar or a size of a parameter."""
         tensor = tensor_of(node)
         if tensor is None:
             example = node.meta.get("example_value", node.meta.get("val"))
             if isinstance(example, (torch.SymFloat, torch.SymInt)):
                 return VectorValue(Poly.var(self._node_atom(node, False)), None)
             if type(example) is int and self._param_node.get(node):
-                # A size of a parameter; an activation may have another the next time.
+                # A size of a parameter is constant; that of an activation may change from call to call.
                 return VectorValue(Poly.const(example), None)
             return None
         if tensor.dtype not in FLOAT_DTYPES:
@@ -243,26 +241,26 @@ class Lifter:
         return MatrixValue(Expr.mat(atom))
 
     def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
-        # A node whose storage is written has a value that depends on when it is read, so no two reads are equal.
+        # If a node's storage is written, its value depends on when it is read, so no two reads may be taken as equal.
         key = ("node", self._attribute_of(node) or node) if node not in self.written else None
         return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
 
     def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
-        """What a ``get_attr`` node reads: tracers make one for each use, under several names for a tensor that is tied. None for
-        one that some node of the graph writes to: what it reads depends on when."""
+        """The identity of what a ``get_attr`` node reads. Tracers create such a node for each use, and under several names for a tied
+        tensor. None if some node of the graph writes to the tensor, because its value then depends on when it is read."""
         identity = attribute_id(node)
         if self._written_attributes is None:
             self._written_attributes = {attribute_id(n) for n in self.written}
         return ("attribute", identity) if identity is not None and identity not in self._written_attributes else None
 
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
-        """The one-hot rows of an embedding's indices. ``options`` decide which rows have a gradient."""
+        """The one-hot rows for an embedding's indices. ``options`` decide which rows have a gradient."""
         key = ("onehot", indices, options) if indices not in self.written else None
         return self._intern(key, AtomInfo("onehot", requires_grad=False, of=indices))
 
     def laid_out(self, arg: Any, layout: Literal["filter", "channels"]) -> Expr | None:
-        """The argument as a matrix in the layout of a convolution's weight or activations; an indeterminate of its own where
-        its term is of another layout, or a sum that depends on activations (see :meth:`operand`)."""
+        """The argument as a matrix in the layout of a convolution's weight or activations. If its term has another layout, or is a sum
+        that depends on activations (see :meth:`operand`), it becomes an indeterminate of its own."""
         value, tensor = self.value(arg), tensor_of(arg)
         if tensor is None or tensor.dim() < 3 or tensor.dtype not in FLOAT_DTYPES:
             return None
@@ -310,14 +308,14 @@ class Lifter:
 
     @staticmethod
     def _single(value: MatrixValue) -> Mat | None:
-        """The one matrix that a value is; None where it is anything else."""
+        """The matrix, if a value is a single one without any scaling; else None."""
         if value.squared or value.expr.vanished or len(value.expr.items) != 1:
             return None
         ((scalars, chain), c) = value.expr.items[0]
         return chain[0] if not scalars and c == 1.0 and len(chain) == 1 and isinstance(chain[0], Mat) else None
 
     def as_filters(self, expr: Expr, like: torch.Tensor) -> Expr | None:
-        """A sum of tensors of this shape that nothing is known of, in the layout of a convolution's weight."""
+        """A sum of indeterminates of this shape, in the layout of a convolution's weight; None for any other term."""
         total: Expr | None = None
         for (scalars, chain), c in expr.items:
             factor = chain[0] if len(chain) == 1 and not scalars else None
@@ -333,14 +331,20 @@ class Lifter:
         return total
 
     def unfold(self, activations: Expr, options: tuple[Any, ...], patches: Patches | None = None) -> Atom:
-        """The patches of activations that a convolution with these options takes."""
+        """The patches that a convolution with these options takes of activations."""
         info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations, patches=patches)
         return self._intern(("unfold", activations, options), info)
+
+    def selection(self, start: int, rows: int, total: int) -> Atom:
+        """``[total, rows]``: the columns of an identity that place rows from ``start`` on among zeros."""
+        span = (start, rows, total - start - rows)
+        info = AtomInfo("selection", requires_grad=False, parameter=True, rows=span)
+        return self._intern(("selection", span), info)
 
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         if info.poly is not None and info.poly.vanished:
-            raise TooComplex  # it would not be read again, gradients and NaN of what vanished included
+            raise TooComplex  # the indeterminate would not show the gradients and NaNs of what vanished
         key = (info.kind, info.expr, info.poly, info.side, info.span, info.eps, info.double, info.rooted, info.dtype)
         return self._intern(key, info)
 
@@ -374,10 +378,11 @@ class Lifter:
         return info.kind == "node" and (tensor is None or tensor.dim() == 0)
 
     def rounded(self, node: fx.Node, value: V, dtype: torch.dtype) -> V:
-        """A value that a node casts to a dtype which does not hold all of its values.
+        """A value that a node casts to a dtype that cannot hold all of its values.
 
-        A vector, or a matrix that is one value, is rounded: an indeterminate of its own. The rounding of a sum or product of
-        matrices is left out of the term and noted, and the term serves results that have no more digits than that.
+        A vector, or a single matrix, becomes an indeterminate of its own, which is the rounded value. The rounding of a sum or product
+        of matrices is not part of the term. It is noted in :attr:`roundings`, and the term is used only for results that are no more
+        accurate than that dtype.
         """
         if isinstance(value, VectorValue):
             if value.row is None:
@@ -393,7 +398,7 @@ class Lifter:
         return value
 
     def rounded_vector(self, poly: Poly, dtype: torch.dtype) -> Poly:
-        """A vector in a dtype which does not hold all of its values."""
+        """A vector rounded to a dtype that cannot hold all of its values."""
         constant = poly.constant
         if constant is not None:
             return Poly.const(float(torch.tensor(constant, dtype=dtype)))
@@ -401,7 +406,7 @@ class Lifter:
         return Poly.var(self.intern(info))
 
     def unrounded(self, mat: Mat) -> Mat:
-        """The matrix that a factor was rounded from; itself where it was not."""
+        """The matrix from which a factor was rounded; the factor itself if it was not rounded."""
         rounds = self.atom_of(mat.atom).rounds
         if rounds is None:
             return mat
@@ -425,7 +430,7 @@ class Lifter:
 
     @staticmethod
     def name_of(node: fx.Node) -> str:
-        """The operator's canonical name; empty where the table does not know it."""
+        """The operator's canonical name; empty if it has none."""
         return canonical_name(node) or ""
 
     # -- services for transfer functions ------------------------------------------------------------------------------
@@ -449,12 +454,12 @@ class Lifter:
         return self.atom_value(arg)
 
     def aside(self, table: dict[fx.Node, T], arg: Any) -> T | None:
-        """What one of the side tables knows of an argument."""
+        """The entry of an argument in one of the side tables (``expanded``, ``absolute``, ``stacked``, ``repeated``)."""
         known = table.get(arg) if isinstance(arg, fx.Node) else None
         return None if known is not None and self._shows_rounding(arg) else known
 
     def _shows_rounding(self, arg: fx.Node) -> bool:
-        """Whether the node that is lifted reads an argument with more digits than something in it was rounded to."""
+        """Whether the node being lifted is more accurate than the dtype to which something in an argument was rounded."""
         dtype = self.roundings.get(arg)
         if dtype is None or self._lifted is None:
             return False
@@ -475,7 +480,7 @@ class Lifter:
         ((scalars, chain), c) = value.expr.items[0]
         if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
             return None
-        # One token's activations have this shape too, and are no magnitude: they stay what a product takes.
+        # The activations of a single token have this shape too, but are no magnitude: they stay operands of products.
         axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, _is_leaf) else None
         if axis is None:
             return None
@@ -488,13 +493,13 @@ class Lifter:
     def operand(self, arg: Any, weight: bool = False) -> Expr | None:
         """The argument as an operand of a matrix product.
 
-        A sum that depends on activations enters as an atom: its expansion would grow from layer to layer, and a DoRA
-        layer's input is one value whatever it was made of. A sum of parameters, or (``weight``: the second operand of a
-        product) of inputs of the graph, is a weight in the making and enters expanded.
+        A sum that depends on activations enters as an atom: its expansion would grow from layer to layer, and the input of a DoRA
+        layer is one value, however it was computed. A sum of parameters is a weight that is being computed, and enters expanded; so is
+        a sum of inputs of the graph if ``weight`` is set, for the second operand of a product.
         """
         value = self.matrix(arg)
         if value is None and isinstance(self.value(arg), VectorValue):
-            atom = self.atom_value(arg)  # a [1, d] or [d, 1] tensor that was taken for a vector so far
+            atom = self.atom_value(arg)  # a [1, d] or [d, 1] tensor that was read as a vector so far
             value = atom if isinstance(atom, MatrixValue) else None
         if value is None:
             return None
@@ -506,8 +511,8 @@ class Lifter:
         return value.expr
 
     def is_weight(self, atom: Atom) -> bool:
-        """Whether an indeterminate is a parameter, made of parameters, or made of inputs of the graph without any product:
-        activations have one behind them."""
+        """Whether an indeterminate is a parameter, or is computed from parameters, or from inputs of the graph without any product.
+        Activations are computed with products."""
         info = self.atom_of(atom)
         return info.parameter or (info.node is not None and self._has_no_product_behind(info.node))
 
@@ -520,7 +525,7 @@ class Lifter:
         return self._productless[node]
 
     def _is_weight_like(self, atom: Atom, accepts: Callable[[fx.Node], bool]) -> bool:
-        """Whether an indeterminate is made of parameters and of nodes that are accepted."""
+        """Whether an indeterminate is computed from parameters and accepted nodes only."""
         info = self.atom_of(atom)
         if info.parameter or info.kind in ("onehot", "unfold"):
             return info.parameter
@@ -531,20 +536,20 @@ class Lifter:
 
     @property
     def records_gradients(self) -> bool:
-        """Whether gradients are recorded at the node that is lifted."""
+        """Whether gradients are recorded at the node being lifted."""
         return self._grad_mode.records
 
     def _is_new_leaf(self, node: fx.Node) -> bool:
-        """Whether a node is a view that was made where nothing is recorded, of what requires a gradient: a leaf of its own, with a
-        gradient that reaches nothing else."""
+        """Whether a node is a view, created while no gradients are recorded, of a tensor that requires a gradient. Such a view is a new
+        leaf: its gradient does not flow to the tensor."""
         tensor = tensor_of(node) if node in self.unrecorded else None
         return tensor is not None and tensor.requires_grad
 
     def can_be_saved(self, node: fx.Node, site: fx.Node) -> bool:
-        """Whether a backward of what is computed at a site may save a value: one of a tensor that was made in inference mode may not."""
+        """Whether the backward of what is computed at a site may save a node's value; it must not save an inference tensor."""
         return node not in self._inference or site in self.unrecorded or not self._grad_mode.may_record
 
-    def _made_in_inference_mode(self, node: fx.Node) -> bool:
+    def _is_inference_tensor(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return is_inference_input(node)
         if node.op == "get_attr":
@@ -559,7 +564,7 @@ class Lifter:
         return self._grad_mode.inference
 
     def recorded(self, value: V) -> V:
-        """A value as it is here: without gradients, where none are recorded."""
+        """The value as the node being lifted has it: detached if no gradients are recorded there."""
         return value if self.records_gradients else self.detach(value)
 
     def detach(self, value: V) -> V:
@@ -569,24 +574,24 @@ class Lifter:
         return replace(value, poly=self.detached(value.poly), row=row)
 
     def detached(self, term: E) -> E:
-        """A term without gradients; what has none is no twin of itself."""
+        """A term without gradients. Atoms that require no gradient stay as they are."""
         return term.detached(frozenset(self._no_grad_ids))
 
     def product_dtypes(self, chain: Chain) -> set[torch.dtype]:
-        """The dtypes in which the graph multiplies the factors of a chain, of its transpose, or of multiples of these; empty where it
-        does not. fp32 stands for fp16 where the multiple is multiplied: fp16 may hold it and not the factors themselves."""
+        """The dtypes in which the graph multiplies the factors of a chain, of its transpose, or of multiples of these; empty if it does
+        not. For a scaled product fp16 is reported as fp32: fp16 may hold the scaled values, but not the factors themselves."""
         if self._product_dtypes is None:
             self._product_dtypes = {}
-            made = [(term, gemm.node) for term, gemms in self.gemms.items() for gemm in gemms]
-            # Not every product is one of matrices: a column times a row.
-            made += [(term, node) for term, nodes in self.nodes.items() for node in nodes if isinstance(term, Expr)]
-            for term, node in made:
+            products = [(term, gemm.node) for term, gemms in self.gemms.items() for gemm in gemms]
+            # Products that are no matrix products, such as a column times a row.
+            products += [(term, node) for term, nodes in self.nodes.items() for node in nodes if isinstance(term, Expr)]
+            for term, node in products:
                 if len(term.items) != 1:
                     continue
                 (((scalars, factors), coefficient),) = term.items
                 product = _either_way(factors)
                 if any(self._product_held_by(operand) == product for operand in node.all_input_nodes):
-                    continue  # it casts, views or scales what was multiplied before
+                    continue  # the node only casts, views or scales a product that an operand has already
                 tensor = tensor_of(node)
                 dtype = torch.float32 if tensor is None else tensor.dtype
                 if dtype == torch.float16 and (scalars or coefficient != 1.0):
@@ -595,7 +600,7 @@ class Lifter:
         return self._product_dtypes.get(_either_way(chain), set())
 
     def _product_held_by(self, node: fx.Node) -> frozenset[Any] | None:
-        """The chain of which a node holds a multiple; None where it is no single one."""
+        """The chain of which a node's value is a multiple; None if the value is not a single chain."""
         value = self.values.get(node)
         if not isinstance(value, MatrixValue) or len(value.expr.items) != 1:
             return None
@@ -603,12 +608,12 @@ class Lifter:
         return _either_way(factors)
 
     def depends_on_parameters_only(self, node: fx.Node) -> bool:
-        """Whether a node is computed from parameters and buffers that the graph names, or from constants."""
+        """Whether a node is computed only from parameters and buffers that the graph names, and constants."""
         return self._param_node.get(node, False)
 
     def is_made_of_weights(self, expr: Expr) -> bool:
-        """Whether no activation is in a term: by the parameters that the graph names, or (in graphs that name none) by what has
-        no product behind it."""
+        """Whether a term contains no activations. If the graph names its parameters, a term of parameters contains none; otherwise a
+        term of values that are computed without products."""
         if self._names_parameters:
             return self.is_parameter_term(expr)
         return all(self._is_weight_like(a, self._has_no_product_behind) for a in expr.atoms())
@@ -620,19 +625,19 @@ class Lifter:
         return all(self.atom_of(a).parameter for a in term.atoms())
 
     def norms_in(self, term: Expr | Poly) -> set[Atom]:
-        """The norm atoms that a term is made of, at any depth."""
-        found: set[Atom] = set()
+        """The norm atoms in a term, at any depth."""
+        norms: set[Atom] = set()
         for atom in term.atoms():
             info = self.atom_of(atom)
             if info.kind == "norm":
-                found.add(Atom(atom.id))
+                norms.add(Atom(atom.id))
             elif info.poly is not None:
-                found |= self.norms_in(info.poly)
-        return found
+                norms |= self.norms_in(info.poly)
+        return norms
 
 
 def _either_way(chain: Chain) -> frozenset[Any]:
-    """Equal for a chain and its transpose, with and without gradients."""
+    """A key that is equal for a chain and its transpose, detached or not."""
 
     def key(factor: Mat | Diag) -> Any:
         if isinstance(factor, Mat):
@@ -643,13 +648,13 @@ def _either_way(chain: Chain) -> frozenset[Any]:
 
 
 def _may_be_parameter(node: fx.Node) -> bool:
-    """Not a constant of indices or a number, which tracers make attributes, too."""
+    """Whether an attribute may be a parameter, and not a constant of indices or a number, which tracers also turn into attributes."""
     return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
 
 
 def _hands_back(node: fx.Node) -> bool:
-    """Whether an operator returns its argument itself, as ``contiguous`` and ``to`` do where there is nothing to do. Where no gradients
-    are recorded that one still has its own; nothing that is computed passes one on."""
+    """Whether an operator returns its argument itself, as ``contiguous`` and ``to`` may. While no gradients are recorded, such a result
+    still requires a gradient if the argument does; a computed result does not."""
     if canonical_name(node) == "dropout" and drops_nothing(node):
         return True  # a fake dropout returns another tensor
     result = tensor_of(node)
@@ -665,5 +670,5 @@ def _refuses(_: fx.Node) -> bool:
 
 
 def _spacing(dtype: torch.dtype) -> float:
-    """How far apart the values of a dtype lie."""
+    """The distance between neighbouring values of a dtype, near 1."""
     return float(torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Quantised weights: which nodes of a graph dequantise one, and from what."""
+"""Quantised weights: which nodes of a graph dequantise one, and what they dequantise."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from torch import fx
 
 from dorafx.graphs.operators import arguments
 
-__all__ = ["PackedWeight", "is_torchao", "packed_weight", "quantizes_activations"]
-
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
 _TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
-# Their attributes that say how activations are quantised; None where they are not.
+# Their attributes that say how activations are quantised; None if these are not.
 _OF_ACTIVATIONS = ("act_quant_kwargs", "act_quant_scale", "activation_quantization")
 
 
@@ -23,7 +21,7 @@ class PackedWeight:
     """What a dequantised weight is made of; see :mod:`dorafx.ops.quantized` for the formats.
 
     Attributes:
-        tensors: packed codes, scales and zeros (or None): a node, and the name of its attribute that is meant, or "".
+        tensors: packed codes, scales and zeros (or None), each as a node and the name of one of its attributes, or "" for the node.
         format, shape, group, dtype: as :class:`dorafx.ops.quantized.Packed` has them.
     """
 
@@ -41,8 +39,8 @@ def is_torchao(tensor: Any) -> bool:
 
 
 def quantizes_activations(node: fx.Node, name: str) -> bool:
-    """Whether a node reads a torchao weight that quantises what it is multiplied with: no product with what it stands for, nor linear
-    in its other operand. (Its dequantised value has nothing of that.)"""
+    """Whether a node reads a torchao weight that quantises the activations it is multiplied with. The result is then neither a product
+    with the weight's value nor linear in the activations. Dequantising such a weight is not affected."""
     if name == "dequantize":
         return False
     values = (source.meta.get("example_value", source.meta.get("val")) for source in node.all_input_nodes)
@@ -50,8 +48,8 @@ def quantizes_activations(node: fx.Node, name: str) -> bool:
 
 
 def packed_weight(node: fx.Node) -> PackedWeight | str:
-    """From what a node dequantises its value, or (a torchao weight) what the node holds; else why that is not known, empty for
-    a node that has nothing to do with quantisation."""
+    """The quantised weight that a node dequantises, or (torchao) that is the node's value. Else the reason why it is unknown; an empty
+    one for a node that has nothing to do with quantisation."""
     value = node.meta.get("example_value", node.meta.get("val"))
     if is_torchao(value):
         return _torchao(node, value)
@@ -69,21 +67,23 @@ def packed_weight(node: fx.Node) -> PackedWeight | str:
             and not isinstance(args["shape"], fx.Node)
             and value.shape[-1] % args["blocksize"]
         ):
-            # Where groups reach over the end of a row, bitsandbytes' kernel for CPUs has values that no other device has.
+            # If groups cross the end of a row, bitsandbytes' kernel for CPUs computes other values than its kernels for GPUs.
             return "its rows are not whole groups"
-        return _made(
+        return _packed(
             args["A"], args["absmax"], None, args["quant_type"], args["shape"], args["blocksize"], args["dtype"]
         )
     if name == "bitsandbytes.int8_vectorwise_dequant.default":
         args = arguments(node, "A", "stats")
         assert isinstance(value, torch.Tensor)
-        return _made(args["A"], args["stats"], None, "bnb8", value.shape, value.shape[-1], value.dtype)
+        return _packed(args["A"], args["stats"], None, "bnb8", value.shape, value.shape[-1], value.dtype)
     if name == "dorafx.dequantize.default":
-        return _made(*arguments(node, "packed", "scales", "zeros", "format", "shape", "group", "dtype").values())
+        return _packed(*arguments(node, "packed", "scales", "zeros", "format", "shape", "group", "dtype").values())
     return ""
 
 
-def _made(packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any) -> PackedWeight | str:
+def _packed(
+    packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
+) -> PackedWeight | str:
     if isinstance(shape, fx.Node) or len(shape) != 2 or not all(isinstance(size, int) for size in shape):
         return "its shape is symbolic or not that of a matrix"
     tensors = tuple(None if t is None else (_without_data(t), "") for t in (packed, scales, zeros))
@@ -91,7 +91,7 @@ def _made(packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: 
 
 
 def _without_data(node: fx.Node) -> fx.Node:
-    """``weight.data`` is the weight's memory, and codes have no gradient to cut."""
+    """The node without ``.data`` around it: that is the same memory, and codes have no gradient to detach."""
     while getattr(node.target, "__name__", "") == "_get_data_attr" and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -1,25 +1,26 @@
-"""Terms as a person writes them: ``x·Wᵀ·D(m·n⁻¹) where n = ‖W + 2·B·A‖``.
+"""Prints terms as formulas: ``x·Wᵀ·D(m·n⁻¹) where n = ‖W + 2·B·A‖``.
 
 ============================  =====================================================================================================
 ``x·Wᵀ``                      product of matrices; ``ᵀ`` a transpose, ``I`` the identity (the empty chain), ``𝟙`` a matrix of ones
 ``D(m·n⁻¹)``                  diagonal matrix of a vector; of vectors and scalars, products and powers are by element
 ``2·s·B·A``, ``W − B·A``      numbers and scalars stand in front of a product
-``(W + B·A)²``                a matrix of which every element is squared
+``(W + B·A)²``                a matrix with every element squared
 ``‖W‖``, ``‖W‖_col``          2-norm of each row, of each column
-``Σ(W)²``, ``Σ_col(W)²``      sum of the squares of each row, of each column; ``√(Σ(W)² + 1e-06)`` a norm with an epsilon in the root
-``n``, ``n₁``                 a norm in a product of matrices, written out behind ``where``
+``Σ(W)²``, ``Σ_col(W)²``      sum of the squares of each row, of each column; ``√(Σ(W)² + 1e-06)`` a norm with an epsilon under the root
+``n``, ``n₁``                 a norm in a product of matrices, defined after ``where``
 ``detach(n)``                 without a gradient
 ``max(n, 1e-12)``             a lower bound (``maximum(n, …)`` with half of the gradient where both are equal)
-``bfloat16(W)``               rounded to a dtype that holds fewer values
-``tanh(B·A)``, ``relu_3``     what the lifter has no term for, by its operator; an activation that is long by its node's name
-``dropout(x)₂``               another value that is written the same
+``bfloat16(W)``               rounded to a less accurate dtype
+``tanh(B·A)``, ``relu_3``     a value for which the lifter has no term, by its operator; an activation that is long, by its node's name
+``dropout(x)₂``               another value that would print the same
 ``(x + y)``                   a sum that is one indeterminate
 ``onehot(i)``, ``patches(x)`` what an embedding, or a convolution, multiplies its weight with
-``flat(W)``, ``channels(x)``  a convolution's weight as a matrix of whole filters, its activations as one with channels as columns
+``rows(8:16)``                columns of an identity: what follows it becomes these rows, among zeros
+``flat(W)``, ``channels(x)``  a convolution's weight as a matrix with a filter a row, its activations as one with channels as columns
 ``W [without 0·p]``           what vanished: ``0·p`` was multiplied by zero, ``p − p`` cancelled, ``n·n⁻¹`` cancelled as a divisor
 ============================  =====================================================================================================
 
-Inputs and attributes have the names that the graph gives them, as short as tells them apart: ``W``, ``lora_A``, ``0.weight``.
+Inputs and attributes have the names that the graph gives them, as short as possible while distinct: ``W``, ``lora_A``, ``0.weight``.
 """
 
 from __future__ import annotations
@@ -38,14 +39,12 @@ from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Mono, Poly, Vanished
 from .lifter import Lifter
 from .values import AtomInfo, MatrixValue, Value, VectorValue
 
-__all__ = ["Notation", "Term", "show", "term_of"]
-
 Term = MatrixValue | VectorValue | Expr | Poly | Chain | Mat | Diag | Atom | fx.Node | None
 """What can be shown. A node stands for the value that it was lifted to."""
 
-_LONGEST, _LONGEST_ACTIVATION = 200, 40  # characters that an operator with its operands may take
-_DEPTH = 4  # operators within one another
-# Characters for private use: a leaf and a norm, of which a name is chosen in the end; the name of a node that is not written out.
+_LONGEST, _LONGEST_ACTIVATION = 200, 40  # the most characters of an operator with its operands
+_DEPTH = 4  # the most nested operators
+# Private-use characters: placeholders of leaves and norms, whose names are chosen at the end; the mark of a node printed by its name.
 _LEAF, _NORM, _UNNAMED = 0xF0000, 0x100000, "\ue000"
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -55,7 +54,7 @@ def show(lift: Lifter, term: Term) -> str:
     """A term in the notation of this module.
 
     Args:
-        lift: the lifter that made it: it knows what the indeterminates stand for.
+        lift: the lifter that created the term; it knows what the indeterminates stand for.
         term: a value, an expression, a polynomial, a chain, one factor or indeterminate of these, or a node of the graph.
     """
     notation = Notation(lift, (term,))
@@ -65,17 +64,17 @@ def show(lift: Lifter, term: Term) -> str:
 
 
 def term_of(value: Value) -> Expr | Poly:
-    """The term of a value: of a single token the one with its product."""
+    """The term of a value; for a single token, the one that shows its product."""
     if isinstance(value, MatrixValue):
         return value.expr
     return value.poly if value.row is None else value.row
 
 
 class Notation:
-    """Names for all that several terms are made of, so that they can be read side by side.
+    """Common names for everything in several terms, so that they can be read side by side.
 
     Args:
-        lift: the lifter that made the terms.
+        lift: the lifter that created the terms.
         terms: the terms.
     """
 
@@ -87,9 +86,9 @@ class Notation:
         for term in map(self._read, terms):
             if isinstance(term, Expr):
                 self._collect_norms(term, norms)
-        # Of these there is one with a gradient, too, so that a detached one is written as such where it stands.
+        # Norms that also occur with a gradient: where such a norm is detached, it is printed with ``detach``.
         self._bare = {atom.id for atom in norms if not atom.detached}
-        # Which names are needed, and how much of each, shows in what is written: until then a character stands for each.
+        # The text shows which names are needed, and how short they can be; until then a placeholder stands for each.
         self._norms = {atom_id: chr(_NORM + i) for i, atom_id in enumerate(dict.fromkeys(a.id for a in norms))}
         self._leaves: dict[fx.Node, str] = {}
         written = "".join(map(self._marked, terms)) + "".join(map(self._definition, self._norms))
@@ -102,14 +101,14 @@ class Notation:
             for i, mark in enumerate(self._norms.values(), 1)
         }
 
-    # -- what is asked for ----------------------------------------------------------------------------------------------
+    # -- results --------------------------------------------------------------------------------------------------------
 
     def term(self, term: Term) -> str:
         """One of the terms."""
         return self._named(self._marked(term))
 
     def norms(self) -> dict[str, str]:
-        """The norms that the terms name, written out."""
+        """The definitions of the norms in the terms, by name."""
         return {self._letters[mark]: self._named(self._definition(atom_id)) for atom_id, mark in self._norms.items()}
 
     def _named(self, text: str) -> str:
@@ -126,7 +125,7 @@ class Notation:
     def _definition(self, atom_id: int) -> str:
         return self._written_out(Atom(atom_id, atom_id not in self._bare), False, 0)
 
-    # -- what there is to name ------------------------------------------------------------------------------------------
+    # -- terms ----------------------------------------------------------------------------------------------------------
 
     def _read(self, term: Term) -> Expr | Poly:
         if isinstance(term, fx.Node):
@@ -160,7 +159,7 @@ class Notation:
     # -- sums and products ----------------------------------------------------------------------------------------------
 
     def _expr(self, expr: Expr, plain: bool, depth: int = 0) -> str:
-        """``plain``: within a ``detach``, where nothing needs to be marked."""
+        """``plain``: inside a ``detach``, where atoms need no ``detach`` of their own."""
         if not plain and self._is_detached(expr.atoms()):
             return f"detach({self._expr(expr, True, depth)})"
 
@@ -212,26 +211,26 @@ class Notation:
         return text + str(exponent).translate(_SUPERSCRIPTS)
 
     def _is_detached(self, atoms: Iterable[Atom]) -> bool:
-        """Whether all that has a gradient was detached, and something was."""
-        given = list(atoms)
-        return any(a.detached for a in given) and all(
-            a.detached or not self._lift.atom_of(a).requires_grad for a in given
+        """Whether every atom that requires a gradient is detached, and there is such an atom."""
+        all_atoms = list(atoms)
+        return any(a.detached for a in all_atoms) and all(
+            a.detached or not self._lift.atom_of(a).requires_grad for a in all_atoms
         )
 
     def _vanished(self, lost: Iterable[Vanished]) -> str:
-        found: dict[int, str] = {}
+        notes: dict[int, str] = {}
         for v in sorted(lost):
             name = self._atom(v.atom, False, 0)
             if v.zeroed:
-                found[v.atom.id] = f"0·{name}⁻¹" if v.divisor else f"0·{name}"
+                notes[v.atom.id] = f"0·{name}⁻¹" if v.divisor else f"0·{name}"
             else:
-                found[v.atom.id] = f"{name}·{name}⁻¹" if v.divisor else f"{name} − {name}"
-        return f" [without {', '.join(found.values())}]" if found else ""
+                notes[v.atom.id] = f"{name}·{name}⁻¹" if v.divisor else f"{name} − {name}"
+        return f" [without {', '.join(notes.values())}]" if notes else ""
 
     # -- indeterminates -------------------------------------------------------------------------------------------------
 
     def _atom(self, atom: Atom, plain: bool, depth: int) -> str:
-        """An indeterminate, as one symbol or in parentheses of some kind."""
+        """An indeterminate, as one symbol or in parentheses."""
         name = self._norms.get(atom.id)
         if name is None:
             return self._written_out(atom, plain, depth)
@@ -271,6 +270,8 @@ class Notation:
         if info.kind in ("onehot", "unfold"):
             of = self._expr(info.of, plain, depth) if isinstance(info.of, Expr) else self._operand(info.of, depth)
             return f"{'onehot' if info.kind == 'onehot' else 'patches'}({of})"
+        if info.kind == "selection":
+            return f"rows({info.rows[0]}:{info.rows[0] + info.rows[1]})"
         text = self._node(info.node, depth, atom)
         return {"filter": f"flat({text})", "channels": f"channels({text})"}.get(info.kind, text)
 
@@ -286,7 +287,7 @@ class Notation:
     # -- nodes ----------------------------------------------------------------------------------------------------------
 
     def _node(self, node: fx.Node | None, depth: int, atom: Atom | None = None) -> str:
-        """A node by its operator; ``atom``: the indeterminate as which it is read, whatever is known of it."""
+        """A node by its operator. ``atom``: the indeterminate that stands for the node, even if its term is known."""
         if node is None:
             return "unknown"
         if _is_leaf(node):
@@ -296,7 +297,7 @@ class Notation:
         of_weights = atom is not None and self._lift.is_made_of_weights(Expr.mat(atom))
         value = self._lift.values.get(node)
         is_one = value is None or any(self._lift.atom_of(a).node is node for a in self._read(value).atoms())
-        if atom is not None and not is_one:  # a sum that entered a product as one value
+        if atom is not None and not is_one:  # a sum that is one indeterminate in a product
             text = self._text(value, True, depth + 1)
             return f"({text})" if self._is_short(text, of_weights) else _UNNAMED + node.name
         operator = _operator(node)
@@ -309,7 +310,7 @@ class Notation:
         return text if self._is_short(text, of_weights) else _UNNAMED + node.name
 
     def _is_short(self, text: str, of_weights: bool) -> bool:
-        """Whether an operator is written with its operands: what a layer is given is of less interest than what its weight is made of."""
+        """Whether an operator is printed with its operands. Activations get less room: how a weight is computed is of more interest."""
         return len(text) <= _LONGEST if of_weights else len(text) <= _LONGEST_ACTIVATION and _UNNAMED not in text
 
     def _operand(self, argument: Any, depth: int) -> str:
@@ -332,7 +333,7 @@ class Notation:
 
 
 def _sum(parts: list[tuple[float, str]]) -> str:
-    """Numbers and what they multiply, the first positive one in front."""
+    """A sum of numbers times products, with the first positive one in front."""
     first = next((i for i, (c, _) in enumerate(parts) if c > 0), 0)
     text = ""
     for c, product in [*parts[first : first + 1], *parts[:first], *parts[first + 1 :]]:
@@ -366,14 +367,14 @@ def _path(node: fx.Node) -> list[str]:
     parts = [part for part in input_path(node).split(".") if part]
     if parts:
         return parts
-    # Tracers number the arguments of what they trace, ``x_1``; Dynamo's, where it does not say more: ``L_args_0_``.
+    # Tracers number arguments, as in ``x_1``; Dynamo's names without a source look like ``L_args_0_``.
     target = re.sub(r"^L_|_$", "", str(node.target))
     return [re.sub(r"_\d+$", "", target) or str(node.target)]
 
 
 def _short_names(leaves: list[fx.Node], taken: set[str]) -> dict[fx.Node, str]:
-    """A name for each leaf, none of those that are taken: the last part of its path that no other's has, or as much of the path's end
-    as tells them apart."""
+    """A name for each leaf that is not taken: the last part of its path that is in no other path, or as much of the path's end as makes
+    it unique."""
     paths = {leaf: _path(leaf) for leaf in leaves}
     names: dict[fx.Node, str] = {}
     for leaf, path in paths.items():

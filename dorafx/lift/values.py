@@ -1,4 +1,4 @@
-"""What the lifter knows of one node: a term with the layout that the node's tensor gives it."""
+"""What the lifter knows of a node: a term, and how the node's tensor is laid out as a matrix or vector."""
 
 from __future__ import annotations
 
@@ -11,24 +11,12 @@ from torch import fx
 
 from .algebra import Expr, Poly
 
-__all__ = [
-    "FLOAT_DTYPES",
-    "AtomInfo",
-    "Gemm",
-    "MatrixValue",
-    "Patches",
-    "Value",
-    "VectorValue",
-    "loses_accuracy",
-    "vector_axis",
-]
-
 FLOAT_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """Dtypes between which a cast only changes accuracy. A cast to anything else (fp8, int, complex) is opaque."""
 
 
 def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
-    """Whether a cast from one floating dtype to another rounds: not every value of the first is one of the second."""
+    """Whether a cast from one floating dtype to another rounds, because the second cannot hold all values of the first."""
     return torch.promote_types(before, after) != after
 
 
@@ -37,13 +25,13 @@ Layout = Literal["last", "filter", "channels", "inputs"]
 
 @dataclass(frozen=True)
 class MatrixValue:
-    """A tensor as a matrix. How it is flattened to one is its ``layout``:
+    """A tensor as a matrix. Its ``layout`` says how it is flattened:
 
-    - ``"last"``: ``[..., rows, cols]``, everything before the last axis is rows.
-    - ``"filter"``: ``[rows, ...]``, everything behind the first axis is columns: the weight of a convolution.
-    - ``"channels"``: ``[batch, cols, ...]``, everything but the second axis is rows: what a convolution takes and gives. Of a weight it
-      is the transpose of filters, with the input channels first.
-    - ``"inputs"``: that flattened behind the input channels, ``[channels, rows · positions]``; ``expr`` is the filters' matrix.
+    - ``"last"``: ``[..., rows, cols]``; all axes before the last are rows.
+    - ``"filter"``: ``[rows, ...]``; all axes after the first are columns: the weight of a convolution.
+    - ``"channels"``: ``[batch, cols, ...]``; all axes but the second are rows: the input and output of a convolution. A weight in this
+      layout is the transpose of filters, with the input channels first.
+    - ``"inputs"``: the same flattened after the input channels, ``[channels, rows · positions]``; ``expr`` is the filters' matrix.
     """
 
     expr: Expr
@@ -56,12 +44,12 @@ class MatrixValue:
 
 @dataclass(frozen=True)
 class VectorValue:
-    """A polynomial in vectors that lies along one ``axis`` (negative, counted from the end); None for a scalar."""
+    """A polynomial in vectors along one ``axis`` (negative, counted from the end); the axis of a scalar is None."""
 
     poly: Poly
     axis: int | None
     row: Expr | None = None
-    """The same as a matrix of one row, where the product of a single token ``[d_in]`` is in it: ``x·Wᵀ·D(g)``. To ``poly`` that
+    """The same value as a matrix of one row, if it contains the product of a single token ``[d_in]``: ``x·Wᵀ·D(g)``. In ``poly`` that
     product is one indeterminate."""
 
 
@@ -88,11 +76,13 @@ class AtomInfo:
     """What an indeterminate stands for.
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
-    or columns (or ``span`` neighbouring columns). ``sumsq``: the same before the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
-    ``repeated``: each entry of ``poly`` ``span`` times, a vector along the input channels as one along the columns of filters.
+    or columns (or ``span`` neighbouring columns). ``sumsq``: the same without the root. ``reciprocal``: ``1/poly``. ``clamp_min``:
+    ``max(poly, eps)``. ``repeated``: ``poly`` with ``span`` copies of each entry, a vector along the input channels as one along the
+    columns of filters.
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
-    ``onehot``: the matrix with a one a row that an embedding's indices stand for; it is never formed. ``filter`` and
-    ``channels``: ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies; never formed.
+    ``onehot``: the matrix of one-hot rows for an embedding's indices, which is never formed. ``filter`` and ``channels``:
+    ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies, which are never formed.
+    ``selection``: consecutive columns of an identity, which put rows among zeros; never formed.
     """
 
     kind: Literal[
@@ -109,6 +99,7 @@ class AtomInfo:
         "filter",
         "channels",
         "unfold",
+        "selection",
     ]
     requires_grad: bool = True
     parameter: bool = False
@@ -122,25 +113,27 @@ class AtomInfo:
     ``repeated``: how often each entry is there."""
     poly: Poly | None = None
     double: bool = False
-    """For a norm or sum of squares: whether it is one of fp64, whatever it is made of."""
+    """For a norm or sum of squares: whether the program computes it in fp64."""
     rooted: bool = False
-    """For a norm: whether it is the root of a sum of squares, whose gradient is NaN where the sum is zero."""
+    """For a norm: whether the program computes it as the root of a sum of squares, whose gradient is NaN where the sum is zero."""
     dtype: torch.dtype | None = None
-    """What a ``rounded`` vector, or a node that rounds a matrix (see ``rounds``), is rounded to."""
+    """The dtype to which a ``rounded`` vector, or a node that rounds a matrix (see ``rounds``), is rounded."""
     rounds: Expr | None = None
-    """Of a node that casts a matrix to a dtype which cannot hold all of its values: the matrix."""
+    """For a node that casts a matrix to a dtype that cannot hold all of its values: that matrix."""
     sites: list[fx.Node] = field(default_factory=list, compare=False)
     """For a norm: the nodes that compute a multiple or a power of it and nothing else, in graph order."""
+    rows: tuple[int, int, int] = (0, 0, 0)
+    """For a ``selection``: how many rows of zeros come before, how many rows it places, how many of zeros behind."""
     of: fx.Node | Expr | None = field(default=None, compare=False)
-    """For ``onehot``: the indices; for ``unfold``: the activations. For those who read a term only."""
+    """For ``onehot``: the indices; for ``unfold``: the activations. Used for printing a term only."""
     patches: Patches | None = field(default=None, compare=False)
-    """For ``unfold``: how to make a product with it; None of a convolution in groups, which is no product of one matrix of patches."""
+    """For ``unfold``: how to make a product with it; None for a convolution in groups, which is no product with one matrix of patches."""
 
 
 @dataclass(frozen=True)
 class Gemm:
     """A matrix product that the graph already computes: ``node = lhs · rhs (+ bias)``, rhs transposed for linear.
-    ``convolution``: the operator that computes it as ``convolution(lhs, rhs, bias, *options)``, where it is one."""
+    ``convolution``: for a convolution, the operator that computes it as ``convolution(lhs, rhs, bias, *options)``."""
 
     node: fx.Node
     lhs: Any
@@ -150,12 +143,11 @@ class Gemm:
     convolution: Callable[..., Any] | None = None
     options: tuple[Any, ...] = ()
     detached: bool = False
-    """Whether it is computed where no gradients are recorded, of operands that have some."""
+    """Whether it is computed while no gradients are recorded, from operands that require some."""
 
 
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:
-    """The only axis along which a tensor of this shape extends, as a negative index; None where there are several.
-    A shape of ones has its data on the last axis."""
+    """The only axis of a size other than 1, as a negative index; None if there are several. For a shape of ones, the last axis."""
     long = [i for i, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]
     if len(long) > 1:
         return None

@@ -1,4 +1,4 @@
-"""The rewrite log: one record a candidate, whatever became of it."""
+"""The rewrite log: one record for each candidate, rewritten or not."""
 
 from .counters import NormCounters
 from .drawing import MAX_NODES, Drawing, DrawnNode

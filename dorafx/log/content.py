@@ -1,4 +1,4 @@
-"""What the views of a log read of it."""
+"""The interface of a log that its views use."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from .counters import NormCounters
 from .drawing import Drawing
 from .record import Record
 
-__all__ = ["LogContent"]
-
 
 class LogContent(Protocol):
-    """A log, to those who show it; :class:`dorafx.RewriteLog` says what each is."""
+    """A log as its views see it; :class:`dorafx.RewriteLog` documents the members."""
 
     dropped: int
     norms: NormCounters

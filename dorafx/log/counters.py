@@ -1,12 +1,10 @@
-"""How often norms were computed, reused and thrown away."""
+"""How often norms were computed, reused and invalidated."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 from typing import Any
-
-__all__ = ["NormCounters"]
 
 
 class NormCounters:
@@ -15,7 +13,7 @@ class NormCounters:
     Attributes:
         computed: norms computed.
         reused: norms taken from the store instead.
-        invalidated: norms in the store that were thrown away, by reason.
+        invalidated: norms that were removed from the store, by reason.
     """
 
     def __init__(self) -> None:

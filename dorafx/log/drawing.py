@@ -1,4 +1,4 @@
-"""A rewritten region as data: the nodes before and after, small enough to be kept in a log and drawn later."""
+"""A rewritten region as data: the nodes before and after, small enough to be stored in a log and drawn later."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["MAX_NODES", "Drawing", "DrawnNode"]
-
 MAX_NODES = 96
-"""Of one side of a drawing. A layer has 10 to 40; what is farther from the region's end than this many is left out."""
+"""The most nodes of one side of a drawing; those farthest from the region's end are left out. A layer has 10 to 40."""
 
 _FATES = ("kept", "removed", "new", "cause")
 _LONGEST = 400  # characters of a text; a repr can be of any length
@@ -25,7 +23,7 @@ class DrawnNode:
         name: the node's name in its graph.
         operator: what it calls; ``"input"`` for a placeholder or an attribute.
         label: for an input, the parameter's name.
-        shape: of its tensor, ``"[96, 64]"``; symbolic sizes by name; empty for what is no tensor.
+        shape: of its tensor, ``"[96, 64]"``; symbolic sizes by name; empty if the value is no tensor.
         dtype: of its tensor.
         source: ``file:line`` of the user's code.
         fate: ``"kept"``; ``"removed"`` (before only); ``"new"`` (after only); ``"cause"``: the node that a miss is about.
@@ -50,7 +48,7 @@ class DrawnNode:
 
     @staticmethod
     def from_dict(values: Any, number: int) -> DrawnNode:
-        """Node ``number`` of a side: it may read only nodes before it.
+        """Node ``number`` of a side, which may read only earlier nodes.
 
         Raises:
             ValueError: an unknown, absent or wrong field; the message names it.
@@ -61,30 +59,30 @@ class DrawnNode:
         unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"drawing: unknown field {unknown[0]!r}; fields are {', '.join(known)}")
-        made = {"name": "", "operator": "", **values}
-        inputs, replaces = made.pop("inputs", []), made.pop("replaces", [])
-        wrong = sorted(name for name, value in made.items() if not isinstance(value, str) or len(value) > _LONGEST)
-        if wrong:
-            raise ValueError(f"drawing: field {wrong[0]!r} must be a text of at most {_LONGEST} characters")
-        if made.get("fate", "kept") not in _FATES:
-            raise ValueError(f"drawing: fate {made['fate']!r:.40} is not one of {', '.join(_FATES)}")
+        node = {"name": "", "operator": "", **values}
+        inputs, replaces = node.pop("inputs", []), node.pop("replaces", [])
+        invalid = sorted(name for name, value in node.items() if not isinstance(value, str) or len(value) > _LONGEST)
+        if invalid:
+            raise ValueError(f"drawing: field {invalid[0]!r} must be a text of at most {_LONGEST} characters")
+        if node.get("fate", "kept") not in _FATES:
+            raise ValueError(f"drawing: fate {node['fate']!r:.40} is not one of {', '.join(_FATES)}")
         if not isinstance(inputs, list) or any(type(i) is not int or not 0 <= i < number for i in inputs):
             raise ValueError("drawing: 'inputs' must be a list of indices of earlier nodes")
         if not isinstance(replaces, list) or any(not isinstance(n, str) or len(n) > _LONGEST for n in replaces):
             raise ValueError("drawing: 'replaces' must be a list of names")
-        return DrawnNode(**made, inputs=tuple(inputs), replaces=tuple(replaces))
+        return DrawnNode(**node, inputs=tuple(inputs), replaces=tuple(replaces))
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A region of a graph before and after its rewrite; of what was left alone there is no ``after``."""
+    """A region of a graph before and after its rewrite; ``after`` is empty for a miss."""
 
     before: tuple[DrawnNode, ...]
     after: tuple[DrawnNode, ...] = ()
 
     @property
     def key(self) -> str:
-        """A digest of the content: what records refer to."""
+        """A digest of the content, by which records refer to the drawing."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 

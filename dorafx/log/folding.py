@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from .record import Record
 
-__all__ = ["Fold", "Totals", "fold", "folded_site", "totals"]
-
 _NUMBER = re.compile(r"(?<![^.])\d+(?=\.|$)")
 
 
@@ -19,7 +17,7 @@ def folded_site(site: str) -> str:
 
 
 def _key(r: Record) -> tuple[object, ...]:
-    """What records have in common that differ only in the number of the layer."""
+    """A key that is equal for records that differ only in the number of the layer."""
     site = folded_site(r.site)
     return site, r.status, r.pattern, r.reason, r.kind, r.d_out, r.d_in, r.rank, r.dtype, r.norm_algorithm, r.codegen
 
@@ -43,19 +41,19 @@ def fold(records: Iterable[Record]) -> list[Fold]:
     that was compiled into several graphs counts once."""
     folds: dict[tuple[object, ...], Fold] = {}
     for r in records:
-        one = folds.setdefault(_key(r), Fold(r))
-        one.sites.add(r.site)
+        folded = folds.setdefault(_key(r), Fold(r))
+        folded.sites.add(r.site)
         if r.drawing:
-            one.drawings[r.drawing] = None
+            folded.drawings[r.drawing] = None
     return list(folds.values())
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Of one forward of every module in a log.
+    """Sums over one forward of every module in a log.
 
     Attributes:
-        rewritten, missed: modules.
+        rewritten, missed: numbers of modules.
         dense_bytes_avoided, flops_before, flops_after: sums of the records' fields.
     """
 
@@ -67,7 +65,7 @@ class Totals:
 
 
 def totals(records: Iterable[Record]) -> Totals:
-    """Sums over modules. Of a module that was compiled into several graphs (training, inference) the dearest counts."""
+    """Sums over modules. If a module was compiled into several graphs (training, inference), the most expensive one counts."""
     missed: set[object] = set()
     by_site: dict[object, dict[int, tuple[int, int, int]]] = {}
     for r in records:
@@ -78,6 +76,6 @@ def totals(records: Iterable[Record]) -> Totals:
         graphs = by_site.setdefault(site, {})
         dense, before, after = graphs.get(r.graph, (0, 0, 0))
         graphs[r.graph] = (dense + r.dense_bytes_avoided, before + r.flops_before, after + r.flops_after)
-    dearest = [max(graphs.values()) for graphs in by_site.values()]
-    dense, before, after = (sum(column) for column in zip(*dearest)) if dearest else (0, 0, 0)
+    largest = [max(graphs.values()) for graphs in by_site.values()]
+    dense, before, after = (sum(column) for column in zip(*largest)) if largest else (0, 0, 0)
     return Totals(len(by_site), len(missed), dense, before, after)

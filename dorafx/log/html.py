@@ -1,7 +1,7 @@
 """The log as one HTML page that works offline.
 
-What comes from a log is escaped by the template engine and never becomes part of the script; the page's own policy lets
-nothing run but that script, which is named by its digest.
+Values of a log are escaped by the template engine and never become part of the script. The page's content security policy allows
+only that script, identified by its digest.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from .drawing import Drawing, DrawnNode
 from .folding import Fold, fold, totals
 from .layout import HEIGHT, WIDTH, Picture, lay_out
 from .table import human_bytes, human_flops
-
-__all__ = ["render"]
 
 _CHARACTERS = 20  # of 11-pixel text in a box
 
@@ -75,7 +73,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Box:
-    """A node as it is drawn: two lines of text, and what is shown of it on hover."""
+    """A node as it is drawn: two lines of text, and a text that is shown on hover."""
 
     node: DrawnNode
     x: int
@@ -83,7 +81,7 @@ class Box:
     head: str
     foot: str
     replaces: str
-    """Indices of the nodes of the other side, apart by blanks."""
+    """Indices of the nodes of the other side, separated by spaces."""
 
     @property
     def hover(self) -> str:
@@ -102,10 +100,10 @@ class Box:
 _FATES = {"kept": "kept", "removed": "removed", "new": "new", "cause": "the reason is about this node"}
 
 
-def _layer(key: str, drawing: Drawing, of: Fold) -> Layer:
+def _layer(key: str, drawing: Drawing, fold: Fold) -> Layer:
     names = {node.name: i for i, node in enumerate(drawing.before)}
     sides = [("before" if drawing.after else "as it is", drawing.before), ("after", drawing.after)]
-    return Layer(key, of, [(caption, *_boxes(nodes, names)) for caption, nodes in sides if nodes])
+    return Layer(key, fold, [(caption, *_boxes(nodes, names)) for caption, nodes in sides if nodes])
 
 
 def _boxes(nodes: tuple[DrawnNode, ...], names: dict[str, int]) -> tuple[Picture, list[Box]]:
@@ -123,7 +121,7 @@ def _head(node: DrawnNode) -> str:
     text = node.label or node.name
     if len(text) > _CHARACTERS:
         text = text.removesuffix(".weight")
-    # The end of a parameter's name is what tells it from others.
+    # The end of a parameter's name distinguishes it from others.
     return text if len(text) <= _CHARACTERS else f"…{text[1 - _CHARACTERS :]}"
 
 

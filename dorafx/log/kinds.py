@@ -1,10 +1,8 @@
-"""What kinds of reasons there are: of each a name for programs, a sentence, and what to do about it."""
+"""The kinds of reasons: for each a name for programs, a sentence, and advice."""
 
 from __future__ import annotations
 
 from enum import Enum
-
-__all__ = ["ReasonKind"]
 
 _REPORT = "Report it with the reason, the source line and the output of `dorafx doctor`."
 _OWN_PATTERN = (
@@ -56,7 +54,7 @@ class ReasonKind(Enum):
     SQUARES_READ = (
         "squares-read",
         "The sum of squares of the adapted weight is read before its root is taken.",
-        "A reduction over devices of one's own cannot be followed: shard the weight as a DTensor, whose reductions are known.",
+        "A hand-written reduction over devices cannot be followed: shard the weight as a DTensor, whose reductions are known.",
     )
     SCALED_WEIGHT = (
         "scaled-weight",
@@ -183,18 +181,18 @@ class ReasonKind(Enum):
     )
     VIEW_WITHOUT_GRADIENT = (
         "view-without-gradient",
-        "A value requires a gradient by way of a view alone that was made where none are recorded.",
+        "A value requires a gradient only through a view that was made where no gradients are recorded.",
         "Make the view (a transpose, a slice) where the layer is computed, under the same grad mode, or detach it: no gradient "
         "reaches the parameter through it.",
     )
     STRIDES = (
         "strides",
-        "The original's result lies in memory as no result of a rewrite does.",
-        "Make the layer's result contiguous, or do not expand it: no result of a rewrite lies in memory like that.",
+        "The original's result has strides that the result of a rewrite cannot have.",
+        "Make the layer's result contiguous, or do not expand it: a rewrite cannot give its result such strides.",
     )
     PLACEMENTS = (
         "placements",
-        "The original's result is a DTensor in a layout that the rewrite's cannot be brought into.",
+        "The original's result is a DTensor with placements that the result of a rewrite cannot be redistributed to.",
         _NOTHING_IS_WRONG,
     )
     ZERO3 = (
@@ -222,7 +220,7 @@ class ReasonKind(Enum):
     )
     REPLACEMENT_FAILED = (
         "replacement-failed",
-        "The replacement of one site failed in a way that nobody foresaw.",
+        "The replacement of one site failed unexpectedly.",
         f"This site was left as it was, the rest of the graph was not. {_REPORT}",
     )
     OPERATOR_FAILED = (
@@ -230,6 +228,11 @@ class ReasonKind(Enum):
         "dorafx failed in an operator of the layer, and so could not follow it.",
         "A defect of dorafx, and the layer runs as it was. To have it rewritten now, write this line with another operator. "
         + _REPORT,
+    )
+    FORM_FAILED = (
+        "form-failed",
+        "A form raised an error while it looked at a layer.",
+        f"The other forms were asked as if it were not there. If the pattern is your own, mend its `check`. If it is dorafx's: {_REPORT}",
     )
     VERIFICATION = (
         "verification",
@@ -241,6 +244,11 @@ class ReasonKind(Enum):
         "With the option `dorafx.verify`: it could not be run on random data.",
         "It could not be run on random data, so it was left as it was; without the option dorafx.verify it is rewritten.",
     )
+    CODEGEN_FAILED = (
+        "codegen-failed",
+        "What compiles the rewritten graph failed on it.",
+        f"The original graph was compiled instead, so nothing of it was rewritten. Another `dorafx.codegen` may take it. {_REPORT}",
+    )
     INTERNAL_FAILURE = (
         "internal-failure",
         "dorafx failed, and the graph was left as it was.",
@@ -249,5 +257,5 @@ class ReasonKind(Enum):
 
     @classmethod
     def named(cls, value: str) -> ReasonKind | None:
-        """The kind that a log names; None where it names none, as logs of earlier versions, or one that this version has not."""
+        """The kind of this value; None for an empty value (as in logs of earlier versions) and for one that this version does not have."""
         return next((kind for kind in cls if kind.value == value), None)

@@ -1,7 +1,7 @@
-"""Where the nodes and edges of a drawing go: layers from top to bottom, every node just above what reads it.
+"""The layout of a drawing's nodes and edges: layers from top to bottom, every node in the layer just above its first reader.
 
-Layers and paths are networkx's; the order within a layer and the places are found by sweeps that pull each node to the mean
-of its neighbours (Sugiyama, Tagawa and Toda, 1981).
+The layers come from networkx; the order within a layer and the positions from sweeps that pull each node to the mean of its
+neighbours (Sugiyama, Tagawa and Toda, 1981).
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import networkx as nx
 
 from .drawing import DrawnNode
 
-__all__ = ["HEIGHT", "WIDTH", "Edge", "Picture", "lay_out"]
-
 WIDTH, HEIGHT = 144, 36  # of a node's box, in CSS pixels
-_BEND = 26  # the room that a passing edge takes in a layer
+_BEND = 26  # the width that a passing edge takes in a layer
 _GAP, _STEP, _MARGIN = 14, 58, 8
 _SWEEPS = 12
 
@@ -35,7 +33,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing's places: ``corners`` are the upper left corners of the boxes, in the order of the nodes."""
+    """The layout of a drawing: ``corners`` are the upper left corners of the boxes, in the order of the nodes."""
 
     width: int
     height: int
@@ -44,7 +42,7 @@ class Picture:
 
 
 def lay_out(nodes: Sequence[DrawnNode]) -> Picture:
-    """The places of a drawing's nodes and edges; the same for the same nodes."""
+    """The layout of a drawing's nodes and edges; equal for equal nodes."""
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(nodes)))
     graph.add_edges_from((source, target) for target, node in enumerate(nodes) for source in node.inputs)
@@ -71,7 +69,7 @@ def _width(key: _Key) -> int:
 
 
 def _chains(graph: nx.DiGraph, level: dict[int, int]) -> dict[tuple[int, int], list[_Key]]:
-    """Each edge as the places that it goes through: one in every layer that it passes, shared by the edges of a node."""
+    """The chain of positions of each edge: one in every layer that it passes, shared by the edges of a node."""
     return {
         (source, target): [(source, -1), *((source, i) for i in range(level[source] + 1, level[target])), (target, -1)]
         for source, target in sorted(graph.edges)
@@ -79,7 +77,7 @@ def _chains(graph: nx.DiGraph, level: dict[int, int]) -> dict[tuple[int, int], l
 
 
 def _layers(chains: dict[tuple[int, int], list[_Key]], level: dict[int, int], count: int) -> list[list[_Key]]:
-    """The members of each layer, in the order in which a search from the ends upwards meets them: branches stay together."""
+    """The members of each layer, in the order of a depth-first search upwards from the ends, which keeps branches together."""
     above: dict[_Key, list[_Key]] = {}
     for chain in chains.values():
         for one, other in pairwise(chain):
@@ -98,7 +96,7 @@ def _layers(chains: dict[tuple[int, int], list[_Key]], level: dict[int, int], co
 
 
 def _places(layers: list[list[_Key]], neighbours: dict[_Key, list[_Key]]) -> dict[_Key, float]:
-    """The centre of each place along its layer."""
+    """The horizontal centre of each position."""
     places: dict[_Key, float] = {}
     for layer in layers:
         edge = -sum(map(_width, layer)) / 2
@@ -107,24 +105,24 @@ def _places(layers: list[list[_Key]], neighbours: dict[_Key, list[_Key]]) -> dic
             edge += _width(key)
     for sweep in range(_SWEEPS):
         for layer in layers if sweep % 2 else reversed(layers):
-            wanted = {
+            desired = {
                 key: sum(places[n] for n in near) / len(near) if (near := neighbours[key]) else places[key]
                 for key in layer
             }
             if sweep < _SWEEPS - 2:
-                layer.sort(key=wanted.__getitem__)
-            places.update(_apart(layer, wanted))
+                layer.sort(key=desired.__getitem__)
+            places.update(_apart(layer, desired))
     return places
 
 
-def _apart(layer: list[_Key], wanted: dict[_Key, float]) -> dict[_Key, float]:
-    """Places as near to the wanted ones as the order and the widths allow: the mean of pushing right and pushing left."""
+def _apart(layer: list[_Key], desired: dict[_Key, float]) -> dict[_Key, float]:
+    """Positions as near to the desired ones as the order and the widths allow: the mean of pushing right and pushing left."""
     sides: list[list[float]] = []
     for members, sign in ((layer, 1), (layer[::-1], -1)):
         edge = float("-inf")
         pushed = []
         for key in members:
-            place = max(sign * wanted[key], edge + _width(key) / 2)
+            place = max(sign * desired[key], edge + _width(key) / 2)
             pushed.append(sign * place)
             edge = place + _width(key) / 2
         sides.append(pushed if sign > 0 else pushed[::-1])
@@ -134,14 +132,14 @@ def _apart(layer: list[_Key], wanted: dict[_Key, float]) -> dict[_Key, float]:
 def _path(chain: list[_Key], x: dict[_Key, int], level: dict[int, int]) -> str:
     """From the bottom of the first box, down through the bends, to the top of the last."""
     (first, _), (last, _) = chain[0], chain[-1]
-    at, end = level[first] * _STEP + HEIGHT + _MARGIN, level[last] * _STEP + _MARGIN
-    text = f"M{x[chain[0]]} {at}"
-    here = x[chain[0]]
+    top, end = level[first] * _STEP + HEIGHT + _MARGIN, level[last] * _STEP + _MARGIN
+    text = f"M{x[chain[0]]} {top}"
+    x_now = x[chain[0]]
     for key in chain[1:]:
-        there, stop = x[key], end if key[1] < 0 else key[1] * _STEP + _MARGIN
-        middle = (at + stop) // 2
-        text += f"C{here} {middle} {there} {middle} {there} {stop}"
+        next_x, stop = x[key], end if key[1] < 0 else key[1] * _STEP + _MARGIN
+        middle = (top + stop) // 2
+        text += f"C{x_now} {middle} {next_x} {middle} {next_x} {stop}"
         if key[1] >= 0:
             text += f"V{stop + HEIGHT}"
-        here, at = there, stop + HEIGHT
+        x_now, top = next_x, stop + HEIGHT
     return text

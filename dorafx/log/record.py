@@ -1,4 +1,4 @@
-"""One record a candidate, whatever became of it."""
+"""The record of one candidate."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from typing import Any
 
 from .kinds import ReasonKind
 
-__all__ = ["Record"]
-
-_BEYOND = 2**63  # what a table column of any program that reads the log can hold
+_BEYOND = 2**63  # numbers stay below it, so that they fit into a 64-bit column of any program that reads the log
 
 
 @dataclass(frozen=True)
@@ -22,15 +20,15 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
-        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; all of them are listed in ``examples/reasons.md``. Empty where there
-            is no reason, and in logs of earlier versions.
-        decision: what a choice by cost was made on, what became of a kernel that was asked for, and which operator keeps a
-            norm in the graph that could have left it; empty where there was none of these.
+        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; ``examples/reasons.md`` lists them. Empty if there is no
+            reason, and in logs of earlier versions.
+        decision: the numbers behind a choice by cost, whether a requested kernel is used, and which operator keeps a norm in the
+            graph that could be computed before it; empty if none of these applies.
         source: ``file:line`` of the user's code.
         d_out, d_in, rank: shape of the weight, rank of the delta.
         dtype: of the weight.
-        dense_bytes_avoided: bytes of the ``[d_out, d_in]`` (or larger) intermediates that one forward no longer makes.
-        flops_before, flops_after: matrix-product FLOPs of the norm, one forward.
+        dense_bytes_avoided: bytes of ``[d_out, d_in]`` (or larger) intermediates that are no longer made in one forward.
+        flops_before, flops_after: matrix-product FLOPs of the norm in one forward.
         norm_algorithm: ``"tiled"`` or ``"factored"``.
         norm_placement: ``"prologue"``: computed before the graph, and an input of it; ``"graph"``: inside (differentiable
             norms, and graphs that others compile).
@@ -72,12 +70,12 @@ class Record:
 
     @property
     def rewritten(self) -> bool:
-        """Whether the candidate was rewritten, if only in part."""
+        """Whether the candidate was rewritten, at least in part."""
         return self.status == "rewritten"
 
     @property
     def advice(self) -> str:
-        """What to do about the reason; empty where there is none, or the log does not say its kind."""
+        """What to do about the reason; empty if there is none, or its kind is unknown."""
         kind = ReasonKind.named(self.kind)
         return kind.advice if kind is not None else ""
 

@@ -23,30 +23,28 @@ from .record import Record
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["SCHEMA_VERSION", "RewriteLog", "rewrite_log"]
-
 SCHEMA_VERSION = 2
 """Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
-{station: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
+{stage: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
 Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
 
 _READABLE = (1, SCHEMA_VERSION)
 
-# ``TORCH_LOGS="dorafx"`` gives the loggers below "dorafx" a handler and the level INFO, ``"+dorafx"`` DEBUG: torch takes
+# ``TORCH_LOGS="dorafx"`` gives the loggers below "dorafx" a handler and the level INFO, ``"+dorafx"`` DEBUG: torch accepts
 # the name of any module that can be imported.
 _logger = logging.getLogger(__name__)
 
 
 class RewriteLog:
-    """Records of what dorafx did, and notes on the process (polyfills installed, and the like).
+    """Records of what dorafx did, and notes on the process (installed polyfills, for example).
 
-    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest go, and ``dropped`` counts them. Holds the
+    Thread-safe. Holds at most ``max_records`` records; beyond that the oldest are dropped, and ``dropped`` counts them. Holds the
     drawings of at most ``max_drawings`` distinct layers; further records have none.
 
     Attributes:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
-        seconds: that the pass spent on all graphs, by station, in the order of the road.
+        seconds: that dorafx spent on all graphs, by stage, in the order of the pipeline.
 
     >>> log = dorafx.RewriteLog()
     >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
@@ -77,7 +75,7 @@ class RewriteLog:
         drawings: Mapping[str, Drawing] | None = None,
         seconds: Mapping[str, float] | None = None,
     ) -> None:
-        """Append records, the drawings that they refer to by key, and the seconds that each station of the pass took."""
+        """Append records, the drawings that they refer to by key, and the seconds that each stage took."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
@@ -86,8 +84,8 @@ class RewriteLog:
             added = {key: d for key, d in (drawings or {}).items() if key not in self._drawings}
             added = dict(itertools.islice(added.items(), self._max_drawings - len(self._drawings)))
             self._drawings.update(added)
-            for station, spent in (seconds or {}).items():
-                self.seconds[station] = self.seconds.get(station, 0.0) + spent
+            for stage, seconds_spent in (seconds or {}).items():
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds_spent
         if self is _PROCESS_LOG:
             for record in records:
                 _logger.info("%s", record)
@@ -133,11 +131,11 @@ class RewriteLog:
 
     @property
     def misses(self) -> list[Record]:
-        """The records of what was left alone."""
+        """The records of what was not rewritten."""
         return [r for r in self.records if not r.rewritten]
 
     def to_records(self) -> list[dict[str, Any]]:
-        """Plain dictionaries, one a record: ``pandas.DataFrame(log.to_records())``."""
+        """One plain dictionary for each record: ``pandas.DataFrame(log.to_records())``."""
         return [r.to_dict() for r in self.records]
 
     def to_json(self) -> str:
@@ -154,11 +152,11 @@ class RewriteLog:
 
     @classmethod
     def from_json(cls, text: str) -> RewriteLog:
-        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. Of these, a last one that was cut
-        off, as where the process was killed, is left out, with a note.
+        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. An incomplete last line, as after the
+        process was killed, is left out, with a note.
 
         Raises:
-            ValueError: text that is neither; the message says what was wrong and where.
+            ValueError: the text is neither; the message says what is wrong and where.
         """
         log = cls()
         text = text.removeprefix("\ufeff")  # editors and shells on Windows put a byte order mark in front
@@ -167,8 +165,8 @@ class RewriteLog:
         except RecursionError:
             raise ValueError("not a dorafx log: nested too deeply") from None
         except json.JSONDecodeError as error:
-            found, drawings, cut = _from_lines(text, error)
-            log.extend(found, drawings)
+            parsed, drawings, cut = _from_lines(text, error)
+            log.extend(parsed, drawings)
             if cut:
                 log.add_note(cut)
             return log
@@ -228,7 +226,7 @@ class RewriteLog:
         return f"RewriteLog({len(self.rewrites)} rewrites, {len(self.misses)} misses)"
 
     def _stream(self, records: list[Record], drawings: Mapping[str, Drawing]) -> None:
-        """Append JSON lines to the file that the user asked for. A log must never stop a training run."""
+        """Append JSON lines to the file that ``DORAFX_LOG`` names. A log must never stop a training run."""
         path = os.environ.get("DORAFX_LOG")
         if not path or self._stream_failed:
             return
@@ -251,26 +249,26 @@ def drawings_from(values: Any) -> dict[str, Drawing]:
     """
     if not isinstance(values, dict):
         raise ValueError("dorafx log: 'drawings' must be an object")
-    found = {}
+    drawings = {}
     for key, value in values.items():
         try:
-            found[str(key)] = Drawing.from_dict(value)
+            drawings[str(key)] = Drawing.from_dict(value)
         except ValueError as error:
             raise ValueError(f"dorafx log, drawing {key!r:.40}: {error}") from None
-    return found
+    return drawings
 
 
 def _seconds_from(values: Any) -> dict[str, float]:
     if not isinstance(values, dict):
         raise ValueError("dorafx log: 'seconds' must be an object")
-    for station, spent in values.items():
-        if type(spent) not in (int, float) or not 0 <= spent < math.inf:
-            raise ValueError(f"dorafx log: the seconds of {station!r:.40} must be a number from 0")
-    return {str(station): float(spent) for station, spent in values.items()}
+    for stage, seconds_spent in values.items():
+        if type(seconds_spent) not in (int, float) or not 0 <= seconds_spent < math.inf:
+            raise ValueError(f"dorafx log: the seconds of {stage!r:.40} must be a number from 0")
+    return {str(stage): float(seconds_spent) for stage, seconds_spent in values.items()}
 
 
 def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], dict[str, Drawing], str]:
-    """Records, drawings, and a note on a last line that was not finished, if there is one."""
+    """Records, drawings, and a note if the last line is incomplete."""
     records: list[Record] = []
     drawings: dict[str, Drawing] = {}
     cut = ""
@@ -289,7 +287,7 @@ def _from_lines(text: str, whole: json.JSONDecodeError) -> tuple[list[Record], d
         except json.JSONDecodeError:
             if not records and not drawings:
                 raise ValueError(f"not a dorafx log: not JSON (line {whole.lineno}: {whole.msg})") from None
-            if number == len(lines):  # a finished line ends
+            if number == len(lines):  # without a newline at its end
                 cut = f"line {number} of the log was cut off, and is left out"
                 continue
             raise ValueError(f"dorafx log, line {number}: not JSON") from None
@@ -305,7 +303,7 @@ def _json_of(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # Python's limit of digits
+    except ValueError:  # Python limits the digits of an integer
         raise ValueError("a number of too many digits") from None
 
 

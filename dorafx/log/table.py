@@ -1,4 +1,4 @@
-"""The log as a table for a terminal: repeated layers folded, misses last with their reasons and what to do about them."""
+"""The log as a table for a terminal: repeated layers folded, misses last with their reasons and advice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from rich.text import Text
 from .content import LogContent
 from .folding import Fold, Totals, fold, totals
 
-__all__ = ["as_text", "finding", "human_bytes", "human_flops", "printable", "renderable", "show"]
-
 _COLUMNS = (
     "module", "x", "pattern", "shape", "rank", "dtype", "dense avoided", "norm FLOPs", "after", "norm", "codegen",
 )  # fmt: skip
-_WIDE = 10_000  # columns: as wide as a table may want to be
+_WIDE = 10_000  # columns: no table is wider
 _RIGHT = ("x", "rank", "dense avoided", "norm FLOPs", "after")
 
 
@@ -56,19 +54,19 @@ def show(content: Any, file: TextIO | None = None) -> None:
 
 
 def as_text(content: Any) -> str:
-    """Plain text, as wide as it needs to be: it can go into a file or a bug report."""
+    """Plain text, for a file or a bug report."""
     out = io.StringIO()
     Console(file=out, width=_plain_width(), color_system=None, highlight=False).print(content)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 
 def _plain_width() -> int:
-    # The size of the terminal, or COLUMNS; of a file there is none.
+    # The size of the terminal, or COLUMNS; a file has neither.
     return max(shutil.get_terminal_size((200, 24)).columns, 100)
 
 
 def finding(head: str, style: str, what: str, where: str, advice: str) -> Text:
-    """One thing to read: what was found, where, and on a line of its own what to do about it."""
+    """A finding: what, where, and the advice on a line of its own."""
     text = Text(overflow="fold")
     text.append(head, style=style)
     text.append(f"  {printable(what)}")
@@ -80,7 +78,7 @@ def finding(head: str, style: str, what: str, where: str, advice: str) -> Text:
 
 
 def renderable(log: LogContent) -> RenderableType:
-    """The table, what was left alone in part or as a whole, and the totals."""
+    """The table, the layers that are rewritten in part or not at all, and the totals."""
     rewrites, misses = fold(log.rewrites), fold(log.misses)
     sums = totals(log.records)
     parts: list[RenderableType] = [_Table(rewrites, sums)] if rewrites else []
@@ -104,7 +102,7 @@ def _findings(head: str, style: str, folds: Iterable[Fold]) -> Iterable[Text]:
 
 
 class _Table:
-    """One row a fold, or where the terminal is too narrow for that, three lines a fold."""
+    """One row for each fold, or three lines if the terminal is too narrow."""
 
     def __init__(self, folds: list[Fold], sums: Totals) -> None:
         self.folds = folds

@@ -1,28 +1,31 @@
 """Match: canonical forms over terms; every candidate ends as a match or as a miss with a reason."""
 
-from .composition import Candidate, Composition, Match, Part, base_core, no_base_product, part_scale
-from .emission import Emit
-from .matcher import Verdict, match_graph
+from dorafx.log.kinds import ReasonKind
+
+from .composition import Candidate, Composition, Match, Part, base_core, group, no_base_product, part_scale
+from .emission import CompositionPlan, Emit
+from .matcher import match_graph
 from .matches import Matches
-from .near_misses import Reason, ReasonKind
-from .norms import LowRank, NormFactors
-from .registry import Form, forms, pattern
+from .near_misses import Reason
+from .norms import NormFactors
+from .registry import Form, check_form, forms, pattern
 
 __all__ = [
     "Candidate",
     "Composition",
+    "CompositionPlan",
     "Emit",
     "Form",
-    "LowRank",
     "Match",
     "Matches",
     "NormFactors",
     "Part",
     "Reason",
     "ReasonKind",
-    "Verdict",
     "base_core",
+    "check_form",
     "forms",
+    "group",
     "match_graph",
     "no_base_product",
     "part_scale",

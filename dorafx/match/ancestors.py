@@ -11,8 +11,6 @@ from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Lifter, Mat, MatrixValue, Value
 
-__all__ = ["holds_product", "is_behind"]
-
 NEAR = 6
 _SUMS = frozenset({"add", "sub", "rsub", "addmm", "baddbmm", "addcmul", "lerp"})
 

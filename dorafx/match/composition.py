@@ -9,11 +9,10 @@ from torch import fx
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight
 from dorafx.lift.algebra import ONES, Chain, Factor
+from dorafx.log.kinds import ReasonKind
 
-from .near_misses import Reason, ReasonKind
+from .near_misses import Reason
 from .norms import NormFactors
-
-__all__ = ["Candidate", "Composition", "Match", "Part", "base_core", "group", "no_base_product", "part_scale"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,7 @@ class Match:
         first: where the composition was complete, if what follows up to ``node`` (a cast, a dropout that does nothing) only carries it
             on: the layer that it belongs to.
         transposed: whether the node holds the transpose of ``expr``: the weight multiplies from the left, and tokens are columns.
+        channels_first: whether activations have their columns along the second axis, as those of a convolution do.
     """
 
     pattern: str
@@ -107,6 +107,7 @@ class Match:
     bias: Poly = Poly(())
     first: fx.Node | None = None
     transposed: bool = False
+    channels_first: bool = False
 
     @property
     def origin(self) -> fx.Node:
@@ -115,8 +116,8 @@ class Match:
 
 
 def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
-    """``q`` with ``poly = q · scaling``, where q is what an adapter is scaled by: constants, scalars and vectors in
-    products. Not a quotient: a residual of constant scale is ``1/g`` times ``g``, and no part of the layer.
+    """The ``q`` in ``poly = q · scaling``, if an adapter may be scaled by it: products of constants, scalars and vectors. Quotients
+    do not count: a residual that is added with a constant is ``1/g`` times ``g``, and is no part of the layer.
 
     Args:
         candidate: the node.
@@ -124,7 +125,7 @@ def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
         scaling: what the base product is scaled by, ``g``.
 
     Returns:
-        q; None where there is no such.
+        q; None where there is none.
     """
     ratio = poly.ratio_to(scaling)
     if ratio is None or candidate.lift.norms_in(ratio):
@@ -133,24 +134,20 @@ def part_scale(candidate: Candidate, poly: Poly, scaling: Poly) -> Poly | None:
 
 
 def _is_formed(candidate: Candidate, factor: Factor, weight: Mat) -> bool:
-    """Whether a factor is a dense value as large as the norm's quantised weight, and no parameter."""
+    """Whether a factor is a computed dense value, no parameter, with the shape of the norm's quantised weight."""
     if not isinstance(factor, Mat) or factor.transposed == weight.transposed or factor.atom == ONES:
         return False
-    formed, own = (candidate.lift.atom_of(a).node for a in (factor.atom, weight.atom))
-    one, other = tensor_of(formed), tensor_of(own)
-    if (
-        formed is None
-        or own is None
-        or one is None
-        or other is None
-        or formed.op not in ("call_function", "call_method")
-    ):
+    node, weight_node = (candidate.lift.atom_of(atom).node for atom in (factor.atom, weight.atom))
+    if node is None or weight_node is None or node.op not in ("call_function", "call_method"):
         return False
-    return isinstance(packed_weight(own), PackedWeight) and one.shape == other.shape
+    value, weight_value = tensor_of(node), tensor_of(weight_node)
+    if value is None or weight_value is None or not isinstance(packed_weight(weight_node), PackedWeight):
+        return False
+    return value.shape == weight_value.shape
 
 
 def base_core(candidate: Candidate) -> Chain | None:
-    """The core that multiplies the norm's own weight; for stacked adapters the core that is a value of its own.
+    """The core that multiplies the norm's own weight; for stacked adapters the core that is the previous adapter's output.
 
     Args:
         candidate: the node.
@@ -167,13 +164,13 @@ def base_core(candidate: Candidate) -> Chain | None:
     whole = candidate.lift.unrounded(mat)
     for core in scaled:
         last = core[-1] if core else None
-        if len(core) < 2 or not isinstance(last, Mat):
-            continue
-        # The output may have the weight in another dtype than the norm has it in.
+        if sum(isinstance(factor, Mat) for factor in core) < 2 or not isinstance(last, Mat):
+            continue  # the weight alone, scaled on both sides, is no product with it
+        # The product may have the weight in another dtype than the norm.
         last = candidate.lift.unrounded(last)
         if last.atom.id == whole.atom.id and last.transposed != whole.transposed:
             return core
-    # A product with the weight as its library forms it, which is a value of its own (HQQ unpacks its codes in place).
+    # A product with a weight that its library dequantises into a separate value (HQQ unpacks its codes in place).
     gemms = [
         core
         for core in scaled
@@ -181,7 +178,7 @@ def base_core(candidate: Candidate) -> Chain | None:
     ]
     if len(gemms) == 1:
         return gemms[0]
-    # Not the norm's own weight: scaled by column, it is a weight in the making, and no layer's output.
+    # The norm's own weight does not count: scaled by column, it is a step towards a merged weight, and no layer's output.
     values = [core for core in scaled if len(core) == 1 and isinstance(core[0], Mat) and core[0].atom.id != mat.atom.id]
     return values[0] if len(values) == 1 else None
 

@@ -1,19 +1,37 @@
-"""What a form's ``rewrite`` is given: the emitter, as far as forms know it."""
+"""What a form's ``rewrite`` is given beside the match: the plan of the composition, and the emitter as far as forms know it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from dorafx.lift import Expr, Poly
+from dorafx.lift import Expr, Mat, Poly
 from dorafx.lift.algebra import Chain
 
 from .composition import Match, Part
 
-__all__ = ["Emit"]
+
+@dataclass(frozen=True)
+class CompositionPlan:
+    """How one composition is computed.
+
+    Attributes:
+        match: the composition.
+        accumulate: whether low-rank products are added to the base product inside their matrix product, which leaves one
+            ``[tokens, d_out]`` intermediate. In half precision that rounds the sum once more than the original does, so there the
+            products stay apart and the epilogue adds them in fp32.
+        few_tokens: whether the output has so few tokens that the norm costs more than all the rest.
+        kernel: what computes it: ``"auto"``, ``"triton"``, or ``"triton_linear"`` for the whole layer as one kernel.
+    """
+
+    match: Match
+    accumulate: bool
+    few_tokens: bool
+    kernel: str = "auto"
 
 
 class Emit(Protocol):
@@ -21,15 +39,8 @@ class Emit(Protocol):
     given it. What the graph computes already is reused. Tokens are the leading axes of activations, ``[.., d]``; vectors are ``[d]``,
     in fp32, or fp64 where the program has it.
 
-    A form that cannot be emitted after all raises; the site is then left as it was, with the exception's text in the log.
-
-    Attributes:
-        accumulate: whether the plan wants low-rank products accumulated into the base product.
-        channels: to be set by a form whose activations have their columns along the second axis, as a convolution's.
+    Where ``rewrite`` raises, the site is left as it was, and the log has the exception's text.
     """
-
-    accumulate: bool
-    channels: bool
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function: ``emit.call(torch.add, a, b)``."""
@@ -80,16 +91,38 @@ class Emit(Protocol):
         """``base + scale · core`` in one matrix product that accumulates."""
         ...
 
-    def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
-        """``g ⊙ (base + scale·lora) + bias`` in the shape and dtype of what is replaced; base and lora ``[.., d]``, g and bias ``[d]``."""
+    def scaled_sum(self, terms: Iterable[tuple[fx.Node, Poly]], bias: Poly) -> fx.Node:
+        """``Σ scale ⊙ product + bias`` over pairs of a product ``[.., d]`` and its scale, added in fp32 or fp64, in the shape and dtype of
+        what is replaced."""
         ...
 
-    def compose_delta(self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float) -> fx.Node:
+    def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
+        """A value ``[.., d_in]`` times a product of matrices, ``Aᵀ·Bᵀ`` for one."""
+        ...
+
+    def product_of_scaled(self, head: Mat, scale: Poly, tail: Chain) -> fx.Node:
+        """``(x ⊙ scale)·tail`` for an activation ``head``; of a convolution the input's channels are scaled."""
+        ...
+
+    def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:
+        """A value times a polynomial along its columns, multiplied in fp32 or fp64 and rounded once, to the value's dtype."""
+        ...
+
+    def compose(
+        self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float, kernel: str = "auto"
+    ) -> fx.Node:
+        """``g ⊙ (base + scale·lora) + bias`` in the shape and dtype of what is replaced; base and lora ``[.., d]``, g and bias ``[d]``.
+        ``kernel`` is the plan's."""
+        ...
+
+    def compose_delta(
+        self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float, kernel: str = "auto"
+    ) -> fx.Node:
         """``result + (g - 1) ⊙ base + g ⊙ scale·lora``, otherwise as :meth:`compose`."""
         ...
 
     def linear_kernel(self, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
-        """The whole layer as one kernel; None where the plan does not say so, or an operand does not fit."""
+        """The whole layer as one kernel, for a plan whose kernel is ``"triton_linear"``; None where an operand does not fit."""
         ...
 
     def shaped_like_site(self, node: fx.Node) -> fx.Node:

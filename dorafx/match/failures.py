@@ -1,5 +1,5 @@
-"""Failures of the lifter, where they cost a rewrite: a transfer function that raised makes an unknown value of its node. What DoRA loses
-by that is a miss, and the failure its reason, not what the matcher took the unknown value for."""
+"""Failures of the lifter that cost a rewrite. A node whose transfer function raises has an unknown value. What is not rewritten because
+of it is a miss, with the failure as its reason instead of what the matcher says of the unknown value."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from collections.abc import Iterable, Iterator
 from torch import fx
 
 from dorafx.graphs.operators import canonical_name
-from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, MatrixValue, Poly, leaves_of, term_of
+from dorafx.log.kinds import ReasonKind
 
 from .matches import Matches
-from .near_misses import Reason, ReasonKind
-
-__all__ = ["blame_failures"]
+from .near_misses import Reason, operator_at
 
 _NORMS = frozenset({"norm", "linalg_norm", "vector_norm", "sqrt", "rsqrt", "pow", "normalize", "weight_norm"})
 _PRODUCTS = frozenset({"matmul", "bmm", "einsum", "linear", "addmm", "baddbmm", "tensordot", "multi_dot", "outer"})
@@ -23,7 +21,7 @@ _SUMS = frozenset({"add", "sub", "rsub", "addmm", "baddbmm", "addcmul", "lerp"})
 
 
 def blame_failures(matches: Matches) -> None:
-    """Replace the reasons that an operator's failure is behind, and add those of norms that nothing is known of for that."""
+    """Replace the reasons that are due to an operator's failure, and add one for each norm that was not noticed because of it."""
     lift = matches.lift
     if not lift.failures:
         return
@@ -51,9 +49,8 @@ def blame_failures(matches: Matches) -> None:
 
 
 def _blamed(matches: Matches, node: fx.Node) -> Reason:
-    what = f"operator {operator_name(node)} at {source_of(node) or node.name}"
     reason = Reason(
-        f"{what} could not be followed, because dorafx failed in it: {matches.lift.failures[node]}",
+        f"{operator_at(node)} could not be followed, because dorafx failed in it: {matches.lift.failures[node]}",
         node,
         kind=ReasonKind.OPERATOR_FAILED,
     )
@@ -82,7 +79,7 @@ def _composed(lift: Lifter, reason: Reason) -> Iterator[fx.Node]:
 
 
 def _is_of_layer(lift: Lifter, node: fx.Node, atom_id: int) -> bool:
-    """Whether a node is computed from a layer's parameters or its norm. What the layer is given is not."""
+    """Whether a node is computed from a layer's parameters or its norm, and not from its input alone."""
     if lift.depends_on_parameters_only(node):
         return True
     expr = lift.atoms[atom_id].expr
@@ -103,7 +100,7 @@ def _read_by(lift: Lifter, node: fx.Node) -> list[Expr | Poly]:
 
 
 def _hides_norm(matches: Matches, node: fx.Node) -> bool:
-    """Whether a norm of a weight plus a low-rank product, of which nothing is known, is computed by way of a node."""
+    """Whether a node is on the way to a norm of a weight plus a low-rank product that has no match and no miss."""
     lift = matches.lift
     if not lift.depends_on_parameters_only(node):
         return False
@@ -126,7 +123,7 @@ def _is_product(lift: Lifter, node: fx.Node) -> bool:
 
 
 def _walk(lift: Lifter, start: fx.Node, back: bool) -> Iterator[fx.Node]:
-    """A node and all that it is made of, or that is made of it, as far as parameters go."""
+    """A node and its ancestors, or else its descendants, as far as they depend on parameters only."""
     stack, seen = [start], set()
     while stack:
         node = stack.pop()

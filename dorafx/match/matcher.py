@@ -10,15 +10,14 @@ from torch import fx
 
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Diag, Expr, Lifter, Poly, Value, VectorValue
+from dorafx.lift.algebra import Chain
 
 from .composition import Candidate, Match, group
 from .failures import blame_failures
 from .matches import Matches
 from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
-from .registry import forms
-
-__all__ = ["Verdict", "match_graph"]
+from .registry import check_form, forms
 
 
 class Verdict(Enum):
@@ -33,103 +32,107 @@ class _Matcher:
     """The lifter's observer. A composition is recognised at the last node that still is one: the match stays pending
     while its node has a single user, and is taken when that user turns out to be something else."""
 
-    def __init__(self) -> None:
-        self.matches: Matches | None = None
+    def __init__(self, graph: fx.Graph, is_parameter: Callable[[fx.Node], bool] | None) -> None:
+        self.lift = Lifter(graph, self, is_parameter)
+        self.matches = Matches(self.lift)
         self._forms = forms()
-        self._seen: set[int] = set()
+        self._classified: set[int] = set()
         self._pending: dict[fx.Node, Match] = {}
 
     def __call__(self, lift: Lifter, node: fx.Node, value: Value) -> Verdict:
-        if self.matches is None:
-            self.matches = Matches(lift)
-        found = self._recognise(lift, node, value)
+        match = self._recognise(node, value)
         continued = [a for a in node.all_input_nodes if a in self._pending]
-        if found is None:
-            for argument in continued:
-                self._take(self._pending.pop(argument))
-                lift.seal(argument)
-            return Verdict.RELIFT if continued else Verdict.KEEP
+        # Where the next layer begins, of which this one's output is the input, it is another match.
+        complete = [a for a in continued if match is None or not _carries_on(lift, self._pending[a], match)]
+        for argument in complete:
+            self.matches.compositions.append(self._pending.pop(argument))
+            lift.seal(argument)
+        if complete:
+            return Verdict.RELIFT
+        if match is None:
+            return Verdict.KEEP
         for argument in continued:
             before = self._pending.pop(argument)
-            if before.norm.atom == found.norm.atom:
-                found = replace(found, first=before.origin)
+            if before.norm.atom == match.norm.atom:
+                match = replace(match, first=before.origin)
         if len(node.users) == 1:
-            self._pending[node] = found
+            self._pending[node] = match
             return Verdict.KEEP
-        self._take(found)
+        self.matches.compositions.append(match)
         return Verdict.SEAL
 
-    def _take(self, match: Match) -> None:
-        assert self.matches is not None
-        self.matches.compositions.append(match)
-
-    def finish(self, lift: Lifter) -> Matches:
-        matches = self.matches or Matches(lift)
-        for match in self._pending.values():
-            matches.compositions.append(match)
+    def run(self) -> Matches:
+        lift, matches = self.lift.run(), self.matches
+        matches.compositions.extend(self._pending.values())
         composed = {atom.id for m in matches.compositions for atom in lift.norms_in(m.expr)}
         for atom_id in composed:
             matches.composition_misses.pop(atom_id, None)
         # Norms whose vector is never used on an activation have been classified by nobody yet.
         for atom_id, info in enumerate(lift.atoms):
             if info.kind == "norm":
-                self._classify(lift, Atom(atom_id))
+                self._classify(Atom(atom_id))
         for atom_id in matches.norms:
             if atom_id not in composed and atom_id not in matches.composition_misses:
-                lost = unknown_consumer(lift, lift.atoms[atom_id], atom_id)
-                if lost is not None:
-                    matches.composition_misses[atom_id] = lost
+                reason = unknown_consumer(lift, lift.atoms[atom_id], atom_id)
+                if reason is not None:
+                    matches.composition_misses[atom_id] = reason
         matches.unknown.extend(unknown_norms(lift))
         blame_failures(matches)
         return matches
 
-    def _classify(self, lift: Lifter, atom: Atom) -> NormFactors | None:
-        matches = self.matches
-        if matches is None:
-            matches = self.matches = Matches(lift)
-        if atom.id not in self._seen:
-            self._seen.add(atom.id)
-            result = split_norm(lift, atom)
+    def _classify(self, atom: Atom) -> NormFactors | None:
+        if atom.id not in self._classified:
+            self._classified.add(atom.id)
+            result = split_norm(self.lift, atom)
             if isinstance(result, NormFactors):
-                matches.norms[atom.id] = result
+                self.matches.norms[atom.id] = result
             elif isinstance(result, Reason):
-                matches.misses[atom.id] = result
-        return matches.norms.get(atom.id)
+                self.matches.misses[atom.id] = result
+        return self.matches.norms.get(atom.id)
 
-    def _recognise(self, lift: Lifter, node: fx.Node, value: Value) -> Match | None:
-        if node in lift.written:
+    def _recognise(self, node: fx.Node, value: Value) -> Match | None:
+        if node in self.lift.written:
             return None
-        for expr, transposed in _readings(lift, node, value):
-            found = self._recognise_as(lift, node, expr)
-            if found is not None:
-                return replace(found, transposed=True) if transposed else found
+        for expr, transposed in _readings(self.lift, node, value):
+            match = self._recognise_as(node, expr)
+            if match is not None:
+                return replace(match, transposed=True) if transposed else match
         return None
 
-    def _recognise_as(self, lift: Lifter, node: fx.Node, expr: Expr) -> Match | None:
-        norms = [f for atom in sorted(lift.norms_in(expr)) if (f := self._classify(lift, atom)) is not None]
+    def _recognise_as(self, node: fx.Node, expr: Expr) -> Match | None:
+        norms = [f for atom in sorted(self.lift.norms_in(expr)) if (f := self._classify(atom)) is not None]
         if not norms:
             return None
-        assert self.matches is not None
+        misses = self.matches.composition_misses
         if expr.vanished:
             for norm in norms:
-                self.matches.composition_misses.setdefault(norm.atom.id, vanished(lift, expr.vanished, node))
+                misses.setdefault(norm.atom.id, vanished(self.lift, expr.vanished, node))
             return None
         composition = group(expr)
         for norm in norms:
-            candidate = Candidate(lift, node, expr, composition, norm)
+            candidate = Candidate(self.lift, node, expr, composition, norm)
             for form in self._forms.values():
-                result = form.check(candidate)
+                result = check_form(form, candidate)
                 if isinstance(result, Match):
                     return result
-                known = self.matches.composition_misses.get(norm.atom.id)
+                known = misses.get(norm.atom.id)
                 # Of one node the first specific reason stays: forms come in order of preference.
                 if known is None or not known.specific or (result.specific and result.node is not known.node):
-                    self.matches.composition_misses[norm.atom.id] = result
+                    misses[norm.atom.id] = result
         return None
 
 
+def _carries_on(lift: Lifter, before: Match, match: Match) -> bool:
+    """Whether a match has the layer in it that was matched at its argument: a cast, a bias, another summand follow it."""
+
+    def plain(core: Chain) -> Expr:
+        return lift.detached(Expr.chain(core))
+
+    return plain(before.base) in {plain(core) for core in group(match.expr).cores}
+
+
 def _readings(lift: Lifter, node: fx.Node, value: Value) -> Iterator[tuple[Expr, bool]]:
-    """The terms by which a node may be a layer's output: tokens by row, one token alone, or (the flag) tokens by column."""
+    """The terms by which a node may be a layer's output, each with whether its tokens are columns. Otherwise they are rows, or there is one."""
     if isinstance(value, VectorValue):
         if value.row is not None:
             yield value.row, False
@@ -150,6 +153,4 @@ def match_graph(graph: fx.Graph, is_parameter: Callable[[fx.Node], bool] | None 
         graph: the graph.
         is_parameter: tells which inputs are parameters or buffers, where they do not say so themselves.
     """
-    matcher = _Matcher()
-    lift = Lifter(graph, matcher, is_parameter).run()
-    return matcher.finish(lift)
+    return _Matcher(graph, is_parameter).run()

@@ -12,8 +12,6 @@ from .composition import Match
 from .near_misses import Reason
 from .norms import NormFactors
 
-__all__ = ["Matches"]
-
 
 @dataclass
 class Matches:
@@ -29,7 +27,7 @@ class Matches:
     unknown: list[tuple[fx.Node, Reason]] = field(default_factory=list)
     """Nodes that look like a DoRA norm and are no norm that the lifter knows."""
     failures: list[Reason] = field(default_factory=list)
-    """Of the reasons above those that are a failure of the lifter's."""
+    """Those of the reasons above that are failures of the lifter."""
 
     def refuse(self, site: fx.Node | None, reason: Reason) -> None:
         """Take back what was matched at a node: a composition leaves its norm, a norm takes its compositions along."""
@@ -39,8 +37,8 @@ class Matches:
             for match in refused:
                 self.composition_misses[match.norm.atom.id] = reason
             return
-        lost = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
-        for atom_id in lost:
+        atom_ids = [i for i, f in self.norms.items() if site is None or site in f.info.sites]
+        for atom_id in atom_ids:
             del self.norms[atom_id]
             self.misses[atom_id] = reason
-        self.compositions = [m for m in self.compositions if m.norm.atom.id not in lost]
+        self.compositions = [m for m in self.compositions if m.norm.atom.id not in atom_ids]

@@ -18,16 +18,6 @@ from dorafx.log.kinds import ReasonKind
 
 from .ancestors import holds_product, is_behind
 
-__all__ = [
-    "Reason",
-    "ReasonKind",
-    "described",
-    "hidden_delta",
-    "unknown_consumer",
-    "unknown_norms",
-    "vanished",
-]
-
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
 _MOVES = ("view", "permute", "transpose", "t", "cast", "identity", "detach", "data", "getattr", "getitem", "expand")
@@ -41,7 +31,7 @@ class Reason:
     Attributes:
         text: names the operator, the operand that differs and the source line, as far as each is known.
         node: where.
-        specific: whether it says more than that a form did not apply; a specific reason is kept rather than another.
+        specific: whether it says more than that a form did not apply; a specific reason replaces one that is not.
         kind: for programs that read the log, and for what to do about it.
     """
 
@@ -58,6 +48,11 @@ def _at(node: fx.Node) -> str:
 def described(node: fx.Node) -> str:
     """An operand as a person would find it: an input by its name, a value by its operator and where it is made."""
     return f"`{node.name}`" if _is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
+
+
+def operator_at(node: fx.Node) -> str:
+    """A node by its operator and where it is made."""
+    return f"operator {operator_name(node)} at {_at(node)}"
 
 
 def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | None:
@@ -84,16 +79,16 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                         kind=ReasonKind.WRITTEN_IN_PLACE,
                     )
                 return _cut_rows(node) or Reason(
-                    f"operator {operator_name(node)} at {_at(node)} stands between the low-rank product and the norm",
+                    f"{operator_at(node)} stands between the low-rank product and the norm",
                     node,
                     kind=ReasonKind.HIDDEN_DELTA,
                 )
     return None
 
 
-def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Reason:
-    """Terms that are zero, and whose gradients (of zeros) and NaN a rewrite would leave out."""
-    nodes = sorted({n.name: n for v in lost if (n := lift.atom_of(v.atom).node) is not None}.items())
+def vanished(lift: Lifter, terms: Iterable[Vanished], node: fx.Node | None) -> Reason:
+    """The reason for terms that are zero: a rewrite would leave out their gradients (zeros) and their NaN."""
+    nodes = sorted({n.name: n for v in terms if (n := lift.atom_of(v.atom).node) is not None}.items())
     what = ", ".join(described(n) for _, n in nodes) or "a part of it"
     return Reason(
         f"{what} is multiplied by zero, or cancels out: without it the rewrite would lose its gradient (of zeros) and its NaN; "
@@ -104,7 +99,7 @@ def vanished(lift: Lifter, lost: Iterable[Vanished], node: fx.Node | None) -> Re
 
 
 def _cut_rows(node: fx.Node) -> Reason | None:
-    """What to say of a reshape that makes several rows of each row of a product: PEFT's delta of a grouped convolution."""
+    """The reason for a reshape that splits each row of a product into several, as in PEFT's delta of a grouped convolution."""
     after, before = tensor_of(node), tensor_of(node.all_input_nodes[0])
     if canonical_name(node) != "view" or before is None or after is None or before.dim() != 2:
         return None
@@ -112,7 +107,7 @@ def _cut_rows(node: fx.Node) -> Reason | None:
     if not isinstance(rows, int) or not isinstance(cut, int) or not rows or cut <= rows or cut % rows:
         return None
     return Reason(
-        f"operator {operator_name(node)} at {_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
+        f"{operator_at(node)} cuts each row of the low-rank product into {cut // rows} (a grouped "
         f"convolution): by row it is a product of {cut // rows} times the rank, dearer than the dense one",
         node,
         kind=ReasonKind.GROUPED_CONVOLUTION,
@@ -120,8 +115,8 @@ def _cut_rows(node: fx.Node) -> Reason | None:
 
 
 def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
-    """A norm of ``W + something`` where the something is spread out of smaller parameters by an operator that is no product: a
-    Kronecker product, a scatter, a transform."""
+    """A norm of ``W + something`` where the something is expanded from smaller parameters by an operator that is not a product of
+    matrices: a Kronecker product, a scatter, a transform."""
     nodes = [lift.atom_of(chain[0].atom).node for chain in chains if len(chain) == 1 and isinstance(chain[0], Mat)]
     for node in nodes if len(nodes) > 1 and len(nodes) == len(chains) else ():
         tensor = tensor_of(node)
@@ -135,23 +130,22 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             )
         leaves = [t for leaf in _leaves(node) if (t := tensor_of(leaf)) is not None]
         if leaves and all(str(t.numel()) != str(tensor.numel()) for t in leaves):
-            made = node
-            while canonical_name(made) in _MOVES and made.all_input_nodes:
-                made = made.all_input_nodes[0]
+            origin = node
+            while canonical_name(origin) in _MOVES and origin.all_input_nodes:
+                origin = origin.all_input_nodes[0]
             dtypes = {
-                str(t.dtype).removeprefix("torch.") for a in made.all_input_nodes if (t := tensor_of(a)) is not None
+                str(t.dtype).removeprefix("torch.") for a in origin.all_input_nodes if (t := tensor_of(a)) is not None
             }
-            if canonical_name(made) in _PRODUCTS and len(dtypes) > 1:
-                what = f"operator {operator_name(made)} at {_at(made)}"
+            if canonical_name(origin) in _PRODUCTS and len(dtypes) > 1:
                 return Reason(
-                    f"{what} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
-                    made,
+                    f"{operator_at(origin)} multiplies factors of different dtypes ({', '.join(sorted(dtypes))})",
+                    origin,
                     kind=ReasonKind.MIXED_DTYPES,
                 )
             return Reason(
-                f"operator {operator_name(made)} at {_at(made)} makes the delta, and is not known as a product of low-rank "
+                f"{operator_at(origin)} makes the delta, and is not known as a product of low-rank "
                 "factors, which is all that a factored norm serves",
-                made,
+                origin,
                 kind=ReasonKind.UNKNOWN_DELTA,
             )
     return None
@@ -159,18 +153,18 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
 
 def _leaves(node: fx.Node) -> set[fx.Node]:
     """The graph's inputs and attributes that a node is made of."""
-    found: set[fx.Node] = set()
+    leaves: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:
-        at = stack.pop()
-        if at in seen:
+        current = stack.pop()
+        if current in seen:
             continue
-        seen.add(at)
-        if _is_leaf(at):
-            found.add(at)
-        stack.extend(at.all_input_nodes)
-    return found
+        seen.add(current)
+        if _is_leaf(current):
+            leaves.add(current)
+        stack.extend(current.all_input_nodes)
+    return leaves
 
 
 def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | None:
@@ -197,7 +191,7 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                 stack.append(user)
             elif value is not None:
                 return _in_groups(user) or Reason(
-                    f"operator {operator_name(user)} at {_at(user)} stands between the norm and what it scales",
+                    f"{operator_at(user)} stands between the norm and what it scales",
                     user,
                     kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
@@ -211,15 +205,14 @@ def _in_groups(node: fx.Node) -> Reason | None:
     if groups == 1:
         return None
     return Reason(
-        f"operator {operator_name(node)} at {_at(node)} multiplies the merged weight in {groups} groups, which is no product with one matrix of "
-        "patches: convolve with the weight and with the low-rank factors apart, and scale their sum",
+        f"{operator_at(node)} multiplies the merged weight in {groups} groups, which is no product with one matrix of patches: convolve with the weight and with the low-rank factors apart, and scale their sum",
         node,
         kind=ReasonKind.GROUPED_CONVOLUTION,
     )
 
 
 def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
-    """Nodes that make a vector of an adapted weight ``W + s·B·A`` in a way that is no row or column 2-norm."""
+    """Nodes that reduce an adapted weight ``W + s·B·A`` to a vector, but not by its row or column 2-norm."""
     rootless = _rootless_squares(lift)
     for node in lift.graph.nodes:
         if node.op not in ("call_function", "call_method") or not node.all_input_nodes:
@@ -236,20 +229,24 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
     name = canonical_name(node)
     if name in _NORMS and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None:
         return reason
-    for source in node.all_input_nodes:
+    for source in (_moved(lift, argument) for argument in node.all_input_nodes):
         value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
         if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or out is None or before is None:
             continue
-        made = lift.values.get(node)
-        if made is not None and not _is_unknown(lift, made, node):
+        result = lift.values.get(node)
+        if result is not None and not _is_unknown(lift, result, node):
             continue
-        looks_so = name in _NORMS or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
-        if not looks_so or (not out.dim() and name not in _NORMS) or not _is_adapted(lift, value.expr):
+        # Of all squares, or of some that are neither a row's nor a column's.
+        of_squares = value.squared and name in ("sum", "mean") and not _is_vector_of(out.shape, before.shape)
+        is_norm = name in _NORMS or of_squares
+        looks_so = is_norm or _is_vector_of(out.shape, before.shape) or _is_named_a_norm(node)
+        scalar = not out.dim() and not is_norm and not _is_named_a_norm(node)
+        if not looks_so or scalar or not _is_adapted(lift, value.expr):
             continue
-        if name in _NORMS:
+        if is_norm:
             return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
-        what = f"operator {operator_name(node)} at {_at(node)} {does} the adapted weight"
+        what = f"{operator_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
     return _norm_of_unknown(lift, node) if name in _NORMS else None
 
@@ -266,22 +263,33 @@ def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
     if not is_behind(lift, hidden, added=False, near=0):
         return None
     return Reason(
-        f"operator {operator_name(hidden)} at {_at(hidden)} stands between the low-rank product and the norm at {_at(node)}",
+        f"{operator_at(hidden)} stands between the low-rank product and the norm at {_at(node)}",
         hidden,
         kind=ReasonKind.HIDDEN_DELTA,
     )
 
 
-def _is_unknown(lift: Lifter, made: Value, node: fx.Node) -> bool:
+def _moved(lift: Lifter, node: fx.Node) -> fx.Node:
+    """What a value is a view or cast of, as far as the lifter knows no term of it."""
+    while canonical_name(node) in _MOVES and node.op in ("call_function", "call_method") and node.all_input_nodes:
+        value = lift.value(node)
+        if isinstance(value, MatrixValue) and not _is_unknown(lift, value, node):
+            break
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_unknown(lift: Lifter, value: Value, node: fx.Node) -> bool:
     """Whether a node's value is an indeterminate that stands for the node."""
     return any(
-        lift.atom_of(a).node is node for a in (made.expr if isinstance(made, MatrixValue) else made.poly).atoms()
+        lift.atom_of(a).node is node for a in (value.expr if isinstance(value, MatrixValue) else value.poly).atoms()
     )
 
 
 def _is_named_a_norm(node: fx.Node) -> bool:
-    """An operator that normalises, and gives back a matrix; or a power of the weight, the first half of a norm of another order."""
-    return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine"))
+    """Whether an operator's name is that of one that normalises and returns a matrix, or a power, the first step of a norm of another
+    order."""
+    return canonical_name(node) == "pow" or any(part in operator_name(node) for part in ("norm", "cosine", "dot"))
 
 
 def _rootless_squares(lift: Lifter) -> set[int]:
@@ -304,11 +312,10 @@ def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | N
     if isinstance(value, VectorValue) and _of_norms(lift, value.poly):
         return None
     for argument in node.all_input_nodes:
-        made = lift.values.get(argument)
-        if isinstance(made, VectorValue) and any(atom.id in rootless for atom in made.poly.atoms()):
-            what = f"operator {operator_name(node)} at {_at(node)}"
+        operand = lift.values.get(argument)
+        if isinstance(operand, VectorValue) and any(atom.id in rootless for atom in operand.poly.atoms()):
             return Reason(
-                f"{what} reads the sum of squares of the adapted weight before its root is taken",
+                f"{operator_at(node)} reads the sum of squares of the adapted weight before its root is taken",
                 node,
                 kind=ReasonKind.SQUARES_READ,
             )
@@ -332,8 +339,8 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
     total, inputs = tensor_of(source), source.all_input_nodes
     if canonical_name(source) not in ("add", "sub") or total is None or total.dim() < 3 or len(inputs) != 2:
         return None
-    wanted = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
-    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == wanted]
+    shape = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
+    sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == shape]
     weights = [n for n, t in sides if t.dim() == 2 and _is_leaf(n)]
     products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
     if not weights or not products:
@@ -364,8 +371,9 @@ def _is_product(node: fx.Node) -> bool:
 
 def _what_norm(node: fx.Node, operand: torch.Tensor) -> str:
     order_name = "p" if "p" in node.kwargs else "ord"
-    args = arguments(node, "input", order_name, "dim")
-    order = args.get(order_name)
+    of_squares = canonical_name(node) not in _NORMS
+    args = arguments(node, "input", "dim") if of_squares else arguments(node, "input", order_name, "dim")
+    order = None if of_squares else args.get(order_name)
     if order not in (None, 2, 2.0, "fro"):
         return f"the norm at {_at(node)} is of order {order}: DoRA's is the 2-norm"
     if args.get("dim") is None or operand.dim() == 2:

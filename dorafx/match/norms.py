@@ -7,20 +7,18 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from dorafx.graphs.provenance import source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, AtomInfo, Diag, Expr, Lifter, Mat
 from dorafx.lift.algebra import Chain, Mono, is_ones
+from dorafx.log.kinds import ReasonKind
 
-from .near_misses import Reason, ReasonKind, described, hidden_delta, unknown_delta, vanished
-
-__all__ = ["LowRank", "NormFactors", "Reason", "source_of", "split_norm"]
+from .near_misses import Reason, described, hidden_delta, unknown_delta, vanished
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``. Of a column times a
-    row, ``D(column)·𝟙·D(row)``, each side has the matrix of ones, as a column and as a row of them."""
+    """One chain of the delta, cut at its smallest inner dimension: ``coefficient · scalars · left · right``. In a column times
+    a row, ``D(column)·𝟙·D(row)``, both sides include the matrix of ones: the left as a column of ones, the right as a row."""
 
     coefficient: float
     scalars: Mono
@@ -62,13 +60,16 @@ class NormFactors:
 
 
 def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
-    node = lift.atom_of(mat.atom).node
+    info = lift.atom_of(mat.atom)
+    if info.kind == "selection":
+        return (info.rows[1], sum(info.rows)) if mat.transposed else (sum(info.rows), info.rows[1])
+    node = info.node
     tensor = tensor_of(node)
     if tensor is None or not all(isinstance(s, int) for s in tensor.shape):
         return None
     if tensor.dim() < 2:
         return None
-    cut = 1 if lift.atom_of(mat.atom).kind == "filter" else tensor.dim() - 1
+    cut = 1 if info.kind == "filter" else tensor.dim() - 1
     if cut > 1 and not lift.is_weight(mat.atom):
         return None  # activations
     rows, cols = (math.prod(int(s) for s in part) for part in (tensor.shape[:cut], tensor.shape[cut:]))
@@ -117,8 +118,13 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
             dense.append((chain, c))
             continue
         if len(mats) < 2:
-            made = _made(lift, [chain], scalars)
-            what = f" ({made})" if made else ""
+            # A number before a delta is not what is wrong with it.
+            alone: list[Chain] = [part for (_, part), _ in expr.items if len(part) == 1]
+            hidden = hidden_delta(lift, info, [chain]) or unknown_delta(lift, alone)
+            if hidden is not None and len(chain) == 1:
+                return hidden
+            operands = _operand_names(lift, [chain], scalars)
+            what = f" ({operands})" if operands else ""
             return Reason(
                 f"the norm's operand has a scaled or diagonal part{what} besides the weight",
                 _site(info),
@@ -136,8 +142,8 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         hidden = hidden_delta(lift, info, chains)
         return hidden or (unknown_delta(lift, chains) if lift.is_made_of_weights(expr) else None)
     if len(dense) != 1:
-        made = _made(lift, [chain for chain, _ in dense])
-        what = f"{len(dense)} dense matrices ({made})" if dense else "no dense weight"
+        operands = _operand_names(lift, [chain for chain, _ in dense])
+        what = f"{len(dense)} dense matrices ({operands})" if dense else "no dense weight"
         return Reason(
             f"the norm is of a sum with {what} beside the low-rank product; one is supported",
             _site(info),
@@ -158,7 +164,7 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     return NormFactors(atom, info, mat, c, tuple(delta), *size)
 
 
-def _made(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
+def _operand_names(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:
     """What chains are made of: the graph's inputs by name, everything else with its operator and where it is computed."""
     atoms = [
         atom for chain in chains for f in chain for atom in ([f.atom] if isinstance(f, Mat) else [a for a, _ in f.mono])
@@ -171,7 +177,7 @@ def _cut(lift: Lifter, chain: Chain, c: float, scalars: Mono) -> LowRank | None:
     """Cut a chain where its inner dimension is smallest."""
     last = chain[-1]
     if is_ones(last):
-        return None  # how many columns it has no term remembers
+        return None  # terms do not record how many columns it has
     best: tuple[int, int] | None = None
     positions = [i for i, f in enumerate(chain) if isinstance(f, Mat)]
     for i in positions[:-1]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from torch import fx
 
 from dorafx.errors import DorafxError
+from dorafx.log.kinds import ReasonKind
 
 from .composition import Candidate, Match
-from .emission import Emit
-from .norms import Reason
+from .emission import CompositionPlan, Emit
+from .near_misses import Reason
 
-__all__ = ["Form", "forms", "pattern"]
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
 class Form(Protocol):
@@ -32,8 +35,8 @@ class Form(Protocol):
         """A :class:`Match`, or a :class:`Reason` that says what differs."""
         ...
 
-    def rewrite(self, match: Match, emit: Emit) -> fx.Node:
-        """The node that replaces a match, made by the emitter."""
+    def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
+        """The node that replaces a match, made by the emitter as the plan has it."""
         ...
 
 
@@ -80,3 +83,14 @@ def forms() -> dict[str, Form]:
     import dorafx.patterns  # noqa: F401  (registers the built-in forms)
 
     return dict(_FORMS)
+
+
+def check_form(form: Form, candidate: Candidate) -> Match | Reason:
+    """What a form says; that it failed, where it does, which costs neither the other forms nor the other layers of the graph anything."""
+    try:
+        return form.check(candidate)
+    except Exception as error:
+        _logger.debug("%s failed at %s", form.name, candidate.node.format_node(), exc_info=error)
+        message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+        what = f"the form {form.name!r} failed in its check ({message})"
+        return Reason(what, candidate.node, kind=ReasonKind.FORM_FAILED)

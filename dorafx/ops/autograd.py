@@ -10,29 +10,12 @@ from dorafx._compat.autograd import below_autograd, forward_mode, save_for_backw
 
 from . import composition, dispatch, layout, linear
 
-__all__ = [
-    "CastLinear",
-    "Compose",
-    "DoraLinear",
-    "RowNorm",
-    "cast_linear",
-    "compose",
-    "compose_delta",
-    "compose_delta_into",
-    "compose_into",
-    "dora_linear",
-    "records_gradients",
-    "refuse_forward_mode",
-    "refuse_second_derivative",
-    "row_norm",
-]
-
 
 def refuse_second_derivative(operator: str) -> None:
-    """Called in a backward: gradients are recorded there exactly when the caller passed ``create_graph=True``.
+    """To be called in a backward, where gradients are recorded only if the caller passed ``create_graph=True``.
 
     Raises:
-        RuntimeError: always in that case. A silent zero would be wrong, and training DoRA needs no second derivatives.
+        RuntimeError: ``create_graph=True``. A silent zero would be wrong, and training DoRA needs no second derivatives.
     """
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -42,7 +25,7 @@ def refuse_second_derivative(operator: str) -> None:
 
 
 def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
-    """Called where tangents would be lost, or refused by torch with an error that names none of this.
+    """To be called where forward-mode tangents would be lost, or where torch's own error would not say why.
 
     Raises:
         RuntimeError: a tensor carries a tangent.
@@ -57,7 +40,7 @@ def refuse_forward_mode(operator: str, *tensors: torch.Tensor | None) -> None:
 
 
 def records_gradients(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd records what an operator does with these. In inference mode it does not, also below ``enable_grad()``."""
+    """Whether autograd records an operator on these tensors. Never in inference mode, even under ``enable_grad()``."""
     recorded = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     return recorded and any(t is not None and t.requires_grad for t in tensors)
 
@@ -97,7 +80,7 @@ def row_norm(
 
 
 def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
-    """Whether to call the operator that is one kernel.
+    """Whether to call the opaque operator that is one fused kernel.
 
     Raises:
         ValueError: an unknown kernel.
@@ -106,15 +89,15 @@ def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
         raise ValueError(f"compose: unknown kernel {kernel!r}; allowed are {', '.join(map(repr, composition.KERNELS))}")
     if kernel == "triton":
         return True
-    # A compiler traces with fake and functional tensors, which are subclasses: it is to see ATen calls.
+    # Fake and functional tensors are subclasses. A compiler that traces with them should see ATen calls.
     present = [t for t in tensors if t is not None]
     plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in present)
     return plain and dispatch.runs_kernels(present[0].device, *(t.dtype for t in present))
 
 
 class Compose(torch.autograd.Function):
-    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor where
-    g is trained, none where it is not."""
+    """``g ⊙ (base + s·lora) + bias``, or ``result + (g - 1) ⊙ base + g ⊙ s·lora``. Saves one ``[tokens, d_out]`` tensor if g is
+    trained, and none otherwise."""
 
     @staticmethod
     def forward(
@@ -133,7 +116,7 @@ class Compose(torch.autograd.Function):
         y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
         y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
-            # The two products exist anyway, so that saving both of them looks cheap to the partitioner.
+            # Marked as saved, since saving both products instead looks cheap to the partitioner: they exist anyway.
             save_for_backward(total)
         else:
             total = base if ctx.needs_input_grad[3] else None
@@ -150,57 +133,55 @@ class Compose(torch.autograd.Function):
         needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
         d_result = grad.to(ctx.dtypes[0]) if needs_result else None
         needs = (needs_base, needs_lora, needs_bias)
-        of_base, of_lora, of_bias = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
+        base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
-        found = backward(grad, g, total, ctx.scale, ctx.delta, of_base, of_lora, needs_g, of_bias, ctx.bias_shape)
-        wanted = (needs_base, needs_lora, needs_g, needs_bias)
-        return (d_result, *(d if want else None for d, want in zip(found, wanted)), None, None, None)
+        gradients = backward(
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape
+        )
+        needed = (needs_base, needs_lora, needs_g, needs_bias)
+        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)
 
 
 def compose(
     base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
-    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout that :mod:`dorafx.ops.layout` gives.
+    """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout of :mod:`dorafx.ops.layout`.
 
     Raises:
         ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
         RuntimeError: forward-mode differentiation.
     """
-    inputs = (base, lora, g, bias)
-    composition.check_compose(None, *inputs)
-    fused = _fused(kernel, *inputs)
-    recorded = records_gradients(*inputs)
-    if fused or recorded:
-        refuse_forward_mode("compose", *inputs)
-    if recorded:
-        return Compose.apply(None, *inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
-    if fused:
-        return torch.ops.dorafx.compose_forward.default(None, *inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return layout.settled(composition.compose_math(*inputs, scale, out_dtype), *inputs)
+    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel)
 
 
 def compose_delta(
     result: Any, base: Any, lora: Any, g: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
     """``torch.ops.dorafx.compose_delta``: ``result + (g - 1) ⊙ base + g ⊙ s·lora``, otherwise as :func:`compose`."""
-    inputs = (result, base, lora, g)
-    composition.check_compose(*inputs, None)
+    return _composed("compose_delta", (result, base, lora, g, None), scale, out_dtype, kernel)
+
+
+def _composed(
+    operator: str, inputs: tuple[Any, Any, Any, Any, Any], scale: float, out_dtype: torch.dtype, kernel: str
+) -> torch.Tensor:
+    composition.check_compose(*inputs)
     fused = _fused(kernel, *inputs)
     recorded = records_gradients(*inputs)
     if fused or recorded:
-        refuse_forward_mode("compose_delta", *inputs)
+        refuse_forward_mode(operator, *inputs)
     if recorded:
-        return Compose.apply(*inputs, None, scale, out_dtype, fused)  # type: ignore[no-any-return]
+        return Compose.apply(*inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
-        return torch.ops.dorafx.compose_forward.default(*inputs, None, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    return layout.settled(composition.delta_math(*inputs, scale, out_dtype), *inputs)
+        return torch.ops.dorafx.compose_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
+    y, _ = composition.forward_math(*inputs, scale, out_dtype, None)
+    return layout.settled(y, *inputs)
 
 
 def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
     """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
 
     Raises:
-        RuntimeError: gradients are recorded, for which ``base`` would be needed; or see :func:`dorafx.ops.composition.check_overwritten`.
+        RuntimeError: gradients are recorded, which need the old ``base``; or see :func:`dorafx.ops.composition.check_overwritten`.
         ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_overwritten`.
     """
     _refuse_recording("compose_", base, lora, g, bias)
@@ -218,26 +199,26 @@ def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) 
 
 
 class DoraLinear(torch.autograd.Function):
-    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves ``x·Wᵀ + s·h·Bᵀ`` where g is trained, and what plain LoRA saves."""
+    """``g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``. Saves what plain LoRA saves, and ``x·Wᵀ + s·h·Bᵀ`` if g is trained."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype
     ) -> torch.Tensor:
-        of_x, of_weight, of_h, of_left, of_g, of_bias = ctx.needs_input_grad[:6]
-        kept = composition.kept_dtype(x, h, out_dtype) if of_g else None
+        needs_x, needs_weight, needs_h, needs_left, needs_g, needs_bias = ctx.needs_input_grad[:6]
+        kept = composition.kept_dtype(x, h, out_dtype) if needs_g else None
         y, total = torch.ops.dorafx.dora_linear_forward.default(x, weight, h, left, g, bias, scale, out_dtype, kept)
         ctx.save_for_backward(
             g,
-            total if of_g else None,
-            x if of_weight else None,
-            weight if of_x else None,
-            h if of_left else None,
-            left if of_h else None,
+            total if needs_g else None,
+            x if needs_weight else None,
+            weight if needs_x else None,
+            h if needs_left else None,
+            left if needs_h else None,
         )
-        ctx.scale, ctx.bias_dtype = scale, bias.dtype if of_bias else None
-        ctx.base_dtype = x.dtype if of_x or of_weight else None
-        ctx.lora_dtype = h.dtype if of_h or of_left else None
+        ctx.scale, ctx.bias_dtype = scale, bias.dtype if needs_bias else None
+        ctx.base_dtype = x.dtype if needs_x or needs_weight else None
+        ctx.lora_dtype = h.dtype if needs_h or needs_left else None
         return y  # type: ignore[no-any-return]
 
     @staticmethod
@@ -273,12 +254,12 @@ def dora_linear(
 
 
 class CastLinear(torch.autograd.Function):
-    """``x·Wᵀ`` with ``W`` cast to the dtype of ``x``. Saves ``W``, where autograd would keep the cast copy."""
+    """``x·Wᵀ`` with ``W`` cast to the dtype of ``x``. Saves ``W`` itself; autograd would save the cast copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, weight: Any) -> torch.Tensor:
-        of_x, of_weight = ctx.needs_input_grad
-        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
         ctx.weight_dtype = weight.dtype
         return linear.cast_linear_math(x, weight)
 
@@ -286,7 +267,7 @@ class CastLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_second_derivative("cast_linear")
         x, weight = ctx.saved_tensors
-        # An operator of its own: a partitioner that sees a cast in it would take it for the forward's, and keep the copy.
+        # An opaque operator: if the partitioner saw the cast, it would reuse the forward's, and so save the cast copy.
         d_x = None if weight is None else torch.ops.dorafx.cast_linear_backward.default(grad, weight)
         d_weight = None if x is None else (linear.rows(grad).mT @ linear.rows(x)).to(ctx.weight_dtype)
         return d_x, d_weight

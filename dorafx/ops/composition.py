@@ -1,9 +1,9 @@
 """The composition ``y = g ⊙ (base + s·lora) + bias`` and its delta form, with gradients that save one activation.
 
-The arithmetic is fp32 (fp64 for fp64) with one rounding at the end: near ``g = 1`` in half precision that is at least
-as accurate as adding ``(g - 1)·base`` separately, since nothing is rounded before the sum. Each forward and backward is
-a handful of pointwise ATen calls, so Inductor fuses it into what stands before and behind; or, where the program is run
-eagerly on a CUDA device or the plan says so, one operator call that is one Triton kernel.
+The arithmetic is fp32 (fp64 for fp64) with one rounding at the end. Near ``g = 1`` in half precision that is at least as accurate
+as adding ``(g - 1)·base`` separately, since nothing is rounded before the sum. Each forward and backward is a handful of pointwise
+ATen calls, which Inductor fuses with their neighbours. In eager programs on a CUDA device, and where the plan says so, it is one
+operator call that runs one Triton kernel.
 """
 
 from __future__ import annotations
@@ -16,22 +16,10 @@ from dorafx._compat.tensors import is_known
 
 from . import layout
 
-__all__ = [
-    "KERNELS",
-    "backward_math",
-    "check_compose",
-    "check_compose_backward",
-    "check_overwritten",
-    "compose_math",
-    "delta_math",
-    "forward_math",
-    "kept_dtype",
-]
-
 KERNELS = ("auto", "triton")
-"""How a composition is computed: ``"auto"`` is ATen calls wherever a compiler looks on, and the fused kernel where a CUDA
-tensor is at hand; ``"triton"`` is the fused kernel in compiled programs too. What the kernel does not serve (a CPU, fp64,
-shapes that broadcast) is ATen calls."""
+"""How a composition is computed. ``"auto"``: ATen calls while a compiler traces, the fused kernel for CUDA tensors otherwise.
+``"triton"``: the fused kernel in compiled programs too. What the kernel does not support (a CPU, fp64, shapes that broadcast) is
+computed by ATen calls."""
 
 
 def check_compose(
@@ -41,16 +29,16 @@ def check_compose(
     g: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> tuple[int, ...]:
-    """The shape of a composition: that to which its operands broadcast.
+    """The shape of a composition, to which its operands broadcast.
 
     Raises:
-        ValueError: operands that do not broadcast, or lie on several devices.
+        ValueError: operands that do not broadcast together, or are on several devices.
     """
     activations = [t for t in (result, base, lora) if t is not None]
     vectors = [t for t in (g, bias) if t is not None]
     if result is not None and lora is None:
         raise ValueError("compose: the delta form has a low-rank term; got none")
-    # A scalar may lie on the CPU, as ATen has it.
+    # A scalar may be on the CPU, as in ATen.
     if any(t.device != base.device and (t.dim() > 0 or t.device.type != "cpu") for t in (*activations, *vectors)):
         devices = ", ".join(str(t.device) for t in (*activations, *vectors))
         raise ValueError(f"compose's operands are on {devices}; one device is needed")
@@ -68,7 +56,7 @@ def check_compose(
 
 
 def check_overwritten(tensor: torch.Tensor, shape: Sequence[int]) -> None:
-    """Raise what stands against writing a composition of this shape into a tensor.
+    """Check that a composition of this shape can be written into a tensor.
 
     Raises:
         ValueError: the tensor has another shape.
@@ -83,10 +71,10 @@ def check_overwritten(tensor: torch.Tensor, shape: Sequence[int]) -> None:
 def check_compose_backward(
     grad: torch.Tensor, g: torch.Tensor, total: torch.Tensor | None, needs_g: bool, bias_shape: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """The shape of the bias, which is ``[d_out]`` where none is given.
+    """The shape of the bias; ``[d_out]`` if ``bias_shape`` is None.
 
     Raises:
-        ValueError: shapes that do not belong to one composition, or no sum where g needs a gradient.
+        ValueError: shapes that do not belong to one composition, or no ``total`` although g needs a gradient.
     """
     if needs_g and total is None:
         raise ValueError("compose_backward: the gradient of g takes the sum that the forward kept; got none")
@@ -105,6 +93,23 @@ def check_compose_backward(
     return bias
 
 
+def gradient_buffers(
+    grad: torch.Tensor,
+    g: torch.Tensor | None,
+    bias_shape: Sequence[int],
+    base_dtype: torch.dtype | None,
+    lora_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """New tensors for the gradients of base, lora, g and bias; None for each that is not needed (no dtype, no ``g``)."""
+    d_base, d_lora = (
+        None if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
+        for d in (base_dtype, lora_dtype)
+    )
+    d_bias = None if bias_dtype is None else grad.new_empty(bias_shape, dtype=bias_dtype)
+    return d_base, d_lora, None if g is None else g.new_empty(g.shape), d_bias
+
+
 def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32
@@ -117,9 +122,9 @@ def _sum(base: torch.Tensor, lora: torch.Tensor | None, scale: float, wide: torc
 
 
 def kept_dtype(base: torch.Tensor, lora: torch.Tensor, out_dtype: torch.dtype) -> torch.dtype:
-    """What the backward keeps for the gradient of g: the sum in the widest dtype of those it is made for. Where the
-    magnitude is trained in fp32 around half-precision products (fp32 adapters, or autocast, which hides them), a sum
-    rounded to half precision made that gradient's error 1.07 times the original's."""
+    """The dtype in which the sum is kept for the gradient of g: the widest of the operands' and the result's. With a magnitude in
+    fp32 and products in half precision (fp32 adapters, or autocast, where the dtypes do not show it), a sum that was rounded to half
+    precision made the error of that gradient 1.07 times the original's."""
     device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return _wide(out_dtype, base, lora)
@@ -135,7 +140,7 @@ def compose_math(
     out_dtype: torch.dtype,
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The composition's value. ``total``: the sum in the widest dtype, where it is at hand."""
+    """The composition's value. ``total``: ``base + s·lora`` in the widest dtype, if it is computed already."""
     wide = _wide(out_dtype, base, lora)
     y = (_sum(base, lora, scale, wide) if total is None else total) * g.to(wide)
     if bias is not None:
@@ -152,8 +157,8 @@ def delta_math(
     out_dtype: torch.dtype,
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The delta form's value, as ``result + (g - 1)·(base + s·lora) + s·lora``: made of the sum that its backward keeps, and
-    as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
+    """The delta form's value, computed as ``result + (g - 1)·(base + s·lora) + s·lora``. This uses the sum that its backward keeps,
+    and is as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
     wide = _wide(out_dtype, result, base, lora)
     total = _sum(base, lora, scale, wide) if total is None else total.to(wide)
     return (result.to(wide) + ((g.to(wide) - 1) * total + lora.to(wide) * scale)).to(out_dtype)
@@ -170,12 +175,12 @@ def forward_math(
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None where it is not kept."""
+    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None if it is not kept."""
     whole = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora))
     total = None if whole is None or kept is None else whole.to(kept)
     dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
     if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
-        # Nothing is rounded on the way, so no temporary is needed.
+        # All of one wide dtype: nothing is rounded in between, so no temporary is needed.
         into = base if lora is None else base.add_(lora, alpha=scale)
         into.mul_(g)
         return into if bias is None else into.add_(bias), total
@@ -188,8 +193,8 @@ def forward_math(
 
 
 def _sum_to(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The sum over what was broadcast, as a gradient of an operand of this shape."""
-    # Not by way of ``flatten``, for which vmap has no rule (``is_grads_batched``).
+    """The gradient of an operand of this shape: summed over the dimensions along which it was broadcast."""
+    # Without ``flatten``: vmap (``is_grads_batched``) has no rule for it.
     lead = values.dim() - len(shape)
     spread = [lead + i for i, n in enumerate(shape) if is_known(n == 1) and not is_known(values.shape[lead + i] == 1)]
     if spread:
@@ -209,8 +214,8 @@ def backward_math(
     bias_dtype: torch.dtype | None,
     bias_shape: Sequence[int],
 ) -> tuple[torch.Tensor | None, ...]:
-    """Gradients of base, lora, g and bias; None where there is no dtype for them. Those of base and lora have the gradient's
-    shape, also where these were broadcast."""
+    """Gradients of base, lora, g and bias; None where the dtype is None. Those of base and lora have the shape of ``grad`` even if
+    the operand was broadcast."""
     wide = _wide(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
@@ -223,8 +228,8 @@ def backward_math(
         d_lora = None if lora_dtype is None else (scaled * scale).to(lora_dtype)
     if needs_g:
         assert total is not None
-        # The product promotes, and exactly. A cast back would be one with the marked cast that rounded the sum to Inductor of torch 2.11,
-        # which leaves nothing to save but both products.
+        # The product promotes ``total``, without rounding. A cast here instead would undo, for Inductor of torch 2.11, the forward's
+        # cast of the sum, which is marked as saved; it would then save both products.
         d_g = _sum_to(dy * total, g.shape).to(g.dtype)
     if bias_dtype is not None:
         d_bias = layout.owned(_sum_to(dy, bias_shape).to(bias_dtype), grad)

@@ -9,20 +9,8 @@ from typing import Any
 
 import torch
 
+from dorafx._compat.autograd import below_autocast
 from dorafx.ops import composition, layout, linear, norm, quantized
-
-__all__ = [
-    "available",
-    "being_captured",
-    "compose_backward",
-    "compose_forward",
-    "dora_linear_forward",
-    "row_norm",
-    "row_norm_quantized",
-    "row_norms",
-    "runs_kernels",
-    "takes",
-]
 
 _DEVICES = ("cuda",)
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,7 +28,7 @@ def available() -> bool:
 
 
 def takes(*tensors: torch.Tensor) -> bool:
-    """Whether the kernel serves these operands: it accumulates in fp32, and a launch needs at least one element."""
+    """Whether the norm kernels take these operands: they accumulate in fp32, so not fp64, and a launch needs at least one element."""
     return available() and all(t.dtype != torch.float64 and t.numel() > 0 for t in tensors)
 
 
@@ -69,7 +57,7 @@ def row_norms(
     squares: Sequence[torch.Tensor | None],
     factor_dtype: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """See :func:`dorafx.ops.norm.row_norms`; what has one shape, dtypes and strides is launched together."""
+    """See :func:`dorafx.ops.norm.row_norms`; norms of equal shapes, dtypes and strides are launched together."""
     norm.check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
     operands = list(zip(weights, lefts, rights))
     if algorithm not in ("auto", "tiled") or not available():
@@ -80,10 +68,10 @@ def row_norms(
     norms: list[Any] = [None] * len(operands)
     for members in groups.values():
         if takes(*operands[members[0]]):
-            found = _launched([operands[i] for i in members], scales[members[0]], factor_dtype)
+            results = _launched([operands[i] for i in members], scales[members[0]], factor_dtype)
         else:
-            found = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
-        for i, value in zip(members, found):
+            results = [norm.row_norm(*operands[i], scales[i], algorithm) for i in members]
+        for i, value in zip(members, results):
             norms[i] = value
     return norms
 
@@ -91,50 +79,43 @@ def row_norms(
 def _launched(
     group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], scale: float, factor_dtype: torch.dtype | None
 ) -> list[torch.Tensor]:
-    """The norms of one :func:`group_key`, in as few launches as they take; one after the other where memory runs out.
+    """The norms of one :func:`group_key` in as few launches as possible; one by one after running out of memory.
 
-    While a CUDA graph is captured the launches are those of any other call, so that nothing is compiled or loaded then."""
+    The launches are the same while a CUDA graph is being captured, so nothing has to be compiled or loaded during a capture."""
     from dorafx.ops.triton.row_norm import launch_group
 
     def compute(shrink: int) -> list[torch.Tensor]:
         if shrink == 1:
             return launch_group(group, scale, operand=factor_dtype)
-        # Where d_in is not divided, there are no partial sums either.
+        # Not dividing d_in also saves the buffer of partial sums.
         return [launch_group([operands], scale, 1, operand=factor_dtype)[0] for operands in group]
 
     return norm.with_less_memory(compute)
 
 
 def row_norm_quantized(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: quantized.Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.quantized.row_norm_quantized`."""
     norm.check_factor_dtype(factor_dtype)
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     if available() and takes(left, right):
         from dorafx.ops.triton.quantized import launch, serves
 
         if serves(weight):
-            # As above: undivided, without partial sums.
+            # As above: the retry does not divide d_in, which saves the partial sums.
             return norm.with_less_memory(
                 lambda shrink: launch(weight, left, right, scale, None if shrink == 1 else 1, operand=factor_dtype)
             )
-    return quantized.row_norm_quantized(packed, scales, zeros, left, right, scale, format, shape, group, dtype)
+    return quantized.row_norm_quantized(weight, left, right, scale)
 
 
 def group_key(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Any, ...]:
-    """Equal for norms that are launched together."""
+    """A key that is equal for norms that can be launched together."""
     return scale, tensors[0].device, *((t.dtype, t.shape, t.stride(), t.data_ptr() % 16 == 0) for t in tensors)
 
 
@@ -179,11 +160,11 @@ def compose_forward(
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The composition, and ``base + s·lora`` in the dtype ``kept``, which is empty where that is None; new tensors, in the
-    layouts that :mod:`dorafx.ops.layout` gives.
+    """The composition, and ``base + s·lora`` in the dtype ``kept`` (an empty tensor if ``kept`` is None). Both are new tensors in
+    the layouts of :mod:`dorafx.ops.layout`.
 
     Args:
-        into: ``base`` or ``result`` itself, to be overwritten by the composition; its dtype is ``out_dtype`` then.
+        into: ``base`` or ``result`` itself, to overwrite it with the composition; its dtype must be ``out_dtype``.
 
     Raises:
         ValueError, RuntimeError: see :func:`dorafx.ops.composition.check_compose` and
@@ -197,13 +178,15 @@ def compose_forward(
         y, total = composition.forward_math(*operands, scale, out_dtype, kept, into)
         if into is None:
             y = layout.settled(y, *operands)
-        return y, base.new_empty(0) if total is None else layout.settled(layout.owned(total, base), base, lora)
+        if total is not None:
+            total = layout.settled(layout.owned(total, base), base, lora)
+        return y, layout.present(total, base)
     from dorafx.ops.triton.compose import launch_forward
 
     y = layout.empty(shape, *operands, dtype=out_dtype, device=base.device) if into is None else into
     total = None if kept is None else layout.empty(shape, base, lora, dtype=kept, device=base.device)
     launch_forward(result, base, lora, g, bias, scale, y, total)
-    return y, base.new_empty(0) if total is None else total
+    return y, layout.present(total, base)
 
 
 def compose_backward(
@@ -218,8 +201,9 @@ def compose_backward(
     bias_dtype: torch.dtype | None,
     bias_shape: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of base, lora, g and bias: new tensors, empty where they are not needed (no dtype). Those of base and lora have
-    the shape and layout of ``grad``, also where these were broadcast; those of g and bias are contiguous.
+    """Gradients of base, lora, g and bias as new tensors; an empty tensor for each that is not needed (its dtype is None). The
+    gradients of base and lora have the shape and layout of ``grad`` even if the operand was broadcast; those of g and bias are
+    contiguous.
 
     Args:
         bias_shape: that of the bias; ``[d_out]`` where it is None.
@@ -230,22 +214,17 @@ def compose_backward(
     bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
     dtypes = (base_dtype, lora_dtype, bias_dtype)
     if not _served([grad, total], [g], *dtypes) or (bias_dtype is not None and bias != grad.shape[-1:]):
-        found = composition.backward_math(
+        gradients = composition.backward_math(
             grad, g, total, scale, delta, base_dtype, lora_dtype, needs_g, bias_dtype, bias
         )
-        d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in found[:2])
-        d_g, d_bias = (None if t is None else layout.settled(t) for t in found[2:])
-        return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
-    from dorafx.ops.triton.compose import launch_backward
+        d_base, d_lora = (None if t is None else layout.settled(t, grad) for t in gradients[:2])
+        d_g, d_bias = (None if t is None else layout.settled(t) for t in gradients[2:])
+    else:
+        from dorafx.ops.triton.compose import launch_backward
 
-    d_base, d_lora = (
-        None if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
-        for d in (base_dtype, lora_dtype)
-    )
-    d_g = g.new_empty(g.shape) if needs_g else None
-    d_bias = None if bias_dtype is None else g.new_empty(bias, dtype=bias_dtype)
-    launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
-    return tuple(grad.new_empty(0) if t is None else t for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
+        d_base, d_lora, d_g, d_bias = composition.gradient_buffers(grad, g if needs_g else None, bias, *dtypes)
+        launch_backward(grad, g, total if needs_g else None, scale, delta, d_base, d_lora, d_g, d_bias)
+    return tuple(layout.present(t, grad) for t in (d_base, d_lora, d_g, d_bias))  # type: ignore[return-value]
 
 
 def dora_linear_forward(
@@ -259,19 +238,21 @@ def dora_linear_forward(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept``, which is empty where that is None; both contiguous.
+    """A DoRA linear, and ``x·Wᵀ + s·h·Bᵀ`` in the dtype ``kept`` (an empty tensor if ``kept`` is None); both contiguous.
 
     Raises:
         ValueError, TypeError: see :func:`dorafx.ops.linear.check_linear`.
     """
     linear.check_linear(x, weight, h, left, g, bias)
     if not _served_linear((x, weight, h, left), (g, bias), out_dtype, kept):
-        y, total = linear.linear_math(x, weight, h, left, g, bias, scale, out_dtype, kept)
-        return layout.settled(y), x.new_empty(0) if total is None else layout.settled(total)
+        with below_autocast():
+            base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
+        y, total = composition.forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
+        return layout.settled(y), layout.present(None if total is None else layout.settled(total), x)
     from dorafx.ops.triton.linear import launch
 
     shape = (*x.shape[:-1], left.shape[0])
     y = x.new_empty(shape, dtype=out_dtype)
     total = None if kept is None else x.new_empty(shape, dtype=kept)
     launch(x, weight, h, left, g, bias, scale, y, total)
-    return y, x.new_empty(0) if total is None else total
+    return y, layout.present(total, x)

@@ -1,5 +1,5 @@
-"""Linears with gradients of their own: one that ends in a composition, ``y = g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``, as one operator, and
-one whose weight has a lower precision than its input.
+"""Linears with custom gradients: ``y = g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias``, a linear and its composition as one operator; and a linear
+whose weight has a lower precision than its input.
 """
 
 from __future__ import annotations
@@ -12,22 +12,12 @@ import torch
 from dorafx._compat.autograd import below_autocast
 
 from . import layout
-from .composition import forward_math
-
-__all__ = [
-    "cast_linear_backward",
-    "cast_linear_math",
-    "check_cast_linear",
-    "check_linear",
-    "linear_math",
-    "rows",
-]
 
 _LINEAR_OPERANDS = ("x", "weight", "h", "left", "g")
 
 
 def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> None:
-    """Raise what is wrong with the operands of a DoRA linear.
+    """Check the operands of a DoRA linear.
 
     Raises:
         ValueError: shapes that do not fit together, or several devices.
@@ -58,25 +48,8 @@ def check_linear(x: Any, weight: Any, h: Any, left: Any, g: Any, bias: Any) -> N
         )
 
 
-def linear_math(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    left: torch.Tensor,
-    g: torch.Tensor,
-    bias: torch.Tensor | None,
-    scale: float,
-    out_dtype: torch.dtype,
-    kept: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.dispatch.dora_linear_forward`; the sum is None where it is not kept."""
-    with below_autocast():
-        base, lora = torch.nn.functional.linear(x, weight), torch.nn.functional.linear(h, left)
-    return forward_math(None, base, lora, g, bias, scale, out_dtype, kept)
-
-
 def rows(values: torch.Tensor) -> torch.Tensor:
-    """``[.., d]`` as ``[tokens, d]``. Not by ``flatten``, for which vmap has no rule (``is_grads_batched``)."""
+    """``[.., d]`` as ``[tokens, d]``. Without ``flatten``: vmap (``is_grads_batched``) has no rule for it."""
     return values.reshape(math.prod(values.shape[:-1]), values.shape[-1])
 
 
@@ -86,7 +59,7 @@ def cast_linear_math(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def check_cast_linear(x: torch.Tensor, weight: torch.Tensor, backward: bool = False) -> None:
-    """Raise what is wrong with the operands of a linear whose weight is cast, or of its backward, where ``x`` is the gradient.
+    """Check the operands of a linear whose weight is cast, or of its backward, where ``x`` is the gradient.
 
     Raises:
         ValueError: shapes or devices that do not fit together.

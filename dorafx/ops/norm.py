@@ -1,7 +1,7 @@
-"""The row norm without the dense product: row blocks formed in a small buffer (tiled), or the expansion (factored).
+"""The row norm without the dense product, by blocks of rows in a small buffer (tiled), or by the expansion (factored).
 
-Both accumulate in fp32 (fp64 where an operand is fp64) and allocate no more than a fraction of the weight's size. They are
-made of ATen calls, so they run on any device; on a CPU a block stays in the cache between its GEMM and its sum of squares.
+Both accumulate in fp32 (fp64 if an operand is fp64) and allocate no more than a fraction of the weight's size. They consist of ATen
+calls, so they run on any device; on a CPU a block stays in the cache between its GEMM and its sum of squares.
 """
 
 from __future__ import annotations
@@ -18,43 +18,26 @@ from dorafx.errors import DorafxWarning
 
 from . import layout
 
-__all__ = [
-    "check_algorithm",
-    "check_backward",
-    "check_factor_dtype",
-    "check_lists",
-    "check_operands",
-    "compute_dtype",
-    "factored",
-    "row_norm",
-    "row_norm_backward",
-    "row_norm_unrolled",
-    "row_norms",
-    "row_squares",
-    "tiled",
-    "with_less_memory",
-]
-
 T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A block of this many bytes is read back from the cache after its GEMM, and is large enough for the GEMM to run at full
-# rate (measured at 256 KiB to 4 MiB with examples/benchmarks/norm.py); accelerators want few launches instead.
+# A block of this many bytes is still in the cache after its GEMM, and large enough for the GEMM to run at full rate (measured at
+# 256 KiB to 4 MiB with examples/benchmarks/norm.py). On accelerators few launches matter more.
 _CPU_BLOCK_BYTES = 4 << 20
 _DEVICE_BLOCK_BYTES = 16 << 20
-# No buffer may reach one eighth of the weight.
+# A buffer is at most a ninth of the weight's size: below one eighth.
 _SHARE = 9
-# By how much blocks shrink where memory runs out.
+# The factors by which blocks are shrunk, one after the other, when memory runs out.
 _SHRINK = (1, 4, 16, 64, 256)
 
 
 def compute_dtype(*operands: torch.Tensor) -> torch.dtype:
-    """fp64 where one of the operands is fp64, as type promotion has it for ``W + s·B·A``; else fp32."""
+    """fp64 if one of the operands is fp64, as type promotion gives for ``W + s·B·A``; else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
 
 
 def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Raise what is wrong with the operands of a row norm.
+    """Check the operands of a row norm.
 
     Raises:
         ValueError: shapes or devices that do not fit together.
@@ -88,7 +71,7 @@ def check_algorithm(algorithm: str, factor_dtype: torch.dtype | None = None) -> 
 
 def check_factor_dtype(dtype: torch.dtype | None) -> None:
     """Raises:
-    TypeError: another dtype than fp16, bf16, fp32, fp64 and None.
+    TypeError: neither None nor fp16, bf16, fp32 or fp64.
     """
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"row_norm: factor_dtype is fp16, bf16, fp32, fp64 or None; got {dtype}")
@@ -100,10 +83,10 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def with_less_memory(compute: Callable[[int], T]) -> T:
-    """``compute(1)``; where memory runs out, again with a larger ``shrink`` of its blocks, and one warning.
+    """``compute(1)``; if memory runs out, ``compute`` again with larger values of ``shrink``, and one warning.
 
     Raises:
-        RuntimeError: memory does not suffice for the smallest blocks either: the first error.
+        RuntimeError: out of memory with the smallest blocks too; the first error is raised.
     """
     first: RuntimeError | None = None
     for shrink in _SHRINK:
@@ -112,7 +95,7 @@ def with_less_memory(compute: Callable[[int], T]) -> T:
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            # The traceback's frames hold the buffers that are in the way of the next attempt.
+            # Without the traceback, whose frames hold the buffers: the next attempt needs that memory.
             first = first or error.with_traceback(None)
             continue
         if first is not None:
@@ -125,22 +108,23 @@ def with_less_memory(compute: Callable[[int], T]) -> T:
 def _block(
     weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0, shrink: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of a block: within the cache, and every buffer below one eighth of the weight, that of ``beside``
-    columns and as many rows included (the product with a factor, or rows of a factor that is cast). ``shrink``: by how much
-    all of that is to be smaller."""
+    """Rows and columns of a block that fits into the cache and keeps every buffer below one eighth of the weight's size.
+
+    ``beside``: columns of another buffer with as many rows (the product with a factor, or rows of a factor that is cast).
+    ``shrink``: by how much the buffers are to be smaller than usual."""
     d_out, d_in = weight.shape
     size = 8 if dtype == torch.float64 else 4
     limit = d_out * d_in * weight.element_size() // (_SHARE * size * shrink)
     target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // (size * shrink)
-    # Of a weight of few rows, one row is a large share already.
+    # If a weight has few rows, even one row is a large share of it.
     columns = max(1, min(d_in, limit // rank if casts_right and rank else limit))
     rows = max(1, min(d_out, min(limit, max(target, columns)) // max(columns, beside)))
     return rows, columns
 
 
 def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int = 1) -> torch.Tensor:
-    """``‖W + s·L·R‖`` by row: each block of rows is formed in a reused buffer, squared and summed. Reads W once, has no
-    cancellation, 2·d_out·d_in·r FLOPs. ``shrink``: by how much smaller than usual its buffers are."""
+    """``‖W + s·L·R‖`` by row: each block of rows is formed in a reused buffer, squared and summed. Reads W once, without
+    cancellation, in 2·d_out·d_in·r FLOPs. ``shrink``: by how much its buffers are to be smaller than usual."""
     dtype = compute_dtype(weight, left, right)
     d_out, d_in = weight.shape
     rank = right.shape[0]
@@ -181,12 +165,12 @@ def factored(
 ) -> torch.Tensor:
     """The expansion ``‖W‖² + 2s·⟨L, W·Rᵀ⟩ + s²·⟨L·(R·Rᵀ), L⟩`` by row.
 
-    All three terms are sums over d_in, so a factor that has to be cast is cast in chunks of columns, and the weight in
-    blocks of rows of each; no buffer reaches one eighth of the weight, beside the ``[r, r]`` Gram matrix.
+    All three terms are sums over d_in, so factors are cast in chunks of columns, and the weight in blocks of rows of each chunk. Apart
+    from the ``[r, r]`` Gram matrix, no buffer reaches one eighth of the weight's size.
 
     Args:
-        square: ``‖W‖²`` by row, ``[d_out]`` in :func:`compute_dtype`, as :func:`row_squares` makes it, where somebody has kept it.
-        shrink: by how much smaller than usual its buffers are.
+        square: ``‖W‖²`` by row as :func:`row_squares` computes it, ``[d_out]`` in :func:`compute_dtype`, if it was kept.
+        shrink: by how much the buffers are to be smaller than usual.
     """
     dtype = compute_dtype(weight, left, right)
     d_out, d_in = weight.shape
@@ -228,8 +212,8 @@ def row_norm(
         right: ``[r, d_in]``.
         scale: the scaling ``s``.
         algorithm: ``"tiled"``, ``"factored"``, or ``"auto"`` (tiled).
-        factor_dtype: a dtype that the factors may be rounded to before they are multiplied, as the program does it itself (under
-            autocast); sums are still fp32. A kernel multiplies in it on tensor cores; ATen calls multiply in fp32 all the same.
+        factor_dtype: a dtype to which the factors may be rounded before they are multiplied, because the program itself does so
+            (under autocast); sums are still fp32. A kernel multiplies in it, on tensor cores; ATen calls still multiply in fp32.
 
     Returns:
         ``[d_out]`` in fp32, in fp64 where an operand is fp64. A zero row gives 0; NaN and inf propagate.
@@ -240,7 +224,7 @@ def row_norm(
     """
     check_operands(weight, left, right)
     check_algorithm(algorithm, factor_dtype)
-    # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
+    # The operator is opaque, so it also runs inside the user's autocast regions, where products would be in bf16.
     with below_autocast():
         if algorithm == "factored":
             return with_less_memory(lambda shrink: factored(weight, left, right, scale, shrink=shrink))
@@ -250,8 +234,8 @@ def row_norm(
 def row_norm_unrolled(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, *how: Any
 ) -> torch.Tensor:
-    """:func:`row_norm` as a fixed sequence of aten calls, for graphs that may hold nothing else: at most ten blocks of rows,
-    twenty where the weight is cast, so that no intermediate reaches one eighth of the weight.
+    """:func:`row_norm` as a fixed sequence of aten calls, for graphs that may hold nothing else. At most ten blocks of rows, or
+    twenty if the weight is cast, so that no intermediate result reaches one eighth of the weight's size.
 
     Raises:
         ValueError: the number of rows is symbolic.
@@ -271,7 +255,7 @@ def row_norm_unrolled(
 
 
 def row_squares(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """``‖W‖²`` by row: ``[d_out]`` in fp32; in fp64 for an fp64 weight, or where ``dtype`` is fp64."""
+    """``‖W‖²`` by row: ``[d_out]`` in fp32, or in fp64 if the weight or ``dtype`` is fp64."""
     left, right = weight.new_empty(weight.shape[0], 0, dtype=dtype), weight.new_empty(0, weight.shape[1])
     with below_autocast():
         return with_less_memory(lambda shrink: tiled(weight, left, right, 0.0, shrink)).square_()
@@ -314,11 +298,11 @@ def check_lists(
     squares: Sequence[torch.Tensor | None],
     factor_dtype: torch.dtype | None = None,
 ) -> None:
-    """Raise what is wrong with the operands of several row norms.
+    """Check the operands of several row norms.
 
     Raises:
         ValueError, TypeError: see :func:`check_operands`, :func:`check_algorithm`; or lists of different lengths, or squares
-            that are none of their weight.
+            that do not fit their weight.
     """
     lengths = [len(weights), len(lefts), len(rights), len(scales)]
     if len(set(lengths)) != 1 or len(squares) not in (0, len(weights)):
@@ -343,10 +327,10 @@ def check_lists(
 def check_backward(
     grad: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, norm: torch.Tensor
 ) -> None:
-    """Raise what is wrong with the operands of a row norm's backward.
+    """Check the operands of a row norm's backward.
 
     Raises:
-        ValueError: see :func:`check_operands`; or a gradient or norm that is none of this weight's.
+        ValueError: see :func:`check_operands`; or a gradient or norm that does not fit the weight.
         TypeError: see :func:`check_operands`; or a norm of another dtype than :func:`row_norm` returns.
     """
     check_operands(weight, left, right)
@@ -363,8 +347,8 @@ def check_backward(
 
 
 def gradient_buffer(needed: bool, operand: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A new tensor for the gradient of an operand, in its layout (see :mod:`dorafx.ops.layout`), and in its dtype unless
-    another is named; an empty one where the gradient is not needed."""
+    """A new tensor for the gradient of an operand, in the operand's layout (see :mod:`dorafx.ops.layout`), and in ``dtype`` or the
+    operand's; an empty tensor if the gradient is not needed."""
     if not needed:
         return operand.new_empty(0)
     return layout.empty(operand.shape, operand, dtype=dtype or operand.dtype, device=operand.device)
@@ -381,7 +365,7 @@ def row_norm_backward(
     needs_left: bool,
     needs_right: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of the row norm, without a dense delta. With ``c = grad / n`` (``0·grad`` where n is 0, as ATen has it):
+    """Gradients of the row norm, without a dense delta. With ``c = grad / n`` (``0·grad`` where n is 0, as in ATen):
 
     ``dW = c ⊙ (W + s·L·R)``, ``dL = s·c ⊙ (W·Rᵀ + s·L·(R·Rᵀ))``, ``dR = s·(c ⊙ L)ᵀ·W + s²·(Lᵀ·(c ⊙ L))ᵀ·R``.
 
@@ -392,47 +376,35 @@ def row_norm_backward(
         ValueError, TypeError: see :func:`check_backward`.
     """
     check_backward(grad, weight, left, right, norm)
-    needs = needs_weight, needs_left, needs_right
-    with below_autocast():
-        return with_less_memory(lambda shrink: _gradients(grad, weight, left, right, norm, scale, *needs, shrink))
 
-
-def _gradients(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    left: torch.Tensor,
-    right: torch.Tensor,
-    norm: torch.Tensor,
-    scale: float,
-    needs_weight: bool,
-    needs_left: bool,
-    needs_right: bool,
-    shrink: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dtype = compute_dtype(weight, left, right)
-    # Of a zero row 0, as ATen has it; but of an infinite gradient of one (of ``1/n``, or of a root) NaN.
-    wide_grad = grad.to(dtype)
-    c = torch.where(norm == 0, wide_grad * 0.0, wide_grad / norm)[:, None]
-    wide_left, wide_right = left.to(dtype), right.to(dtype)
-    scaled_left = c * wide_left
-    d_weight = gradient_buffer(needs_weight, weight)
-    d_left = gradient_buffer(needs_left, left, dtype)
-    d_right = gradient_buffer(needs_right, right, dtype).zero_()
-    gram = wide_right @ wide_right.mT if needs_left else None
-    rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
-    for first in range(0, weight.shape[0], rows):
-        part = slice(first, first + rows)
-        block = weight[part].to(dtype)
-        if gram is not None:
-            product = block @ wide_right.mT
-            d_left[part] = scale * c[part] * product.addmm_(wide_left[part], gram, alpha=scale)
+    def compute(shrink: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dtype = compute_dtype(weight, left, right)
+        # As in ATen, the gradient of a zero row is 0, or NaN if the incoming gradient is infinite (that of ``1/n``, or of a root).
+        wide_grad = grad.to(dtype)
+        c = torch.where(norm == 0, wide_grad * 0.0, wide_grad / norm)[:, None]
+        wide_left, wide_right = left.to(dtype), right.to(dtype)
+        scaled_left = c * wide_left
+        d_weight = gradient_buffer(needs_weight, weight)
+        d_left = gradient_buffer(needs_left, left, dtype)
+        d_right = gradient_buffer(needs_right, right, dtype).zero_()
+        gram = wide_right @ wide_right.mT if needs_left else None
+        rows, _ = _block(weight, right.shape[0], dtype, False, shrink=shrink)
+        for first in range(0, weight.shape[0], rows):
+            part = slice(first, first + rows)
+            block = weight[part].to(dtype)
+            if gram is not None:
+                product = block @ wide_right.mT
+                d_left[part] = scale * c[part] * product.addmm_(wide_left[part], gram, alpha=scale)
+            if needs_right:
+                d_right.addmm_(scaled_left[part].mT, block, alpha=scale)
+            if needs_weight:
+                d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
         if needs_right:
-            d_right.addmm_(scaled_left[part].mT, block, alpha=scale)
-        if needs_weight:
-            d_weight[part] = c[part] * torch.addmm(block, wide_left[part], wide_right, alpha=scale)
-    if needs_right:
-        d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
-    return d_weight, _rounded(d_left, needs_left, left), _rounded(d_right, needs_right, right)
+            d_right.addmm_(scaled_left.mT @ wide_left, wide_right, alpha=scale * scale)
+        return d_weight, _rounded(d_left, needs_left, left), _rounded(d_right, needs_right, right)
+
+    with below_autocast():
+        return with_less_memory(compute)
 
 
 def _rounded(gradient: torch.Tensor, needed: bool, operand: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""The row norm of a quantised weight: blocks of rows are dequantised one after the other, so that neither the dense weight nor
-the dense delta ever exists.
+"""The row norm of a quantised weight: one block of rows is dequantised at a time, so neither the dense weight nor the dense delta
+ever exists.
 
 A weight is ``packed`` (codes), ``scales`` and perhaps ``zeros``, in one of these formats:
 
@@ -32,17 +32,6 @@ from dorafx._compat.autograd import below_autocast
 
 from . import layout, norm
 
-__all__ = [
-    "FORMATS",
-    "TABLES",
-    "Packed",
-    "dequantize",
-    "dequantize_rows",
-    "dequantize_unrolled",
-    "row_norm_quantized",
-    "row_norm_quantized_unrolled",
-]
-
 # bitsandbytes' tables by code, in fp32. NF4: quantiles of a normal distribution, as the paper's appendix E prints them. FP4:
 # a sign, two exponent bits and one of mantissa, divided by the largest value, 12.
 TABLES: dict[str, tuple[float, ...]] = {
@@ -58,7 +47,7 @@ TABLES: dict[str, tuple[float, ...]] = {
 _HQQ_BITS = {"hqq8": 8, "hqq4": 4, "hqq2": 2, "hqq1": 1}
 _CPU_TABLES = {"nf4-cpu": "nf4", "fp4-cpu": "fp4"}
 FORMATS = (*TABLES, *_CPU_TABLES, "bnb8", "affine", *_HQQ_BITS)
-# A block of this many fp32 values, with its codes and what lies between, stays in the cache.
+# A block of this many fp32 values stays in the cache, together with its codes and intermediate results.
 _BLOCK_ELEMENTS = 1 << 18
 _BNB8 = 7.874015718698502e-3
 
@@ -69,7 +58,7 @@ class Packed:
 
     Attributes:
         dtype: what it is dequantised to: fp16, bf16 or fp32.
-        pairs: of 4-bit types, both values of each byte ``[256, 2]``, where they are not to be those that the process keeps.
+        pairs: for 4-bit types: both values of each byte, ``[256, 2]``; None uses the table that is cached for the process.
     """
 
     packed: torch.Tensor
@@ -92,7 +81,7 @@ class Packed:
         group: int,
         dtype: torch.dtype,
     ) -> Packed:
-        """A weight of an operator's arguments, whose shape is a list."""
+        """The weight of an operator's flat arguments, whose shape is a list."""
         return cls(packed, scales, zeros, format, (int(shape[0]), int(shape[1])), group, dtype)
 
     @property
@@ -100,10 +89,10 @@ class Packed:
         return self.shape[0] * self.shape[1]
 
     def check(self) -> None:
-        """Raise what is wrong with it.
+        """Check that the fields fit together.
 
         Raises:
-            ValueError: an unknown format, or sizes that do not belong to the shape, or several devices.
+            ValueError: an unknown format, sizes that do not match the shape, or several devices.
             TypeError: a dtype that the format does not have.
         """
         if self.format not in FORMATS:
@@ -121,10 +110,44 @@ class Packed:
             raise ValueError("the codes, scales and zeros of a quantised weight lie on one device")
 
 
+def flat_arguments(function: Callable[[Packed], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A function of a weight as a kernel of ``dorafx::dequantize``, whose schema has the weight's fields one by one."""
+
+    def flat(*weight: Any, **more: Any) -> torch.Tensor:
+        return function(Packed.of(*weight, **more))
+
+    return flat
+
+
+_Norm = Callable[[Packed, torch.Tensor, torch.Tensor, float, torch.dtype | None], torch.Tensor]
+
+
+def flat_norm_arguments(function: _Norm) -> Callable[..., torch.Tensor]:
+    """A row norm of a weight as a kernel of ``dorafx::row_norm_quantized``, whose schema has the weight's fields one by one."""
+
+    def flat(
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        zeros: torch.Tensor | None,
+        left: torch.Tensor,
+        right: torch.Tensor,
+        scale: float,
+        format: str,
+        shape: Sequence[int],
+        group: int,
+        dtype: torch.dtype,
+        factor_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
+        return function(weight, left, right, scale, factor_dtype)
+
+    return flat
+
+
 def _check_sizes(w: Packed) -> None:
     (d_out, d_in), n = w.shape, w.numel
     if w.format in TABLES:
-        wanted = {
+        sizes = {
             "bytes of codes": (-(-n // 2), w.packed.numel() * w.packed.element_size()),
             "scales": (-(-n // w.group), w.scales.numel()),
         }
@@ -133,20 +156,20 @@ def _check_sizes(w: Packed) -> None:
             raise ValueError(
                 f"a {w.format} weight has rows by 32 and whole groups in each; got {w.shape}, groups of {w.group}"
             )
-        wanted = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
+        sizes = {"bytes of codes": (n // 2, w.packed.numel()), "scales": (n // w.group, w.scales.numel())}
     elif w.format == "bnb8":
-        wanted = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
+        sizes = {"codes": (n, w.packed.numel()), "scales": (d_out, w.scales.numel())}
     else:
         if (d_in if w.format == "affine" else n) % w.group:
             raise ValueError(f"groups of {w.group} do not divide a {w.format} weight {w.shape}")
         per = 8 // _HQQ_BITS.get(w.format, 8)
-        wanted = {"bytes of codes": (n, w.packed.numel() * per), "scales": (n // w.group, w.scales.numel())}
+        sizes = {"bytes of codes": (n, w.packed.numel() * per), "scales": (n // w.group, w.scales.numel())}
         if w.zeros is not None:
-            wanted["zeros"] = (n // w.group, w.zeros.numel())
-    for what, (needed, found) in wanted.items():
-        if needed != found:
+            sizes["zeros"] = (n // w.group, w.zeros.numel())
+    for what, (expected, actual) in sizes.items():
+        if expected != actual:
             raise ValueError(
-                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {needed} {what}; got {found}"
+                f"a {w.format} weight {tuple(w.shape)} in groups of {w.group} has {expected} {what}; got {actual}"
             )
 
 
@@ -238,32 +261,23 @@ _DEQUANTIZE: dict[str, Callable[[Packed, int, int], torch.Tensor]] = {
 
 
 def dequantize_rows(weight: Packed, first: int, last: int) -> torch.Tensor:
-    """Rows ``first`` to ``last`` of a weight, ``[last - first, d_in]`` in its dtype, bit for bit as its library has them."""
+    """Rows ``first`` to ``last`` of a weight, ``[last - first, d_in]`` in its dtype; bit for bit what its library computes."""
     return _DEQUANTIZE[weight.format](weight, first, last)
 
 
-def dequantize(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The whole weight, ``[d_out, d_in]`` in ``dtype``, contiguous.
+def dequantize(weight: Packed) -> torch.Tensor:
+    """The whole weight, ``[d_out, d_in]`` in its dtype, contiguous.
 
     Raises:
         ValueError, TypeError: see :meth:`Packed.check`.
     """
-    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     weight.check()
     return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
 
 def _block(weight: Packed, rank: int, wide: torch.dtype, casts_right: bool, shrink: int) -> tuple[int, int]:
-    """Rows of a block, and columns of the right factor that are cast at a time: no buffer reaches an eighth of the dense weight,
-    those of codes and values in the wide dtype included. ``shrink``: by how much all of that is to be smaller."""
+    """How many rows a block has, and how many columns of the right factor are cast at a time, so that no buffer reaches an eighth
+    of the dense weight's size, including the buffers of codes and of values in the wide dtype. ``shrink`` divides all of these."""
     d_out, d_in = weight.shape
     limit = weight.numel * weight.dtype.itemsize // (9 * wide.itemsize * shrink)
     rows = max(1, min(d_out, min(limit, max(_BLOCK_ELEMENTS // shrink, d_in)) // max(d_in, rank, 1)))
@@ -275,28 +289,21 @@ def check_operands(weight: Packed, left: torch.Tensor, right: torch.Tensor) -> N
     ValueError, TypeError: see :meth:`Packed.check` and :func:`dorafx.ops.norm.check_operands`.
     """
     weight.check()
-    # A tensor of one element stands for the weight that is not formed.
+    # An expanded tensor of one element stands for the dense weight, which is never formed.
     stand_in = torch.empty((), dtype=weight.dtype, device=weight.packed.device).expand(weight.shape)
     norm.check_operands(stand_in, left, right)
 
 
 def row_norm_quantized(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``n[i] = ‖W[i] + scale·(left·right)[i]‖₂`` of a quantised weight.
 
     Args:
-        packed, scales, zeros, format, shape, group, dtype: the weight, see this module.
         left: ``[d_out, r]``; right: ``[r, d_in]``; any floating dtypes.
         scale: the scaling ``s``.
         factor_dtype: as :func:`dorafx.ops.norm.row_norm` has it.
@@ -308,7 +315,6 @@ def row_norm_quantized(
         ValueError, TypeError: operands that do not fit together.
         RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
-    weight = Packed.of(packed, scales, zeros, format, shape, group, dtype)
     check_operands(weight, left, right)
     norm.check_factor_dtype(factor_dtype)
     # The operator is opaque, so it also runs where the user's program is autocast, which would multiply in bf16.
@@ -334,48 +340,34 @@ def _tiled(weight: Packed, left: torch.Tensor, right: torch.Tensor, scale: float
     return norms
 
 
-def _to_trace(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
-) -> Packed:
-    """A weight of whose dequantisation a tracer sees nothing but aten calls: a table that the process keeps would be a constant."""
-    kind, pairs = _CPU_TABLES.get(format, format), None
-    if kind in TABLES:
-        values = [torch.full((), value, dtype=torch.float32, device=packed.device) for value in TABLES[kind]]
-        pairs = _both_values(torch.stack(values))
-    weight = replace(Packed.of(packed, scales, zeros, format, shape, group, dtype), pairs=pairs)
+def _to_trace(weight: Packed) -> Packed:
+    """The weight with a table made of aten calls, for tracers: they would take the table cached for the process as a constant."""
     weight.check()
-    return weight
+    kind = _CPU_TABLES.get(weight.format, weight.format)
+    if kind not in TABLES:
+        return weight
+    values = [torch.full((), value, dtype=torch.float32, device=weight.packed.device) for value in TABLES[kind]]
+    return replace(weight, pairs=_both_values(torch.stack(values)))
 
 
-def dequantize_unrolled(
-    packed: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *rest: Any
-) -> torch.Tensor:
-    """:func:`dequantize`, for graphs that may hold nothing but aten calls."""
-    weight = _to_trace(packed, scales, zeros, *rest)
+@flat_arguments
+def dequantize_unrolled(weight: Packed) -> torch.Tensor:
+    """:func:`dequantize`, for graphs that may hold nothing but aten calls; takes the operator's arguments."""
+    weight = _to_trace(weight)
     return layout.settled(dequantize_rows(weight, 0, weight.shape[0]))
 
 
+@flat_norm_arguments
 def row_norm_quantized_unrolled(
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
+    weight: Packed,
     left: torch.Tensor,
     right: torch.Tensor,
     scale: float,
-    format: str,
-    shape: Sequence[int],
-    group: int,
-    dtype: torch.dtype,
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`)."""
-    weight = _to_trace(packed, scales, zeros, format, shape, group, dtype)
+    """:func:`row_norm_quantized` as a fixed sequence of aten calls (see :func:`dorafx.ops.norm.row_norm_unrolled`); takes the
+    operator's arguments."""
+    weight = _to_trace(weight)
     d_out = weight.shape[0]
     rows = max(1, -(-d_out // (10 if weight.dtype == torch.float32 else 20)))
     wide = norm.compute_dtype(left, right)

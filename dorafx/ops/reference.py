@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["compose", "compose_delta", "row_norm", "row_norm_factored"]
-
 
 def row_norm(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> torch.Tensor:
     """``‖W + s·L·R‖`` by row, the dense way. Shapes: ``[d_out, d_in]``, ``[d_out, r]``, ``[r, d_in]`` -> ``[d_out]``."""

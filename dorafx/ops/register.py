@@ -1,10 +1,12 @@
 """Registration of the operators with PyTorch's dispatcher, so that graphs hold ``OpOverload`` s and caches stay warm.
 
-``row_norm`` is opaque to compilers: its point is the order in which memory is touched. ``compose`` and
-``compose_delta`` are not: their autograd kernels run ATen calls, which a tracer sees in their place and Inductor fuses
-with their neighbours, and decide what is saved and how gradients are computed; for a kernel of their own they call
-``compose_forward`` and ``compose_backward``, which are opaque, as ``dora_linear`` does. :data:`DECOMPOSITIONS` serve
-tracing under inference mode, which has no autograd kernels.
+``row_norm`` is opaque to compilers: its point is the order in which memory is touched.
+
+``compose`` and ``compose_delta`` are not opaque. Their autograd kernels decide what is saved and how gradients are computed, and
+run ATen calls: a tracer sees these instead of the operator, and Inductor fuses them with their neighbours. For a fused kernel they
+call ``compose_forward`` and ``compose_backward``, which are opaque. ``dora_linear`` works in the same way.
+
+:data:`DECOMPOSITIONS` serve tracing under inference mode, which has no autograd kernels.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, composition, layout, linear, norm, quantized
-from . import dispatch as cuda
+from . import autograd, composition, dispatch, layout, linear, norm, quantized
 
 # A quantised weight, as :class:`dorafx.ops.quantized.Packed` has it.
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
@@ -66,13 +67,15 @@ for _schema in (
 
 
 _LIBRARY.impl("row_norm", norm.row_norm, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norm", cuda.row_norm, "CUDA")
+_LIBRARY.impl("row_norm", dispatch.row_norm, "CUDA")
 _LIBRARY.impl("row_norm", autograd.row_norm, "Autograd")
 _LIBRARY.impl("row_norms", norm.row_norms, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norms", cuda.row_norms, "CUDA")
-_LIBRARY.impl("row_norm_quantized", quantized.row_norm_quantized, "CompositeExplicitAutograd")
-_LIBRARY.impl("row_norm_quantized", cuda.row_norm_quantized, "CUDA")
-_LIBRARY.impl("dequantize", quantized.dequantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norms", dispatch.row_norms, "CUDA")
+_LIBRARY.impl(
+    "row_norm_quantized", quantized.flat_norm_arguments(quantized.row_norm_quantized), "CompositeExplicitAutograd"
+)
+_LIBRARY.impl("row_norm_quantized", quantized.flat_norm_arguments(dispatch.row_norm_quantized), "CUDA")
+_LIBRARY.impl("dequantize", quantized.flat_arguments(quantized.dequantize), "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
 for _name, _function in (
     ("compose", autograd.compose),
@@ -94,13 +97,13 @@ def _compose_delta_into_functional(result: Any, *operands: Any) -> None:
     result.copy_(torch.ops.dorafx.compose_delta.default(result, *operands, result.dtype))
 
 
-# ``torch.func.functionalize`` takes no writing operator apart that is not ATen's.
+# ``torch.func.functionalize`` only knows how to functionalise ATen's own in-place operators.
 _LIBRARY.impl("compose_", _compose_into_functional, "Functionalize")
 _LIBRARY.impl("compose_delta_", _compose_delta_into_functional, "Functionalize")
-# Each of these is one kernel where it runs on a CUDA device, and opaque to compilers.
-_LIBRARY.impl("compose_forward", cuda.compose_forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("compose_backward", cuda.compose_backward, "CompositeExplicitAutograd")
-_LIBRARY.impl("dora_linear_forward", cuda.dora_linear_forward, "CompositeExplicitAutograd")
+# These are opaque to compilers, and one kernel each on a CUDA device.
+_LIBRARY.impl("compose_forward", dispatch.compose_forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("compose_backward", dispatch.compose_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dora_linear_forward", dispatch.dora_linear_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("cast_linear_backward", linear.cast_linear_backward, "CompositeExplicitAutograd")
 
 
@@ -112,8 +115,8 @@ DECOMPOSITIONS: dict[Any, Any] = {
 }
 
 
-# What a compiler is told. A fake kernel raises what the kernel raises, by the same checks, and describes results in the layout
-# in which the kernel allocates them, by the same rule.
+# Fake kernels, for compilers. A fake kernel runs the same checks as the real one, so it raises the same errors, and allocates its
+# results by the same layout rule.
 
 
 @torch.library.register_fake("dorafx::row_norm", lib=_LIBRARY)
@@ -130,62 +133,33 @@ def _norms_of(weight: Any, left: Any, right: Any) -> torch.Tensor:
 
 
 @torch.library.register_fake("dorafx::row_norms", lib=_LIBRARY)
-def _row_norms_fake(
-    weights: Any,
-    lefts: Any,
-    rights: Any,
-    scales: Any,
-    algorithm: str,
-    squares: Any,
-    factor_dtype: torch.dtype | None = None,
-) -> list[torch.Tensor]:
-    norm.check_lists(weights, lefts, rights, scales, algorithm, squares, factor_dtype)
+def _row_norms_fake(weights: Any, lefts: Any, rights: Any, *rest: Any) -> list[torch.Tensor]:
+    norm.check_lists(weights, lefts, rights, *rest)
     return [_norms_of(*operands) for operands in zip(weights, lefts, rights)]
 
 
 @torch.library.register_fake("dorafx::row_norm_quantized", lib=_LIBRARY)
+@quantized.flat_norm_arguments
 def _row_norm_quantized_fake(
-    packed: Any,
-    scales: Any,
-    zeros: Any,
-    left: Any,
-    right: Any,
-    scale: Any,
-    format: str,
-    shape: Any,
-    group: int,
-    dtype: Any,
-    factor_dtype: torch.dtype | None = None,
+    weight: quantized.Packed, left: Any, right: Any, scale: float, factor_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
     quantized.check_operands(weight, left, right)
     norm.check_factor_dtype(factor_dtype)
-    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=packed.device)
+    return torch.empty(weight.shape[0], dtype=norm.compute_dtype(left, right), device=weight.packed.device)
 
 
 @torch.library.register_fake("dorafx::dequantize", lib=_LIBRARY)
-def _dequantize_fake(
-    packed: Any, scales: Any, zeros: Any, format: str, shape: Any, group: int, dtype: Any
-) -> torch.Tensor:
-    weight = quantized.Packed.of(packed, scales, zeros, format, shape, group, dtype)
+@quantized.flat_arguments
+def _dequantize_fake(weight: quantized.Packed) -> torch.Tensor:
     weight.check()
-    return torch.empty(weight.shape, dtype=dtype, device=packed.device)
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
 
 
 @torch.library.register_fake("dorafx::row_norm_backward", lib=_LIBRARY)
 def _row_norm_backward_fake(
-    grad: Any,
-    weight: Any,
-    left: Any,
-    right: Any,
-    n: Any,
-    scale: float,
-    needs_weight: bool,
-    needs_left: bool,
-    needs_right: bool,
+    grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool
 ) -> tuple[torch.Tensor, ...]:
     norm.check_backward(grad, weight, left, right, n)
-    needs = (needs_weight, needs_left, needs_right)
     return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
 
 
@@ -208,19 +182,15 @@ def _compose_backward_fake(
     total: Any,
     scale: float,
     delta: bool,
-    of_base: Any,
-    of_lora: Any,
+    base_dtype: Any,
+    lora_dtype: Any,
     needs_g: bool,
-    of_bias: Any,
+    bias_dtype: Any,
     bias_shape: Any = None,
 ) -> tuple[torch.Tensor, ...]:
     bias = composition.check_compose_backward(grad, g, total, needs_g, bias_shape)
-    d_base, d_lora = (
-        grad.new_empty(0) if d is None else layout.empty(grad.shape, grad, dtype=d, device=grad.device)
-        for d in (of_base, of_lora)
-    )
-    d_g = g.new_empty(g.shape) if needs_g else grad.new_empty(0)
-    return d_base, d_lora, d_g, grad.new_empty(0) if of_bias is None else grad.new_empty(bias, dtype=of_bias)
+    buffers = composition.gradient_buffers(grad, g if needs_g else None, bias, base_dtype, lora_dtype, bias_dtype)
+    return tuple(layout.present(t, grad) for t in buffers)
 
 
 @torch.library.register_fake("dorafx::dora_linear_forward", lib=_LIBRARY)

@@ -1,8 +1,8 @@
-"""How the norm's operators run on DTensors: which shards they take as they lie, and what comes of them.
+"""How the norm's operators run on DTensors: which placements they accept, and the placement of the result.
 
-A weight sharded by rows gives its own rows' norms. Sharded by columns it gives partial norms, whose squares add up over the
-shards: DTensor's placement for a partial 2-norm says so, and whoever reads the norm gets it reduced. Every other sharding is
-brought to one of these first, so no shard's norm is ever taken for the whole row's.
+A weight that is sharded by rows gives the norms of each shard's rows. A weight that is sharded by columns gives partial norms,
+whose squares add up over the shards: DTensor has a placement for a partial 2-norm, and reduces the norm when it is read. Any other
+sharding is first redistributed to one of these, so the norm of one shard is never mistaken for that of the whole row.
 """
 
 from __future__ import annotations
@@ -16,13 +16,11 @@ from dorafx._compat import distributed as _distributed
 
 from .composition import compose_math, delta_math
 
-__all__ = ["compose", "compose_delta", "register_sharding_rules"]
-
 
 @functools.cache
 def register_sharding_rules() -> None:
-    """Tell DTensor about ``row_norm`` and its backward. Called when the first DTensor is met in a graph: importing DTensor
-    takes time that a program without it should not pay."""
+    """Tell DTensor about ``row_norm`` and its backward. Called when a graph has its first DTensor, because importing DTensor takes
+    time that other programs should not pay for."""
     from torch.distributed.tensor import Partial, Replicate, Shard
     from torch.distributed.tensor.experimental import register_sharding
 
@@ -43,7 +41,7 @@ def register_sharding_rules() -> None:
     @register_sharding(torch.ops.dorafx.row_norm_backward.default)  # type: ignore[untyped-decorator]
     def _row_norm_backward(grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool) -> Any:
         def outputs(*placements: Any) -> list[Any]:
-            # An output that is not needed is empty, and has no dimension to be sharded along.
+            # An output that is not needed is an empty tensor, which has no dimension to shard.
             return [placement if need else whole for placement, need in zip(placements, needs)]
 
         rest = [None] * (1 + len(needs))
@@ -55,8 +53,8 @@ def register_sharding_rules() -> None:
 
 
 def compose(base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """``torch.ops.dorafx.compose`` of DTensors. Its autograd kernel runs operators that DTensor knows; under inference mode
-    there is none, and DTensor would meet the operator itself."""
+    """``torch.ops.dorafx.compose`` of DTensors. Its autograd kernel calls operators that DTensor knows. Inference mode has no
+    autograd kernels, so there these are called directly: DTensor does not know ``compose`` itself."""
     if torch.is_inference_mode_enabled():
         return compose_math(base, lora, g, bias, scale, out_dtype)
     return torch.ops.dorafx.compose.default(base, lora, g, bias, scale, out_dtype)  # type: ignore[no-any-return]

@@ -14,8 +14,6 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Lifter
 from dorafx.match import Match, NormFactors
 
-__all__ = ["dense_bytes", "gemm_flops", "merging", "norm_closure", "still_formed"]
-
 
 def norm_closure(norm: NormFactors) -> list[fx.Node]:
     """The nodes that exist for the sake of the norm: its ancestors down to parameters."""
@@ -33,21 +31,21 @@ def norm_closure(norm: NormFactors) -> list[fx.Node]:
 def merging(lift: Lifter, match: Match) -> list[fx.Node]:
     """The nodes that turn the sum into the merged weight."""
     sizes = sorted((str(match.norm.d_out), str(match.norm.d_in)))
-    found: dict[fx.Node, None] = {}
+    nodes: dict[fx.Node, None] = {}
     # The product itself and what follows it up to the match (a view, a bias, a cast) are few.
     stack = [(match.node, 4)]
     while stack:
         node, beyond = stack.pop()
         for argument in node.all_input_nodes:
             tensor = tensor_of(argument)
-            if argument in found or tensor is None or argument.op not in ("call_function", "call_method"):
+            if argument in nodes or tensor is None or argument.op not in ("call_function", "call_method"):
                 continue
             if _is_as_weight(lift, match, tensor, sizes):
-                found[argument] = None
+                nodes[argument] = None
                 stack.append((argument, 0))
             elif beyond:
                 stack.append((argument, beyond - 1))
-    return list(found)
+    return list(nodes)
 
 
 def _is_as_weight(lift: Lifter, match: Match, tensor: torch.Tensor, sizes: list[str]) -> bool:

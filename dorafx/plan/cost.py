@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BALANCE", "MergedCost", "merged_cost"]
-
 BALANCE = {"cpu": 5.0, "cuda": 184.0}
 """FLOPs of a matrix product that take as long as one byte of memory traffic: matmul rate over copy bandwidth. CPU: two cores,
 fp32, the ceilings that ``dorafx bench`` measures (93 GFLOP/s, 19 GB/s). CUDA: the H200 of arXiv:2603.22276, bf16 (790 TFLOP/s,
@@ -66,8 +64,8 @@ def merged_cost(
         d_out, d_in, rank: of the layer.
         dense_bytes: bytes of ``[d_out, d_in]`` intermediates that one forward makes.
         trains: whether gradients are recorded through the weight.
-        device: whose balance counts; an unknown kind counts as a CUDA device.
-        dense_parts: summands of the weight that are no low-rank product, and would each take a product of their own.
+        device: decides the balance; an unknown kind counts as a CUDA device.
+        dense_parts: summands of the weight that are no low-rank product, each of which takes a dense product of its own.
     """
     low_rank = 2 * tokens * (rank * (d_in + d_out) + dense_parts * d_in * d_out)
     dense_gradient = 2 * tokens * d_in * d_out + 2 * 2 * d_in * d_out * rank

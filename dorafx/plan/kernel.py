@@ -16,8 +16,6 @@ from dorafx.match import Match
 from dorafx.ops.dispatch import runs_kernels
 from dorafx.options import Options
 
-__all__ = ["LinearOperands", "choose_kernel", "linear_operands"]
-
 
 @dataclass(frozen=True)
 class LinearOperands:
@@ -35,14 +33,14 @@ class LinearOperands:
 
 
 def choose_kernel(lift: Lifter, match: Match, options: Options, order: Mapping[fx.Node, int]) -> tuple[str, str]:
-    """How to compute a composition, ``"auto"``, ``"triton"`` or ``"triton_linear"``, and what the log is to say of it:
-    nothing where the user asked for nothing.
+    """The kernel of a composition, ``"auto"``, ``"triton"`` or ``"triton_linear"``, and a note on it for the log, empty where the user
+    chose no kernel.
 
     Args:
         order: see :func:`linear_operands`.
     """
-    asked = options.compose in ("triton", "triton_linear")
-    if options.compose == "accumulated" or not (asked or options.codegen == "eager"):
+    requested = options.compose in ("triton", "triton_linear")
+    if options.compose == "accumulated" or not (requested or options.codegen == "eager"):
         return "auto", ""
     output = tensor_of(match.node)
     sharded = output is not None and placements(output) is not None
@@ -50,8 +48,8 @@ def choose_kernel(lift: Lifter, match: Match, options: Options, order: Mapping[f
         what = "of unknown shape"
         if output is not None:
             what = "a DTensor" if sharded else f"{str(output.dtype).removeprefix('torch.')} on {output.device}"
-        return "auto", f"composed without a kernel: the output is {what}" if asked else ""
-    if not asked:
+        return "auto", f"composed without a kernel: the output is {what}" if requested else ""
+    if not requested:
         return "triton", ""
     if options.compose == "triton":
         return "triton", "composed by a Triton kernel"

@@ -14,24 +14,25 @@ from dorafx._compat.tensors import size_hint
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight
 from dorafx.lift.algebra import ONES, transpose_chain
-from dorafx.match import Match, Matches, NormFactors, Reason, ReasonKind
+from dorafx.match import CompositionPlan, Match, Matches, NormFactors, Reason, ReasonKind
 from dorafx.options import Options
 
 from .accounting import dense_bytes, merging, norm_closure
 from .cost import MergedCost, merged_cost
 from .kernel import choose_kernel
 
-__all__ = ["CompositionPlan", "Left", "NormPlan", "RewritePlan", "make_plan", "serves_few_tokens"]
-
 _FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class NormPlan:
-    """One norm: its factors and the algorithm that computes it.
+    """How one norm is computed.
 
-    ``packed``: what its weight is dequantised from, block by block; None for a weight that exists dense. ``formed``: why a
-    quantised weight has to be formed for it; else empty.
+    Attributes:
+        factors: the weight and the low-rank products.
+        algorithm: what computes it.
+        packed: what its weight is dequantised from, block by block; None for a weight that exists dense.
+        formed: why a quantised weight has to be dequantised as a whole for it; otherwise empty.
     """
 
     factors: NormFactors
@@ -41,30 +42,13 @@ class NormPlan:
 
 
 @dataclass(frozen=True)
-class CompositionPlan:
-    """One composition.
-
-    ``accumulate``: add the low-rank product into the base product inside the GEMM, leaving one ``[tokens, d_out]``
-    intermediate. In half precision that would round the sum once more than the original does, so there the two products
-    stay apart and the epilogue adds them in fp32.
-
-    ``few_tokens``: see :func:`serves_few_tokens`. ``kernel``: see :func:`dorafx.plan.kernel.choose_kernel`.
-    """
-
-    match: Match
-    accumulate: bool
-    few_tokens: bool
-    kernel: str = "auto"
-
-
-@dataclass(frozen=True)
 class Left:
     """A candidate that is left alone.
 
     Attributes:
         reason: why.
         sites: the nodes that compute its norm; none where no node does by itself.
-        decision: what a choice by cost was made on; empty where none was.
+        decision: what a choice by cost was based on; empty without such a choice.
     """
 
     reason: Reason
@@ -79,9 +63,9 @@ class RewritePlan:
     Attributes:
         norms: those that are computed by a factored norm, by the id of their atom.
         compositions: those that are replaced.
-        composed: of a norm, the composition that it is read by.
-        without_composition: of a norm that no planned composition reads, why none does.
-        decisions: of a norm, what choices were made on.
+        composed: for each norm that a planned composition reads, that composition.
+        without_composition: for each other norm, why no planned composition reads it.
+        decisions: for each norm, what choices were based on.
         left: candidates that are left alone.
         part: the name of the graph among the bodies of the graph that it is in; empty for the outermost.
     """
@@ -135,9 +119,9 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
                 cheaper = Reason("the merged weight is cheaper", match.node, kind=ReasonKind.MERGED_CHEAPER)
                 misses.update(dict.fromkeys(norms, cheaper))
                 continue
-        kernel, said = choose_kernel(lift, match, options, order)
-        for atom_id in norms if said else ():
-            plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), said)))
+        kernel, note = choose_kernel(lift, match, options, order)
+        for atom_id in norms if note else ():
+            plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), note)))
         plan.compositions.append(
             CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)), kernel)
         )
@@ -145,14 +129,13 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
     for atom_id in [i for i, n in plan.norms.items() if i not in plan.composed and not n.factors.info.sites]:
         # No node computes this norm alone (``F.normalize``), so without its composition there is nothing to replace.
         del plan.norms[atom_id]
-        lost = misses.pop(atom_id, None) or Reason(
+        reason = misses.pop(atom_id, None) or Reason(
             "no node computes this norm by itself", kind=ReasonKind.NORM_IN_OPERATOR
         )
-        plan.left.append(Left(lost, decision=plan.decisions.get(atom_id, "")))
+        plan.left.append(Left(reason, decision=plan.decisions.get(atom_id, "")))
     plan.left += [Left(reason, tuple(lift.atoms[i].sites)) for i, reason in matches.misses.items()]
-    # A refused composition beside others of its norm, whose record is theirs.
-    beside = {i: reason for i, reason in misses.items() if i in plan.composed}
-    plan.left += [Left(reason, (reason.node,)) for reason in beside.values() if reason.node is not None]
+    # A refused composition of a norm that planned compositions read, too: the norm's own record is about those.
+    plan.left += [Left(r, (r.node,)) for i, r in misses.items() if i in plan.composed and r.node is not None]
     plan.left += [Left(reason, (node,)) for node, reason in matches.unknown]
     unread = Reason("no activation is scaled by it", kind=ReasonKind.SCALES_NOTHING)
     plan.without_composition = {i: misses.get(i, unread) for i in plan.norms if i not in plan.composed}
@@ -160,7 +143,7 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
 
 
 def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
-    """What it costs to take a merged weight apart; None where the graph multiplies by the weight itself anyway."""
+    """What the factored form costs in place of a merged weight; None where the graph multiplies by the weight itself anyway."""
     bases = [Expr.chain(match.base), *([Expr.chain(transpose_chain(match.base))] if match.transposed else ())]
     if len(match.base) < 2 or any(lift.gemms.get(base) or lift.nodes.get(base) for base in bases):
         return None
@@ -194,7 +177,7 @@ def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan
     if isinstance(packed, str):
         formed = f"the dequantised weight is formed: {packed}" if packed else ""
         return NormPlan(factors, _norm_algorithm(options), None, formed)
-    # The expansion would dequantise the weight for each of its terms.
+    # The factored algorithm would dequantise the weight once for each of its terms.
     return NormPlan(factors, "tiled", packed)
 
 
@@ -212,7 +195,7 @@ def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
         return options.compose == "accumulated"
     tensor = tensor_of(match.node)
     if placements(tensor) is not None:
-        return False  # of partial sums DTensor would make whole ones before it accumulates into them
+        return False  # DTensor would reduce partial sums before it accumulates into them
     if tensor is None:
         return False
     # Under autocast the result may be fp32 while the products are bf16, and fp64 adapters may stand on an fp32 weight; the

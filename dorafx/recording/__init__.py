@@ -1,4 +1,4 @@
-"""Recording: what the log says of a graph, from its plan and what came of it."""
+"""Recording: the log's records of a graph, made from its plan and the result."""
 
 from .records import Recorder
 from .terms import FormTerms, SiteTerms, form_terms

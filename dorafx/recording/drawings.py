@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -13,8 +12,6 @@ from dorafx.graphs.provenance import input_path, operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, leaves_of
 from dorafx.log import MAX_NODES, Drawing, DrawnNode
-
-__all__ = ["Subject", "draw"]
 
 _STEPS = 4  # from a norm to the operator in which it gets lost
 _NAMES = 40  # that a node may list as what it replaces
@@ -27,7 +24,7 @@ class Subject:
 
     Attributes:
         ends: where its region ends.
-        terms: what the region computes; empty if it is to be followed down to the graph's inputs.
+        terms: what the region computes; if empty, the region reaches down to the graph's inputs.
         norm_sites: the nodes that compute its norm.
         cause: the node that the record's reason is about.
     """
@@ -39,12 +36,12 @@ class Subject:
 
 
 def draw(subject: Subject, lift: Lifter, copied: dict[fx.Node, fx.Node], replaced: set[fx.Node]) -> Drawing:
-    """The drawing of a record's region: from the values that its term is made of (activations, parameters) to its end.
+    """The drawing of a record's region: from the values that its term consists of (activations, parameters) to its end.
 
     Args:
         lift: the terms of the original graph.
         subject: the nodes that the record speaks of.
-        copied: original node -> the node that stands for it in the new graph; without those that are gone. Empty where
+        copied: original node -> the node that stands for it in the new graph, for those that were not removed. Empty if
             nothing was rewritten.
         replaced: the original nodes whose node in ``copied`` is a replacement, not a copy.
     """
@@ -59,10 +56,10 @@ def draw(subject: Subject, lift: Lifter, copied: dict[fx.Node, fx.Node], replace
     def fate_before(node: fx.Node) -> str:
         return "cause" if node is subject.cause else "kept" if node in kept else "removed"
 
-    drawn = _side(before, fate_before, lambda node: ())
+    before_side = _side(before, fate_before, lambda node: ())
     ends = [copied[end] for end in subject.ends if end in copied]
     if not ends or len(kept) == len(before):
-        return Drawing(drawn)
+        return Drawing(before_side)
     originals = {copied[node]: node for node in copied if node not in replaced}
     after = _ancestors(ends, {copied[leaf] for leaf in leaves if leaf in copied})
     inside = set(before)
@@ -76,7 +73,7 @@ def draw(subject: Subject, lift: Lifter, copied: dict[fx.Node, fx.Node], replace
         False: tuple(n.name[:_CHARACTERS] for n in removed if n not in norms)[:_NAMES],
     }
     return Drawing(
-        drawn,
+        before_side,
         _side(
             after,
             lambda node: "kept" if node in originals else "new",
@@ -86,43 +83,43 @@ def draw(subject: Subject, lift: Lifter, copied: dict[fx.Node, fx.Node], replace
 
 
 def _activations(lift: Lifter) -> set[fx.Node]:
-    """What the graph's products multiply by a weight, and is no such product itself. A norm layer in front of a linear is
-    part of its term, and not of interest."""
-    found = set()
+    """The operands that the graph's products multiply by a weight, unless they are such products themselves. What comes before them (a
+    norm layer in front of a linear) is part of the term, but not drawn."""
+    activations = set()
     for gemm in (gemm for gemms in lift.gemms.values() for gemm in gemms):
         value = lift.matrix(gemm.lhs) if isinstance(gemm.lhs, fx.Node) else None
         if value is None or lift.is_parameter_term(value.expr):
             continue
         if all(sum(isinstance(f, Mat) for f in chain) < 2 for (_, chain), _ in value.expr.items):
-            found.add(gemm.lhs)
-    return found
+            activations.add(gemm.lhs)
+    return activations
 
 
 def _ancestors(ends: Iterable[fx.Node], leaves: Iterable[fx.Node], also: Iterable[fx.Node] = ()) -> list[fx.Node]:
-    """What ``ends`` and ``also`` are computed from, down to ``leaves`` and the graph's inputs, in an order in which every
-    node comes after what it reads. The first ``MAX_NODES`` that a search from the ends meets, and no more.
+    """What ``ends`` and ``also`` are computed from, down to ``leaves`` and the graph's inputs, in topological order. At most
+    ``MAX_NODES``, those nearest to the ends.
 
-    The other inputs of ``also`` are taken in and not followed."""
+    The other inputs of ``also`` are included, but not followed further."""
     stop = set(leaves) - set(ends)
     bounds = set(also)
-    found: dict[fx.Node, None] = {}
+    ancestors: dict[fx.Node, None] = {}
     frontier = [*ends, *also]
-    while frontier and len(found) < MAX_NODES:
+    while frontier and len(ancestors) < MAX_NODES:
         following: dict[fx.Node, None] = {}
         for node in frontier:
-            if node in found or len(found) == MAX_NODES:
+            if node in ancestors or len(ancestors) == MAX_NODES:
                 continue
-            found[node] = None
+            ancestors[node] = None
             if node not in stop:
                 following.update(dict.fromkeys(node.all_input_nodes))
                 if node in bounds:
                     stop.update(a for a in node.all_input_nodes if a not in bounds and a not in ends)
         frontier = list(following)
-    return sorted(found)
+    return sorted(ancestors)
 
 
 def _path_to(cause: fx.Node | None, ends: Iterable[fx.Node]) -> list[fx.Node]:
-    """The nodes from the ends to a cause that comes after them; none if it does not within a few steps."""
+    """The nodes from the ends to a cause that comes at most a few steps after them; else none."""
     if cause is None:
         return []
     paths = [[end] for end in ends]
@@ -144,7 +141,7 @@ def _side(
             operator="input" if node.op in ("placeholder", "get_attr") else operator_name(node)[:_CHARACTERS],
             label=input_path(node)[-_CHARACTERS:],
             shape=_shape(node),
-            dtype=_dtype(node),
+            dtype=dtype_name(tensor_of(node)),
             source=source_of(node)[-_CHARACTERS:],
             fate=fate(node),
             inputs=tuple(dict.fromkeys(index[a] for a in node.all_input_nodes if a in index)),
@@ -159,6 +156,6 @@ def _shape(node: fx.Node) -> str:
     return f"[{', '.join(map(str, tensor.shape))}]"[:_CHARACTERS] if tensor is not None else ""
 
 
-def _dtype(node: fx.Node) -> str:
-    tensor: Any = tensor_of(node)
+def dtype_name(tensor: torch.Tensor | None) -> str:
+    """A tensor's dtype without the module's name; empty for None."""
     return str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""

@@ -1,4 +1,4 @@
-"""One record a candidate, made once: when the graph is rewritten, and its norms have taken their places."""
+"""One record for each candidate, made once: after the rewrite, when it is known which norms have left the graph."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from dorafx.graphs.operators import first_argument
@@ -20,19 +19,17 @@ from dorafx.plan import Left, NormPlan, RewritePlan
 from dorafx.plan.accounting import dense_bytes, gemm_flops, merging, norm_closure, still_formed
 from dorafx.rewriter import NormKey
 
-from .drawings import Subject, draw
+from .drawings import Subject, draw, dtype_name
 from .terms import ONLY_THE_NORM, SiteTerms, site_terms
-
-__all__ = ["Recorder"]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """What is known of a candidate before its norm has its place.
+    """A candidate's record before it is known whether its norm leaves the graph.
 
     Attributes:
         fields: of the record.
-        norm: the norm whose place the record tells; None for what is left alone.
+        norm: the norm whose placement the record states; None for a miss.
     """
 
     fields: dict[str, Any]
@@ -42,21 +39,21 @@ class _Draft:
         """The record of one of the modules that the graph serves.
 
         Args:
-            inside: the norms that the graph computes itself, each with what keeps it there.
+            inside: the norms that stay in the graph, each with the reason.
             member: the module's name.
         """
         placed = dict(self.fields)
         placed["site"] = ".".join(part for part in (member, placed["site"]) if part)
         if self.norm is not None:
-            kept = inside.get(self.norm)
-            placed["norm_placement"] = "prologue" if kept is None else "graph"
-            said = placed["decision"], kept and f"norm kept in the graph: {kept}"
-            placed["decision"] = "; ".join(filter(None, said))
+            reason = inside.get(self.norm)
+            placed["norm_placement"] = "prologue" if reason is None else "graph"
+            decisions = placed["decision"], reason and f"norm kept in the graph: {reason}"
+            placed["decision"] = "; ".join(filter(None, decisions))
         return Record(**placed)
 
 
 class Recorder:
-    """Collects what the log will say of one graph and the bodies in it.
+    """Collects the records of one graph and its bodies.
 
     Args:
         options: those of the graph.
@@ -75,10 +72,10 @@ class Recorder:
         self.terms: list[SiteTerms] | None = [] if terms else None
 
     def rewritten(self, matches: Matches, plan: RewritePlan, copied: dict[fx.Node, fx.Node]) -> None:
-        """What became of one graph. To be called before the norms leave it: the drawings show them in it.
+        """Record one rewritten graph. To be called before the norms are hoisted, as the drawings show them in the graph.
 
         Args:
-            matches, plan: its candidates, and what was decided.
+            matches, plan: its candidates, and the decisions about them.
             copied: original node -> the node that stands for it in the new graph; empty where nothing was rewritten.
         """
         if self.terms is not None:
@@ -86,18 +83,18 @@ class Recorder:
         lift, flops = matches.lift, gemm_flops(matches.lift)
         replaced = {c.match.node for c in plan.compositions}
         replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
-        found: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
-        # First what has no norm to stand for it, then the norms, then the rest.
-        found += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
+        candidates: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
+        # First candidates without a node for their norm, then the norms, then the rest.
+        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
         for atom_id, norm in plan.norms.items():
-            match, lost = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
-            fields = _rewritten(lift, norm, match, lost, flops)
+            match, miss = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
+            fields = _rewritten(lift, norm, match, miss, flops)
             fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
-            found.append((fields, _subject(norm, match, lost), (plan.part, atom_id)))
-        found += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
+            candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id)))
+        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}
-        for fields, subject, norm_key in found:
-            # One drawing for all layers that differ in their number only.
+        for fields, subject, norm_key in candidates:
+            # One drawing for all layers that differ only in their number.
             layer = tuple({**fields, "site": folded_site(fields["site"]), "source": "", "decision": ""}.values())
             if layer not in keys:
                 drawing = draw(subject, lift, copied, replaced)
@@ -112,7 +109,7 @@ class Recorder:
         )
 
     def forget(self) -> None:
-        """Nothing of what was said before holds any more."""
+        """Drop everything recorded so far."""
         self._drafts.clear()
         self._drawings.clear()
         if self.terms is not None:
@@ -123,7 +120,7 @@ class Recorder:
 
         Args:
             inside: see :func:`dorafx.rewriter.norms_inside`.
-            seconds: that each station of the pass took.
+            seconds: the time of each stage.
         """
         log = RewriteLog()
         records = (draft.record(inside, member) for member in self.members for draft in self._drafts)
@@ -131,11 +128,11 @@ class Recorder:
         return log
 
 
-def _subject(norm: NormPlan, match: Match | None, lost: Reason | None) -> Subject:
+def _subject(norm: NormPlan, match: Match | None, miss: Reason | None) -> Subject:
     sites = tuple(norm.factors.info.sites)
     if match is not None:
         return Subject((match.node,), (match.expr,), sites)
-    return Subject(sites, (), sites, lost.node if lost is not None else None)
+    return Subject(sites, (), sites, miss.node if miss is not None else None)
 
 
 def _subject_left(left: Left) -> Subject:
@@ -144,7 +141,7 @@ def _subject_left(left: Left) -> Subject:
 
 
 def _rewritten(
-    lift: Lifter, norm: NormPlan, match: Match | None, lost: Reason | None, flops: Mapping[fx.Node, int]
+    lift: Lifter, norm: NormPlan, match: Match | None, miss: Reason | None, flops: Mapping[fx.Node, int]
 ) -> dict[str, Any]:
     factors = norm.factors
     site = match.origin if match is not None else next(iter(factors.info.sites), None)
@@ -154,12 +151,12 @@ def _rewritten(
         "status": "rewritten",
         "site": site_of(site) if site is not None else "",
         "pattern": match.pattern if match is not None else "norm_only",
-        **_why(lost, ONLY_THE_NORM),
+        **_why(miss, ONLY_THE_NORM),
         "source": source_of(site) if site is not None else "",
         "d_out": factors.d_out,
         "d_in": factors.d_in,
         "rank": factors.rank,
-        "dtype": norm.packed.format if norm.packed is not None else _dtype(weight),
+        "dtype": norm.packed.format if norm.packed is not None else dtype_name(weight),
         "dense_bytes_avoided": dense_bytes(factors, closure, still_formed(norm.packed is not None, closure)),
         "flops_before": sum(flops.get(node, 0) for node in closure),
         "flops_after": 2 * factors.d_out * factors.d_in * factors.rank,
@@ -180,17 +177,13 @@ def _left(left: Left) -> dict[str, Any]:
         "source": source_of(node) if node is not None else "",
         "d_out": int(d_out),
         "d_in": int(d_in),
-        "dtype": _dtype(operand),
+        "dtype": dtype_name(operand),
         "decision": left.decision,
     }
 
 
 def _why(reason: Reason | None, before: str = "") -> dict[str, str]:
-    """The fields of a record that say why."""
+    """The fields of a record that state the reason."""
     if reason is None:
         return {"reason": "", "kind": ""}
     return {"reason": f"{before}{reason.text}", "kind": reason.kind.value}
-
-
-def _dtype(tensor: torch.Tensor | None) -> str:
-    return str(tensor.dtype).removeprefix("torch.") if tensor is not None else ""

@@ -1,9 +1,10 @@
 """Rewrite: a new graph from a plan, and a norm prologue beside it."""
 
 from .apply import apply_plan
-from .emit import CannotEmit, Emitter
+from .emit import Emitter
 from .hoist import HoistedNorm, NormKey, hoist_norms, norms_inside
 from .in_place import reuse_buffers
+from .nodes import CannotEmit
 from .results import own_results
 
 __all__ = [

@@ -17,12 +17,13 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Expr, Poly, VectorValue
 from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
-from dorafx.plan import NormPlan, RewritePlan
+from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 
 from .channels import norm_by_channel
-from .emit import CannotEmit, Emitter
+from .emit import Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
+from .nodes import CannotEmit
 from .norm_operands import (
     factor_operands,
     in_its_dtype,
@@ -33,8 +34,6 @@ from .norm_operands import (
 )
 from .placements import placed_like, reduced
 
-__all__ = ["apply_plan"]
-
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
@@ -44,34 +43,34 @@ class _Norms:
 
     def __init__(self, plan: RewritePlan) -> None:
         self.plan = plan
-        self.made: dict[tuple[int, bool], fx.Node] = {}
+        self.nodes: dict[tuple[int, bool], fx.Node] = {}
 
     def __call__(self, atom: Atom, emit: Emitter) -> fx.Node:
-        """The vector of an atom, which the caller detaches if the atom is."""
+        """The vector of an atom. The caller detaches it if the atom is detached."""
         if atom.id not in self.plan.norms:
-            return emit.existing_vector(Atom(atom.id))  # of another matrix, or one that was refused: the graph's own
+            return emit.existing_vector(Atom(atom.id))  # of another matrix, or refused: as the graph computes it
         assert emit.site is not None
         norm = self.plan.norms[atom.id]
         unrecorded = norm.factors.info.requires_grad and emit.site in emit.lift.unrecorded
         for key in ((atom.id, unrecorded), (atom.id, not unrecorded)):
-            if key in self.made and (atom.detached or unrecorded or not key[1]):
-                return self.made[key]
-        made = self.made[atom.id, unrecorded] = _emit_norm(norm, (self.plan.part, atom.id), emit)
-        made.meta[NORM] = atom.id
-        return made
+            if key in self.nodes and (atom.detached or unrecorded or not key[1]):
+                return self.nodes[key]
+        node = self.nodes[atom.id, unrecorded] = _emit_norm(norm, (self.plan.part, atom.id), emit)
+        node.meta[NORM] = atom.id
+        return node
 
     def is_read(self, norm: NormPlan) -> bool:
         """Whether a norm that was emitted has a reader."""
-        return any(node.users for (atom_id, _), node in self.made.items() if atom_id == norm.factors.atom.id)
+        return any(node.users for (atom_id, _), node in self.nodes.items() if atom_id == norm.factors.atom.id)
 
     @contextmanager
     def anew(self) -> Iterator[None]:
-        """Emit norms once more, as the original computes them."""
-        made, self.made = self.made, {}
+        """Emit norms again, instead of reusing those that were emitted."""
+        nodes, self.nodes = self.nodes, {}
         try:
             yield
         finally:
-            self.made = made
+            self.nodes = nodes
 
 
 def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
@@ -86,8 +85,8 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
         return norm_by_channel(emit, n, info)
     if not (info.eps or (info.rooted and info.requires_grad)):
         return n
-    # The root of a sum of squares has no gradient at zero, where a norm has one: ``sqrt(n·n)``. An infinite norm has that of a norm in
-    # either case, NaN where what comes in is NaN; that of ``n·n`` would be ``0·inf``.
+    # The root of a sum of squares has no gradient at zero, where a norm has one; ``sqrt(n·n)`` has none either. Where n is infinite, the
+    # gradient is a norm's in either case (NaN where what comes in is NaN); that of ``n·n`` would be ``0·inf``, so n itself is taken.
     largest = torch.finfo(emit.tensor(n).dtype).max
     finite = emit.call(torch.clamp_max, n, largest)
     square = emit.call(torch.mul, finite, finite)
@@ -99,7 +98,7 @@ def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     _refuse_inference_tensors(norm, emit)
     left, right, scale = factor_operands(emit, norm.factors)
     if norm.factors.info.double:
-        # One operand decides what the norm is computed in, and this is the smallest.
+        # One operand in fp64 makes the norm fp64, and this one is the smallest.
         right = emit.cast(right, torch.float64)
     dtype = product_dtype(emit, norm.factors, left, right)
     rounded = () if dtype is None else (dtype,)
@@ -120,8 +119,10 @@ def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
 
 
 def _refuse_lost_gradient(emit: Emitter, node: fx.Node, term: Expr | Poly) -> None:
-    """A view of what requires a gradient requires one also where none are recorded: a leaf, by way of which no gradient reaches what it
-    is a view of. Its term has none; what is made of it alone would require none either."""
+    """Refuse a node that requires a gradient only by way of a view that was made where gradients are not recorded.
+
+    Such a view of a tensor that requires a gradient requires one, too, but is a leaf: no gradient reaches that tensor through it. The
+    view's term has no gradient, so a node that is emitted from it alone would require none."""
     tensor = tensor_of(node)
     recorded = tensor is not None and tensor.requires_grad and node not in emit.lift.unrecorded
     if recorded and not emit.lift.requires_grad(term):
@@ -133,7 +134,8 @@ def _refuse_lost_gradient(emit: Emitter, node: fx.Node, term: Expr | Poly) -> No
 
 
 def _refuse_inference_tensors(norm: NormPlan, emit: Emitter) -> None:
-    """The backward of a sum of squares saves the sum, that of the factored norm what it is the sum of."""
+    """Refuse a norm that would save a tensor of inference mode for its backward: that of the original saves ``W + s·B·A``, that of the
+    factored norm the summands."""
     assert emit.site is not None
     if not norm.factors.info.requires_grad:
         return
@@ -164,61 +166,57 @@ def apply_plan(
     memory = Ownership(gm.graph)
     emit = Emitter(matches.lift, graph, copied, norms)
     rules = forms()
-    work: list[tuple[int, fx.Node, int]] = [
-        (emit.order[c.match.node], c.match.node, i) for i, c in enumerate(plan.compositions)
-    ]
-    work += [(emit.order[site], site, -1) for norm in plan.norms.values() for site in norm.factors.info.sites]
     sites = {site: norm for norm in plan.norms.values() for site in norm.factors.info.sites}
+    work: list[tuple[fx.Node, CompositionPlan | None]] = [(c.match.node, c) for c in plan.compositions]
+    work += [(site, None) for site in sites]
     dead: list[fx.Node] = []
-    for _, node, index in sorted(work, key=lambda item: item[0]):
+    for node, composition in sorted(work, key=lambda item: emit.order[item[0]]):
         old = copied[node]
         try:
             with graph.inserting_before(old):
-                if index < 0:
-                    emit.begin(node, False)
+                if composition is None:
+                    emit.begin(node)
                     norms(sites[node].factors.atom, emit)  # here, where every later reader finds it
                     continue
-                composition = plan.compositions[index]
-                emit.begin(node, composition.accumulate, composition.kernel, composition.match.transposed)
-                emit.channels = matches.lift.is_convolved(composition.match.expr)
-                _refuse_lost_gradient(emit, node, composition.match.expr)
-                made = rules[composition.match.pattern].rewrite(composition.match, emit)
-                made = laid_out_like(emit, node, placed_like(emit, node, made))
-                made = memory.of(emit, node, made)
+                match = composition.match
+                emit.begin(node, match)
+                _refuse_lost_gradient(emit, node, match.expr)
+                replacement = rules[match.pattern].rewrite(match, composition, emit)
+                replacement = laid_out_like(emit, node, placed_like(emit, node, replacement))
+                replacement = memory.of(emit, node, replacement)
         except Exception as reason:
             raise _refusal(reason, node) from reason
-        old.replace_all_uses_with(made)
-        copied[node] = made
+        old.replace_all_uses_with(replacement)
+        copied[node] = replacement
         dead.append(old)
     _erase_dead(graph, dead)
-    # The original norms that somebody still reads: in most layers the composition was the only one.
+    # The original norms that are still read; in most layers only the composition read the norm.
     erased = set(copied.values()) - set(graph.nodes)
     remaining = [node for node in sites if copied[node] not in erased and copied[node].users]
     for node in sorted(remaining, key=memory.stays_inside):
         old = copied[node]
         with graph.inserting_before(old):
-            emit.begin(node, False)
+            emit.begin(node)
             try:
-                # A caller may write to its result, and must not reach the norm that everybody else reads. A copy would do, but of
-                # copies of one tensor Inductor removes all that it can; two norms of the same operands stay two.
+                # A caller may write to a result, so it must not be the norm that others read. A copy would do, but Inductor removes
+                # copies of one tensor where it can; two norms of the same operands stay two.
                 norm = sites[node]
                 shared = norms.is_read(norm) or sum(sites[other] is norm for other in remaining) > 1
                 with norms.anew() if shared and not memory.stays_inside(node) else nullcontext():
-                    made = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
-                copied[node] = memory.of(emit, node, laid_out_like(emit, node, made))
+                    replacement = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
+                copied[node] = memory.of(emit, node, laid_out_like(emit, node, replacement))
             except Exception as reason:
                 raise _refusal(reason, node) from reason
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
-    _erase_dead(graph, list(norms.made.values()))
+    _erase_dead(graph, list(norms.nodes.values()))
     graph.lint()
     alive = set(graph.nodes)
     return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}
 
 
 def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
-    """Why a site is left alone: what an emission that failed said of it, or an error that nobody foresaw. Other sites of the graph
-    are rewritten all the same."""
+    """Why a site is left alone: the emitter's reason, or an unforeseen error. Other sites of the graph are rewritten all the same."""
     refusal = error
     if not isinstance(refusal, CannotEmit):
         _logger.debug("%s is left alone", site.format_node(), exc_info=error)
@@ -232,17 +230,17 @@ def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
 
 
 def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:
-    """What a node made of a norm (a multiple, a power), of the factored one, in the dtype and shape that the node has."""
+    """What a node computes from a norm (a multiple, a power), from the factored norm instead, in the node's dtype and shape."""
     tensor, value = tensor_of(node), emit.lift.values.get(node)
     assert tensor is not None
     if not isinstance(value, VectorValue):
         raise CannotEmit(f"{node.name} is not known as a vector")
     _refuse_lost_gradient(emit, node, value.poly)
-    made = emit.vector(value.poly)
+    vector = emit.vector(value.poly)
     if not norm.factors.info.requires_grad:
-        made = emit.method("detach", made)
-    made = emit.cast(made, tensor.dtype)
-    return made if tensor.dim() == 1 else emit.method("reshape", made, tuple(tensor.shape))
+        vector = emit.method("detach", vector)
+    vector = emit.cast(vector, tensor.dtype)
+    return vector if tensor.dim() == 1 else emit.method("reshape", vector, tuple(tensor.shape))
 
 
 def _erase_dead(graph: fx.Graph, roots: list[fx.Node]) -> None:

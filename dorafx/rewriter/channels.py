@@ -9,8 +9,6 @@ from dorafx.lift import AtomInfo
 
 from .nodes import NodeEmitter
 
-__all__ = ["norm_by_channel"]
-
 
 def norm_by_channel(emit: NodeEmitter, columns: fx.Node, info: AtomInfo) -> fx.Node:
     """The norm of each input channel ``[channels]``.

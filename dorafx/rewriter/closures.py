@@ -16,8 +16,6 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import nodes_in
 from dorafx.lift.quantized import is_torchao
 
-__all__ = ["NORMS", "TRANSPOSES", "closure_of", "is_number", "makes_memory", "waits_for_device"]
-
 NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
 TRANSPOSES = ("T", "mT")
 """Attributes of a tensor that are tensors."""
@@ -31,10 +29,10 @@ _COPIES = frozenset(("cast", "dequantize", "identity"))
 _PRODUCTS = frozenset(("addmm", "bmm", "einsum", "linear", "matmul", "outer"))
 _ARITHMETIC = frozenset(
     ("add", "addcmul", "clamp", "clamp_min", "diag", "div", "lerp", "linalg_norm", "maximum", "mean", "mul", "neg", "norm",
-     "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
+     "pad", "pow", "reciprocal", "rsqrt", "rsub", "sqrt", "square", "sub", "sum", "vector_norm")
 )  # fmt: skip
 
-# What takes a tensor of no axes where it takes a number.
+# Operators that take a tensor of no axes in place of a number.
 _NUMERIC = frozenset(("add", "div", "mul", "neg", "reciprocal", "rsub", "sub"))
 
 
@@ -45,18 +43,18 @@ def closure_of(norm: fx.Node, written: frozenset[fx.Node]) -> list[fx.Node] | st
         norm: a node that is one of :data:`NORMS`.
         written: what the graph writes to (:func:`dorafx.graphs.writes.written_nodes`): before the graph it has another value.
     """
-    found: dict[fx.Node, None] = {}
+    nodes: dict[fx.Node, None] = {}
     stack = [norm]
     while stack:
         current = stack.pop()
-        if current in found:
+        if current in nodes:
             continue
         reason = _stays(current, written)
         if reason:
             return reason
-        found[current] = None
+        nodes[current] = None
         stack.extend(current.all_input_nodes)
-    closure = sorted(found)
+    closure = sorted(nodes)
     cast = next((node for node in closure if not _is_same_outside_of_autocast(node)), None)
     if cast is not None and not (canonical_name(cast) in _PRODUCTS and _runs_outside_of_autocast(closure)):
         return f"{_named(cast)} runs in an autocast region"
@@ -153,7 +151,7 @@ def _weight_that_is_made(norm: fx.Node) -> str:
 
 
 def _number_of_a_device(closure: list[fx.Node]) -> str:
-    """What has to have a number that lies on an accelerator, and cannot take the tensor in its place; empty where nothing does."""
+    """The operator that needs a number from an accelerator and cannot take the tensor in its place; empty where there is none."""
     numbers = {node for node in closure if waits_for_device(node)}
     for node in closure:
         if numbers.isdisjoint(node.all_input_nodes):

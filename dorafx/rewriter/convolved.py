@@ -12,14 +12,12 @@ from torch import fx
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
-from dorafx.lift import Atom, Diag, Lifter, Mat, MatrixValue, Poly
+from dorafx.lift import Atom, AtomInfo, Diag, Lifter, Mat, MatrixValue, Poly
 from dorafx.lift.algebra import Chain, Mono, is_ones
 from dorafx.lift.quantized import is_torchao
 from dorafx.match import ReasonKind
 
 from .nodes import CannotEmit
-
-__all__ = ["convolved"]
 
 _CALLS: dict[int, Any] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
@@ -39,57 +37,76 @@ class _Emit(Protocol):
     def matrix(self, atom: Atom) -> fx.Node: ...
     def vector(self, poly: Poly) -> fx.Node: ...
     def precise(self, factor: fx.Node) -> fx.Node: ...
+    def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node: ...
     def product(self, chain: Chain) -> fx.Node: ...
 
 
-def convolved(emit: _Emit, chain: Chain) -> fx.Node:
+def convolved(emit: _Emit, chain: Chain, scale: Poly | None = None) -> fx.Node:
     """``U(x)·Aᵀ·Bᵀ·D(v)`` as the convolution of x with A in the shape of filters, one with B that has a kernel of one, and a scaling of
-    channels. Patches are never formed."""
-    head, last, prefix = chain[0], chain[-1], chain[:-1]
+    channels. Patches are never formed.
+
+    Args:
+        emit: makes the nodes.
+        chain: the product.
+        scale: what the columns of the patches are scaled by besides, all positions of a kernel by the same.
+    """
+    head, tail = chain[0], chain[1:]
     assert isinstance(head, Mat)
     info = emit.lift.atom_of(head.atom)
+    if head.transposed or any(map(is_ones, tail)):
+        raise CannotEmit(
+            "a factor of the product is a repeated row or column, or the convolution's input is not the first"
+        )
+    kernel, options, node = _patches(info)
+    last, prefix = chain[-1], chain[:-1]
+    begins_with_scaling = bool(tail) and isinstance(tail[0], Diag)
+    if kernel and len(tail) <= 1 + begins_with_scaling:
+        if not isinstance(last, Mat) or not tail:
+            raise CannotEmit("the patches of a convolution are multiplied with nothing")
+        if isinstance(tail[0], Diag):
+            scale = Poly(((tail[0].mono, 1.0),)) * (scale or Poly.const(1.0))
+        left = _scaled_input(emit, _activations(emit, node, head.atom.detached), scale, math.prod(kernel))
+        return _multiplied(emit, left, last, kernel, options)
     if not prefix:
-        if info.kind != "channels" or info.node is None or head.transposed:
-            raise CannotEmit("the patches of a convolution stand alone in the product")
-        return _activations(emit, info.node, head.atom.detached)
-    if head.transposed or any(map(is_ones, chain)):
-        raise CannotEmit(
-            "a factor of the product is one row or column repeated, or the convolution's input is not the first"
-        )
-    patches = info.patches
-    if info.kind == "unfold" and patches is None:
-        raise CannotEmit(
-            "the convolution has groups, each of which multiplies other channels: its products are used where the program has them, and none is made"
-        )
-    first = chain[1]
-    if patches is not None and (len(chain) == 2 or (len(chain) == 3 and isinstance(first, Diag))):
-        if isinstance(last, Diag):
-            raise CannotEmit("the patches of a convolution are scaled, and multiplied by nothing")
-        left = _activations(emit, patches.node, head.atom.detached)
-        if isinstance(first, Diag):
-            left = _scaled(emit, left, _of_channels(emit.lift, first.mono, math.prod(patches.kernel)))
-        return _multiplied(emit, left, last, patches.kernel, patches.options)
-    left = emit.product(prefix)
+        return _scaled_input(emit, _activations(emit, node, head.atom.detached), scale, 1)
+    left = emit.product(prefix) if scale is None else convolved(emit, prefix, scale)
     if isinstance(last, Diag):
         return _scaled(emit, left, last.mono)
     return _multiplied(emit, left, last, (1,) * (emit.tensor(left).dim() - 2), ())
 
 
-def _of_channels(lift: Lifter, mono: Mono, positions: int) -> Mono:
+def _scaled_input(emit: _Emit, x: fx.Node, scale: Poly | None, positions: int) -> fx.Node:
+    return x if scale is None else emit.scaled_input(x, _of_channels(emit.lift, scale, positions))
+
+
+def _patches(info: AtomInfo) -> tuple[tuple[int, ...], tuple[Any, ...], fx.Node]:
+    """Kernel and options of a convolution, and what it takes. Activations themselves have none: a kernel of one, and no options."""
+    if info.kind == "channels" and info.node is not None:
+        return (), (), info.node
+    if info.patches is None:
+        raise CannotEmit(
+            "the convolution has groups, each of which multiplies other channels: its products are used where the program has them, "
+            "and none is added"
+        )
+    return info.patches.kernel, info.patches.options, info.patches.node
+
+
+def _of_channels(lift: Lifter, scale: Poly, positions: int) -> Poly:
     """A scaling of the columns of filters as one of input channels, which all positions of a kernel share."""
-    found = []
-    for atom, exponent in mono:
-        info = lift.atom_of(atom)
-        if info.kind == "repeated" and info.span == positions and info.poly is not None:
-            (inner,) = info.poly.atoms()
-            found.append((inner._replace(detached=atom.detached), exponent))
-        elif positions == 1 or lift.is_scalar(atom):
-            found.append((atom, exponent))
-        else:
-            raise CannotEmit(
-                "each position of a kernel is scaled by itself, which no scaling of the input's channels does"
-            )
-    return tuple(found)
+    total = Poly(())
+    for mono, c in scale.items:
+        total = total + Poly(((tuple(_of_channel(lift, atom, positions, e) for atom, e in mono), c),))
+    return total
+
+
+def _of_channel(lift: Lifter, atom: Atom, positions: int, exponent: int) -> tuple[Atom, int]:
+    info = lift.atom_of(atom)
+    if info.kind == "repeated" and info.span == positions and info.poly is not None:
+        (inner,) = info.poly.atoms()
+        return inner._replace(detached=atom.detached), exponent
+    if positions == 1 or lift.is_scalar(atom):
+        return atom, exponent
+    raise CannotEmit("each position of a kernel is scaled by itself, which no scaling of the input's channels does")
 
 
 def _activations(emit: _Emit, node: fx.Node, detached: bool) -> fx.Node:

@@ -12,7 +12,7 @@ from dorafx._compat.distributed import placements
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.uses import dies
-from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly
+from dorafx.lift import Diag, Expr, Gemm, Mat, Poly
 from dorafx.lift.algebra import Chain, is_ones
 from dorafx.lift.quantized import is_torchao
 from dorafx.match import Match, Part, ReasonKind
@@ -22,33 +22,17 @@ from dorafx.plan.kernel import linear_operands
 from .nodes import CannotEmit
 from .terms import TermEmitter
 
-__all__ = ["CannotEmit", "Emitter"]
-
 _ONE_COLUMN = "a low-rank product has one column, and no vector makes it wide"
 
 
 class Emitter(TermEmitter):
     """Emits replacements into a copy of the lifted graph; the arguments are :class:`TermEmitter`'s."""
 
-    def __init__(
-        self, lift: Lifter, graph: fx.Graph, copied: dict[fx.Node, fx.Node], norms: Callable[[Atom, Any], fx.Node]
-    ) -> None:
-        super().__init__(lift, graph, copied, norms)
-        self.accumulate = False
-        self.kernel = "auto"
-        """How compositions are computed: one of :data:`dorafx.ops.composition.KERNELS`, or ``"triton_linear"``."""
-
-    def begin(self, site: fx.Node, accumulate: bool, kernel: str = "auto", transposed: bool = False) -> None:
-        """Start the replacement of an original node: everything is emitted just before it."""
-        self.begin_terms(site, transposed)
-        self.accumulate = accumulate
-        self.kernel = kernel
-
     def base(self, core: Chain, bias: Poly, scaling: Poly) -> tuple[fx.Node, Poly]:
         """The base product and the bias that remains to be added after the scaling.
 
         A base product that the graph only has with its bias is made again without it where the biased one then dies;
-        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is taken off the bias.
+        where somebody else reads the biased one, or an operand was written meanwhile, it is reused and ``g ⊙ b`` is subtracted from the bias.
         """
         assert self.site is not None
         existing = self._existing(Expr.chain(core))
@@ -61,7 +45,8 @@ class Emitter(TermEmitter):
             if vector is None:
                 continue
             inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
-            if self._unreadable(gemm) or not dies(gemm.node, self.site, self.order):
+            unreadable = not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
+            if unreadable or not dies(gemm.node, self.site, self.order):
                 return self.copied[gemm.node], bias + (inside * scaling).scaled(-1.0)
             if bias == inside * scaling:
                 return self.copied[gemm.node], Poly(())
@@ -71,14 +56,12 @@ class Emitter(TermEmitter):
             return self._again(gemms[0]), bias
         return self.product(core), bias
 
-    def _unreadable(self, gemm: Gemm) -> bool:
-        return not self.lift.written.isdisjoint((gemm.lhs, gemm.rhs))
-
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
         last = part.core[-1]
         alpha = part.scale.constant
         plain = len(part.core) > 1 and isinstance(last, Mat) and not any(map(is_ones, part.core[-2:]))
+        plain = plain and not self._is_selection(last)
         if alpha is None or not plain:
             node = self.product(part.core)
             return self._added(base, self.scaled(node, part.scale) if part.scale.constant != 1.0 else node)
@@ -107,7 +90,7 @@ class Emitter(TermEmitter):
         return total, 1.0
 
     def _scaled_product(self, part: Part) -> tuple[fx.Node, float]:
-        """``scale · core`` and a constant that is left to do. The graph may have the product scaled by a vector already."""
+        """``scale · core`` without its constant factor, and that factor. The graph may have the product scaled by a vector already."""
         if not part.scale.is_monomial:
             return self.scaled(self.product(part.core), part.scale), 1.0
         ((mono, c),) = part.scale.items
@@ -117,67 +100,102 @@ class Emitter(TermEmitter):
         node = self.product(part.core)
         return (self.scaled(node, part.scale), 1.0) if mono else (node, c)
 
+    def scaled_sum(self, terms: Iterable[tuple[fx.Node, Poly]], bias: Poly) -> fx.Node:
+        products, scales = zip(*terms)
+        return self._shaped(lambda *products: self._sum(products, scales, bias), *products)
+
+    def _sum(self, products: Iterable[fx.Node], scales: Iterable[Poly], bias: Poly) -> fx.Node:
+        total: fx.Node | None = None
+        for product, scale in zip(products, scales):
+            term = self._wide(product)
+            if scale.constant != 1.0:
+                constant = scale.constant
+                term = self.call(torch.mul, term, self.vector(scale) if constant is None else constant)
+            total = term if total is None else self.call(torch.add, total, term)
+        assert total is not None
+        if bias.items:
+            total = self.call(torch.add, total, self.vector(bias))
+        return self.cast(total, self.out_dtype())
+
     def shaped_like_site(self, node: fx.Node) -> fx.Node:
         """A value with the shape and dtype of what it replaces."""
         return self._shaped(lambda out: self.cast(out, self.out_dtype()), node)
 
-    def compose(self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float) -> fx.Node:
-        plain = placements(self.tensor(base)) is None
-        target = torch.ops.dorafx.compose.default if plain else sharding.compose
+    def compose(
+        self,
+        base: fx.Node,
+        lora: fx.Node | None,
+        g: fx.Node,
+        bias: fx.Node | None,
+        scale: float,
+        kernel: str = "auto",
+    ) -> fx.Node:
+        target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
+        return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
+
+    def compose_delta(
+        self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float, kernel: str = "auto"
+    ) -> fx.Node:
+        target, *rest = self._operator(torch.ops.dorafx.compose_delta.default, sharding.compose_delta, base, kernel)
         return self._shaped(
-            lambda base, lora: self.call(
-                target, base, lora, g, bias, scale, self.out_dtype(), *(self._kernel_argument() if plain else ())
-            ),
-            base,
-            lora,
+            lambda result, base, lora: self.call(target, result, base, lora, g, scale, *rest), result, base, lora
         )
 
-    def compose_delta(self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float) -> fx.Node:
-        plain = placements(self.tensor(base)) is None
-        target = torch.ops.dorafx.compose_delta.default if plain else sharding.compose_delta
-        return self._shaped(
-            lambda result, base, lora: self.call(
-                target, result, base, lora, g, scale, self.out_dtype(), *(self._kernel_argument() if plain else ())
-            ),
-            result,
-            base,
-            lora,
-        )
+    def _operator(
+        self, target: Callable[..., Any], sharded: Callable[..., Any], base: fx.Node, kernel: str
+    ) -> tuple[Any, ...]:
+        """The operator that composes, and its last arguments: the output's dtype and the kernel. That for DTensors takes no kernel."""
+        if placements(self.tensor(base)) is not None:
+            return sharded, self.out_dtype()
+        return (target, self.out_dtype(), *(() if kernel == "auto" else ("triton",)))
 
     def linear_kernel(self, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
-        """The whole layer as one kernel; None where the plan does not say so, or an operand does not fit."""
-        return _linear_kernel(self, match, g, bias) if self.kernel == "triton_linear" else None
-
-    def _kernel_argument(self) -> tuple[str, ...]:
-        return () if self.kernel == "auto" else ("triton",)
+        """The whole layer as one operator, ``dorafx::dora_linear``; None where an operand does not fit, which the plan could not see."""
+        operands = linear_operands(self.lift, match, self.order)
+        if isinstance(operands, str):
+            return None
+        x, weight, h, left = (self.operand(node) for node in operands.nodes)
+        assert self.site is not None
+        shape = self.tensor(self.site).shape
+        flat = any(sizes_of(self.tensor(t).shape[:-1]) != sizes_of(shape[:-1]) for t in (x, h))
+        if any(sizes_of(self.tensor(v).shape) != sizes_of(shape[-1:]) for v in (g, bias) if v is not None):
+            return None
+        if flat:
+            if not all(isinstance(size, int) for size in shape):
+                return None
+            x, h = self.flat(x), self.flat(h)
+        weight, left = (self.method("t", t) if flip else t for t, flip in zip((weight, left), operands.transposed))
+        target = torch.ops.dorafx.dora_linear.default
+        y = self.call(target, x, weight, h, left, g, bias, operands.scale, self.out_dtype())
+        return self.method("reshape", y, tuple(shape)) if flat else y
 
     def _shaped(self, make: Callable[..., fx.Node], *operands: fx.Node | None) -> fx.Node:
         """Bring the operands to one shape, and the result to the site's."""
         assert self.site is not None
         if self.transposed:
             return self.method("t", make(*(None if o is None else self.flat(o) for o in operands)))
-        if self.channels:
-            made = make(*(None if o is None else self.method("movedim", o, 1, -1) for o in operands))
-            return self.method("movedim", made, -1, 1)
-        wanted = self.tensor(self.site).shape
+        if self.channels_first:
+            out = make(*(None if o is None else self.method("movedim", o, 1, -1) for o in operands))
+            return self.method("movedim", out, -1, 1)
+        shape = self.tensor(self.site).shape
         present = [o for o in operands if o is not None]
-        if all(sizes_of(self.tensor(o).shape) == sizes_of(wanted) for o in present):
+        if all(sizes_of(self.tensor(o).shape) == sizes_of(shape) for o in present):
             return make(*operands)
         out = make(*(None if o is None else self.flat(o) for o in operands))
-        if sizes_of(self.tensor(out).shape) == sizes_of(wanted):
+        if sizes_of(self.tensor(out).shape) == sizes_of(shape):
             return out
         for o in present:
-            if sizes_of(self.tensor(o).shape) == sizes_of(wanted):
+            if sizes_of(self.tensor(o).shape) == sizes_of(shape):
                 return self.method("reshape_as", out, o)
-        if all(isinstance(s, int) for s in wanted):
-            return self.method("reshape", out, tuple(wanted))
+        if all(isinstance(s, int) for s in shape):
+            return self.method("reshape", out, tuple(shape))
         what = "the parts of the output have different leading dimensions, and these are symbolic"
         raise CannotEmit(what, ReasonKind.SYMBOLIC_SHAPE)
 
 
 def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
-    """A product that the graph has; made anew of the uncast weight where that spares the backward a dense copy of it, as PEFT's with a
-    dropout in front of fp32 adapters."""
+    """A product of the graph; made again from the weight before its cast where the backward then keeps no dense copy of the weight, as
+    for PEFT's with a dropout in front of fp32 adapters."""
     copy = emit.copied[gemm.node]
     weight = _uncast_weight(emit, core, gemm)
     out, x, cast = (tensor_of(node) for node in (gemm.node, gemm.lhs, gemm.rhs))
@@ -191,11 +209,11 @@ def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
         return copy
     lhs = emit.operand(gemm.lhs)
     if out.dtype == tensor.dtype:
-        # Autocast undoes the cast: the copy is the weight's own values.
+        # Autocast undoes the cast: the product is of the weight's own values.
         target = torch.nn.functional.linear if last.transposed else torch.matmul
-        made = emit.graph.call_function(target, (lhs, weight))
-        made.meta = dict(copy.meta)  # not by running it: the region's autocast is not on here
-        return made
+        product = emit.graph.call_function(target, (lhs, weight))
+        product.meta = dict(copy.meta)  # not from running it: the region's autocast is off here
+        return product
     if out.dtype == x.dtype == cast.dtype and out.requires_grad:
         weight = weight if last.transposed else emit.method("t", weight)
         return emit.call(torch.ops.dorafx.cast_linear.default, lhs, weight)
@@ -219,23 +237,3 @@ def _uncast_weight(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node | None:
     if not lift.written.isdisjoint((node, gemm.lhs)) or not dies(gemm.node, emit.site, emit.order):
         return None
     return emit.operand(node)
-
-
-def _linear_kernel(emit: Emitter, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:
-    """The whole layer as one operator, ``dorafx::dora_linear``; None where an operand does not fit, which the plan could not see."""
-    operands = linear_operands(emit.lift, match, emit.order)
-    if isinstance(operands, str):
-        return None
-    x, weight, h, left = (emit.operand(node) for node in operands.nodes)
-    assert emit.site is not None
-    wanted, vectors = emit.tensor(emit.site).shape, [v for v in (g, bias) if v is not None]
-    flat = any(sizes_of(emit.tensor(t).shape[:-1]) != sizes_of(wanted[:-1]) for t in (x, h))
-    if any(sizes_of(emit.tensor(v).shape) != sizes_of(wanted[-1:]) for v in vectors):
-        return None
-    if flat:
-        if not all(isinstance(size, int) for size in wanted):
-            return None
-        x, h = emit.flat(x), emit.flat(h)
-    weight, left = (emit.method("t", t) if flip else t for t, flip in zip((weight, left), operands.transposed))
-    y = emit.call(torch.ops.dorafx.dora_linear.default, x, weight, h, left, g, bias, operands.scale, emit.out_dtype())
-    return emit.method("reshape", y, tuple(wanted)) if flat else y

@@ -20,8 +20,6 @@ from dorafx.graphs.writes import attribute_of, names_another_memory, nodes_in, w
 
 from .closures import is_number
 
-__all__ = ["copy_escaping"]
-
 # On the node of a copy.
 _COPY = "dorafx_copy"
 
@@ -46,7 +44,7 @@ def copy_escaping(gm: fx.GraphModule, inputs: Iterable[fx.Node]) -> list[fx.Node
     escaping = []
     changed = False
     for tensor in inputs:
-        # A body that several calls run was seen to before.
+        # A body that several calls share was changed for an earlier one.
         escapes = any(_COPY in user.meta for user in tensor.users)
         leaking = []
         for user in list(tensor.users):
@@ -84,11 +82,11 @@ def _after_inputs(graph: fx.Graph) -> fx.Node:
 
 
 class _Reach:
-    """How far an input comes by what shares its memory.
+    """Where an input gets to through values that share its memory.
 
     Attributes:
-        leaks: it goes out of the program's hands.
-        leaks_in_body: it would have in the body of a higher-order operator, where what leads there reads a copy now.
+        leaks: whether it may be handed out, kept or written to.
+        leaks_in_body: whether that was so in the body of a higher-order operator, where a copy is read now.
     """
 
     def __init__(self, gm: fx.GraphModule, tensor: fx.Node) -> None:
@@ -98,7 +96,7 @@ class _Reach:
         self._tensor = tensor
 
     def follow(self, user: fx.Node) -> _Reach:
-        """By way of one of its readers."""
+        """Follow the input through one of its readers."""
         seen: set[fx.Node] = set()
         stack = [(self._tensor, user)]
         while stack:
@@ -118,7 +116,7 @@ class _Reach:
             return True
         if operators.is_higher_order(reader.target):
             return not self._protected_in_body(alias, reader)
-        if reader.op == "call_function" and not _is_torchs(reader.target):
+        if reader.op == "call_function" and not _is_operator(reader.target):
             return True
         if names_another_memory(reader):
             return True
@@ -135,12 +133,12 @@ class _Reach:
         inputs = [node for node in body.graph.nodes if node.op == "placeholder"]
         if len(inputs) != len(operands):
             return False
-        given = [given for given, operand in zip(inputs, operands) if operand is alias]
-        self.leaks_in_body |= bool(copy_escaping(body, given))
+        aliases = [placeholder for placeholder, operand in zip(inputs, operands) if operand is alias]
+        self.leaks_in_body |= bool(copy_escaping(body, aliases))
         return True
 
 
-def _is_torchs(target: object) -> bool:
+def _is_operator(target: object) -> bool:
     """Whether a function is an operator of torch's or dorafx's, and keeps nothing of what it is given."""
     if operators.schemas(target):
         return True
@@ -153,7 +151,7 @@ def _is_other_memory(tensor: fx.Node, reader: fx.Node) -> bool:
     """Whether a reader's result never shares memory with what it reads. Of the norm and constants alone a compiler may find
     that the result *is* the norm (``n * ones``), and return it as it is."""
     if operators.is_higher_order(reader.target):
-        return True  # whose bodies were seen to
+        return True  # its bodies read copies where they have to
     target: Any = reader.target
     if is_overload(target) and target.namespace == "dorafx":
         return not operators.views(target)
@@ -161,8 +159,8 @@ def _is_other_memory(tensor: fx.Node, reader: fx.Node) -> bool:
 
 
 def _depends_on_others(node: fx.Node, tensor: fx.Node) -> bool:
-    """Whether any tensor that comes into the graph, but one, goes into a node's value. Sizes are numbers, and of what a value is made
-    like (``ones_like``, ``new_full``) nothing but the shape, dtype and device goes into it."""
+    """Whether a node's value depends on an input of the graph other than ``tensor``. Sizes do not count, nor does what a value is made
+    like (``ones_like``, ``new_full``): it gives the value a shape, dtype and device only."""
     seen: set[fx.Node] = set()
     stack = [node]
     while stack:

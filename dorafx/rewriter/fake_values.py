@@ -11,8 +11,6 @@ from torch import fx
 from dorafx._compat.tensors import FakeLayout, storage_id, under
 from dorafx.graphs.shapes import of_mode
 
-__all__ = ["FakeValues"]
-
 
 class FakeValues:
     """Runs operators on fake tensors, once for operands of the same layouts: the layers of a model have few shapes, and an
@@ -37,17 +35,18 @@ class FakeValues:
             return layout.made(mode, None if alias is None else operands[alias])
         with under(mode):
             args, kwargs = fx.node.map_aggregate((args, kwargs), lambda value: of_mode(value, mode))
-            made = target(*args, **kwargs)
-        layout_made = FakeLayout.of(made)
-        if key is not None and layout_made is not None:
+            result = target(*args, **kwargs)
+        result_layout = FakeLayout.of(result)
+        if key is not None and result_layout is not None:
             storages = [storage_id(operand) for operand in operands]
-            storage = storage_id(made)
-            self._known[key] = layout_made, storages.index(storage) if storage in storages else None
-        return made
+            storage = storage_id(result)
+            self._known[key] = result_layout, storages.index(storage) if storage in storages else None
+        return result
 
 
 def _key(operands: list[torch.Tensor], value: Any) -> Any:
-    """Arguments by the layouts of their tensors, which are added to ``operands``; None where something else than these decides."""
+    """A key of arguments: tensors by their layouts, other values by themselves; None if there is one of another type. The tensors are
+    appended to ``operands``."""
     if isinstance(value, torch.Tensor):
         operands.append(value)
         return FakeLayout.of(value)

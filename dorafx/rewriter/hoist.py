@@ -23,17 +23,13 @@ from .closures import NORMS, closure_of, is_number, waits_for_device
 from .escapes import copy_escaping
 from .placements import is_redistribution
 
-__all__ = ["DENSE", "KEY", "NORM", "HoistedNorm", "NormKey", "hoist_norms", "norms_inside"]
-
-# On a norm's node: the name of the module in the log's record of it.
-SITE = "dorafx_site"
 # On the node of a quantised weight's norm: name of the original graph's node that holds the weight as it multiplies.
 DENSE = "dorafx_dense"
 
 # On the node that ends a norm: the number of the norm's atom.
 NORM = "dorafx_norm"
 
-# On a norm's node: which it is.
+# On a norm's node: its NormKey.
 KEY = "dorafx_norm_key"
 
 NormKey = tuple[str, int]
@@ -159,9 +155,9 @@ def _extracted(
         if node in read.values():
             continue
         if node not in copies:
-            # Made anew, not copied: names then come from the operators, and equal computations have equal text.
+            # Created, not copied: names then come from the operators, and equal computations have equal text.
             args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
-            if node.target == "item":  # of as many digits as the number, and deciding no dtype either
+            if node.target == "item":  # as precise as the number, and without axes it decides no dtype either
                 copies[node] = graph.call_method("double", (graph.call_method("reshape", (*args, ())),))
                 continue
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
@@ -171,8 +167,8 @@ def _extracted(
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    """A placeholder whose argument is called what its node is. Were they to differ, generated code would rename one argument
-    to the other's name before reading the other: the user's variables may have any name, this one's included."""
+    """A placeholder whose argument has the name of its node. The user's variables may have any name, this one's included: with
+    different names, generated code could assign one argument to another's name before it reads that one."""
     node = graph.placeholder(name)
     node.target = node.name
     return node
@@ -260,7 +256,7 @@ def _out_of_body(
             for node in closure if read is norm else (*closure, read):
                 if node not in copies:
                     copies[node] = gm.graph.node_copy(node, copies.__getitem__)
-            # The body reads it without gradient; so does whoever hands it in.
+            # The body reads it without gradient, so what is handed in has none.
             operand = gm.graph.call_method("detach", (copies[read],))
         operand.meta.update(new_input.meta)
         call.args = (*call.args, operand)

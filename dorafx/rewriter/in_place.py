@@ -11,8 +11,6 @@ from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 
-__all__ = ["reuse_buffers"]
-
 # Operators whose result is a fresh tensor, so that a write to it is seen by nobody else.
 _FRESH = frozenset({"linear", "matmul", "addmm", "conv"})
 _VIEWS = frozenset({"flatten", "movedim", "reshape", "reshape_as"})

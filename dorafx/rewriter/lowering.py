@@ -18,8 +18,6 @@ from dorafx.ops.norm import row_norm_unrolled
 from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
 from dorafx.ops.register import DECOMPOSITIONS
 
-__all__ = ["lower_to_aten", "own_operators", "without_own_operators"]
-
 _ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **DECOMPOSITIONS,
     torch.ops.dorafx.row_norm.default: row_norm_unrolled,
@@ -37,12 +35,12 @@ def lower_to_aten(gm: fx.GraphModule) -> None:
     """
     for module in gm.modules():
         nodes = list(module.graph.nodes) if isinstance(module, fx.GraphModule) else []
-        found = [
+        calls = [
             n for n in nodes if n.op == "call_method" or (n.op == "call_function" and _is_torch_function(n.target))
         ]
-        if not found or not isinstance(module, fx.GraphModule):
+        if not calls or not isinstance(module, fx.GraphModule):
             continue
-        for node in found:
+        for node in calls:
             _lower(module.graph, node)
         module.graph.lint()
         module.recompile()
@@ -86,29 +84,29 @@ def _lower(graph: fx.Graph, node: fx.Node, function: Callable[..., Any] | None =
     inputs = [n for n in node.all_input_nodes if tensor_of(n) is not None]
 
     def call(*values: torch.Tensor) -> Any:
-        given = dict(zip(inputs, values))
-        args, kwargs = fx.map_arg((node.args, node.kwargs), given.__getitem__)
+        value_of = dict(zip(inputs, values))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value_of.__getitem__)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         target = function or node.target
         assert callable(target)
         return target(*args, **kwargs)
 
-    found = [tensor_of(n) for n in inputs]
-    mode = next((m for m in (getattr(value, "fake_mode", None) for value in found) if m is not None), None)
+    fake_values = [tensor_of(n) for n in inputs]
+    mode = next((m for m in (getattr(value, "fake_mode", None) for value in fake_values) if m is not None), None)
     slots = [slot for slot in ("example_value", "val") if slot in node.meta] or ["val"]
     with under(mode):
-        values = [of_mode(value, mode) for value in found]
+        values = [of_mode(value, mode) for value in fake_values]
         traced = make_fx(call, pre_dispatch=True)(*values)
-    made: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
+    copies: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), inputs))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op == "placeholder":
                 continue
             if inner.op == "output":
-                result = made[inner.args[0]]
+                result = copies[inner.args[0]]
                 break
-            made[inner] = graph.node_copy(inner, made.__getitem__)
-            made[inner].meta = {**node.meta, **{slot: inner.meta.get("val") for slot in slots}}
+            copies[inner] = graph.node_copy(inner, copies.__getitem__)
+            copies[inner].meta = {**node.meta, **{slot: inner.meta.get("val") for slot in slots}}
     node.replace_all_uses_with(result)
     graph.erase_node(node)

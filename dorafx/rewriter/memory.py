@@ -1,7 +1,7 @@
-"""Memory: what replaces a value lies in memory as the value did, and shares it with nobody with whom the value did not.
+"""Memory: a replacement has the strides of the value that it replaces, and shares memory only with what shared that value's.
 
-Both show: ``view`` asks for strides, ``reshape`` gives a view or a copy by them, a dropout draws its mask in their order, and a
-caller may write to what a program returns.
+Both can be seen: ``view`` fails for some strides, ``reshape`` gives a view or a copy depending on them, a dropout draws its mask in
+their order, and a caller may write to what a program returns.
 """
 
 from __future__ import annotations
@@ -21,11 +21,9 @@ from dorafx.match import ReasonKind
 
 from .nodes import CannotEmit, NodeEmitter
 
-__all__ = ["Ownership", "is_view", "laid_out_like"]
-
 
 def _strides_of(tensor: torch.Tensor) -> tuple[str, ...]:
-    """The strides of the axes that have some length, in a form that compares without a guard on symbolic ones."""
+    """The strides of the axes that are longer than one, in a form that compares without a guard on symbolic ones."""
     return tuple("" if _is_one(size) else str(stride) for size, stride in zip(tensor.shape, tensor.stride()))
 
 
@@ -33,38 +31,39 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def laid_out_like(emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
-    """``made``, or a copy of it, with the strides of the value that it replaces.
+def laid_out_like(emit: NodeEmitter, original: fx.Node, replacement: fx.Node) -> fx.Node:
+    """``replacement``, or a copy of it, with the strides of the value that it replaces.
 
     Raises:
-        CannotEmit: the value lies in memory as no copy does (broadcast, or with gaps).
+        CannotEmit: no copy has the value's strides (it is broadcast, or has gaps).
     """
-    wanted, found = tensor_of(original), tensor_of(made)
-    if wanted is None or found is None or placements(wanted) is not None:
-        return made
-    if _is_empty(wanted) or _strides_of(wanted) == _strides_of(found):
-        return _exactly(emit, wanted, made)
-    order = _outermost_first(wanted.shape, wanted.stride())
+    expected, actual = tensor_of(original), tensor_of(replacement)
+    if expected is None or actual is None or placements(expected) is not None:
+        return replacement
+    if _is_empty(expected) or _strides_of(expected) == _strides_of(actual):
+        return _exactly(emit, expected, replacement)
+    order = _outermost_first(expected.shape, expected.stride())
     inverse = [order.index(axis) for axis in range(len(order))]
     if order == inverse == list(range(len(order))):
-        copy = emit.method("contiguous", made)
+        copy = emit.method("contiguous", replacement)
     else:
-        copy = emit.method("permute", emit.method("contiguous", emit.method("permute", made, order)), inverse)
-    if _strides_of(emit.tensor(copy)) != _strides_of(wanted):
+        copy = emit.method("permute", emit.method("contiguous", emit.method("permute", replacement, order)), inverse)
+    if _strides_of(emit.tensor(copy)) != _strides_of(expected):
         raise CannotEmit(
-            f"the original's result has the strides {tuple(wanted.stride())} for the shape {tuple(wanted.shape)}, which "
+            f"the original's result has the strides {tuple(expected.stride())} for the shape {tuple(expected.shape)}, which "
             "no result of the rewrite has",
             ReasonKind.STRIDES,
         )
-    return _exactly(emit, wanted, copy)
+    return _exactly(emit, expected, copy)
 
 
-def _exactly(emit: NodeEmitter, wanted: torch.Tensor, made: fx.Node) -> fx.Node:
-    """Also in the strides of axes of one element, and of what has none. They lead nowhere, but ``stride()`` tells them."""
-    known = all(isinstance(n, int) for n in (*wanted.shape, *wanted.stride()))
-    if not known or tuple(emit.tensor(made).stride()) == tuple(wanted.stride()):
-        return made
-    return emit.method("as_strided", made, tuple(wanted.shape), tuple(wanted.stride()))
+def _exactly(emit: NodeEmitter, expected: torch.Tensor, replacement: fx.Node) -> fx.Node:
+    """The replacement with equal strides also for axes of one element and for empty tensors: they address nothing, but ``stride()`` shows
+    them."""
+    known = all(isinstance(n, int) for n in (*expected.shape, *expected.stride()))
+    if not known or tuple(emit.tensor(replacement).stride()) == tuple(expected.stride()):
+        return replacement
+    return emit.method("as_strided", replacement, tuple(expected.shape), tuple(expected.stride()))
 
 
 def _is_empty(tensor: torch.Tensor) -> bool:
@@ -72,15 +71,15 @@ def _is_empty(tensor: torch.Tensor) -> bool:
 
 
 def _outermost_first(sizes: Sequence[Any], strides: Sequence[Any]) -> list[int]:
-    """The axes in the order in which they lie in memory; those of one element where they stand."""
+    """The axes by their strides, the outermost first; axes of one element keep their positions."""
     long = [axis for axis, size in enumerate(sizes) if not _is_one(size)]
     ordered = iter(sorted(long, key=lambda axis: -size_hint(strides[axis])))
     return [next(ordered) if axis in long else axis for axis in range(len(sizes))]
 
 
 class Ownership:
-    """Gives each value that is put in the place of another memory that nobody else has: of equal terms an emitter makes one node,
-    and where the original had two tensors a caller may write to one of them.
+    """Gives each replacement memory of its own. An emitter makes one node for equal terms, and where the original had two tensors a
+    caller may write to one of them.
 
     Args:
         graph: the graph before the rewrite.
@@ -89,29 +88,30 @@ class Ownership:
     def __init__(self, graph: fx.Graph) -> None:
         self._taken = {_storage(node) for node in graph.nodes} - {None}
         results = graph.find_nodes(op="output")[0].all_input_nodes
-        self._results, self._given_out = frozenset(results), Counter(map(_storage, results))
-        del self._given_out[None]
+        self._results, self._result_storages = frozenset(results), Counter(map(_storage, results))
+        del self._result_storages[None]
 
     def stays_inside(self, node: fx.Node) -> bool:
-        """Whether no result of the graph is a value of the original, or shares its memory. Of copies of one tensor Inductor removes
-        all that it can: the tensor itself is for a result, so that another result's copy stays one."""
-        return node not in self._results and _storage(node) not in self._given_out
+        """Whether no result of the original graph is this node or shares its memory. A result is given the tensor itself, others get
+        copies: Inductor removes copies of one tensor where it can, and must not remove another result's."""
+        return node not in self._results and _storage(node) not in self._result_storages
 
-    def of(self, emit: NodeEmitter, original: fx.Node, made: fx.Node) -> fx.Node:
-        """``made``, or a copy of it where its memory is another value's.
+    def of(self, emit: NodeEmitter, original: fx.Node, replacement: fx.Node) -> fx.Node:
+        """``replacement``, or a copy of it where its memory is another value's.
 
-        A copy, too, where it is a view, the original none, and two results of the graph are the original's memory. AOT autograd makes
-        such results of one tensor anew from their history of views, and (torch 2.13) gets that of a ``detach()`` of a view wrong: it
-        raises, or of a square matrix returns the transpose.
+        Also a copy where it is a view, the original is none, and two results of the graph share the original's memory. AOT autograd
+        recreates such results from their history of views, and gets that of a ``detach()`` of a view wrong (torch 2.13): it raises, or
+        returns the transpose of a square matrix.
         """
-        if _storage(made) is None:
-            return made  # of a DTensor, or of a graph without values: nothing is known of its memory
+        if _storage(replacement) is None:
+            return replacement  # of a DTensor, or of a graph without values: nothing is known of its memory
         if not is_view(original) and (
-            _storage(made) in self._taken or (is_view(made) and self._given_out[_storage(original)] > 1)
+            _storage(replacement) in self._taken
+            or (is_view(replacement) and self._result_storages[_storage(original)] > 1)
         ):
-            made = emit.method("clone", made)
-        self._taken.add(_storage(made))
-        return made
+            replacement = emit.method("clone", replacement)
+        self._taken.add(_storage(replacement))
+        return replacement
 
 
 def is_view(node: fx.Node) -> bool:

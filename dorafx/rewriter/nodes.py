@@ -18,8 +18,6 @@ from dorafx.match import Reason, ReasonKind
 
 from .fake_values import FakeValues
 
-__all__ = ["CannotEmit", "NodeEmitter"]
-
 
 class CannotEmit(Exception):
     """A part of the plan cannot be carried out; the message is the reason that is logged. The graph copy is thrown away.
@@ -40,7 +38,7 @@ class CannotEmit(Exception):
         return Reason(str(self), self.site, kind=self.kind)
 
 
-@functools.cache  # fake values are kept by what made them
+@functools.cache  # FakeValues tells functions by identity
 def _method(name: str) -> Callable[..., Any]:
     """Calls the method of the tensor's own class: ``torch.Tensor.dequantize`` is not what a torchao weight has."""
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
@@ -48,8 +46,8 @@ def _method(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _gradients_as_of(value: Any) -> Iterator[None]:
-    """With gradients recorded where they are for a value of the graph, also in a graph that is called with them switched off and
-    switches them on."""
+    """Record gradients where they are recorded for a value of the graph, also if the graph is called with them switched off and switches
+    them on itself."""
     off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     if off and getattr(value, "requires_grad", False):
         with torch.inference_mode(False), torch.enable_grad():
@@ -111,10 +109,10 @@ class NodeEmitter:
         info = self.lift.atom_of(atom)
         if info.node is None or info.kind == "channels":
             raise CannotEmit("a factor of the product is no value of the graph")
-        made = self.operand(info.node, atom.detached)
+        node = self.operand(info.node, atom.detached)
         if is_torchao(tensor_of(info.node)):
-            made = self.method("dequantize", made)
-        return self.method("flatten", made, 1) if info.kind == "filter" else made
+            node = self.method("dequantize", node)
+        return self.method("flatten", node, 1) if info.kind == "filter" else node
 
     def tensor(self, node: fx.Node) -> torch.Tensor:
         value = tensor_of(node)

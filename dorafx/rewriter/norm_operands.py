@@ -14,8 +14,6 @@ from dorafx.match import NormFactors
 
 from .emit import Emitter
 
-__all__ = ["factor_operands", "in_its_dtype", "in_order", "packed_operands", "product_dtype", "weight_operand"]
-
 
 def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
     """The weight ``[d_out, d_in]``, and in which order the axes of a filter make up its columns; empty for their own order.
@@ -70,11 +68,11 @@ def in_its_dtype(emit: Emitter, info: AtomInfo) -> AbstractContextManager[None]:
 
 def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]:
     """Codes, scales and zeros (or None) of a quantised weight."""
-    found: list[fx.Node | None] = []
+    operands: list[fx.Node | None] = []
     for source in weight.tensors:
         node = None if source is None else emit.operand(source[0])
-        found.append(emit.call(getattr, node, source[1]) if source is not None and source[1] else node)
-    return found
+        operands.append(emit.call(getattr, node, source[1]) if source is not None and source[1] else node)
+    return operands
 
 
 def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, float]:
@@ -99,17 +97,17 @@ def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node,
 
 def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> torch.dtype | None:
     """The dtype in which the program multiplies the factors of a norm, where it rounds them to one that is narrower than theirs, as
-    under autocast; None otherwise. Their own rounding to it costs no accuracy that the program has, and tensor cores multiply
+    under autocast; None otherwise. Rounding the factors to it costs no accuracy that the program has, and tensor cores multiply
     halves several times as fast."""
-    own = [emit.tensor(factor).dtype for factor in (left, right)]
-    if norm.info.double or any(dtype.itemsize < 4 for dtype in own):
+    factor_dtypes = [emit.tensor(factor).dtype for factor in (left, right)]
+    if norm.info.double or any(dtype.itemsize < 4 for dtype in factor_dtypes):
         return None
-    found = set()
+    dtypes = set()
     for part in norm.delta:
-        # Of a column times a row, both have the matrix of ones that stands between them.
-        twice = is_ones(part.left[-1]) and is_ones(part.right[0])
-        found |= emit.lift.product_dtypes(part.left + part.right[twice:]) or {torch.float32}
-    (dtype, *others) = found
+        # Both sides of a column times a row include the matrix of ones between them.
+        rest = part.right[1:] if is_ones(part.left[-1]) and is_ones(part.right[0]) else part.right
+        dtypes |= emit.lift.product_dtypes(part.left + rest) or {torch.float32}
+    (dtype, *others) = dtypes
     return dtype if not others and dtype in (torch.float16, torch.bfloat16) else None
 
 

@@ -13,9 +13,8 @@ from dorafx._compat import distributed as _distributed
 from dorafx.graphs.tensors import tensor_of
 from dorafx.match import ReasonKind
 
-from .emit import CannotEmit, Emitter
-
-__all__ = ["is_redistribution", "placed_like", "reduced"]
+from .emit import Emitter
+from .nodes import CannotEmit
 
 
 def reduced(emit: Emitter, norm: fx.Node) -> fx.Node:
@@ -23,23 +22,23 @@ def reduced(emit: Emitter, norm: fx.Node) -> fx.Node:
     placements = _distributed.placements(tensor_of(norm))
     if not any(map(_distributed.is_partial, placements or ())):
         return norm
-    wanted = tuple(_distributed.replicated() if _distributed.is_partial(p) else p for p in placements or ())
-    return emit.call(_redistribution(wanted, _Reduction.apply), norm)
+    whole = tuple(_distributed.replicated() if _distributed.is_partial(p) else p for p in placements or ())
+    return emit.call(_redistribution(whole, _Reduction.apply), norm)
 
 
-def placed_like(emit: Emitter, original: fx.Node, made: fx.Node) -> fx.Node:
-    """``made``, laid out as the value of the node that it replaces: what reads it may take its local part.
+def placed_like(emit: Emitter, original: fx.Node, replacement: fx.Node) -> fx.Node:
+    """``replacement``, laid out as the value of the node that it replaces: what reads it may take its local part.
 
     Raises:
         CannotEmit: DTensor cannot bring one layout into the other.
     """
-    wanted, found = _distributed.placements(tensor_of(original)), _distributed.placements(tensor_of(made))
-    if wanted == found:
-        return made
-    if wanted is None or found is None or any(map(_distributed.is_partial, wanted)):
-        what = f"the original's result is {_text(wanted)} and the rewrite's would be {_text(found)}"
+    expected, actual = _distributed.placements(tensor_of(original)), _distributed.placements(tensor_of(replacement))
+    if expected == actual:
+        return replacement
+    if expected is None or actual is None or any(map(_distributed.is_partial, expected)):
+        what = f"the original's result is {_text(expected)} and the rewrite's would be {_text(actual)}"
         raise CannotEmit(what, ReasonKind.PLACEMENTS)
-    return emit.call(_redistribution(wanted), made)
+    return emit.call(_redistribution(expected), replacement)
 
 
 def is_redistribution(node: fx.Node) -> bool:
@@ -69,7 +68,7 @@ def _redistribute(tensor: Any, placements: tuple[Any, ...]) -> Any:
 def _redistribution(
     placements: tuple[Any, ...], apply: Callable[..., torch.Tensor] = _redistribute
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Placements are no arguments that a graph can hold; a function is, and Dynamo makes such functions too."""
+    """A graph cannot hold placements as arguments. It can hold a function that has them, as Dynamo does."""
 
     def redistribute(tensor: torch.Tensor) -> torch.Tensor:
         # The validation of a rewrite runs it on plain tensors.

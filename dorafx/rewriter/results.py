@@ -1,7 +1,7 @@
 """Results that are no views where the original's are none, in graphs that are run as they stand.
 
-What a caller may do in place to a view is less: nothing, where it was made with gradients switched off and they are on again; and
-``detach_()`` never. What AOT autograd compiles needs none of this: it makes results that are views of nothing that the caller has.
+A caller may do less to a view in place: nothing, if it was made with gradients switched off and they are on again; and never
+``detach_()``. Graphs that AOT autograd compiles need none of this: their results are views of no tensor that the caller has.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dorafx.ops import layout
 
 from .memory import is_view
 
-__all__ = ["own_results"]
-
 
 def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
     """Let no result of a graph be a view of another tensor where the original's is none.
@@ -27,36 +25,36 @@ def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
         gm: the rewritten graph, with the same results; changed in place.
 
     Returns:
-        How many results were.
+        How many results were replaced.
     """
-    done: set[fx.Node] = set()
-    wanted, found = (graph.find_nodes(op="output")[0].args[0] for graph in (original.graph, gm.graph))
-    if not isinstance(wanted, (tuple, list)) or not isinstance(found, (tuple, list)):
-        wanted, found = (wanted,), (found,)
-    for before, result in zip(wanted, found):
-        if not isinstance(before, fx.Node) or not isinstance(result, fx.Node) or result in done:
+    replaced: set[fx.Node] = set()
+    originals, results = (graph.find_nodes(op="output")[0].args[0] for graph in (original.graph, gm.graph))
+    if not isinstance(originals, (tuple, list)) or not isinstance(results, (tuple, list)):
+        originals, results = (originals,), (results,)
+    for original_result, result in zip(originals, results):
+        if not isinstance(original_result, fx.Node) or not isinstance(result, fx.Node) or result in replaced:
             continue
-        if _is_view(before) or not _is_view(result):
+        if _is_view(original_result) or not _is_view(result):
             continue
         tensor = tensor_of(result)
         if tensor is None or placements(tensor) is not None:
             continue
-        done.add(result)
+        replaced.add(result)
         readers = list(result.users)
         with gm.graph.inserting_after(result):
-            own = _own(gm.graph, result, tensor)
-        own.meta.update(result.meta)
+            replacement = _non_view(gm.graph, result, tensor)
+        replacement.meta.update(result.meta)
         for reader in readers:
-            reader.replace_input_with(result, own)
-    if done:
+            reader.replace_input_with(result, replacement)
+    if replaced:
         gm.graph.lint()
         gm.recompile()
-    return len(done)
+    return len(replaced)
 
 
 def _is_view(node: fx.Node) -> bool:
     if node.op == "call_method" and node.target in _VIEWS:
-        return True  # whatever its value's memory was, before copies were made and compositions put in place of their operands
+        return True  # whatever memory its fake value has: that is from before copies and compositions in place
     written = [n for argument in written_arguments(node) for n in nodes_in(argument)]
     # What a write in place returns is its operand.
     return any(map(_is_view, written)) if written else is_view(node)
@@ -68,11 +66,11 @@ _VIEWS = frozenset(
 )
 
 
-def _own(graph: fx.Graph, result: fx.Node, tensor: torch.Tensor) -> fx.Node:
+def _non_view(graph: fx.Graph, result: fx.Node, tensor: torch.Tensor) -> fx.Node:
     if list(map(str, tensor.stride())) != list(map(str, layout.strides(tensor.shape))):
-        # To size for itself, ``_unsafe_view`` gives other strides to axes of one element.
+        # ``_unsafe_view`` to the same size would give axes of one element other strides.
         return graph.call_method("clone", (result,))
-    # The same memory, which autograd takes for a tensor of its own.
+    # The same memory, but no view to autograd.
     size = graph.call_method("size", (result,))
     with graph.inserting_after(size):
         return graph.call_function(torch.ops.aten._unsafe_view.default, (result, size))

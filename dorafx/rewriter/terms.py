@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -13,22 +13,19 @@ from torch import fx
 from dorafx._compat.distributed import placements
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
-from dorafx.lift import Atom, Diag, Expr, Gemm, Lifter, Mat, Poly
+from dorafx.lift import Atom, AtomInfo, Diag, Expr, Gemm, Lifter, Mat, Poly
 from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
+from dorafx.match import Match
 
 from .convolved import convolved
 from .nodes import CannotEmit, NodeEmitter
-
-__all__ = ["TermEmitter"]
 
 
 class TermEmitter(NodeEmitter):
     """Emits terms into a copy of the lifted graph.
 
     Args:
-        lift: the terms of the original graph.
-        graph: the copy.
-        copied: original node -> its node in the copy; a rewritten node maps to its replacement.
+        lift, graph, copied: see :class:`NodeEmitter`.
         norms: makes the vector of a norm atom for an emitter: ``[d_out]``, fp32 or fp64.
     """
 
@@ -39,18 +36,18 @@ class TermEmitter(NodeEmitter):
         self._norms = norms
         self.transposed = False
         """Whether the site has tokens by column, and what is emitted for it has them by row."""
-        self.channels = False
+        self.channels_first = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self.compute_dtype = torch.float32
         self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
 
-    def begin_terms(self, site: fx.Node, transposed: bool) -> None:
-        """Start the replacement of an original node: everything is emitted just before it."""
+    def begin(self, site: fx.Node, match: Match | None = None) -> None:
+        """Start the replacement of an original node, a norm or the composition of a match: everything is emitted just before it."""
         self.site = site
-        self.transposed = transposed
-        self.channels = False
+        self.transposed = match is not None and match.transposed
+        self.channels_first = match is not None and match.channels_first
         self._vectors.clear()
         self._products.clear()
         tensor = tensor_of(site)
@@ -59,13 +56,13 @@ class TermEmitter(NodeEmitter):
     @contextmanager
     def precisely(self, dtype: torch.dtype) -> Iterator[None]:
         """Make factors, products and vectors in at least ``dtype``, whatever the site's value is in."""
-        kept = self.compute_dtype, self._precisely, self._vectors, self._products
+        saved = self.compute_dtype, self._precisely, self._vectors, self._products
         self.compute_dtype, self._precisely = torch.promote_types(dtype, self.compute_dtype), True
         self._vectors, self._products = {}, {}
         try:
             yield
         finally:
-            self.compute_dtype, self._precisely, self._vectors, self._products = kept
+            self.compute_dtype, self._precisely, self._vectors, self._products = saved
 
     # -- vectors ------------------------------------------------------------------------------------------------------
 
@@ -107,7 +104,7 @@ class TermEmitter(NodeEmitter):
         return product
 
     def _arithmetic(self, name: str, *operands: Any) -> fx.Node:
-        """Of tensors, or of numbers that are symbols: torch would make of these a tensor of fp32."""
+        """An operation on tensors, or on symbolic numbers alone, of which torch's functions would make a tensor of fp32."""
         if not any(tensor_of(o) is not None for o in operands):
             return self.call(getattr(operator, name), *operands)
         if name == "truediv":
@@ -122,37 +119,35 @@ class TermEmitter(NodeEmitter):
         info = self.lift.atom_of(atom)
         if info.kind == "norm":
             node = self._norms(atom, self)
-        elif info.kind == "reciprocal":
-            assert info.poly is not None
-            node = self._arithmetic("truediv", 1.0, self.vector(info.poly))
-        elif info.kind == "clamp_min":
-            assert info.poly is not None
-            node = self.call(torch.clamp_min, self.vector(info.poly), info.eps)
-        elif info.kind == "maximum":
-            assert info.poly is not None
-            value = self.vector(info.poly)
-            node = self.call(torch.maximum, value, self.call(torch.full_like, value, info.eps))
-        elif info.kind == "rounded":
-            assert info.poly is not None and info.dtype is not None
-            value = self.vector(info.poly)
-            if tensor_of(value) is None:
-                raise CannotEmit("a number that is a symbol is rounded")
-            node = self._wide(self.cast(value, info.dtype))
-        elif info.kind == "repeated":
-            assert info.poly is not None
-            node = self.call(torch.repeat_interleave, self.vector(info.poly), info.span)
         elif info.kind == "node":
             node = self.atom(atom)
             if tensor_of(node) is not None:
                 if self.tensor(node).dim() > 1:
                     node = self.method("reshape", node, -1)
                 node = self._wide(node)
-        else:
+        elif info.kind == "sumsq" or info.poly is None:
             raise CannotEmit("a sum of squares is used without its root")
+        else:
+            node = self._function(info, self.vector(info.poly))
         if info.kind != "node" and atom.detached and tensor_of(node) is not None:
             node = self.method("detach", node)
         self._vectors[key] = node
         return node
+
+    def _function(self, info: AtomInfo, value: fx.Node) -> fx.Node:
+        """What an atom makes of a vector."""
+        if info.kind == "reciprocal":
+            return self._arithmetic("truediv", 1.0, value)
+        if info.kind == "clamp_min":
+            return self.call(torch.clamp_min, value, info.eps)
+        if info.kind == "maximum":
+            return self.call(torch.maximum, value, self.call(torch.full_like, value, info.eps))
+        if info.kind == "repeated":
+            return self.call(torch.repeat_interleave, value, info.span)
+        assert info.kind == "rounded" and info.dtype is not None
+        if tensor_of(value) is None:
+            raise CannotEmit("a number that is a symbol is rounded")
+        return self._wide(self.cast(value, info.dtype))
 
     def existing_vector(self, atom: Atom) -> fx.Node:
         """A vector as the graph itself computes it, in the compute dtype."""
@@ -176,8 +171,8 @@ class TermEmitter(NodeEmitter):
         return None
 
     def _as_wide(self, expr: Expr | Poly, node: fx.Node) -> bool:
-        """Whether a value has the size that :meth:`product` gives its term. How many columns ``X·𝟙`` has, or rows ``𝟙·X``, no term
-        remembers: a program may have it in several sizes, of which products have one column, or row."""
+        """Whether a value has the size that :meth:`product` gives its term. Terms do not record how many columns
+        ``X·𝟙`` has, or rows ``𝟙·X``: a program may have it in several sizes, and :meth:`product` makes one column, or row."""
         tensor = tensor_of(node)
         if isinstance(expr, Poly) or tensor is None:
             return True
@@ -213,7 +208,11 @@ class TermEmitter(NodeEmitter):
             )
         if not chain or (len(chain) == 1 and is_ones(chain[0])):
             raise CannotEmit("an identity or a matrix of ones stands alone in the product")
+        if self._is_selection(chain[0]):
+            return self._placed(self.flat(self.product(chain[1:])), chain[0], 0)
         prefix, last = chain[:-1], chain[-1]
+        if self._is_selection(last):
+            return self._placed(self.product(prefix), last, -1)
         if is_ones(last):
             return self._summed(prefix)
         if isinstance(last, Diag):
@@ -229,18 +228,29 @@ class TermEmitter(NodeEmitter):
             return self._multiply_sum(self._summed(prefix[:-1]), last)
         return self._multiply(self.product(prefix), last)
 
+    def _is_selection(self, factor: Mat | Diag) -> bool:
+        return isinstance(factor, Mat) and self.lift.atom_of(factor.atom).kind == "selection"
+
+    def _placed(self, node: fx.Node, selection: Mat | Diag, axis: Literal[0, -1]) -> fx.Node:
+        """A value with its rows (axis 0, ``S·X``) or columns (``X·Sᵀ``) among zeros; of the transposed selection, the selected ones alone."""
+        assert isinstance(selection, Mat)
+        before, rows, after = self.lift.atom_of(selection.atom).rows
+        if selection.transposed == (axis == 0):
+            return self.method("narrow", node, axis, before, rows)
+        return self.call(torch.nn.functional.pad, node, (before, after) if axis else (0, 0, before, after))
+
     def precise(self, factor: fx.Node) -> fx.Node:
-        """A factor of a product, in fp64 where the site's value is, and in the dtype that was asked for."""
+        """A factor of a product, in fp64 where the site's value is, and in the dtype of :meth:`precisely`."""
         return self._wide(factor) if self._precisely or self.compute_dtype == torch.float64 else factor
 
     def _again(self, gemm: Gemm) -> fx.Node:
         """A product of the graph, without its bias."""
         lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
         if gemm.convolution is not None:
-            made = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
+            product = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
         else:
-            made = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
-        return self.method("detach", made) if gemm.detached else made
+            product = self.call(torch.nn.functional.linear if gemm.rhs_transposed else torch.matmul, lhs, rhs)
+        return self.method("detach", product) if gemm.detached else product
 
     def _summed(self, chain: Chain) -> fx.Node:
         """``chain · 𝟙``: sums over the last axis, ``[.., 1]``."""
@@ -288,7 +298,7 @@ class TermEmitter(NodeEmitter):
     def _added(self, total: fx.Node, term: fx.Node) -> fx.Node:
         """The sum of two products. One graph may hold one of them as ``[batch, length, d]`` and the other as ``[tokens, d]``."""
         if sizes_of(self.tensor(total).shape) != sizes_of(self.tensor(term).shape):
-            if self.channels:
+            if self.channels_first:
                 raise CannotEmit("two convolutions that are added have different shapes")
             total, term = self.flat(total), self.flat(term)
         return self.call(torch.add, total, term)
@@ -302,12 +312,29 @@ class TermEmitter(NodeEmitter):
             torch.mul, node, self._along_columns(factor, node) if tensor_of(factor) is not None else factor
         )
 
+    def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:
+        dtype = self.tensor(node).dtype
+        return self.cast(self.scaled(self._wide(node), scale), dtype)
+
+    def product_of_scaled(self, head: Mat, scale: Poly, tail: Chain) -> fx.Node:
+        if self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
+            return convolved(self, (head, *tail), scale)
+        return self.multiplied(self.scaled_input(self.product((head,)), scale), tail)
+
+    def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
+        for factor in chain:
+            if isinstance(factor, Diag):
+                node = self.scaled(node, Poly(((factor.mono, 1.0),)))
+            else:
+                node = self._multiply(node, factor)
+        return node
+
     def _along_columns(self, vector: fx.Node, node: fx.Node) -> fx.Node:
         """A vector ``[d]`` in a value's dtype, shaped to lie along its columns. A scalar decides no dtype, and is not rounded."""
         if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:
             return vector
         vector = self.cast(vector, self.tensor(node).dtype)
-        if not self.channels or self.tensor(vector).dim() == 0:
+        if not self.channels_first or self.tensor(vector).dim() == 0:
             return vector
         return self.method("reshape", vector, (-1,) + (1,) * (self.tensor(node).dim() - 2))
 

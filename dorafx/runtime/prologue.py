@@ -23,8 +23,6 @@ from .streams import Streams
 from .together import Together
 from .watch import parts
 
-__all__ = ["with_prologue"]
-
 _row_norm = torch.ops.dorafx.row_norm.default
 _row_norms = torch.ops.dorafx.row_norms.default
 
@@ -37,17 +35,17 @@ def with_prologue(
     store: NormStore | None = None,
     records: bool = False,
 ) -> Callable[..., Any]:
-    """A callable of the original inputs. To be called in the gradient mode in which the graph will run.
+    """A callable of the original inputs. Call this in the gradient mode in which the graph will run.
 
     Args:
         compiled: the main graph, whose last inputs are the norms.
         norms: how each is computed.
-        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse where no gradients are recorded and the
-            call has few tokens, where computing a norm would cost more than all the rest, and where a checkpointed region
-            is recomputed. ``"step"``: also while gradients are recorded, until the optimizer steps.
+        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse norms in calls of few tokens that record no
+            gradients, where computing a norm would cost more than all the rest, and when a checkpointed region is recomputed.
+            ``"step"``: reuse norms also while gradients are recorded, until the optimizer steps.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
-        records: whether the graph records gradients even where the caller has them disabled.
+        records: whether the graph records gradients even if the caller has disabled them.
     """
     kept_in = norm_store() if store is None else store
     if not norms:
@@ -70,56 +68,56 @@ def with_prologue(
     def one_by_one(
         args: Sequence[Any], may_read: _Read, streams: Streams
     ) -> tuple[list[Any], list[_Missing], list[tuple[str, list[torch.Tensor]]]]:
-        """The norms that are kept, those that are not, and what each is computed from."""
+        """The kept norms (None where there is none), the missing ones, and each norm's signature and tensors."""
         values: list[Any] = [None] * len(prologue)
-        missing, looked_at = [], []
+        missing, sources = [], []
         for i, inputs, scalars, signature, takes_apart in prologue:
             tensors = [args[k] for k in inputs]
             numbers = _numbers(args[k] for k in scalars)
             if scalars:
                 signature = f"{signature}{numbers}"
             watched = parts(tensors) if takes_apart else tensors
-            looked_at.append((signature, watched))
+            sources.append((signature, watched))
             norm = None
-            if may_read != "nothing":
-                norm = kept_in.kept(signature, watched, may_read == "its own", streams)
+            if may_read != "none":
+                norm = kept_in.kept(signature, watched, may_read == "recomputed", streams)
             if norm is None:
-                missing.append(_Missing(i, _Wanted(recipes[i], tensors, numbers, placed[i]), signature, watched))
+                missing.append(_Missing(i, _Computation(recipes[i], tensors, numbers, placed[i]), signature, watched))
             else:
                 values[i] = norm
-        return values, missing, looked_at
+        return values, missing, sources
 
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
-        if forward_mode():  # asked first: a decoding step should not walk over all of its inputs for it
-            # The compiled graph has no forward-mode derivative, and here is where that can be said in words.
+        if forward_mode():  # checked first, so that a decoding step does not walk over all of its inputs
+            # The compiled graph has no forward-mode derivative; here the error can explain it.
             refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
-        # What a CUDA graph captures it does at every replay: a norm computed now is computed then, and a kept one would be
-        # read from where it lies now, whatever became of the parameters. Its memory is the graph's, so it is not kept.
+        # A CUDA graph repeats at every replay what it captures. So norms are computed here: a kept one would be read from its present
+        # memory at every replay, even if the parameters changed. The result is in the graph's own memory, so it is not kept either.
         captured = being_captured()
-        may_read = "nothing" if captured else _may_read(reuse, few_tokens, recording)
+        may_read = "none" if captured else _may_read(reuse, few_tokens, recording)
         streams = Streams()
-        inputs = inputs_of(args) if may_read == "anyone's" else None
+        inputs = inputs_of(args) if may_read == "any" else None
         values = together.norms(*inputs, streams) if inputs is not None else None
         missing: list[_Missing] = []
         if values is None:
-            values, missing, looked_at = one_by_one(args, may_read, streams)
+            values, missing, sources = one_by_one(args, may_read, streams)
             if inputs is not None and not missing:
-                together.remember(*inputs, looked_at)
-        if recording and reuse != "step":  # after a recomputation has taken what was kept for it
+                together.remember(*inputs, sources)
+        if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
         if missing:
-            keeps_for = "nobody" if captured else _keeps_for(reuse, recording)
-            # Before the norms are computed: a write that comes meanwhile must show afterwards.
+            keeps_for = "none" if captured else _keeps_for(reuse, recording)
+            # Observed before the norms are computed, so that a write in between is noticed later.
             observed = [
-                None if keeps_for == "nobody" else kept_in.observe(signature, watched, keeps_for == "recomputation")
+                None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
                 for _, _, signature, watched in missing
             ]
             squares = kept_in if reuse != "never" else None
-            computed = _compute([wanted for _, wanted, *_ in missing], squares)
+            computed = _compute([computation for _, computation, *_ in missing], squares)
             for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
                 values[i] = norm
-                if recording and keeps_for != "anyone":
+                if recording and keeps_for != "any":
                     kept_in.drop(signature, watched)
                 kept_in.keep(state, norm, streams)
         if escaping:
@@ -132,32 +130,32 @@ def with_prologue(
     return run
 
 
-_Read = Literal["nothing", "anyone's", "its own"]
-"""The norms that a call may take from the store: none, those that serve any forward, those of the forward that it recomputes."""
+_Read = Literal["none", "any", "recomputed"]
+"""Which norms a call may take from the store: none, those that serve any forward, or those of the forward that is recomputed."""
 
 
 def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
     if reuse == "step":
-        return "anyone's"
+        return "any"
     if reuse == "auto" and recording and in_backward():
-        return "its own"  # a forward that records gradients within a backward recomputes a checkpointed region
-    return "anyone's" if reuse == "auto" and few_tokens and not recording else "nothing"
+        return "recomputed"  # a forward that records gradients within a backward recomputes a checkpointed region
+    return "any" if reuse == "auto" and few_tokens and not recording else "none"
 
 
-def _keeps_for(reuse: str, recording: bool) -> Literal["nobody", "anyone", "recomputation"]:
-    """Who may take the norms that a call computes."""
+def _keeps_for(reuse: str, recording: bool) -> Literal["none", "any", "recomputed"]:
+    """Which later calls may take the norms that this call computes: none, any, or the one that recomputes this forward."""
     if reuse == "step" or (reuse == "auto" and not recording):
-        return "anyone"
-    return "recomputation" if reuse == "auto" and saved_tensors_are_packed() else "nobody"
+        return "any"
+    return "recomputed" if reuse == "auto" and saved_tensors_are_packed() else "none"
 
 
 def _inputs(
     norms: Sequence[tuple[Sequence[int], Sequence[int], bool]],
 ) -> Callable[[Sequence[Any]], tuple[list[torch.Tensor], list[float]]]:
-    """Gives all tensors that norms are computed from, of a graph's inputs, and all numbers.
+    """A function that selects, from a graph's inputs, all tensors and all numbers from which norms are computed.
 
     Args:
-        norms: of each the positions of its tensors and of its numbers, and whether its tensors are taken apart.
+        norms: for each norm the positions of its tensors and of its numbers, and whether its tensors are taken apart.
     """
     whole = {k: None for inputs, _, takes_apart in norms if not takes_apart for k in inputs}
     apart = {k: None for inputs, _, takes_apart in norms if takes_apart for k in inputs}
@@ -177,7 +175,7 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 
 
 def _takes_apart(norm: HoistedNorm) -> bool:
-    """Whether it reads what a tensor subclass is made of."""
+    """Whether the norm reads the inner tensors of a tensor subclass."""
     return any(node.target is getattr and node.args[1] not in TRANSPOSES for node in norm.graph.nodes)
 
 
@@ -186,10 +184,11 @@ class _Recipe:
     """How a norm is computed: its operands from the graph's inputs, and the rest of the operator's arguments.
 
     Attributes:
-        operands: makes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` of the inputs.
+        operands: computes weight ``[d_out, d_in]``, left ``[d_out, r]`` and right ``[r, d_in]`` from the inputs.
         scale, algorithm, factor_dtype: see :func:`dorafx.ops.norm.row_norm`.
-        frozen: the position of the weight among the inputs, and whether it is transposed; None where it is computed.
-        makes: whether operands are anything else than the inputs and views of them.
+        frozen: the position of the weight among the inputs, and whether it is transposed; None if the weight is computed.
+        makes: whether some operand is neither an input nor a view of one.
+        whole: computes the norm itself, if it is that of a quantised weight, whose operator has other operands.
     """
 
     operands: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -199,16 +198,15 @@ class _Recipe:
     makes: bool = False
     factor_dtype: torch.dtype | None = None
     whole: Callable[..., torch.Tensor] | None = None
-    """Computes the norm of a quantised weight, whose operator has other operands."""
 
 
-class _Wanted(NamedTuple):
+class _Computation(NamedTuple):
     """A norm to compute.
 
     Attributes:
-        recipe: how.
+        recipe: how to compute it.
         tensors, numbers: its inputs.
-        placements: those that the graph reads it with; None: a plain tensor.
+        placements: the placements with which the graph reads it; None for a plain tensor.
     """
 
     recipe: _Recipe
@@ -218,16 +216,16 @@ class _Wanted(NamedTuple):
 
 
 class _Missing(NamedTuple):
-    """A norm that no kept one serves.
+    """A norm that the store does not have.
 
     Attributes:
-        place: among the graph's norms.
-        wanted: how it is computed.
+        place: its position among the graph's norms.
+        computation: how it is computed.
         signature, watched: see :meth:`NormStore.kept`.
     """
 
     place: int
-    wanted: _Wanted
+    computation: _Computation
     signature: str
     watched: list[torch.Tensor]
 
@@ -236,19 +234,19 @@ _RECIPES: dict[str, _Recipe] = {}
 
 
 def _recipe(norm: HoistedNorm) -> _Recipe:
-    """Equal layers share one: generating code for each of a few hundred takes its time."""
+    """The norm's recipe. Equal layers share one, because generating code for each of a few hundred layers takes long."""
     if norm.signature not in _RECIPES:
         graph = fx.Graph()
-        made: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(norm.graph, made)
+        copies: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(norm.graph, copies)
         assert isinstance(output, fx.Node)  # the norm's graph ends with the operator
         if output.target is not _row_norm:
             graph.output(output)
             whole = fx.GraphModule(torch.nn.Module(), graph).forward
             _RECIPES[norm.signature] = _Recipe(whole, 1.0, "", None, whole=whole)
             return _RECIPES[norm.signature]
-        weight, left, right, scale, *how = output.args
-        algorithm, factor_dtype = (how[0] if how else "auto"), (how[1] if len(how) > 1 else None)
+        weight, left, right, scale, *options = output.args
+        algorithm, factor_dtype = (options[0] if options else "auto"), (options[1] if len(options) > 1 else None)
         graph.output((weight, left, right))
         graph.erase_node(output)
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
@@ -263,42 +261,42 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(norms: Sequence[_Wanted], squares: NormStore | None) -> list[torch.Tensor]:
-    """The norms that are wanted, in one call for each algorithm; the operator launches what has one shape together. Those whose
-    operands are made here, and not parameters themselves, one after the other, so that no two layers' are in memory.
+def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[torch.Tensor]:
+    """Compute norms, in one operator call for each algorithm; the operator launches those of equal shapes together. Norms whose
+    operands are computed here, instead of being parameters, get a call each, so that only one layer's operands are in memory.
 
     Args:
-        squares: keeps the squared norms of frozen weights, for the algorithm that adds to them.
+        squares: the store for the squared norms of frozen weights, which the factored algorithm starts from.
     """
-    found: list[Any] = [None] * len(norms)
+    computed: list[Any] = [None] * len(norms)
     placed: list[Any] = [None] * len(norms)
     groups: dict[Any, list[int]] = {}
-    # What a recipe makes has the dtypes that it has outside of autocast, as the rewriter has made sure.
+    # Without autocast: the rewriter has made sure that the recipes compute in the right dtypes.
     with torch.inference_mode(False), torch.no_grad(), below_autocast():
         for i, n in enumerate(norms):
             if n.recipe.whole is not None:
-                found[i] = n.recipe.whole(*n.tensors, *n.numbers)
+                computed[i] = n.recipe.whole(*n.tensors, *n.numbers)
             else:
                 key = n.recipe.algorithm, n.recipe.factor_dtype, i if n.recipe.makes else None
                 groups.setdefault(key, []).append(i)
         for (algorithm, factor_dtype, _), group in groups.items():
             local = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
-            operands = [of for of, _ in local]
+            operands = [tensors for tensors, _ in local]
             kept = [
-                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*of), squares)
+                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*tensors), squares)
                 if algorithm == "factored"
                 else None
-                for i, of in zip(group, operands)
+                for i, tensors in zip(group, operands)
             ]
             scales = [norms[i].recipe.scale for i in group]
             results = _row_norms(*map(list, zip(*operands)), scales, algorithm, kept, factor_dtype)
-            for i, result, (_, how) in zip(group, results, local):
-                found[i], placed[i] = result, how
+            for i, result, (_, distribution) in zip(group, results, local):
+                computed[i], placed[i] = result, distribution
     if not any(placed):
-        return found
-    # In the mode of the graph that reads them: under inference mode a DTensor of another mode cannot be detached.
+        return computed
+    # In the mode of the graph that reads them: inference mode cannot detach a DTensor that was created outside of it.
     with torch.no_grad():
-        return placed_norms(found, placed, [n.placements for n in norms])
+        return placed_norms(computed, placed, [n.placements for n in norms])
 
 
 def _squares(

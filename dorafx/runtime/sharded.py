@@ -1,4 +1,4 @@
-"""Norms of DTensors: each device computes with its part, and the parts are reduced in one collective a process group."""
+"""Norms of DTensors: each device computes with its own shard, and partial norms are reduced in one collective a process group."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import torch
 
 from dorafx._compat import distributed as _distributed
 
-__all__ = ["Placed", "local_operands", "placed_norms"]
-
 
 @dataclass(frozen=True)
 class Placed:
-    """How the operands of one norm lie.
+    """How the operands of one norm are distributed.
 
     Attributes:
-        mesh: the devices.
-        weight: a placement for each dimension of the mesh: whole, sharded by rows (0), or by columns (1).
+        mesh: the device mesh.
+        weight: a placement for each dimension of the mesh: replicated, sharded by rows (0), or by columns (1).
         d_out: rows of the whole weight.
     """
 
@@ -31,10 +29,10 @@ class Placed:
 def local_operands(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], Placed | None]:
-    """This device's part of the operands of a row norm, and how they lie; None for plain tensors.
+    """This device's shards of the operands of a row norm, and how these are distributed; None for plain tensors.
 
-    The weight, which is large, stays where it is; the factors are brought to it. A plain tensor among DTensors is one that
-    every device has whole.
+    The weight, which is large, is not moved; the factors are redistributed to match it. A plain tensor among DTensors counts as
+    replicated.
     """
     operands = weight, left, right
     distributed = [t for t in operands if _distributed.placements(t) is not None]
@@ -49,37 +47,37 @@ def local_operands(
     of_left = tuple(p if _distributed.is_shard(p, 0) else _distributed.replicated() for p in of_weight)
     of_right = tuple(p if _distributed.is_shard(p, 1) else _distributed.replicated() for p in of_weight)
     parts = tuple(
-        _distributed.local_part(t, mesh, wanted) for t, wanted in zip(operands, (of_weight, of_left, of_right))
+        _distributed.local_part(t, mesh, target) for t, target in zip(operands, (of_weight, of_left, of_right))
     )
     return parts, Placed(mesh, of_weight, int(weight.shape[0]))  # type: ignore[return-value]
 
 
 def placed_norms(
-    norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], wanted: Sequence[tuple[Any, ...] | None]
+    norms: Sequence[torch.Tensor], placed: Sequence[Placed | None], targets: Sequence[tuple[Any, ...] | None]
 ) -> list[torch.Tensor]:
-    """The norms of whole rows, from the norms that this device computed of its part.
+    """The norms of whole rows, from the norms that this device computed from its shards.
 
-    A collective where a weight is sharded by columns: every device of its group must call this, with the same weights in the
-    same order. One all-reduce serves all of them: ``4·Σ d_out`` bytes of squares in fp32.
+    If a weight is sharded by columns this is a collective: every device of its group must call it with the same weights in the same
+    order. One all-reduce serves all of them: ``4·Σ d_out`` bytes of squares in fp32.
 
     Args:
-        norms: ``[d_out of this device's part]`` each.
-        placed: how the operands of each lie.
-        wanted: the placements that the graph reads each with; None for plain tensors.
+        norms: ``[d_out of this device's shard]`` each.
+        placed: how the operands of each are distributed.
+        targets: the placements with which the graph reads each; None for plain tensors.
     """
-    found = list(norms)
-    # A norm that the graph wants partial it reduces itself.
+    values = list(norms)
+    # A norm that the graph reads as partial is reduced by the graph.
     shared = [
         (i, dimension)
-        for i, (how, placements) in enumerate(zip(placed, wanted))
-        if how is not None
-        for dimension, p in enumerate(how.weight)
+        for i, (layout, placements) in enumerate(zip(placed, targets))
+        if layout is not None
+        for dimension, p in enumerate(layout.weight)
         if _distributed.is_shard(p, 1) and not _is_partial(placements, dimension)
     ]
-    _reduce(found, shared, placed)
+    _reduce(values, shared, placed)
     results = []
-    for norm, how, placements in zip(found, placed, wanted):
-        if how is None:
+    for norm, layout, placements in zip(values, placed, targets):
+        if layout is None:
             results.append(norm)
             continue
         current = tuple(
@@ -88,25 +86,25 @@ def placed_norms(
             else _distributed.partial_norm()
             if _distributed.is_shard(p, 1) and _is_partial(placements, dimension)
             else _distributed.replicated()
-            for dimension, p in enumerate(how.weight)
+            for dimension, p in enumerate(layout.weight)
         )
-        results.append(_distributed.from_parts(norm, how.d_out, how.mesh, current, placements))
+        results.append(_distributed.from_parts(norm, layout.d_out, layout.mesh, current, placements))
     return results
 
 
-def _reduce(found: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
-    """Reduce norms in place in the list, all of one group and dtype together."""
+def _reduce(values: list[torch.Tensor], shared: list[tuple[int, int]], placed: Sequence[Placed | None]) -> None:
+    """Replace partial norms in the list by reduced ones, all of one group and dtype together."""
     groups: dict[Any, list[int]] = {}
     for i, dimension in shared:
-        how = placed[i]
-        assert how is not None
-        groups.setdefault((how.mesh.get_group(dimension), found[i].dtype), []).append(i)
+        layout = placed[i]
+        assert layout is not None
+        groups.setdefault((layout.mesh.get_group(dimension), values[i].dtype), []).append(i)
     for (group, _), members in groups.items():
-        squares = torch.cat([found[i].square() for i in members])
+        squares = torch.cat([values[i].square() for i in members])
         torch.distributed.all_reduce(squares, group=group)
-        wholes = torch.split(squares.sqrt_(), [found[i].numel() for i in members])
+        wholes = torch.split(squares.sqrt_(), [values[i].numel() for i in members])
         for i, whole in zip(members, wholes):
-            found[i] = whole
+            values[i] = whole
 
 
 def _is_partial(placements: tuple[Any, ...] | None, dimension: int) -> bool:

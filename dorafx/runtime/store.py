@@ -1,26 +1,26 @@
-"""The norm store: norms kept between forwards, each with what it was computed from, so that none is ever stale.
+"""The norm store: norms kept between forwards, each with the state of what it was computed from, so that none is ever stale.
 
-A norm is reused only where all of this still holds of every tensor that it was computed from:
+A norm is reused only if all of this is still true for every tensor that it was computed from:
 
-- it is the same tensor (not merely the same object: ``torch.utils.swap_tensors`` gives that another content), on the same
-  storage (``p.data = …``, ``.to(…)`` and merging replace the storage);
-- it reads it in the same way, with the same offset, shape, strides, dtype and sign (``p.data = p.data.t()``);
-- its version counter did not move (in-place operators, ``load_state_dict`` and most optimizers move it);
-- no ``torch.optim`` optimizer stepped since (``fused=True`` writes without moving the counter);
-- sampled elements are what they were, bit for bit (``p.data.copy_(…)`` writes without moving the counter). Samples
-  are read where that costs nothing to speak of: on a CPU; on a GPU it would make the host wait;
-- no graph that takes it recorded gradients since, whether that graph computes the norm itself, or none: whoever trains writes the
-  parameters next, and not every optimizer can be seen doing it;
-- it serves what it was kept for: a norm of a forward that recorded gradients serves the recomputation of that forward in the
-  backward (activation checkpointing) and nothing else.
+- It is the same tensor (not just the same object, which ``torch.utils.swap_tensors`` gives another content), on the same storage
+  (``p.data = …``, ``.to(…)`` and merging replace the storage).
+- It reads the storage in the same way: with the same offset, shape, strides, dtype and sign (``p.data = p.data.t()``).
+- Its version counter is the same (in-place operators, ``load_state_dict`` and most optimizers increment it).
+- No ``torch.optim`` optimizer has made a step since (``fused=True`` writes without incrementing the counter).
+- Sampled elements are the same, bit for bit (``p.data.copy_(…)`` writes without incrementing the counter). Samples are read only
+  where that costs next to nothing: on a CPU. On a GPU the host would have to wait.
+- No graph that has the tensor as an input has recorded gradients since, whether or not that graph computes the norm: a program that
+  trains writes the parameters next, and not every optimizer can be noticed.
+- The norm is used for what it was kept for: a norm of a forward that recorded gradients serves only the recomputation of that
+  forward in the backward (activation checkpointing).
 
 A stream that reads what another one computes waits for it (:mod:`dorafx.runtime.streams`).
 
-A kept norm is never handed out: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
+The tensor of a kept norm is never returned to a program: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
 
-The squared row norms of weights that nobody trains are kept by the same rules, but for the optimizers and the recorded gradients:
-only a step of an optimizer that has the weight counts. They serve forwards that compute their norms, so they are kept where samples
-are read.
+The squared row norms of weights that are not trained are kept by the same rules, except that recorded gradients do not count, and
+only a step of an optimizer that has the weight does. They serve forwards that compute their norms, and are kept only where samples are
+read.
 """
 
 from __future__ import annotations
@@ -37,18 +37,16 @@ from dorafx.log import NormCounters, rewrite_log
 from .streams import Ready, Streams
 from .watch import SAMPLES, Watch, parts, watchable, without_tensor
 
-__all__ = ["Entry", "NormStore", "Observed", "norm_store"]
-
 _RECORDED = "a forward recorded gradients"
-# Squares serve forwards that otherwise read all of the weight: there is time to look at more of it.
+# Squares serve forwards that would otherwise read the whole weight, so there is time to compare more of it.
 _SQUARE_SAMPLES = 4096
-# So many entries are not looked through for dead ones.
+# With fewer entries than this, dead ones are not searched for.
 _FEW_ENTRIES = 64
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What the tensors of a norm were before it was computed; a write that comes later makes it stale."""
+    """The state of a norm's tensors before it was computed; any later write makes the norm stale."""
 
     key: tuple[Any, ...]
     watch: Watch
@@ -58,8 +56,10 @@ class Observed:
 
 @dataclass(eq=False)
 class Entry:
-    """A norm and what it was computed from. ``norm`` is None where the memory of a tensor is gone, and once the entry serves no more. While the memory alone is gone
-    the entry stays: what is left tells why the norm is computed again. Nothing else of it changes."""
+    """A norm and the state of what it was computed from.
+
+    ``norm`` becomes None when the memory of a tensor is gone, or when the entry is dropped; nothing else of an entry changes. An entry
+    whose memory is gone stays in the store, to tell why the norm is computed again."""
 
     norm: torch.Tensor | None
     watch: Watch
@@ -71,22 +71,22 @@ class Entry:
 class NormStore:
     """Norms by what they are computed from.
 
-    Thread-safe: of an entry nothing changes but that its norm goes. Holds no parameter alive: a norm goes when the memory of the first
-    of its tensors does. What is left of an entry goes, and so does the norm of a tensor that is gone while another has its memory,
-    when as many entries again were added.
+    Thread-safe: an entry never changes, except that its norm is removed. Keeps no parameter alive: a norm is removed as soon as the
+    memory of one of its tensors is gone. The rest of such an entry, and the norm of a tensor that is gone although another tensor has
+    its memory, are removed when the number of entries has doubled.
 
     Args:
         counters: counts what happens.
 
     Attributes:
-        optimizer_steps: how many any optimizer made. A norm from before the last one is stale.
+        optimizer_steps: how many steps any optimizers have made. A norm from before the last one is stale.
     """
 
     def __init__(self, counters: NormCounters) -> None:
         self.counters = counters
         self._entries: dict[Any, Entry] = {}
         self._squares: dict[Any, Entry] = {}
-        # By the id of a tensor: the norms that read it and serve any forward. Those that are gone may be among them.
+        # By the id of a tensor: the keys of the norms that read it and serve any forward, perhaps also of norms that are gone.
         self._readers: dict[int, set[Any]] = {}
         self._lock = threading.RLock()
         self._purge_at = _FEW_ENTRIES
@@ -100,13 +100,13 @@ class NormStore:
         recomputing: bool = False,
         streams: Streams | None = None,
     ) -> torch.Tensor | None:
-        """The norm of these tensors, if there is one that cannot be stale. The caller counts what it reuses.
+        """The norm of these tensors, if one is kept that cannot be stale. The caller counts what it reuses.
 
         Args:
             signature: how it is computed.
             tensors: what it is computed from.
-            recomputing: whether it is wanted by a forward that records gradients within a backward.
-            streams: of the call that reads it, which wait for the norm where another stream computes it.
+            recomputing: whether it is for a forward that records gradients within a backward.
+            streams: the streams of the call that reads it; they wait for the norm if another stream computes it.
         """
         key = (signature, *map(id, tensors))
         entry = self._entries.get(key)
@@ -122,7 +122,7 @@ class NormStore:
             )
         norm = entry.norm
         if not reason and norm is not None:
-            if recomputing and not entry.recorded:  # the region's forward, which is reentrant, recorded nothing itself
+            if recomputing and not entry.recorded:  # reentrant checkpointing: the region's forward recorded nothing
                 self._put(key, replace(entry, recorded=True))
             if entry.ready is not None and streams is not None:
                 streams.read(norm, entry.ready)
@@ -132,21 +132,21 @@ class NormStore:
         return None
 
     def entries(self, norms: Iterable[tuple[str, Sequence[torch.Tensor]]]) -> list[Entry] | None:
-        """What is kept of several norms that serve any forward; None if one is not there.
+        """The entries of several norms that serve any forward; None if one is missing.
 
         Args:
-            norms: signature and tensors of each, as for :meth:`kept`.
+            norms: the signature and tensors of each, as for :meth:`kept`.
         """
-        found = [self._entries.get((signature, *map(id, tensors))) for signature, tensors in norms]
-        entries = [entry for entry in found if entry is not None and not entry.recorded]
-        return entries if len(entries) == len(found) else None
+        known = [self._entries.get((signature, *map(id, tensors))) for signature, tensors in norms]
+        entries = [entry for entry in known if entry is not None and not entry.recorded]
+        return entries if len(entries) == len(known) else None
 
     def observe(self, signature: str, tensors: Sequence[torch.Tensor], recorded: bool = False) -> Observed | None:
-        """Call it before computing a norm that is to be kept. None if one of the tensors cannot be watched.
+        """Call this before computing a norm that is to be kept. None if one of the tensors cannot be watched.
 
         Args:
             signature, tensors: as for :meth:`kept`.
-            recorded: whether the forward records gradients, so that the norm may serve its recomputation only.
+            recorded: whether the forward records gradients; the norm then serves only its recomputation.
         """
         self._watch_optimizers()
         if not watchable(tensors):
@@ -155,10 +155,10 @@ class NormStore:
         return Observed(key, _watch(self._entries, key, tensors), self.optimizer_steps, recorded)
 
     def keep(self, observed: Observed | None, norm: torch.Tensor, streams: Streams | None = None) -> None:
-        """Keep a norm that was computed since; nothing happens if the tensors cannot be watched.
+        """Keep a norm that was computed after :meth:`observe`; does nothing if its tensors cannot be watched.
 
         Args:
-            streams: of the call that computed it, and all others that it keeps.
+            streams: the streams of the call that computed this norm and all others that it keeps.
         """
         if observed is None:
             return
@@ -177,14 +177,14 @@ class NormStore:
             before.norm = None
 
     def _end(self, key: Any) -> bool:
-        """Forget an entry, and its norm, whoever else knows the entry; whether there was one."""
+        """Remove an entry and its norm, also for others that hold the entry; returns whether there was one."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.norm = None
         return entry is not None
 
     def _purge(self) -> None:
-        """Forget what is left of tensors that are gone, whenever there are twice as many entries as were left last time."""
+        """Remove the entries of tensors that are gone, whenever there are twice as many entries as after the last time."""
         if len(self._entries) + len(self._squares) < self._purge_at:
             return
         for entries in (self._entries, self._squares):
@@ -208,13 +208,13 @@ class NormStore:
         dtype: torch.dtype,
         compute: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
-        """The squared row norms of a weight, kept; None where it is trained or cannot be watched to the last write.
+        """The squared row norms of a weight, kept or computed and kept; None if it is trained, or if a write could go unnoticed.
 
         Args:
             weight: the parameter ``[d_out, d_in]``, or its transpose.
             transposed: whether its columns are the rows of the norm.
-            dtype: of the squares.
-            compute: makes the ``[d_out]`` squares.
+            dtype: the dtype of the squares.
+            compute: computes the ``[d_out]`` squares.
         """
         key = (transposed, id(weight), dtype)
         if weight.requires_grad or weight.device.type != "cpu" or not watchable([weight]):
@@ -232,8 +232,8 @@ class NormStore:
         return entry.norm
 
     def recorded(self, values: Sequence[Any]) -> None:
-        """Forget the norms that read one of a graph's inputs, but those that were kept for a recomputation: a forward of that graph
-        records gradients, so that an optimizer will write to them."""
+        """Remove the norms that read one of a graph's inputs, except those kept for a recomputation. To be called when a forward of the
+        graph records gradients: an optimizer will write to the inputs."""
         if not self._readers:
             return
         tensors = [id(tensor) for tensor in parts(values)]
@@ -250,29 +250,29 @@ class NormStore:
             self.counters.count_invalidated(_RECORDED, dropped)
 
     def drop(self, signature: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Forget the norm of these tensors, if it is kept: a forward records gradients."""
+        """Remove the norm of these tensors, if one is kept, because a forward records gradients."""
         key = (signature, *map(id, tensors))
         entry = self._entries.get(key)
         if self._end(key) and entry is not None and not entry.recorded:
             self.counters.count_invalidated(_RECORDED)
 
     def invalidate(self, tensors: Sequence[torch.Tensor]) -> int:
-        """Forget every norm that was computed from one of these tensors, or their parts; returns how many."""
-        wanted = set(map(id, parts(tensors)))
-        stale = [key for key in list(self._entries) if wanted.intersection(key[1:])]
+        """Remove every norm that was computed from one of these tensors, or from their inner tensors; returns how many."""
+        ids = set(map(id, parts(tensors)))
+        stale = [key for key in list(self._entries) if ids.intersection(key[1:])]
         kept = [entry for entry in map(self._entries.get, stale) if entry is not None]
-        # Without a norm are those of tensors that died, whose id another may have.
+        # Entries without a norm do not count: their tensors are gone, and another tensor may have the same id.
         forgotten = sum(entry.norm is not None for entry in kept)
         for key in stale:
             self._end(key)
-        for square in [key for key in list(self._squares) if key[1] in wanted]:
+        for square in [key for key in list(self._squares) if key[1] in ids]:
             self._squares.pop(square, None)
         if forgotten:
             self.counters.count_invalidated("the user invalidated it", forgotten)
         return forgotten
 
     def clear(self) -> None:
-        """Forget all norms."""
+        """Remove all norms."""
         with self._lock:
             for key in list(self._entries):
                 self._end(key)
@@ -280,7 +280,7 @@ class NormStore:
             self._readers.clear()
 
     def __len__(self) -> int:
-        """How many norms are kept."""
+        """The number of kept norms."""
         return sum(entry.norm is not None for entry in list(self._entries.values()))
 
     def _watch_optimizers(self) -> None:
@@ -302,7 +302,7 @@ class NormStore:
 def _watch(
     entries: dict[Any, Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
 ) -> Watch:
-    """What the tensors are; the norm of their entry goes when the memory of one does."""
+    """A watch of the tensors; the norm of their entry is removed when the memory of one of them is gone."""
 
     def forget(_: Any) -> None:
         entry = entries.get(key)
@@ -316,5 +316,5 @@ _PROCESS_STORE = NormStore(rewrite_log().norms)
 
 
 def norm_store() -> NormStore:
-    """The store of this process: graphs of one model share it, so that a prefill refreshes what decoding reuses."""
+    """The store of this process. The graphs of a model share it, so a prefill refreshes what decoding reuses."""
     return _PROCESS_STORE

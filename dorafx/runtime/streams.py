@@ -1,7 +1,7 @@
-"""Streams of a device: a norm that one stream computed is read on another only after it is there.
+"""Streams of a device: a norm that was computed on one stream is read on another one only once it is finished.
 
-Work on one stream is done in its order; between two there is none but what somebody asks for. Whoever computes on a side stream
-(a warm-up before a CUDA graph, a server that decodes several requests at a time) keeps norms that others read.
+Work on one stream is done in order, but two streams are not ordered unless one waits for the other. Programs that compute on a side
+stream (a warm-up before a CUDA graph, a server that decodes several requests at a time) keep norms that other streams read.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ import torch
 
 from .watch import parts
 
-__all__ = ["Ready", "Streams"]
-
 _WITH_STREAMS = ("cuda", "xpu")
 
 
 class Ready(NamedTuple):
-    """When a norm is there.
+    """When a norm is finished.
 
     Attributes:
         stream: the stream that computes it.
-        event: what comes after it on that stream.
+        event: recorded on that stream after the norm.
     """
 
     stream: Any
@@ -30,16 +28,16 @@ class Ready(NamedTuple):
 
 
 class Streams:
-    """The streams that one call of a graph runs on. Each is looked up once a call, and its event recorded once: a decoding step
-    takes hundreds of norms."""
+    """The streams that one call of a graph runs on. Each is looked up once a call, and its event is recorded once, because a decoding
+    step reads hundreds of norms."""
 
     def __init__(self) -> None:
         self._current: dict[torch.device, Any] = {}
         self._ready: dict[torch.device, Ready] = {}
 
     def ready(self, norm: torch.Tensor) -> Ready | None:
-        """To be kept with a norm that this call computed; None on a device without streams. All norms of the call have been
-        computed by then."""
+        """What to keep with a norm that this call computed; None on a device without streams. Call it after all norms of the call have
+        been computed."""
         device = norm.device
         if device.type not in _WITH_STREAMS:
             return None
@@ -49,8 +47,8 @@ class Streams:
         return self._ready[device]
 
     def read(self, norm: torch.Tensor, ready: Ready) -> None:
-        """Before this call reads a kept norm: have its stream wait, where another one computed it, and its memory last until it
-        has been read."""
+        """Prepare for reading a kept norm in this call. If another stream computed it, this call's stream waits for it, and its memory
+        is not reused before it has been read."""
         if not self.computes(norm, ready):
             stream = self._of(norm.device)
             stream.wait_event(ready.event)
@@ -72,5 +70,5 @@ def _current_stream(device: torch.device) -> Any:
 
 
 def _hold(tensor: torch.Tensor, stream: Any) -> None:
-    """Keep the allocator from giving the tensor's memory away before the stream has done what it was asked by now."""
+    """Keep the allocator from reusing the tensor's memory before the stream has finished the work queued so far."""
     tensor.record_stream(stream)

@@ -1,5 +1,5 @@
-"""The norms that one graph takes from the store, looked at together: a decoding step takes hundreds, and a call of Python for each
-would cost the host more than launching the step does."""
+"""The norms that one graph takes from the store, checked together: a decoding step takes hundreds of norms, and a Python call for each
+would cost the host more than launching the step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from .store import Entry, NormStore
 from .streams import Ready, Streams
 from .watch import WatchedTogether
 
-__all__ = ["Together"]
-
 _norm_of = operator.attrgetter("norm")
 
 
@@ -25,8 +23,8 @@ class _Seen:
     """What a call took from the store.
 
     Attributes:
-        numbers: the graph's own numbers that the norms depend on.
-        streams: the entries whose norm a stream computed, with their places, a list for each stream.
+        numbers: the graph's inputs that are numbers and that the norms depend on.
+        streams: for each stream, the positions of the entries whose norm it computed, and when that is ready.
     """
 
     entries: list[Entry]
@@ -37,10 +35,10 @@ class _Seen:
 
 
 class Together:
-    """What one graph took from the store. It serves several layers if they are alike, so there is one of each for each layer.
+    """What calls of one graph took from the store. A graph may serve several equal layers, so there is a record for each of them.
 
     Args:
-        store: that the norms are kept in.
+        store: the store in which the norms are kept.
     """
 
     def __init__(self, store: NormStore) -> None:
@@ -48,13 +46,13 @@ class Together:
         self._seen: dict[int, _Seen] = {}
 
     def norms(self, tensors: Sequence[torch.Tensor], numbers: list[Any], streams: Streams) -> list[Any] | None:
-        """All of the graph's norms, where an earlier call took them from the store and none can be stale since; else None, and
-        :meth:`NormStore.kept` tells of each. The caller counts what it reuses.
+        """All of the graph's norms, if an earlier call took them from the store and none can have become stale since. Else None; then
+        use :meth:`NormStore.kept` for each norm. The caller counts what it reuses.
 
         Args:
-            tensors: what the norms are computed from, always in one order.
-            numbers: what else they are computed from.
-            streams: of the call.
+            tensors: what the norms are computed from, always in the same order.
+            numbers: the numbers they are also computed from.
+            streams: the streams of the call.
         """
         seen = self._seen.get(_first(tensors))
         if seen is None or seen.optimizer_steps != self._store.optimizer_steps or seen.numbers != numbers:
@@ -76,20 +74,20 @@ class Together:
         numbers: list[Any],
         norms: Sequence[tuple[str, Sequence[torch.Tensor]]],
     ) -> None:
-        """A call has just taken all norms from the store.
+        """Note that a call has just taken all norms from the store.
 
         Args:
             tensors, numbers: as for :meth:`norms`.
-            norms: signature and tensors of each, as for :meth:`NormStore.kept`.
+            norms: the signature and tensors of each, as for :meth:`NormStore.kept`.
         """
         steps, entries = self._store.optimizer_steps, self._store.entries(norms)
         if entries is None:
             return
-        of_entries = list(zip(entries, (of for _, of in norms)))
-        states = {id(tensor): state for entry, of in of_entries for tensor, state in zip(of, entry.watch.states)}
+        watched = list(zip(entries, (sources for _, sources in norms)))
+        states = {id(t): state for entry, sources in watched for t, state in zip(sources, entry.watch.states)}
         watch = WatchedTogether(tensors, [states[id(tensor)] for tensor in tensors])
-        # Asked once more, since it holds the shapes that there are now: another thread may have written meanwhile.
-        if any(entry.optimizer_steps != steps or entry.watch.change(of) for entry, of in of_entries):
+        # Checked once more, because the watch has recorded the present shapes: another thread may have written meanwhile.
+        if any(entry.optimizer_steps != steps or entry.watch.change(sources) for entry, sources in watched):
             return
         streams: dict[Any, list[tuple[int, Ready]]] = {}
         for k, entry in enumerate(entries):
@@ -101,7 +99,7 @@ class Together:
         self._seen[key] = _Seen(entries, numbers, watch, steps, [*streams.values()])
 
     def _forget(self) -> None:
-        """What serves no more: its tensors may be gone."""
+        """Drop records that are no longer usable: their tensors may be gone."""
         for key, seen in list(self._seen.items()):
             if seen.entries[0].norm is None:
                 self._seen.pop(key, None)

@@ -1,4 +1,4 @@
-"""Watching tensors: what one was when something was computed from it, and whether it still is."""
+"""Watching tensors: whether a tensor is unchanged since something was computed from it."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ import torch
 from dorafx._compat.distributed import fully_sharded_process
 from dorafx._compat.tensors import Geometry, is_wrapper, version_of, weak_storage, wrapped
 
-__all__ = ["SAMPLES", "TensorState", "Watch", "WatchedTogether", "parts", "watchable", "without_tensor"]
-
 SAMPLES = 8
 
 
 class TensorState:
-    """What a tensor was when a norm was computed from it. Holds neither the tensor nor its memory.
+    """The state of a tensor when a norm was computed from it. Keeps neither the tensor nor its memory alive.
 
-    Checked before every decoding step and for every layer, when the step has just washed the caches: few objects are
-    touched, and samples are compared where they lie.
+    It is checked for every layer before every decoding step, when the previous step has just evicted the CPU's caches. So the check
+    touches few objects, and compares samples in place.
 
-    A version counter says that nothing was written through *this* tensor and its views, so the tensor has to be the one that
-    was seen: another object on the same memory (``nn.Parameter(p.data)``) has a counter of its own, which may well stand where
-    the first one's stood, and an address that is free again when the first is gone. A weak reference would tell them apart, but
-    ``torch.utils.swap_tensors``, which is how torch moves and casts the parameters of quantised models, refuses a tensor that has
-    one. So what is held is the dictionary of the tensor's attributes. It belongs to one tensor and goes where its content goes:
-    while it is held no other tensor can have it, and after a swap the object that a program still calls by the same name has the
-    other tensor's. It does not hold the tensor, unless an attribute does: where one is anything that may refer to others
-    (bitsandbytes' ``quant_state``), there is a weak reference after all.
+    A version counter says that nothing was written through *this* tensor and its views, so it must be the same tensor: another
+    object on the same memory (``nn.Parameter(p.data)``) has a counter of its own, which may have the same value, and it may get the
+    address of the first one when that is gone. A weak reference would tell the two apart, but ``torch.utils.swap_tensors``, with
+    which torch moves and casts the parameters of quantised models, refuses tensors that have one.
+
+    So this holds the dictionary of the tensor's attributes, which belongs to one tensor and moves with its content. While it is
+    held, no other tensor can have it; and after a swap, the object under the same name has the other tensor's dictionary. It does
+    not keep the tensor alive, unless an attribute refers to the tensor. Therefore a weak reference is used after all if an attribute
+    is anything that can refer to other objects (bitsandbytes' ``quant_state``).
     """
 
     __slots__ = ("attributes", "pointer", "reference", "samples", "storage", "storage_size", "version")
@@ -53,7 +52,7 @@ class TensorState:
         self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, samples)]
 
     def change(self, tensor: torch.Tensor) -> str:
-        """What differs now, but for the geometry; empty if nothing does."""
+        """What has changed, apart from the geometry; empty if nothing has."""
         if tensor.__dict__ is not self.attributes and (self.reference is None or self.reference() is not tensor):
             return "another parameter"
         if version_of(tensor) != self.version:
@@ -61,7 +60,7 @@ class TensorState:
         storage = tensor.untyped_storage()
         if self.storage() is not storage or tensor.data_ptr() != self.pointer or storage.nbytes() != self.storage_size:
             return "a parameter's data was replaced"
-        # From here on the memory is known to be the tensor's still.
+        # Only now is it safe to read the samples: the memory is known to be still the tensor's.
         for view, sample in self.samples:
             if view != sample:
                 return "a parameter's data was overwritten"
@@ -69,7 +68,7 @@ class TensorState:
 
 
 class Watch:
-    """What several tensors were when something was computed from them."""
+    """The states of several tensors when something was computed from them."""
 
     __slots__ = ("geometry", "states")
 
@@ -78,9 +77,9 @@ class Watch:
     ) -> None:
         """
         Args:
-            tensors: that :func:`watchable` allows.
-            on_death: called when the memory of one is gone.
-            samples: how many elements of each are compared, at least.
+            tensors: tensors that are :func:`watchable`.
+            on_death: called when the memory of one of them is gone.
+            samples: the least number of elements of each that are compared.
         """
         self.states = [TensorState(t, on_death, samples) for t in tensors]
         self.geometry = Geometry(tensors)
@@ -100,16 +99,16 @@ _attributes_seen = operator.attrgetter("attributes")
 
 
 class WatchedTogether:
-    """That tensors still are what their states say, of hundreds at a time.
+    """Checks hundreds of tensors against their states at once.
 
-    Asks what :meth:`Watch.change` asks, a question of all tensors at once: it runs no Python a tensor, which is most of what a
-    decoding step costs the host. So it cannot say which of them changed, and how.
+    It makes the checks of :meth:`Watch.change`, each one for all tensors together. So no Python code runs for each tensor, which is
+    most of what a decoding step costs the host; but it cannot say which of them changed, and how.
 
-    Whoever holds one has to know when the memory of one of the tensors is gone: storages are told apart by their address here.
+    The owner must notice itself when the memory of one of the tensors is gone: storages are compared by their address here.
 
     Args:
-        tensors: each once.
-        states: of each.
+        tensors: the tensors, each of them once.
+        states: the state of each.
     """
 
     __slots__ = (
@@ -138,10 +137,10 @@ class WatchedTogether:
         self._samples = [sample for state in states for _, sample in state.samples]
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
-        """Whether nothing differs.
+        """Whether nothing has changed.
 
         Args:
-            tensors: in the order in which they were given.
+            tensors: the tensors in the same order as before.
         """
         if list(map(version_of, tensors)) != self._versions:
             return False
@@ -150,19 +149,19 @@ class WatchedTogether:
             if not all(reference() is tensors[k] for k, reference in self._referenced):
                 return False
             alike = map(tensors.__getitem__, self._alike)
-        # A state holds the dictionary, this holds the states: whose tensor is gone is told by counting who holds a dictionary.
+        # Compared by way of the states, without holding the dictionaries here: :func:`without_tensor` counts who holds them.
         if not all(map(operator.is_, map(_attributes_of, alike), map(_attributes_seen, self._states))):
             return False
         if list(map(torch.Tensor.data_ptr, tensors)) != self._pointers:
             return False
         if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != self._storages:
             return False
-        # From here on the memory is known to be the tensors' still.
+        # Only now is it safe to read the samples: the memory is known to be still the tensors'.
         return self._views == self._samples and self._geometry.holds(tensors)
 
 
 class _Alone:
-    """Holds a dictionary that nobody else does, as a state does when its tensor is gone."""
+    """Holds a dictionary that nothing else holds, like a state whose tensor is gone."""
 
     __slots__ = ("attributes",)
 
@@ -172,11 +171,11 @@ class _Alone:
 
 _alone = _Alone()
 _OTHERS = sys.getrefcount(_alone.attributes) - 1
-"""References to a dictionary that are counted beside those of its holders."""
+"""References to a dictionary that ``getrefcount`` counts in addition to those of its holders."""
 
 
 def without_tensor(watches: Iterable[tuple[Any, Watch]]) -> list[Any]:
-    """The keys of the watches of which a tensor is gone, though another may have its memory still."""
+    """The keys of the watches of which a tensor is gone, even if another tensor still has its memory."""
     known = list(watches)
     holders = Counter(id(state.attributes) for _, watch in known for state in watch.states)
     return [
@@ -194,29 +193,29 @@ _INTEGERS: dict[int, Literal["b", "h", "i", "q"]] = {1: "b", 2: "h", 4: "i", 8: 
 
 
 def _views(tensor: torch.Tensor, samples: int) -> list[memoryview[int]]:
-    """Elements spread over a CPU tensor, as integers in its memory (NaN equals itself then). The views do not own it."""
+    """Elements spread over a CPU tensor, viewed as integers (so that NaN equals itself). The views do not own the memory."""
     if tensor.device.type != "cpu" or not tensor.numel() or tensor.element_size() not in _INTEGERS:
         return []
     numel, size, start = tensor.numel(), tensor.element_size(), tensor.data_ptr()
     if _is_dense(tensor):
         distance = _distance(numel, _inner_length(tensor), samples)
         return [_memory(start, numel, size)[::distance]]
-    found = []
+    views = []
     for k in range(min(samples, numel)):
         position, offset = k * numel // min(samples, numel), 0
         for length, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
             position, index = divmod(position, length)
             offset += index * stride
-        found.append(_memory(start + offset * size, 1, size))
-    return found
+        views.append(_memory(start + offset * size, 1, size))
+    return views
 
 
 def _distance(numel: int, inner: int, samples: int) -> int:
-    """Between two of at least ``samples`` elements, if there are as many. Not a multiple of the rows' length: all samples
-    would come from one column, and with a power of two from one set of the cache."""
+    """The distance between samples, for at least ``samples`` of them if there are as many elements. It is no multiple of the rows'
+    length: then all samples would be in one column, and for a power of two in one set of the cache."""
     distance = max(1, numel // samples)
     whole = distance // inner
-    if whole:  # five eighths of a row further each time: every eighth of the columns is met
+    if whole:  # five eighths of a row further each time, so that every eighth of the columns is sampled
         return (whole - 1) * inner + (5 * inner // 8 | 1)
     return distance
 
@@ -227,7 +226,7 @@ def _inner_length(tensor: torch.Tensor) -> int:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements lie side by side in memory, each once, in whatever order of dimensions."""
+    """Whether the elements fill their memory without gaps or overlaps, in any order of dimensions."""
     expected = 1
     for stride, length in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape) if n > 1):
         if stride != expected:
@@ -248,28 +247,29 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def parts(tensors: Sequence[Any]) -> list[torch.Tensor]:
-    """The tensors among some values, with the plain ones that it is made of in the place of each wrapper (a torchao weight)."""
-    found: list[torch.Tensor] = []
+    """The tensors among some values; each wrapper subclass (a torchao weight) is replaced by its inner plain tensors."""
+    plain: list[torch.Tensor] = []
     for tensor in tensors:
         if type(tensor) in _PLAIN:
-            found.append(tensor)
+            plain.append(tensor)
         elif isinstance(tensor, torch.Tensor):
-            found.extend(parts(wrapped(tensor)) if is_wrapper(tensor) else (tensor,))
-    return found
+            plain.extend(parts(wrapped(tensor)) if is_wrapper(tensor) else (tensor,))
+    return plain
 
 
 def watchable(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether changes of these show: tensors made under inference mode count no versions, and the memory of a subclass may
-    be anywhere. Under FSDP2 nothing of a parameter shows what was gathered into it, and which tensors are its parameters
-    only its own lists tell; there none is watched. So processes agree, too, on whether a norm is computed: those of weights
-    that they share need all of them."""
+    """Whether changes of these tensors can be noticed. Tensors created in inference mode have no version counter, and the memory of
+    a subclass may be anywhere. Under FSDP2 no tensor is watched: a parameter does not show what was gathered into it, and only
+    FSDP2's own lists tell which tensors are its parameters. This also makes the processes agree on whether a norm is computed, which
+    matters because norms of shared weights need all of them."""
     if fully_sharded_process():
         return False
-    return not any(t.is_inference() or not _own_memory(type(t)) for t in tensors)
+    return not any(t.is_inference() or not _owns_its_memory(type(t)) for t in tensors)
 
 
-def _own_memory(kind: type) -> bool:
-    """Whether a tensor of this class is its own storage: bitsandbytes' parameters only carry attributes besides."""
+def _owns_its_memory(kind: type) -> bool:
+    """Whether tensors of this class have their data in their own storage. bitsandbytes' parameters do: they only have attributes in
+    addition."""
     if kind.__module__.startswith("bitsandbytes."):
         return kind.__name__ in ("Params4bit", "Int8Params")
     return kind in _PLAIN

@@ -61,7 +61,7 @@ class Heard:
     def started(self, member: Member) -> None:
         self.all.append(("started", member.key))
 
-    def told(self, member: Member, what: Any) -> None:
+    def reported(self, member: Member, what: Any) -> None:
         self.all.append((what, member.key))
 
     def ended(self, member: Member, result: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def test_what_is_left_decides_and_reasons_are_told() -> None:
 
 
 def test_a_group_that_is_not_wanted_says_why() -> None:
-    found = heard([group("a", failing="a"), group("b", wants=lambda: "there is no a"), group("c")])
+    found = heard([group("a", failing="a"), group("b", reason_to_skip=lambda: "there is no a"), group("c")])
     assert found.why == {"a": "no such kernel", "b": "there is no a"}
     assert ("ended", "c") in found.all
 
@@ -182,7 +182,7 @@ def test_an_interrupted_run_ends_its_processes() -> None:
             super().end()
 
     class Interrupting(Heard):
-        def told(self, member: Member, what: Any) -> None:
+        def reported(self, member: Member, what: Any) -> None:
             raise KeyboardInterrupt
 
     listener = Interrupting()

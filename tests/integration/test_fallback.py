@@ -21,6 +21,8 @@ from integration_support import (
     tokens,
 )
 from torch import fx, nn
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
 
 import dorafx.match.matcher
 import dorafx.pipeline
@@ -98,6 +100,70 @@ def test_failing_station_hands_the_original_graph_to_inductor(monkeypatch: pytes
         assert_close(torch.compile(model, backend="dorafx", fullgraph=True)(x), model(x), 1e-6)
     (graph,) = received
     assert not [n for n in graph.graph.nodes if "dorafx" in str(n.target)]
+
+
+def _refuse_dorafx(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A codegen that raises for every graph in which an operator of dorafx's is."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise InjectedError("no such operator")
+
+    original = codegen.compile_graph
+
+    def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
+        if not any("dorafx" in str(node.target) for node in gm.graph.nodes):
+            return original(gm, *rest)
+        if name == "eager":
+            return refuse()
+        with fresh_cache(), pytest.MonkeyPatch.context() as inside:  # deep in it, when the graph is lowered
+            inside.setattr(GraphLowering, "run", refuse)
+            return original(gm, *rest)
+
+    monkeypatch.setattr(codegen, "compile_graph", compile_graph)
+
+
+@pytest.mark.parametrize("name", ["eager", "inductor"])
+@pytest.mark.parametrize("training", [True, False])
+def test_original_is_compiled_where_the_codegen_fails(
+    name: str, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program runs as it was, in as many graphs, and the log claims no rewrite."""
+    model = peft_perceptron().train(training)
+    x = torch.randn(3, 24)
+    sites = dora_sites(model)
+    _refuse_dorafx(monkeypatch, name)
+    monkeypatch.setattr(dorafx.pipeline, "_warned", set())
+    compiled = _compile(model, **{"dorafx.codegen": name})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if training:
+            assert_same_run(run(model, lambda: compiled(x)), run(model, lambda: model(x)), 1e-6)
+        else:
+            with torch.no_grad():
+                assert_close(compiled(x), model(x), 1e-6)
+                assert_close(compiled(x), model(x), 1e-6)
+    (message,) = _dorafx_warnings(caught)
+    assert f"{name} failed" in message and "no such operator" in message
+    log = rewrite_log()
+    assert not log.rewrites
+    assert sorted(record.site for record in log.misses) == sorted(sites)
+    assert {record.kind for record in log.misses} == {"codegen-failed"}
+    assert not any(record.dense_bytes_avoided for record in log.misses)
+
+
+def test_strict_raises_where_the_codegen_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    _refuse_dorafx(monkeypatch, "eager")
+    with pytest.raises(Exception, match="no such operator"):
+        _compile(peft_perceptron(), **{"dorafx.strict": True})(torch.randn(3, 24))
+
+
+def test_a_program_that_no_compiler_takes_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
+        raise InjectedError("dorafx" if any("dorafx" in str(n.target) for n in gm.graph.nodes) else "the user's own")
+
+    monkeypatch.setattr(codegen, "compile_graph", compile_graph)
+    with pytest.raises(Exception, match="the user's own"):
+        _compile(peft_perceptron())(torch.randn(3, 24))
 
 
 @pytest.mark.parametrize("station", STATIONS)

@@ -201,6 +201,22 @@ LINES: list[tuple[Any, ...]] = [
     ("einsum", lambda W: torch.einsum("oi,oi->i", W, W), "Σ_col(W)²"),
     ("einsum", lambda xs, W: torch.einsum("...i,oi->...o", xs, W), "xs·Wᵀ"),
     ("einsum", lambda W: torch.einsum("ii->i", W @ W.T), 'einsum("ii->i", W·Wᵀ)'),
+    # -- squares, in other words
+    ("float_power", lambda W: torch.float_power(W, 2).sum(1), "Σ(W)²"),
+    ("float_power", lambda m: torch.float_power(m, 2), "float_power(m, 2)"),
+    ("diagonal", lambda W: torch.diagonal(W @ W.T), "Σ(W)²"),
+    ("diagonal", lambda W: (W.T @ W).diagonal(dim1=-2, dim2=-1), "Σ(Wᵀ)²"),
+    ("diagonal", lambda W, V: torch.diagonal(W @ V.T), "diagonal(W·Vᵀ)"),
+    ("diagonal", lambda W: torch.diagonal(W @ W.T, 1), "diagonal(W·Wᵀ, 1)"),
+    ("diag", lambda W: torch.diag(W @ W.T), "Σ(W)²"),
+    # -- blocks of rows and columns
+    ("cat", lambda A, B, W: torch.cat([W[:2] + B[:2] @ A, W[2:]]), "W + rows(0:2)·B[:2]·A"),
+    ("cat", lambda A, B: torch.cat([B @ A, torch.zeros_like(B)], 1), "B·A·rows(0:6)ᵀ"),
+    ("cat", lambda A, B: torch.cat([B, B]) @ A, "cat([B, B])·A"),
+    ("pad", lambda A, B: F.pad(B @ A, (0, 0, 1, 2)), "rows(1:8)·B·A"),
+    ("pad", lambda A, B: F.pad(B @ A, (0, 1)), "B·A·rows(0:6)ᵀ", "make_fx"),
+    ("pad", lambda B, A: F.pad(B, (0, 0, 1, 2)) @ A, 'pad(B, [0, 0, 1, 2], "constant", None)·A'),
+    ("pad", lambda A, B: F.pad(B @ A, (0, 1), value=1.0), 'pad(B·A, [0, 1], "constant", 1)'),
     # -- convolutions
     ("conv", lambda image, kernel: F.conv2d(image, kernel), "patches(channels(image))·flat(kernel)ᵀ"),
     ("conv", lambda image, kernel, k: F.conv2d(image, kernel, k, padding=1), "patches(channels(image))·flat(kernel)ᵀ + 𝟙·D(k)"),

@@ -234,7 +234,7 @@ def _(patch: Patch) -> None:
         def check(self, candidate: Candidate) -> Match | Reason:
             return Reason("not as I like it", candidate.node)
 
-        def rewrite(self, match: Match, emit: Any) -> Any:
+        def rewrite(self, match: Match, plan: Any, emit: Any) -> Any:
             raise AssertionError
 
     patch.setitem(registry._FORMS, "own", Own())
@@ -272,6 +272,26 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     patch.setattr(Lifter, "_failed", _FAILED)
     wrap(patch, "norm", lambda transfer: _fails)
+    compiled(layer)
+
+
+@giving(ReasonKind.FORM_FAILED)
+def _(patch: Patch) -> None:
+    """Of the forms that are asked, one fails; the others do not know the layer."""
+    patch.setattr(registry._FORMS["linear"], "check", _fails, raising=False)
+    compiled(layer)
+
+
+@giving(ReasonKind.CODEGEN_FAILED)
+def _(patch: Patch) -> None:
+    from dorafx import codegen
+
+    original = codegen.compile_graph
+
+    def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
+        return (_fails if any("dorafx" in str(node.target) for node in gm.graph.nodes) else original)(gm, *rest)
+
+    patch.setattr(codegen, "compile_graph", compile_graph)
     compiled(layer)
 
 

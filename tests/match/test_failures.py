@@ -127,10 +127,10 @@ def test_strict_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explain_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch, "norm")
     p = Layer()
-    found = dorafx.explain(lambda x: direct(p, x), torch.randn(4, 12, dtype=torch.float64))
-    (miss,) = found.misses
-    assert SAID in miss.reason and f"missed  (function): {miss.reason}" in str(found)
-    assert found.terms[0].norm == "norm(W + 2·B·A, dim=1)"
+    explanation = dorafx.explain(lambda x: direct(p, x), torch.randn(4, 12, dtype=torch.float64))
+    (miss,) = explanation.misses
+    assert SAID in miss.reason and f"missed  (function): {miss.reason}" in str(explanation)
+    assert explanation.terms[0].norm == "norm(W + 2·B·A, dim=1)"
 
 
 # -- one node at a time -----------------------------------------------------------------------------------------------
@@ -194,11 +194,11 @@ def test_nobody_hears_of_failures_in_other_programs(name: str, monkeypatch: pyte
 
 def test_a_failure_in_what_a_layer_is_given_is_not_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
     def program(x: Any, W: Any, A: Any, B: Any, m: Any, Q: Any) -> Any:
-        given = F.linear(x, Q)
-        return m / norm(W, A, B) * F.linear(given, W) + F.linear(F.linear(given, A), B)
+        hidden = F.linear(x, Q)
+        return m / norm(W, A, B) * F.linear(hidden, W) + F.linear(F.linear(hidden, A), B)
 
     for node, matches in each_failure(program, monkeypatch):
-        if node.name == "given" or (node.target is F.linear and node.args[1].name == "l_q_"):
+        if node.name == "hidden" or (node.target is F.linear and node.args[1].name == "l_q_"):
             (reason,) = matches.composition_misses.values()
             assert "is not scaled by the same vector" in reason.text and not matches.failures
             break

@@ -10,7 +10,7 @@ import torch
 
 import dorafx
 from dorafx import rewrite_log
-from dorafx.match import forms
+from dorafx.match import CompositionPlan, Emit, Match, forms
 
 S = 0.5
 
@@ -34,7 +34,14 @@ def arguments_of(name: str, with_bias: bool) -> dict[str, Any]:
 
 
 def test_every_form_has_a_statement() -> None:
-    assert set(BUILT_IN) == {"linear", "linear_dropout", "linear_columns", "embedding", "convolution"}
+    assert set(BUILT_IN) == {
+        "linear",
+        "linear_dropout",
+        "linear_columns",
+        "linear_weight_delta",
+        "embedding",
+        "convolution",
+    }
     for name, form in BUILT_IN.items():
         statement = form.statement  # type: ignore[attr-defined]
         assert set(inspect.signature(statement).parameters) == set(arguments_of(name, True))
@@ -53,16 +60,16 @@ def test_statement(name: str, codegen: str) -> None:
         leaves = [value for value in arguments.values() if isinstance(value, torch.Tensor) and value.requires_grad]
 
         def program(arguments: dict[str, Any]) -> torch.Tensor:
-            made: torch.Tensor = statement(**arguments)
-            return made
+            y: torch.Tensor = statement(**arguments)
+            return y
 
         options = {"dorafx.codegen": codegen, "dorafx.strict": True}
         actual, expected = torch.compile(program, backend="dorafx", options=options)(arguments), program(arguments)
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
-        for found, wanted in zip(
+        for gradient, expected_gradient in zip(
             torch.autograd.grad(actual.sin().sum(), leaves), torch.autograd.grad(expected.sin().sum(), leaves)
         ):
-            torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-9)
         assert [r.pattern for r in rewrite_log().rewrites] == [name]
 
 
@@ -76,11 +83,30 @@ def test_extension_is_all_that_a_form_needs() -> None:
 
 
 def test_the_emitter_has_what_is_promised() -> None:
-    from dorafx.match import Emit
     from dorafx.rewriter import Emitter
 
     promised = [name for name in vars(Emit) if not name.startswith("_")]
     assert len(promised) >= 14
     for name in promised:
-        wanted, found = (list(inspect.signature(getattr(of, name)).parameters) for of in (Emit, Emitter))
-        assert wanted == found, name
+        expected, actual = (list(inspect.signature(getattr(of, name)).parameters) for of in (Emit, Emitter))
+        assert expected == actual, name
+
+
+@pytest.mark.parametrize(
+    ("name", "compose"), [("linear", "accumulated"), ("linear", "epilogue"), ("convolution", "auto")]
+)
+def test_a_form_is_given_the_plan_of_its_composition(name: str, compose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    form = type(forms()["linear"])
+    rewrite, plans = form.rewrite, []
+
+    def observed(self: Any, match: Match, plan: CompositionPlan, emit: Emit) -> Any:
+        plans.append(plan)
+        assert plan.match is match
+        return rewrite(self, match, plan, emit)
+
+    monkeypatch.setattr(form, "rewrite", observed)
+    statement, arguments = BUILT_IN[name].statement, arguments_of(name, False)  # type: ignore[attr-defined]
+    options = {"dorafx.codegen": "eager", "dorafx.strict": True, "dorafx.compose": compose}
+    torch.compile(lambda arguments: statement(**arguments), backend="dorafx", options=options)(arguments)
+    (plan,) = plans
+    assert (plan.accumulate, plan.match.channels_first) == (compose == "accumulated", name == "convolution")

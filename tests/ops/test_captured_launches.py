@@ -148,8 +148,7 @@ def test_quantised_weights(device: Device) -> None:
         codes = torch.zeros(256, 2048, dtype=torch.uint8)
         weight = Packed(codes, torch.ones(256, 64), None, "nf4", (256, 4096), 64, torch.float32)
         left, right = torch.zeros(256, 8), torch.zeros(8, 4096)
-        format = (weight.format, weight.shape, weight.group, weight.dtype)
-        dispatch.row_norm_quantized(weight.packed, weight.scales, weight.zeros, left, right, 0.5, *format)
+        dispatch.row_norm_quantized(weight, left, right, 0.5)
         return weight
 
     kept = [call()]

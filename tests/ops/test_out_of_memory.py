@@ -81,9 +81,7 @@ def test_smaller_blocks_of_a_quantised_weight(
     exact = reference.row_norm(dense.double(), left.double(), right.double(), 0.5)
 
     def compute() -> torch.Tensor:  # not by the operator, into which the limit would not see
-        return quantized.row_norm_quantized(
-            w.packed, w.scales, w.zeros, left, right, 0.5, w.format, w.shape, w.group, w.dtype
-        )
+        return quantized.row_norm_quantized(w, left, right, 0.5)
 
     compute()  # tables are made once
     limited = Limited(600, error)
@@ -229,15 +227,14 @@ def test_launches_shrink_too(launcher: Launcher) -> None:
 def test_the_launch_of_a_quantised_weight_shrinks_too(launcher: Launcher) -> None:
     w, dense = CASES["nf4"](torch.randn(64, 64))
     left, right = torch.randn(64, 3), torch.randn(3, 64)
-    weight = (w.format, w.shape, w.group, w.dtype)
     launcher.failures = 1
     with pytest.warns(DorafxWarning, match="out of memory"):
-        found = dispatch.row_norm_quantized(w.packed, w.scales, w.zeros, left, right, 0.5, *weight)
+        found = dispatch.row_norm_quantized(w, left, right, 0.5)
     assert launcher.calls == [(1, None), (1, 1)]
     torch.testing.assert_close(found, reference.row_norm(dense, left, right, 0.5))
     launcher.failures = 100
     with pytest.raises(torch.OutOfMemoryError, match=r"attempt 3$"):
-        dispatch.row_norm_quantized(w.packed, w.scales, w.zeros, left, right, 0.5, *weight)
+        dispatch.row_norm_quantized(w, left, right, 0.5)
 
 
 def test_a_captured_group_is_launched_as_any_other(launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,10 @@ def check(architecture: int, made: ASTSource, warps: int, stages: int = 3) -> No
 # Each compilation takes a second or two, so the default run has the commonest of each architecture.
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_commonest(architecture: int) -> None:
-    chosen, of_many = configs.compose_config(4096, found=architecture), configs.linear_config(2, 4096, architecture)
+    chosen, of_many = (
+        configs.compose_config(4096, architecture=architecture),
+        configs.linear_config(2, 4096, architecture),
+    )
     check(architecture, forward(chosen.forward, "bf16"), chosen.forward.num_warps)
     check(architecture, backward(chosen.backward, "bf16"), chosen.backward.num_warps)
     check(architecture, linear(of_many, kept=True), of_many.num_warps, of_many.num_stages)
@@ -131,7 +134,7 @@ def test_the_commonest(architecture: int) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_compose(dtype: str, architecture: int) -> None:
-    chosen = configs.compose_config(4096, found=architecture)
+    chosen = configs.compose_config(4096, architecture=architecture)
     for form in ("direct", "delta", "alone"):
         check(architecture, forward(chosen.forward, dtype, form), chosen.forward.num_warps)
     for form in ("trained", "delta", "frozen"):

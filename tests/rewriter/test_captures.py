@@ -116,13 +116,13 @@ class Largest(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in given:
-            self.found = max(self.found, result.untyped_storage().nbytes())
+        operands = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in operands:
+            self.bytes = max(self.bytes, result.untyped_storage().nbytes())
         return result
 
 
@@ -150,11 +150,11 @@ def test_portable_programs_hold_no_operator_of_ours(differentiable: bool, dtype:
     )
     with torch.no_grad(), Largest() as largest:
         loaded(x)
-    assert largest.found < layer.base.weight.nbytes / 8
+    assert largest.bytes < layer.base.weight.nbytes / 8
     leaves = [layer.a, layer.b, layer.m]
     gradients = torch.autograd.grad(others[1](x).sin().sum(), leaves)
-    for got, want in zip(gradients, torch.autograd.grad(layer(x).sin().sum(), leaves)):
-        torch.testing.assert_close(got, want, rtol=30 * tolerance, atol=30 * tolerance)
+    for actual, expected in zip(gradients, torch.autograd.grad(layer(x).sin().sum(), leaves)):
+        torch.testing.assert_close(actual, expected, rtol=30 * tolerance, atol=30 * tolerance)
 
 
 def test_portable_leaves_a_weight_of_symbolic_size_alone() -> None:
@@ -225,9 +225,9 @@ def test_make_fx_takes_einsum_apart(name: str, mode: str) -> None:
     if mode == "fake":
         assert_rewritten("linear")
     leaves = [*operands, x.requires_grad_()]
-    wanted, got = gm(*leaves), new(*leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
-    for g, w in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (got, wanted))):
+    expected, actual = gm(*leaves), new(*leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    for g, w in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (actual, expected))):
         torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10)
 
 
@@ -257,10 +257,10 @@ def test_letters_of_what_recorded_no_gradients() -> None:
     w, a, b, x = (torch.randn(*s, dtype=torch.float64) for s in ((20, 24), (3, 24), (20, 3), (4, 24)))
     leaves = [t.requires_grad_() for t in (w, a, b, x)]
     compiled = torch.compile(program, backend="dorafx", fullgraph=True, options={"dorafx.codegen": "eager"})
-    got, wanted = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, program))
+    gradients, expected = (torch.autograd.grad(f(*leaves).sin().sum(), leaves) for f in (compiled, program))
     assert_rewritten("linear")
-    for g, expected in zip(got, wanted):
-        torch.testing.assert_close(g, expected, rtol=1e-12, atol=1e-12)
+    for actual, gradient in zip(gradients, expected):
+        torch.testing.assert_close(actual, gradient, rtol=1e-12, atol=1e-12)
 
 
 def test_symbolic_trace_needs_an_example() -> None:
@@ -272,9 +272,9 @@ def test_symbolic_trace_needs_an_example() -> None:
     assert_rewritten("linear")
     assert any(n.op == "call_module" for n in gm.graph.nodes), "the caller's graph was changed"
     torch.testing.assert_close(new(x), layer(x), rtol=1e-5, atol=1e-5)
-    wanted = torch.autograd.grad(layer(x).sin().sum(), [layer.a, layer.b, layer.m])
-    for got, want in zip(torch.autograd.grad(new(x).sin().sum(), [layer.a, layer.b, layer.m]), wanted):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(layer(x).sin().sum(), [layer.a, layer.b, layer.m])
+    for actual, gradient in zip(torch.autograd.grad(new(x).sin().sum(), [layer.a, layer.b, layer.m]), expected):
+        torch.testing.assert_close(actual, gradient, rtol=1e-5, atol=1e-5)
 
 
 def test_symbolic_trace_of_what_needs_values_is_left_as_it_is() -> None:
@@ -359,9 +359,9 @@ def test_parametrized_weight() -> None:
     torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
     assert_rewritten("linear")
     leaves = list(layer.parameters())
-    wanted = torch.autograd.grad(layer(x).sin().sum(), leaves)
-    for got, want in zip(torch.autograd.grad(compiled(x).sin().sum(), leaves), wanted):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    expected = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    for actual, gradient in zip(torch.autograd.grad(compiled(x).sin().sum(), leaves), expected):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_region_under_autocast() -> None:

@@ -120,9 +120,9 @@ class Computed:
 
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> Computed:
-    found = Computed()
-    monkeypatch.setattr(prologue, "_row_norms", found)
-    return found
+    row_norms = Computed()
+    monkeypatch.setattr(prologue, "_row_norms", row_norms)
+    return row_norms
 
 
 def _under(dtype: torch.dtype | None) -> Any:

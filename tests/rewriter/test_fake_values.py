@@ -35,13 +35,13 @@ def test_as_the_operator_says(name, gradients):
         ]
     for x, w in pairs:
         with mode:
-            wanted = function(x, w)
-        found = values(function, (x, w), {}, mode)
-        assert described(found) == described(wanted)
-        assert fake_mode_of(found) is mode
+            expected = function(x, w)
+        result = values(function, (x, w), {}, mode)
+        assert described(result) == described(expected)
+        assert fake_mode_of(result) is mode
         for operand in (x, w):
-            shared = storage_id(wanted) == storage_id(operand)
-            assert (storage_id(found) == storage_id(operand)) == shared
+            shared = storage_id(expected) == storage_id(operand)
+            assert (storage_id(result) == storage_id(operand)) == shared
 
 
 def test_once_for_equal_layouts():

@@ -56,8 +56,8 @@ def check(model: nn.Module, x: torch.Tensor, codegen: str = "eager") -> None:
         model, backend="dorafx", fullgraph=True, options={"dorafx.codegen": codegen, "dorafx.strict": True}
     )
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-12, atol=1e-12)
-    for actual, wanted in zip(gradients(compiled, model, x), gradients(model, model, x)):
-        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    for actual, expected in zip(gradients(compiled, model, x), gradients(model, model, x)):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def placements() -> list[str]:
@@ -162,8 +162,8 @@ class Both(nn.Module):
 def test_each_record_tells_the_place_of_its_own_norm(order: tuple[Any, Any], codegen: str) -> None:
     """Two norms of one module, of which one leaves the graph."""
     check(Both(*order), x_of(20, 10), codegen)
-    wanted = ["prologue" if norm is detached else "graph" for norm in order]
-    assert placements() == wanted
+    expected = ["prologue" if norm is detached else "graph" for norm in order]
+    assert placements() == expected
 
 
 @pytest.mark.parametrize("order", [(detached, differentiable), (differentiable, detached)])
@@ -180,9 +180,9 @@ def test_places_of_norms_in_a_body(order: tuple[Any, Any]) -> None:
             return torch.utils.checkpoint.checkpoint(self.inner, self.outer(x), use_reentrant=False)
 
     check(Model(), x_of(20, 10), "aot_eager")
-    found = {site: [r.norm_placement for r in rewrite_log().rewrites if r.site == site] for site in ("outer", "inner")}
-    wanted = ["prologue" if norm is detached else "graph" for norm in order]
-    assert found == {"outer": wanted, "inner": wanted[::-1]}
+    placed = {site: [r.norm_placement for r in rewrite_log().rewrites if r.site == site] for site in ("outer", "inner")}
+    expected = ["prologue" if norm is detached else "graph" for norm in order]
+    assert placed == {"outer": expected, "inner": expected[::-1]}
 
 
 def test_regions() -> None:

@@ -32,8 +32,8 @@ class Fault:
 FAULTS: dict[str, Fault] = {
     "n for 1/n": Fault(
         "rewriter/apply.py",
-        "    made = emit.vector(value.poly)\n",
-        "    made = emit.vector(type(value.poly).var(Atom(norm.factors.atom.id)))\n",
+        "    vector = emit.vector(value.poly)\n",
+        "    vector = emit.vector(type(value.poly).var(Atom(norm.factors.atom.id)))\n",
         (FUZZ, VALUES),
     ),
     "a mean over several axes counts one": Fault(
@@ -50,8 +50,8 @@ FAULTS: dict[str, Fault] = {
     ),
     "positions of a kernel that are scaled by themselves": Fault(
         "rewriter/convolved.py",
-        "elif positions == 1 or lift.is_scalar(atom):",
-        "elif True:",
+        "if positions == 1 or lift.is_scalar(atom):",
+        "if True:",
         (CONVOLUTIONS,),
     ),
     "negative axes are the other ones": Fault(
@@ -92,12 +92,15 @@ FAULTS: dict[str, Fault] = {
     ),
     "strides change": Fault(
         "rewriter/memory.py",
-        "    if _is_empty(wanted) or _strides_of(wanted) == _strides_of(found):",
+        "    if _is_empty(expected) or _strides_of(expected) == _strides_of(actual):",
         "    if True:",
         (FUZZ, LAYOUT),
     ),
     "two results are one tensor": Fault(
-        "rewriter/memory.py", '            made = emit.method("clone", made)\n', "            pass\n", (LAYOUT, FUZZ)
+        "rewriter/memory.py",
+        '            replacement = emit.method("clone", replacement)\n',
+        "            pass\n",
+        (LAYOUT, FUZZ),
     ),
     "a caller's norm is everybody's": Fault(
         "rewriter/apply.py", "if shared and not memory.stays_inside(node)", "if False", (LAYOUT, FUZZ, "runtime")
@@ -163,7 +166,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "results are views": Fault(
         "rewriter/results.py",
-        "        if _is_view(before) or not _is_view(result):\n",
+        "        if _is_view(original_result) or not _is_view(result):\n",
         "        if True:\n",
         (RESULTS,),
     ),

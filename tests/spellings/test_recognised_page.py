@@ -13,12 +13,15 @@ import torch
 from negative_programs import NEGATIVES
 from pages import is_current
 from test_linear_spellings import FORMS, SPELLINGS
+from test_weight_deltas import PROGRAMS
 
 PAGE = Path(__file__).resolve().parents[2] / "examples" / "recognised.md"
 HEAD = """# What is recognised, and what is not
 
 Each program below is one that a test runs: its values and gradients are compared in fp64 with those of what dorafx made of it
-(`tests/spellings`, `tests/soundness/test_negatives.py`). `p` holds a layer's parameters, `lora(p, x)` is `x·Aᵀ·Bᵀ`, `S` a number.
+(`tests/spellings`, `tests/soundness/test_negatives.py`). `p` holds a layer's parameters, `lora(p, x)` is `x·Aᵀ·Bᵀ`, `S` a number, `adapted(p)` is `W' = W + S·B·A`,
+`delta(p)` is `m·W'/‖W'‖ - W`, `column_scaling(p)` is `m/‖W'‖` by column, `merged(p, x)` is `x·(m·W'/‖W'‖)ᵀ + bias`, and
+`merged_back(p, x)` the same of `W'ᵀ`.
 Any combination of their parts is fair too: `tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and
 convolutional layers are in `tests/integration`, whole models in [the zoo](zoo.md). Written by
 `DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without it fails where this page is not current.
@@ -46,6 +49,7 @@ def test_page() -> None:
     rows = [
         f"| {named(name)} | {code(fn)} | {', '.join(FORMS.get(name, ['linear']))} |" for name, fn in SPELLINGS.items()
     ]
+    rows += [f"| {named(name)} | {code(fn)} | {', '.join(forms)} |" for name, (fn, forms) in PROGRAMS.items()]
     text = HEAD + f"## Rewritten whole: {len(rows)} spellings\n\n| spelling | program | form |\n|---|---|---|\n"
     text += "\n".join(rows)
     lines = []

@@ -305,3 +305,25 @@ def added_as_a_difference(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
     n = v.transpose(0, 1).reshape(w.shape[1], -1).norm(dim=1, keepdim=True)
     v = v * (p.m_in / n.reshape(w.shape[1], *(1,) * (w.dim() - 1)).transpose(0, 1))
     return p.conv(x, p.W + (v - w), p.bias)
+
+
+@by_channel
+def interpolated(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    """As LyCORIS does with a multiplier."""
+    v = p.W + S * delta(p)
+    n = v.transpose(0, 1).reshape(v.shape[1], -1).norm(dim=1, keepdim=True)
+    scale = p.m_in / (n.reshape(v.shape[1], *(1,) * (v.dim() - 1)).transpose(0, 1) + 1e-7)
+    return p.conv(x, v * (0.7 * (scale - 1) + 1), p.bias)
+
+
+@merged
+def interpolated_by_row(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    scale = p.m / (v.flatten(1).norm(dim=1).view(-1, 1, *p.ones()) + 1e-7)
+    return p.conv(x, v * (0.7 * (scale - 1) + 1), p.bias)
+
+
+@merged
+def weight_delta_alone(p: ConvLayer, x: torch.Tensor) -> torch.Tensor:
+    v = p.W + S * delta(p)
+    return p.conv(x, v * (p.m / v.flatten(1).norm(dim=1).view(-1, 1, *p.ones())) - p.W).tanh()

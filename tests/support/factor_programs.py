@@ -291,6 +291,18 @@ def rows_and_columns(p: Layer, x: torch.Tensor) -> torch.Tensor:
 
 
 @wide
+def squares_by_float_power(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.float_power(p.W + S * (p.B @ p.A), 2).sum(dim=1).sqrt()
+    return p.m / n * (F.linear(x, p.W) + S * lora(p, x))
+
+
+@wide
+def squares_on_the_diagonal_of_a_product(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    return F.linear(x, adapted * (p.m / torch.diagonal(adapted @ adapted.T).sqrt())[:, None])
+
+
+@wide
 def dropout_correction(p: Layer, x: torch.Tensor) -> torch.Tensor:
     dropped = x * (x.detach() > 0)
     g = p.m / (p.W + S * (p.B @ p.A)).norm(dim=1).detach()

@@ -65,6 +65,21 @@ def norm_of_the_whole_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return (F.linear(x, p.W) + lora(p, x)) / (p.W + p.B @ p.A).norm()
 
 
+@negative(["missed"], "is of the whole weight: DoRA's is by row or by column")
+def norm_of_the_whole_matrix_by_squares(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return (F.linear(x, p.W) + lora(p, x)) / (p.W + p.B @ p.A).pow(2).sum().sqrt()
+
+
+@negative(["missed"], "is of the whole weight: DoRA's is by row or by column")
+def norm_of_the_flattened_matrix(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return (F.linear(x, p.W) + lora(p, x)) / (p.W + p.B @ p.A).flatten().norm()
+
+
+@negative(["missed"], "operator linalg_matrix_norm at")
+def frobenius_norm(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return (F.linear(x, p.W) + lora(p, x)) / torch.linalg.matrix_norm(p.W + p.B @ p.A)
+
+
 @negative(["missed"], "operator sin")
 def squares_changed_before_their_root(p: Layer, x: torch.Tensor) -> torch.Tensor:
     squares = (p.W + p.B @ p.A).square().sum(dim=1)
@@ -104,6 +119,12 @@ def non_linear_operator_on_the_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
 @negative(["missed"], "operator mul")
 def hadamard_delta(p: Layer, x: torch.Tensor) -> torch.Tensor:
     delta = (p.B @ p.A) * (p.B2 @ p.A2)
+    return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
+
+
+@negative(["missed"], "operator mul")
+def hadamard_delta_times_a_parameter(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    delta = (p.B @ p.A) * (p.B2 @ p.A2) * p.d[0] * 0.5
     return (p.m / (p.W + delta).norm(dim=1)) * F.linear(x, p.W + delta)
 
 
@@ -247,6 +268,11 @@ def norm_from_elsewhere(p: Layer, x: torch.Tensor) -> torch.Tensor:
 @negative(["missed"], "operator kron at")
 def kronecker_delta_of_parameters(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return _merged(p, x, torch.kron(p.A[:2, :3], p.B[:5, :1].expand(5, 4)))
+
+
+@negative(["missed"], "operator kron at")
+def kronecker_delta_times_a_parameter(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _merged(p, x, torch.kron(p.A[:2, :3], p.B[:5, :1].expand(5, 4)) * p.d[0])
 
 
 @negative(["missed"], "operator scatter at")

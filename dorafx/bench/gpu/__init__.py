@@ -1,9 +1,9 @@
-"""``dorafx bench gpu``: everything that is claimed of a GPU, within a budget of seconds, on a machine that is there for minutes.
+"""``dorafx bench gpu``: all claims about GPUs measured within a budget of seconds, for a machine that is available for minutes.
 
 plan       what is measured, in the order of importance, and estimates    plain data
 schedule   groups of processes: compiled side by side, timed alone
-micro, tuning, ../worker                                                   what runs in the processes
-run        results that are whole after every figure
+micro, tuning, ../worker                                                   the jobs in the processes
+run        the run, with a complete file of results after every figure
 """
 
 from .plan import PARTS

@@ -1,4 +1,4 @@
-"""The part micro: every kernel beside what it is compared with, all in one process, for starting and importing would take longer."""
+"""The part micro: every kernel and what it is compared with, all in one process, as starting and importing would take longer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,15 @@ from ..plan import DTYPES
 from ..processes import ALONE, DEVICE, Report, one_line, turn
 from ..worker import prepare, task_of
 
-__all__ = ["micro"]
-
 
 def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Measure ceilings and items in their order, as far as there is time until ``request["deadline"]``, in seconds
-    since 1970.
+    """Measure the ceilings and the items in order, until ``request["deadline"]``, in seconds since 1970.
 
-    Reports, each as soon as it is there: ``{"ceilings": figures}``; ``{"begun": index}``; and of that item ``{"item": index}`` with
-    ``figures``, or ``error``, or ``left_out`` where its estimate is more than what is left.
+    Reports immediately: ``{"ceilings": figures}``; ``{"begun": index}`` of each item; and then ``{"item": index}`` with ``figures``, or
+    ``error``, or ``left_out`` if its estimate exceeds the remaining time.
 
     Raises:
-        RuntimeError: the device is lost, as after an access that it does not allow: nothing more can be measured in this process.
+        RuntimeError: the device is lost, as after an illegal access: nothing more can be measured in this process.
     """
     clock = prepare(request)
     from ..suites import MEASURES
@@ -33,20 +30,20 @@ def micro(request: dict[str, Any], report: Report) -> dict[str, Any]:
     report(turn(DEVICE))
     report(turn(ALONE))
     if request["ceilings"]:
-        found = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
-        report({"ceilings": {key: list(value) for key, value in found.items()}})
+        ceilings = measure_ceilings(clock, DTYPES[request["dtype"]], request["side"])
+        report({"ceilings": {key: list(value) for key, value in ceilings.items()}})
     for index, item in request["items"]:
-        left = request["deadline"] - time.time()
-        if item["seconds"] > left:
-            why = f"its estimate of {item['seconds']:.0f} s was more than the {max(left, 0):.0f} s left"
+        remaining = request["deadline"] - time.time()
+        if item["seconds"] > remaining:
+            why = f"its estimate of {item['seconds']:.0f} s was more than the {max(remaining, 0):.0f} s left"
             report({"item": index, "left_out": why})
             continue
         report({"begun": index})
-        own = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
+        selected = {key: item[key] for key in ("suite", "name", "parameters", "compose")}
         try:
-            if item["name"] in request["peers"]:  # one that cannot be used costs its own items
+            if item["name"] in request["peers"]:  # a peer that cannot be used affects only its own items
                 use_peer(item["name"], Path(request["peers"][item["name"]]))
-            task = task_of({**request, **own}, clock)
+            task = task_of({**request, **selected}, clock)
             torch.manual_seed(0)
             figures = MEASURES[item["suite"]](task)
         except Exception as error:

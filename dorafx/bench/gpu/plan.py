@@ -1,7 +1,7 @@
-"""What ``dorafx bench gpu`` measures, in the order of its importance, and how long that may take; plain data.
+"""What ``dorafx bench gpu`` measures, in the order of importance, and how long it may take; plain data.
 
-Seconds are estimates for an H200 with 16 cores (and, of ``quick``, for a CPU with two): a job starts only where its estimate fits
-into what is left of the budget.
+Seconds are estimates for an H200 with 16 cores (with ``quick``, for a CPU with two): a job starts only if its estimate fits into the
+remaining budget.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from ..quantized import packed_bytes
 from ..shapes import PRESETS, Shape
 from ..work import Work
 
-__all__ = ["PARTS", "Batch", "Entry", "Item", "Plan", "plan_of"]
-
 PARTS = {
     "micro": "the row norm and the composition alone, in one process",
     "model": "a model of Qwen3-32B's shape: prefill, training step, gradients, peak memory, with adapters in bf16 and under autocast",
@@ -33,7 +31,7 @@ DTYPE = torch.bfloat16
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is."""
+    """The sizes of all parts."""
 
     norms: tuple[Shape, ...]
     fp32_norms: tuple[Shape, ...]
@@ -60,7 +58,7 @@ QUICK = Sizes(
     fp32_norms=(Shape(64, 64, 24), Shape(32, 32, 4)),
     packed_norm=Shape(64, 64, 24),
     activations=(32, 64),
-    # All linears of one shape, and both models one, share most of what is compiled.
+    # With one shape for all linears and one for both models, most compiled code is shared.
     model=Size(hidden=64, intermediate=64, layers=1, rank=8, tokens=32),
     everyday=Size(hidden=64, intermediate=64, layers=1, rank=8, tokens=32),
     loss_tokens=8,
@@ -70,7 +68,7 @@ QUICK = Sizes(
 
 @dataclass(frozen=True)
 class Item:
-    """One thing that the process of the part micro measures: an implementation in a case."""
+    """One measurement of the part micro: an implementation in a case."""
 
     suite: str
     case: str
@@ -84,7 +82,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Entry:
-    """One process of a batch: an implementation, and whether the batch is worth nothing without it."""
+    """One process of a batch: an implementation, and whether the batch is useless without it."""
 
     name: str
     needed: bool = False
@@ -95,11 +93,11 @@ class Batch:
     """Implementations that compile side by side and are timed one after the other.
 
     Attributes:
-        suite: under which the rows are.
-        measure: what is measured, one of :data:`~dorafx.bench.suites.MEASURES`.
-        request: what a worker is told beyond the rest.
-        together, each: seconds until all are compiled, and that one is timed.
-        beside: whether the rows are compared with those of an earlier batch, which has dorafx's.
+        suite: of the rows.
+        measure: name of the measurement in :data:`~dorafx.bench.suites.MEASURES`.
+        request: additional fields of the worker's request.
+        together, each: seconds until all are compiled, and for timing each.
+        beside: whether the rows are compared with dorafx's of an earlier batch.
     """
 
     part: str
@@ -118,7 +116,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it: what one process measures, and the batches, each in its order."""
+    """The whole plan: the items, which one process measures, and the batches, both in order; and whether to tune."""
 
     items: list[Item]
     batches: list[Batch]
@@ -131,8 +129,8 @@ def plan_of(parts: Sequence[str], quick: bool, cuda: bool, peers: Mapping[str, P
     Args:
         parts: of :data:`PARTS`.
         quick: tiny sizes.
-        cuda: whether the device is a CUDA device; on a CPU what it has not is replaced, and the row's note says by what.
-        peers: the names of :data:`~dorafx.bench.peers.PEERS` that were found.
+        cuda: whether the device is a CUDA device; on a CPU unsupported features are replaced, and the row's note says by what.
+        peers: the available ones of :data:`~dorafx.bench.peers.PEERS`, with their folders.
     """
     sizes = QUICK if quick else FULL
     items = _items(sizes, cuda, peers) if "micro" in parts else []
@@ -141,7 +139,7 @@ def plan_of(parts: Sequence[str], quick: bool, cuda: bool, peers: Mapping[str, P
 
 
 def _items(sizes: Sizes, cuda: bool, peers: Mapping[str, Path]) -> list[Item]:
-    """Norms, most important first, each beside what it is compared with; then the composition, then norms of quantised weights."""
+    """Norms, most important first, each with its comparisons; then the composition, then norms of quantised weights."""
     items: list[Item] = []
     itemsize = DTYPE.itemsize
     others = ("dense", "peft", PRODUCT, "chunked")
@@ -196,7 +194,7 @@ def _batches(sizes: Sizes, quick: bool, cuda: bool, peers: Mapping[str, Path]) -
     metrics = work.model_work(model, DTYPE.itemsize, True, 2, sizes.loss_tokens)
     metrics[f"gradients, {sizes.gradients} micro-batches"] = metrics["training step"].times(sizes.gradients / 2)
     everyday_training = {key: training[key] for key in ("checkpointing", "micro_batches", "loss_tokens")}
-    # axolotl's kernel unrolls a loop over the rank: at large ones it compiles for minutes. It has no way without a GPU.
+    # axolotl's kernel unrolls a loop over the rank, so with large ranks it compiles for minutes. It needs a GPU.
     kernel = ("axolotl",) if cuda and "axolotl" in peers else ()
     fork = ("paper",) if "paper" in peers else ()
     graphs = "" if cuda else "on a CPU compiled in the same mode, which has no CUDA graphs there"
@@ -227,7 +225,7 @@ def _batches(sizes: Sizes, quick: bool, cuda: bool, peers: Mapping[str, Path]) -
                 "training step": work.model_work(everyday, DTYPE.itemsize, True, 2, sizes.loss_tokens)["training step"],
             },
         ),
-        # What compiles longest, and what is worth a look where there is time.
+        # Those that take longest to compile, if there is time left.
         Batch(
             **peft, case=f"{bf16}, bf16 adapters", request=training, beside=True, **seconds(80, 9),
             entries=tuple(Entry(name) for name in (*fork, "chunked", "peft-inductor")),

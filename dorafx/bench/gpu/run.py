@@ -1,4 +1,4 @@
-"""The run of ``dorafx bench gpu``: its plan as groups of processes, and a file of results that is whole after every figure."""
+"""The run of ``dorafx bench gpu``: its plan as groups of processes, and a file of results that is complete after every figure."""
 
 from __future__ import annotations
 
@@ -30,29 +30,27 @@ from .plan import PARTS, Batch, Item, plan_of
 from .schedule import Budget, Group, Member, run_groups
 from .tuning import Trial, label_of, trials, tune_share
 
-__all__ = ["GpuSettings", "balance_line", "run_gpu", "tuned_table"]
-
 UNREACHED = "the run ended before it"
 COSINE = "cosine of logits"
 _MICRO_SHARE = 0.4
-"""Of a budget that is for other parts, too, what the part micro may take."""
+"""The share of the budget that the part micro may take if there are other parts."""
 _TUNING_PROCESSES = 12
 
 
 @dataclass(frozen=True)
 class GpuSettings:
-    """What the command line gives.
+    """The settings of the command line.
 
     Attributes:
         budget: seconds from start to end.
         parts: of :data:`~dorafx.bench.gpu.plan.PARTS`; empty for all.
         device: ``"cpu"`` or a CUDA device.
-        quick: tiny sizes, to see that everything runs.
-        peer_path: folders with other people's code.
-        seconds: time of timed calls a figure.
+        quick: tiny sizes, to check that everything runs.
+        peer_path: folders with peers.
+        seconds: of timed calls for each figure.
 
     Raises:
-        ValueError: a budget that is none.
+        ValueError: the budget is not a positive number.
     """
 
     budget: float
@@ -81,8 +79,8 @@ def run_gpu(
 
     Args:
         settings: which parts, where, for how long.
-        out: the results' JSON, written anew with every figure.
-        console: told of every row that is through.
+        out: file for the results' JSON, rewritten after every figure.
+        console: for a line about every finished row.
         start: makes a process of a job.
 
     Raises:
@@ -93,7 +91,7 @@ def run_gpu(
     peers = find_peers([Path(folder) for folder in settings.peer_path])
     parts = settings.parts or tuple(PARTS)
     plan = plan_of(parts, settings.quick, settings.cuda, peers)
-    # As a table's head has them: what is measured is in bf16, once. Folders are the machine's own.
+    # The settings for the head of a table: everything is in bf16 and measured once; local folders are left out.
     described = {**asdict(settings), "parts": list(parts), "peers": sorted(peers), "dtype": "bfloat16", "rounds": 1}
     del described["peer_path"]
     results = Results(described, describe_environment(settings.device, 0))
@@ -113,7 +111,7 @@ def run_gpu(
 
 
 class _Run:
-    """The listener of a run: keeps its results, and adds groups."""
+    """The listener of a run, which holds its results and adds groups."""
 
     def __init__(
         self,
@@ -129,7 +127,7 @@ class _Run:
         self.groups: deque[Group] = deque()
         self.cores = os.cpu_count() or 1
         self.items: list[tuple[Item, Row]] = []
-        self.begun = -1
+        self.current = -1
         self.rows: dict[Any, tuple[Row, dict[str, Work], Path | None]] = {}
         self.trials: list[Trial] = []
         self.tuned: dict[int, tuple[Row, Row]] = {}
@@ -138,21 +136,21 @@ class _Run:
         if self.out is not None:
             self.results.write(self.out)
 
-    def _request(self, **own: Any) -> dict[str, Any]:
+    def _request(self, **specific: Any) -> dict[str, Any]:
         base = {
             "dtype": "bfloat16", "device": self.settings.device, "seconds": self.settings.seconds,
             "threads": 1 if self.settings.quick else 0,  # several tiny jobs at once are quickest with one each
             "mode": "default", "codegen": "inductor", "compose": "auto", "scope": "model", "checkpointing": False,
             "micro_batches": 1, "autocast": False,
         }  # fmt: skip
-        return {**base, **own}
+        return {**base, **specific}
 
     def _member(self, key: Any, job: Any, request: dict[str, Any], needed: bool = False, fresh: bool = False) -> Member:
-        """``fresh``: in a process that has imported nothing."""
+        """``fresh``: in a process without preloaded imports."""
         spawned = self.settings.cuda or fresh
         return Member(key, job, request, needed, "spawn" if spawned else None, () if spawned else PEFT)
 
-    # -- what there is to do
+    # -- adding groups
 
     def add_items(self, items: Sequence[Item], alone: bool) -> None:
         for item in items:
@@ -172,7 +170,7 @@ class _Run:
 
     def add_batch(self, batch: Batch) -> None:
         members = []
-        # One batch of results a case: what comes later stands beside what came first.
+        # All batches of a case add their rows to it, so that later ones are compared with earlier ones.
         for entry in batch.entries:
             key = (batch.suite, batch.case, entry.name)
             parameters = {"size": asdict(batch.size), **batch.request}
@@ -187,12 +185,12 @@ class _Run:
             )  # fmt: skip
             members.append(self._member(key, configuration, request, entry.needed, fresh=entry.name == "paper"))
 
-        def wants() -> str:
-            ours = self.rows.get((batch.suite, batch.case, "dorafx"))
-            beside = ours is not None and bool(ours[0].metrics)
+        def reason_to_skip() -> str:
+            reference = self.rows.get((batch.suite, batch.case, "dorafx"))
+            beside = reference is not None and bool(reference[0].metrics)
             return "" if beside or not batch.beside else "there is nothing of dorafx beside which it would stand"
 
-        self.groups.append(Group(members, batch.together, batch.each, wants))
+        self.groups.append(Group(members, batch.together, batch.each, reason_to_skip))
 
     def _logits(self, key: tuple[str, str, str]) -> Path:
         return self.folder / f"{len(self.rows)}-{key[2]}.pt"
@@ -207,9 +205,9 @@ class _Run:
         for index in dict.fromkeys(trial.row for trial in self.trials):
             case = label_of(index, table[index])
             note = "" if cuda else "on a CPU sizes of the tiled norm's blocks in the place of launch configurations"
-            ours, other = (Row("tune", case, name, left_out=UNREACHED, note=note) for name in ("dorafx", "fastest"))
-            self.tuned[index] = ours, other
-            self.results.rows += [ours, other]
+            in_use, fastest = (Row("tune", case, name, left_out=UNREACHED, note=note) for name in ("dorafx", "fastest"))
+            self.tuned[index] = in_use, fastest
+            self.results.rows += [in_use, fastest]
         processes = max(1, min(_TUNING_PROCESSES, self.cores - 1))
         members = []
         for number in range(processes):
@@ -220,29 +218,29 @@ class _Run:
             members.append(self._member("tune", tune_share, request))
         self.groups.append(Group(members, together=60.0 if cuda else 5.0, each=2.0))
 
-    # -- what becomes of it
+    # -- listening
 
     def started(self, member: Member) -> None:
         if member.key in self.rows:
             self.rows[member.key][0].left_out = ""
             self.rows[member.key][0].error = "it did not end"  # what a run that is killed leaves
 
-    def told(self, member: Member, what: Any) -> None:
-        if "ceilings" in what:
-            for name, (unit, samples) in what["ceilings"].items():
+    def reported(self, member: Member, message: Any) -> None:
+        if "ceilings" in message:
+            for name, (unit, samples) in message["ceilings"].items():
                 self.results.ceilings[name] = Metric(unit, [samples])
-        elif "begun" in what:
-            self.begun = what["begun"]
-        elif "item" in what:
-            item, row = self.items[what["item"]]
-            row.left_out, row.error = what.get("left_out", ""), what.get("error", "")
-            _add(row, what.get("figures", {}), item.work)
-            self._say(row)
-        elif "trial" in what:
-            self._tried(self.trials[what["trial"]], what)
+        elif "begun" in message:
+            self.current = message["begun"]
+        elif "item" in message:
+            item, row = self.items[message["item"]]
+            row.left_out, row.error = message.get("left_out", ""), message.get("error", "")
+            _add(row, message.get("figures", {}), item.work)
+            self._print_row(row)
+        elif "trial" in message:
+            self._tried(self.trials[message["trial"]], message)
         else:
             row, work, _ = self.rows[member.key]
-            _add(row, what["figures"], work)
+            _add(row, message["figures"], work)
         self.write()
 
     def ended(self, member: Member, result: dict[str, Any]) -> None:
@@ -251,15 +249,15 @@ class _Run:
             row.error, row.facts = "", result["facts"]
             _add(row, result["figures"], work)
             self._compare(row)
-            self._say(row)
+            self._print_row(row)
             self.write()
 
     def failed(self, member: Member, why: str) -> None:
         if member.key in self.rows:
             row = self.rows[member.key][0]
             row.error = why
-            self._say(row)
-        elif member.key == "micro" and self.begun >= 0:
+            self._print_row(row)
+        elif member.key == "micro" and self.current >= 0:
             self._after_a_lost_device(member, why)
         elif member.key == "micro":
             self.left_out(member, f"the part's process failed before it: {why}")
@@ -274,52 +272,53 @@ class _Run:
             rows = [row for pair in self.tuned.values() for row in pair if not row.metrics]
         for row in rows:
             row.left_out, row.error = why, ""
-            self._say(row)
+            self._print_row(row)
         self.write()
 
     def _after_a_lost_device(self, member: Member, why: str) -> None:
-        """What the process was at has failed; another one goes on with what comes after."""
-        _, row = self.items[self.begun]
+        """The item that was being measured failed; a new process continues with the following ones."""
+        _, row = self.items[self.current]
         if row.left_out == UNREACHED:
             row.left_out, row.error = "", why
-            self._say(row)
-        rest = [i for i in range(self.begun + 1, len(self.items)) if self.items[i][1].left_out == UNREACHED]
-        self.begun = -1
+            self._print_row(row)
+        rest = [i for i in range(self.current + 1, len(self.items)) if self.items[i][1].left_out == UNREACHED]
+        self.current = -1
         if rest and not why.startswith("stopped"):
             deadline = member.request["deadline"]
             self.groups.appendleft(self._micro(rest, deadline, ceilings=not self.results.ceilings))
 
-    def _tried(self, trial: Trial, what: dict[str, Any]) -> None:
-        ours, other = self.tuned[trial.row]
-        present = self.trials.index(next(t for t in self.trials if t.row == trial.row)) == what["trial"]
-        ending = "failed" if "error" in what else "tried"
-        other.facts[ending] = 1 + other.facts.get(ending, 0)
-        if "error" in what:
+    def _tried(self, trial: Trial, message: dict[str, Any]) -> None:
+        in_use, fastest = self.tuned[trial.row]
+        present = self.trials.index(next(t for t in self.trials if t.row == trial.row)) == message["trial"]
+        ending = "failed" if "error" in message else "tried"
+        fastest.facts[ending] = 1 + fastest.facts.get(ending, 0)
+        if "error" in message:
             if present:
-                ours.left_out, ours.error = "", what["error"]
+                in_use.left_out, in_use.error = "", message["error"]
             return
         figures = {
-            f"{p[0]}x{p[1]} r{p[2]}": Metric("s", [[seconds]]) for p, seconds in zip(trial.problems, what["seconds"])
+            f"{p[0]}x{p[1]} r{p[2]}": Metric("s", [[seconds]]) for p, seconds in zip(trial.problems, message["seconds"])
         }
         if present:
-            ours.left_out, ours.metrics, ours.parameters = "", figures, {"configuration": list(trial.configuration)}
-        if not other.metrics or _product(figures) < _product(other.metrics):
-            other.left_out, other.metrics = "", figures
-            other.parameters = {"configuration": list(trial.configuration)}
+            in_use.left_out, in_use.metrics = "", figures
+            in_use.parameters = {"configuration": list(trial.configuration)}
+        if not fastest.metrics or _product(figures) < _product(fastest.metrics):
+            fastest.left_out, fastest.metrics = "", figures
+            fastest.parameters = {"configuration": list(trial.configuration)}
 
     def _compare(self, row: Row) -> None:
-        """The cosine of the logits with stock PEFT's, of whatever of the case is there by now."""
+        """Add the cosine of the logits with stock PEFT's to all rows of the case that have logits by now."""
         stock = self.rows.get((row.suite, row.case, "peft"))
         if stock is None or stock[2] is None or not stock[2].exists():
             return
         for (suite, case, name), (other, _, logits) in self.rows.items():
             same_case = (suite, case) == (row.suite, row.case) and name not in ("peft", "lora")
             if same_case and logits is not None and logits.exists() and COSINE not in other.metrics:
-                ours, theirs = (torch.load(path).double().flatten() for path in (logits, stock[2]))
-                cosine = torch.nn.functional.cosine_similarity(ours, theirs, dim=0)
+                row_logits, stock_logits = (torch.load(path).double().flatten() for path in (logits, stock[2]))
+                cosine = torch.nn.functional.cosine_similarity(row_logits, stock_logits, dim=0)
                 other.metrics[COSINE] = Metric("ratio", [[float(cosine)]])
 
-    def _say(self, row: Row) -> None:
+    def _print_row(self, row: Row) -> None:
         if row.left_out:
             status = f"left out: {row.left_out}"
         else:
@@ -337,7 +336,7 @@ def _add(row: Row, figures: dict[str, Any], work: dict[str, Work]) -> None:
 
 
 def _product(figures: dict[str, Metric]) -> float:
-    """Of the figures' medians: it orders what has the same figures as their geometric mean does."""
+    """The product of the medians, which orders rows with the same figures as the geometric mean does."""
     return math.prod(metric.median for metric in figures.values())
 
 
@@ -351,16 +350,16 @@ def balance_line(results: Results) -> str:
 
 
 def tuned_table(results: Results) -> str:
-    """The fastest launch configurations that the part tune found on a CUDA device, as a table to paste into
-    :mod:`dorafx.ops.triton.configs`; empty if it has not run there to the end of what is in use."""
+    """The fastest launch configurations that the part tune measured on a CUDA device, as a table to paste into
+    :mod:`dorafx.ops.triton.configs`; empty unless all configurations in use were measured there."""
     device = torch.device(results.settings["device"])
-    found = [row for row in results.rows if row.suite == "tune" and row.name == "fastest"]
-    if device.type != "cuda" or not found or not all(row.metrics for row in found):
+    fastest = [row for row in results.rows if row.suite == "tune" and row.name == "fastest"]
+    if device.type != "cuda" or not fastest or not all(row.metrics for row in fastest):
         return ""
-    chosen = {row.case: row.parameters["configuration"] for row in found}
+    chosen = {row.case: row.parameters["configuration"] for row in fastest}
     key = gpu(device).architecture
     rows = []
     for index, config in enumerate(table_of(key)):
-        fields = chosen.get(label_of(index, config))  # none of what does not fit the card
+        fields = chosen.get(label_of(index, config))  # None if it does not fit the card
         rows.append(Choice(config if fields is None else RowNormConfig(*fields), 1.0, 1, 0))
     return paste_for(key, rows)

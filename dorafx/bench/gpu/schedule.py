@@ -1,8 +1,8 @@
 """Jobs on one device within a budget: groups of processes that compile side by side and are timed one at a time.
 
-A job of a group asks for the turn ``DEVICE`` before it touches the device, and for ``ALONE`` before it times anything. The first
-is given to all of a group at once, so that their compilers run on all cores; the second to one job, in the group's order, when
-all others are compiled and wait. The next group's processes are started meanwhile, and import while these are timed.
+A job of a group requests the turn ``DEVICE`` before it uses the device, and ``ALONE`` before it times anything. The first is granted
+to all jobs of a group at once, so that they compile on all cores; the second to one job at a time, in the group's order, when all
+others are compiled and wait. The next group's processes are started meanwhile, and do their imports while these are timed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from ..processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
-
-__all__ = ["Budget", "Group", "Listener", "Member", "run_groups"]
 
 
 class Budget:
@@ -37,8 +35,8 @@ class Member:
     """One process of a group.
 
     Attributes:
-        key: what the listener knows it by.
-        needed: the group makes no sense without it: dorafx, and the implementation that it is compared with first.
+        key: identifies it to the listener.
+        needed: whether the group is useless without it, as without dorafx and the implementation that it is first compared with.
     """
 
     key: Any
@@ -55,21 +53,21 @@ class Group:
 
     Attributes:
         together: seconds until all are compiled, side by side.
-        each: seconds that one is timed.
-        wants: asked before the group is started; a reason why it need not be, or nothing.
+        each: seconds for timing each.
+        reason_to_skip: called before the group is started; returns why it is to be skipped, or an empty text.
     """
 
     members: Sequence[Member]
     together: float
     each: float
-    wants: Callable[[], str] = lambda: ""
+    reason_to_skip: Callable[[], str] = lambda: ""
 
     def seconds(self, members: int) -> float:
-        """The estimate for so many members."""
+        """The estimate for a number of members."""
         return self.together + members * self.each
 
     def fitting(self, left: float) -> list[Member]:
-        """The members for which ``left`` seconds suffice: fewer if not all do, from the end; none without those that are needed."""
+        """The members that fit into ``left`` seconds: the last ones are dropped first; none if the needed ones do not fit."""
         members = list(self.members)
         while members and self.seconds(len(members)) > left:
             spare = [m for m in members if not m.needed]
@@ -80,12 +78,12 @@ class Group:
 
 
 class Listener(Protocol):
-    """Who is told of what happens, at once."""
+    """Receives all events immediately."""
 
     def started(self, member: Member) -> None: ...
 
-    def told(self, member: Member, what: Any) -> None:
-        """What a job reports that is no turn."""
+    def reported(self, member: Member, message: Any) -> None:
+        """A report of a job that is not a request of a turn."""
 
     def ended(self, member: Member, result: dict[str, Any]) -> None: ...
 
@@ -98,17 +96,17 @@ class Listener(Protocol):
 class _Running:
     member: Member
     process: JobProcess
-    asked: str = ""
+    waits_for: str = ""
     holds: list[str] = field(default_factory=list)
 
     @property
     def compiled(self) -> bool:
-        return ALONE in (self.asked, *self.holds)
+        return ALONE in (self.waits_for, *self.holds)
 
 
 @dataclass
 class _Stage:
-    """A group whose processes run."""
+    """A group whose processes are running."""
 
     group: Group
     running: list[_Running]
@@ -119,7 +117,7 @@ class _Stage:
 
     @property
     def timing(self) -> float:
-        """Seconds, by the estimate, until all that are compiled are timed."""
+        """The estimated seconds for timing the running processes."""
         return self.group.each * len(self.running)
 
 
@@ -129,19 +127,19 @@ def run_groups(
     listener: Listener,
     start: Callable[..., JobProcess] = JobProcess,
 ) -> None:
-    """Run the groups one after the other, as far as the budget goes: what does not fit into what is left is left out, and what runs
-    when it is spent is stopped.
+    """Run the groups one after the other within the budget: members that do not fit into the rest of it are left out, and those that
+    run when it is used up are stopped.
 
     Args:
-        pending: the groups; they are taken from it, and the listener may put others in.
-        start: makes a process of a member's job, request, start method and modules to load before.
+        pending: the groups; they are removed from it, and the listener may add others.
+        start: makes a process from a member's job, request, start method and modules to preload.
     """
-    stages: list[_Stage] = []  # the one that has the device, and the one that imports
+    stages: list[_Stage] = []  # the one that uses the device, and the one that imports
     why = "the run was interrupted"
     try:
         while pending or stages:
             if len(stages) < 2 and pending and all(stage.compiled for stage in stages):
-                # What is to be timed of the group before comes first.
+                # The rest of the budget after the current group is timed.
                 left = budget.left - sum(stage.timing for stage in stages)
                 stages.append(_start(pending.popleft(), left, listener, start))
             else:
@@ -161,7 +159,7 @@ def run_groups(
 
 
 def _start(group: Group, left: float, listener: Listener, start: Callable[..., JobProcess]) -> _Stage:
-    why = group.wants()
+    why = group.reason_to_skip()
     members = [] if why else group.fitting(left)
     for member in group.members:
         if member not in members:
@@ -180,35 +178,35 @@ def _give_turns(current: list[_Running]) -> None:
     if any(ALONE in r.holds for r in current):
         return  # it is being timed
     for running in current:
-        if running.asked == DEVICE:
+        if running.waits_for == DEVICE:
             _give(running)
-    if all(r.asked == ALONE for r in current):
+    if all(r.waits_for == ALONE for r in current):
         _give(current[0])
 
 
 def _give(running: _Running) -> None:
-    running.holds.append(running.asked)
-    running.asked = ""
+    running.holds.append(running.waits_for)
+    running.waits_for = ""
     running.process.give_turn()
 
 
 def _listen(running: Sequence[list[_Running]], budget: Budget, listener: Listener) -> None:
-    """Wait for what any of them says; who is through is taken out of its list."""
-    by_connection = {id(r.process.connection): (r, of) for of in running for r in of}
-    ready = wait([r.process.connection for of in running for r in of], max(budget.left, 0))
+    """Wait for the next messages; processes that ended are removed from their lists."""
+    by_connection = {id(r.process.connection): (r, stage) for stage in running for r in stage}
+    ready = wait([r.process.connection for stage in running for r in stage], max(budget.left, 0))
     for connection in ready:
-        one, of = by_connection[id(connection)]
+        sender, stage = by_connection[id(connection)]
         try:
-            message = one.process.receive()
+            message = sender.process.receive()
         except JobError as error:
-            listener.failed(one.member, str(error))
+            listener.failed(sender.member, str(error))
         else:
             if "result" not in message:
                 if is_turn(message["progress"]):
-                    one.asked = message["progress"]["turn"]
+                    sender.waits_for = message["progress"]["turn"]
                 else:
-                    listener.told(one.member, message["progress"])
+                    listener.reported(sender.member, message["progress"])
                 continue
-            listener.ended(one.member, message["result"])
-        of.remove(one)
-        one.process.end()
+            listener.ended(sender.member, message["result"])
+        stage.remove(sender)
+        sender.process.end()

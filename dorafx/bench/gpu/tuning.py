@@ -18,18 +18,16 @@ from ..processes import ALONE, DEVICE, Report, one_line, turn
 from ..tune import Problem, candidates, fits, served, time_on
 from ..worker import prepare
 
-__all__ = ["Trial", "label_of", "trials", "tune_share"]
-
 _BLOCKS = (1, 4, 16)
-"""What stands on a CPU for launch configurations: by how much the tiled norm's blocks are smaller than usual."""
+"""In place of launch configurations on a CPU: factors by which the tiled norm's blocks are smaller than usual."""
 _RANK_OF_ANY = 384
-"""The rank that stands for those without a configuration of their own."""
+"""The rank timed for a configuration that serves any rank."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration of one row of a table. ``configuration`` are its fields, on a CPU one of the sizes of blocks;
-    ``problems`` the fields of norms that it is timed with."""
+    """One configuration of one row of a table: ``configuration`` are its fields (on a CPU one of the sizes of blocks), ``problems`` the
+    fields of the norms that it is timed with."""
 
     row: int
     configuration: tuple[Any, ...]
@@ -37,13 +35,14 @@ class Trial:
 
 
 def label_of(row: int, config: RowNormConfig) -> str:
-    """What a row of a table serves, with its number, since several serve the same: for cards of less memory, or other weights."""
+    """A row of a table in words, with its number, since several serve the same ranks and factors: for cards with less memory, or
+    other weights."""
     return f"{row + 1}. {served(config)}"
 
 
 def trials(table: Sequence[RowNormConfig], sides: Sequence[int], gpu: Gpu | None) -> list[Trial]:
-    """What to try for each row of a table that fits the card: first, for every row, what is in use; then candidates, each row in its
-    turn, the rows of half-precision factors and large ranks first.
+    """The trials for each row of a table that fits the card: first the configuration in use of every row, then candidates, alternating
+    between the rows. Rows of half-precision factors and large ranks come first.
 
     Args:
         table: launch configurations of an architecture.
@@ -58,9 +57,9 @@ def trials(table: Sequence[RowNormConfig], sides: Sequence[int], gpu: Gpu | None
             continue
         rank = row.max_rank or _RANK_OF_ANY
         problems = tuple(astuple(Problem(side, side, rank, row.factor_bytes)) for side in sides)
-        found = [(b,) for b in _BLOCKS] if gpu is None else [astuple(c) for c in candidates(row, gpu)]
-        present = found[0] if gpu is None else astuple(row)
-        columns.append([Trial(index, c, problems) for c in (present, *(c for c in found if c != present))])
+        configurations = [(b,) for b in _BLOCKS] if gpu is None else [astuple(c) for c in candidates(row, gpu)]
+        present = configurations[0] if gpu is None else astuple(row)
+        columns.append([Trial(index, c, problems) for c in (present, *(c for c in configurations if c != present))])
     longest = max(map(len, columns), default=0)
     return [column[place] for place in range(longest) for column in columns if place < len(column)]
 
@@ -68,22 +67,22 @@ def trials(table: Sequence[RowNormConfig], sides: Sequence[int], gpu: Gpu | None
 def tune_share(request: dict[str, Any], report: Report) -> dict[str, Any]:
     """Try some configurations.
 
-    ``request["trials"]`` are pairs of an index and a trial: a configuration's fields, or on a CPU one of :data:`BLOCKS`, and the
-    problems of its row of the table. They are compiled in their order for ``request["compiling"]`` seconds at most, and what
-    is compiled is timed. Reports ``{"trial": index}`` with ``seconds``, a figure for each problem, or with ``error``.
+    ``request["trials"]`` are pairs of an index and the fields of a :class:`Trial`. They are compiled in order for at most
+    ``request["compiling"]`` seconds, and those that were compiled are timed. Reports ``{"trial": index}`` with ``seconds``, one for each
+    problem, or with ``error``.
     """
     started = time.monotonic()
     clock = prepare(request)
     report(turn(DEVICE))
-    once = Clock(clock.device, 0, least=1)
+    single_call = Clock(clock.device, 0, least=1)
     compiled: list[tuple[int, dict[str, Any]]] = []
     for index, trial in request["trials"]:
         if compiled and time.monotonic() - started > request["compiling"]:
             break
         try:
             for problem in trial["problems"]:
-                _seconds(once, trial, problem)
-        except Exception as error:  # too large for the device, or the compiler gives up: one candidate less
+                _seconds(single_call, trial, problem)
+        except Exception as error:  # too large for the device, or it does not compile
             report({"trial": index, "error": one_line(error)})
         else:
             compiled.append((index, trial))

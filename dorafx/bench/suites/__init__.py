@@ -1,5 +1,4 @@
-"""One module a suite. Each has ``measure(task)``, which runs in a process of its own and returns, by metric, the unit and
-the samples."""
+"""One module for each suite. Its ``measure(task)`` runs in a process of its own and returns metric -> unit and samples."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ MEASURES: dict[str, Callable[[Task], Figures]] = {
     "compile": compiling.measure,
     "host": host.measure,
     "pass": rewriting.measure,
-    # Of ``dorafx bench gpu`` alone:
+    # Only for ``dorafx bench gpu``:
     "regime": model.regime,
     "overhead": decode.overhead,
 }

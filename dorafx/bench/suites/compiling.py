@@ -1,4 +1,4 @@
-"""A cold compilation, with caches that are empty, and what of it is dorafx's."""
+"""A cold compilation, with empty caches, and dorafx's share of it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ from ..implementations import Figures, Task, build_model
 from ..models import Size
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
-    """Seconds of compilation (the first prefill and the first training step, less what they take afterwards), graphs and
-    graph breaks; for dorafx the seconds and the share of its own pass, from lift to rewrite."""
+    """Seconds of compilation (the first prefill and training step, minus the time that they take later), graphs and graph breaks; for
+    dorafx the seconds and the share of its own pass, from lift to rewrite."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     ids = token_ids(task, size.tokens)
@@ -43,16 +41,16 @@ def measure(task: Task) -> Figures:
         seconds = _first_over_steady(task, prefill)
         model.train()
         seconds += _first_over_steady(task, TrainingStep(task, model, call, ids))
-    graphs, breaks = (now - then for now, then in zip(graph_statistics(), before))
+    graphs, breaks = (end - start for end, start in zip(graph_statistics(), before))
     figures = {
         "compilation": ("s", [seconds]),
         "graphs": ("count", [float(graphs)]),
         "graph breaks": ("count", [float(breaks)]),
     }
     if task.name == "dorafx":
-        spent = sum(rewrite_log().seconds.values())
-        figures["dorafx's pass"] = ("s", [spent])
-        figures["share of the pass"] = ("share", [spent / seconds])
+        pass_seconds = sum(rewrite_log().seconds.values())
+        figures["dorafx's pass"] = ("s", [pass_seconds])
+        figures["share of the pass"] = ("share", [pass_seconds / seconds])
     return figures
 
 
@@ -61,5 +59,5 @@ def _first_over_steady(task: Task, step: Callable[[], Any]) -> float:
     step()
     task.clock.synchronise()
     first = time.perf_counter() - start
-    # Never negative nor zero, however noisy the machine: a share is taken of it.
+    # Positive even on a noisy machine, as it is a divisor.
     return max(first - statistics.median(task.clock.samples(step, warm_up=0)), 1e-9)

@@ -1,4 +1,4 @@
-"""The composition ``g ⊙ (base + s·lora)`` alone, ``g = m / n``; base and lora are given."""
+"""The composition ``g ⊙ (base + s·lora)`` alone, with ``g = m / n``, for given base and lora."""
 
 from __future__ import annotations
 
@@ -12,17 +12,15 @@ import dorafx.ops  # noqa: F401  (registers the operators)
 
 from ..implementations import Figures, Task
 
-__all__ = ["FORMS", "measure"]
-
 _SCALE = 2.0
 
 
-def _ours(base: Tensor, lora: Tensor, m: Tensor, n: Tensor, kernel: str = "auto") -> Tensor:
+def _dorafx(base: Tensor, lora: Tensor, m: Tensor, n: Tensor, kernel: str = "auto") -> Tensor:
     return torch.ops.dorafx.compose(base, lora, m / n, None, _SCALE, base.dtype, kernel)  # type: ignore[no-any-return]
 
 
 def _stock(base: Tensor, lora: Tensor, m: Tensor, n: Tensor) -> Tensor:
-    """PEFT adds DoRA's part to the base layer's output, which holds ``base`` already."""
+    """PEFT adds DoRA's part to the output of the base layer, which contains ``base`` already."""
     g = (m / n).view(1, -1)
     return base + ((g - 1) * base + g * lora * _SCALE)
 
@@ -31,7 +29,7 @@ def _lora(base: Tensor, lora: Tensor, m: Tensor, n: Tensor) -> Tensor:
     return base + lora * _SCALE
 
 
-FORMS = {"dorafx": _ours, "peft": _stock, "peft-inductor": _stock, "lora": _lora}
+FORMS = {"dorafx": _dorafx, "peft": _stock, "peft-inductor": _stock, "lora": _lora}
 
 
 def measure(task: Task) -> Figures:
@@ -41,7 +39,7 @@ def measure(task: Task) -> Figures:
     norm = task.random(1, d_out)[0].abs() + 1
     magnitude = norm * 1.01
     form = task.compiled(
-        functools.partial(_ours, kernel="triton")
+        functools.partial(_dorafx, kernel="triton")
         if task.name == "dorafx" and task.compose == "triton"
         else FORMS[task.name]
     )

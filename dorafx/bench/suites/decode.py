@@ -12,18 +12,16 @@ from ..models import Size
 from ..steps import Step, time_steps
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure", "overhead"]
-
 
 def measure(task: Task) -> Figures:
-    """Seconds of a step without gradients, always at the same place of a static cache, so that every call has one shape."""
+    """Seconds of a step without gradients, always at the same position of a static cache, so that all calls have one shape."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     return time_steps(task, [_one_token(task, model, task.compiled(model), size)])
 
 
 def overhead(task: Task) -> Figures:
-    """What users of a common model ask: seconds of a token, as :func:`measure` has them, and of a training step."""
+    """For a common model: seconds of a token, as in :func:`measure`, and of a training step."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     call = task.compiled(model)
@@ -33,13 +31,13 @@ def overhead(task: Task) -> Figures:
 
 
 def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
-    """The step that is measured; ``call`` is the model or what it is compiled to."""
-    cache, rewind, where = _filled_cache(task, model, size)
+    """The measured step; ``call`` is the model or its compiled form."""
+    cache, rewind, position = _filled_cache(task, model, size)
     token = token_ids(task, 1)
 
     @torch.no_grad()
     def step() -> Any:
-        return call(input_ids=token, past_key_values=cache, use_cache=True, **where)
+        return call(input_ids=token, past_key_values=cache, use_cache=True, **position)
 
     def before() -> None:
         model.eval()
@@ -49,22 +47,22 @@ def _one_token(task: Task, model: Any, call: Any, size: Size) -> Step:
 
 
 def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[str, torch.Tensor]]:
-    """A static cache after a prefill of ``size.tokens`` (eager: it is not measured); a function that takes it back there
-    after a step; and the arguments that tell older versions of transformers where the next token goes."""
+    """A static cache after a prefill of ``size.tokens`` (eager, as it is not measured); a function that resets it to this state after a
+    step; and the arguments by which older versions of transformers know the position of the next token."""
     from transformers import StaticCache
     from transformers.models.llama.modeling_llama import LlamaModel
 
     cache = StaticCache(config=model.config, max_cache_len=size.tokens + 1)
-    where: dict[str, torch.Tensor] = {}
+    position: dict[str, torch.Tensor] = {}
     takes_position = "cache_position" in inspect.signature(LlamaModel.forward).parameters
     with torch.no_grad():
         if takes_position:
-            where["cache_position"] = torch.arange(size.tokens, device=task.clock.device)
+            position["cache_position"] = torch.arange(size.tokens, device=task.clock.device)
         task.under_autocast(model)(
-            input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **where
+            input_ids=token_ids(task, size.tokens), past_key_values=cache, use_cache=True, **position
         )
     if takes_position:
-        where["cache_position"] = torch.tensor([size.tokens], device=task.clock.device)
+        position["cache_position"] = torch.tensor([size.tokens], device=task.clock.device)
 
     def rewind() -> None:
         for layer in cache.layers:
@@ -72,4 +70,4 @@ def _filled_cache(task: Task, model: Any, size: Size) -> tuple[Any, Any, dict[st
             if length is not None:
                 length.fill_(size.tokens)
 
-    return cache, rewind, where
+    return cache, rewind, position

@@ -1,4 +1,4 @@
-"""HF ``generate()``: seconds a new token, with its dynamic and with its static cache."""
+"""HF ``generate()``: seconds for each new token, with its dynamic and with its static cache."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from ..implementations import Figures, Task, build_model
 from ..models import Size
 from .model import token_ids
 
-__all__ = ["measure"]
-
 NEW_TOKENS = 24
 _WARM_UP = 8
-"""Tokens whose shapes are compiled: a dynamic cache grows, and the second length makes the compiler generalise."""
+"""Tokens that compile: a dynamic cache grows, and with the second length the compiler makes shapes dynamic."""
 
 
 def measure(task: Task) -> Figures:
-    """Seconds from one new token to the next after a prompt of ``size.tokens``. What is compiled is compiled in place, an
-    adapter layer at a time, as ``dorafx.optimize`` does it: ``generate`` of a PEFT model does not pass through a call of the
-    whole model that ``torch.compile`` returns."""
+    """Seconds from one new token to the next after a prompt of ``size.tokens``. Compiled implementations are compiled in place, one
+    adapter layer at a time, as by ``dorafx.optimize``: ``generate`` of a PEFT model does not call a whole model that ``torch.compile``
+    returns."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     task.compile_in_place(model)
@@ -29,39 +27,42 @@ def measure(task: Task) -> Figures:
     return {f"a token, {kind} cache": ("s", _between_tokens(task, model, ids, kind)) for kind in ("dynamic", "static")}
 
 
-class _Times:
-    """A stopping criterion that stops nothing: ``generate`` calls it after each new token."""
+class _TokenTimes:
+    """A stopping criterion that never stops, and records when ``generate`` calls it, after each new token."""
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        self.at: list[float] = []
+        self.seconds_at: list[float] = []
 
     def __call__(self, ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
         self.task.clock.synchronise()
-        self.at.append(time.perf_counter())
+        self.seconds_at.append(time.perf_counter())
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
 def _between_tokens(task: Task, model: Any, ids: torch.Tensor, kind: str) -> list[float]:
     from transformers import StoppingCriteriaList
 
-    # No end token, so that every call makes as many; the model's forward as a whole is compiled by nobody.
+    # No end token, so that every call generates the same number; generate must not compile the model's forward.
     options = {
         "max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "use_cache": True,
         "disable_compile": True, "cache_implementation": kind,
     }  # fmt: skip
-    found: list[float] = []
+    intervals: list[float] = []
     for warming in (True, False):
         start = time.perf_counter()
-        while not found or time.perf_counter() - start < task.clock.seconds:
-            times = _Times(task)
+        while not intervals or time.perf_counter() - start < task.clock.seconds:
+            token_times = _TokenTimes(task)
             model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 **options,
-                stopping_criteria=StoppingCriteriaList([times]),
+                stopping_criteria=StoppingCriteriaList([token_times]),
             )
             if warming:
                 break
-            found += [after - before for before, after in zip(times.at[_WARM_UP:], times.at[_WARM_UP + 1 :])]
-    return found
+            intervals += [
+                after - before
+                for before, after in zip(token_times.seconds_at[_WARM_UP:], token_times.seconds_at[_WARM_UP + 1 :])
+            ]
+    return intervals

@@ -1,4 +1,4 @@
-"""What a decoding step costs the host: a model so small that its device, one core, has next to nothing to do."""
+"""The host's time for a decoding step: a model so small that its device, one core, has almost nothing to compute."""
 
 from __future__ import annotations
 
@@ -17,12 +17,10 @@ from ..models import Size
 from ..steps import Step, time_steps
 from .model import captured_graph, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
-    """Seconds of one token without a cache and without gradients, on one thread; for dorafx with the whole model as one graph also
-    what taking its norms from the store costs: seconds for all, and for each."""
+    """Seconds of one token without a cache and without gradients, on one thread. For dorafx with the whole model as one graph also the
+    seconds to take its norms from the store, for all and for each."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -48,7 +46,7 @@ def _measured(task: Task) -> Figures:
 
 
 def _kept_norms(task: Task, model: Any, ids: torch.Tensor) -> Figures:
-    """Of the model's graph all is run but the graph itself."""
+    """The time of the model's norm prologue, with an empty function in place of its graph."""
     with torch.no_grad():
         graph, args = captured_graph(model, input_ids=ids, use_cache=False)
         norms = rewrite_graph(graph, Options(strict=True), prologue=True).norms

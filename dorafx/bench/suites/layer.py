@@ -6,8 +6,6 @@ import torch
 
 from ..implementations import Figures, Task, build_layer
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
     """Seconds of a forward without gradients, and of a training step: forward and backward to the input and the adapter."""

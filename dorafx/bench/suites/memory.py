@@ -1,4 +1,4 @@
-"""What training keeps in memory: bytes that autograd saves, and the peak of a step."""
+"""The memory of training: bytes that autograd saves, and the peak of a step."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from ..implementations import Figures, Task, build_layer, build_model
 from ..models import Size
 from .model import TrainingStep, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
-    """Bytes: saved by autograd for the backward (parameters and buffers excluded); at once at most in a training step
-    beyond what was there before it; and that with what was there: parameters, optimizer, input."""
+    """Bytes: saved by autograd for the backward (without parameters and buffers); the peak of a training step beyond what was allocated
+    before it; and the peak including that: parameters, optimizer, input."""
     standing: Callable[[], list[torch.Tensor]]
     if "size" in task.parameters:
         size = Size(**task.parameters["size"])
@@ -46,12 +44,12 @@ def measure(task: Task) -> Figures:
         def standing() -> list[torch.Tensor]:
             return [x]
 
-    for _ in range(2):  # compile, and let the optimizer make its state
+    for _ in range(2):  # compile, and create the optimizer's state
         step()
-    own = [*module.parameters(), *module.buffers()]
-    saved = saved_bytes(forward, own)
+    module_tensors = [*module.parameters(), *module.buffers()]
+    saved = saved_bytes(forward, module_tensors)
     temporaries = allocations(step, task.clock.device).peak
-    peak = peak_bytes(step, task.clock.device, lambda: [*own, *standing()], temporaries)
+    peak = peak_bytes(step, task.clock.device, lambda: [*module_tensors, *standing()], temporaries)
     return {
         "saved": ("B", [float(saved)]),
         "temporaries": ("B", [float(temporaries)]),

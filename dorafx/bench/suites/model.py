@@ -1,4 +1,4 @@
-"""A Llama-shaped PEFT model: prefill and training step, and in the regime of arXiv:2603.22276 gradients without a step."""
+"""A Llama-shaped PEFT model: prefill and training step, and in the setting of arXiv:2603.22276 gradients without a step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from ..implementations import Figures, Task, build_model
 from ..models import VOCABULARY, Size
 from ..steps import Step, time_steps
 
-__all__ = ["TrainingStep", "captured_graph", "measure", "regime", "token_ids"]
-
 
 def token_ids(task: Task, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -22,7 +20,7 @@ def token_ids(task: Task, tokens: int) -> torch.Tensor:
 
 
 def captured_graph(model: Any, **inputs: Any) -> tuple[fx.GraphModule, list[Any]]:
-    """The one graph that a call of a model is captured as, which runs as it is, and what the graph was called with."""
+    """Call a model, which must be captured as one graph and runs uncompiled; returns the graph and its inputs."""
     captured: list[tuple[fx.GraphModule, list[Any]]] = []
 
     def keep(gm: fx.GraphModule, _: Any) -> Callable[..., Any]:
@@ -52,7 +50,7 @@ class TrainingStep:
         self.optimizer.zero_grad()
 
     def backward(self, micro_batches: int) -> None:
-        """The gradients of so many micro-batches, added up."""
+        """Accumulate the gradients of some micro-batches."""
         for _ in range(micro_batches):
             self.loss().backward()  # type: ignore[no-untyped-call]
 
@@ -62,7 +60,7 @@ class TrainingStep:
 
 
 def _last(task: Task, ids: torch.Tensor) -> dict[str, Any]:
-    """The argument that leaves out the logits of all but the task's last tokens."""
+    """The argument that restricts the logits to the task's last tokens."""
     return {"logits_to_keep": min(task.loss_tokens, ids.shape[1])} if task.loss_tokens else {}
 
 
@@ -94,14 +92,14 @@ def measure(task: Task) -> Figures:
 
 
 def regime(task: Task) -> Figures:
-    """Seconds of a prefill, of a training step and of the gradients of several micro-batches without an optimizer's step; bytes of
-    all tensors at the height of a training step. Logits are those of the last tokens (arXiv:2603.22276, section 5.1), and
-    those of the prefill are written to the task's file."""
+    """Seconds of a prefill, of a training step and of the gradients of several micro-batches without an optimizer step; peak bytes of
+    all tensors in a training step. Logits are those of the last tokens (arXiv:2603.22276, section 5.1); the prefill's are written to
+    the task's file."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     call, ids = task.compiled(model), token_ids(task, size.tokens)
     prefill, training = _prefill(task, model, call, ids), TrainingStep(task, model, call, ids)
-    if task.logits is not None:  # before any step of the optimizer
+    if task.logits is not None:  # before the first optimizer step
         model.eval()
         torch.save(prefill().float().cpu(), task.logits)
     steps = [Step("prefill", prefill, model.eval), Step("training step", training, model.train)]
@@ -118,8 +116,8 @@ def regime(task: Task) -> Figures:
     figures = time_steps(task, steps)
     model.train()
     training.optimizer.zero_grad()
-    own = [*model.parameters(), *model.buffers()]
-    highest = peak_bytes(training, task.clock.device, lambda: [*own, *training.state()])
+    module_tensors = [*model.parameters(), *model.buffers()]
+    highest = peak_bytes(training, task.clock.device, lambda: [*module_tensors, *training.state()])
     peak: Figures = {"peak": ("B", [float(highest)])}
     task.done(peak)
     return {**figures, **peak}

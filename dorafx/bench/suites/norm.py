@@ -1,4 +1,4 @@
-"""The row norm of ``W + s·B·A`` alone, and the memory that it takes; of a quantised ``W`` what the others first do is to form it."""
+"""The row norm of ``W + s·B·A`` alone, and its memory; with a quantised ``W`` the other implementations dequantise it first."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from ..norms import NORMS, PRODUCT, Norm, largest_error, product
 from ..plan import DTYPES
 from ..quantized import dense_of, random_packed
 
-__all__ = ["implementation", "measure"]
-
 _SCALE = 2.0
 
 
@@ -29,8 +27,8 @@ def implementation(task: Task) -> Norm:
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of a call; bytes of its largest allocation, and of all its temporaries at once; of a dense weight also the
-    largest relative error against fp64."""
+    """Seconds of a call; bytes of its largest allocation, and the peak of its temporaries; for a dense weight also the largest relative
+    error against fp64."""
     p = task.parameters
     weights, sizes = p.get("weights", "dense"), (p["d_out"], p["d_in"])
     weight = task.random(*sizes) if weights == "dense" else None
@@ -61,5 +59,5 @@ def _of_quantized(task: Task, kind: str, left: torch.Tensor, right: torch.Tensor
         operator, layout = torch.ops.dorafx.row_norm_quantized, (w.format, w.shape, w.group, w.dtype)
         return lambda: operator(w.packed, w.scales, w.zeros, left, right, _SCALE, *layout)
     norm, dense = implementation(task), dense_of(w)
-    # PEFT brings the weight to the dtype of the activations.
+    # PEFT casts the weight to the dtype of the activations.
     return lambda: norm(dense().to(task.dtype), left, right, _SCALE)

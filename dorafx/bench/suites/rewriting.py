@@ -1,4 +1,4 @@
-"""The pass alone, lift to rewrite, on the graph of a whole model; on the meta device, for it needs no weights."""
+"""The pass alone, from lift to rewrite, on the graph of a whole model; on the meta device, as it needs no weights."""
 
 from __future__ import annotations
 
@@ -11,24 +11,22 @@ from ..implementations import Figures, Task
 from ..models import Size, build
 from .model import captured_graph, token_ids
 
-__all__ = ["measure"]
-
 
 def measure(task: Task) -> Figures:
-    """Seconds of a pass over the one graph of a training forward, its nodes, and seconds a node: the same at every depth if
-    the pass is linear. The graph is the same for every width, so the model is narrow."""
-    # Here, not where this is imported, as every suite is with this one: the others' anchors are measured without it.
+    """Seconds of a pass over the graph of a training forward, the number of nodes, and seconds for each node, which do not depend on
+    the depth if the pass is linear. The graph is the same for every width, so the model is narrow."""
+    # Not at import: all suites are imported together, and the anchors of the others are measured without the polyfills.
     capture.install()
     size = Size(**task.parameters["size"])
     model = build(size, True, task.dtype, "meta")
     graph, _ = captured_graph(model, input_ids=token_ids(task, size.tokens).to("meta"))
     nodes = len(graph.graph.nodes)
 
-    def once(log: RewriteLog) -> None:
+    def rewrite(log: RewriteLog) -> None:
         rewrite_graph(graph, Options(strict=True), 1, log=log)
 
-    once(rewrite_log())
-    samples = task.clock.samples(lambda: once(RewriteLog()), warm_up=0)
+    rewrite(rewrite_log())
+    samples = task.clock.samples(lambda: rewrite(RewriteLog()), warm_up=0)
     return {
         "pass": ("s", samples),
         "nodes": ("count", [float(nodes)]),

@@ -1,4 +1,4 @@
-"""``dorafx demo``: a stock PEFT DoRA model as it is, compiled by Inductor, and with dorafx, beside plain LoRA."""
+"""``dorafx demo``: a stock PEFT DoRA model run eagerly, compiled by Inductor, and with dorafx, compared with plain LoRA."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_demo(size: Size, out: Path, repeats: int = 5, as_json: bool = False) -> 
     Args:
         size: of the model.
         out: folder for ``log.json``, ``report.html`` and ``results.json``; made if need be.
-        repeats: timed calls a figure, after two that warm up.
+        repeats: timed calls for each figure, after two warm-up calls.
         as_json: print the results as JSON instead of the table.
 
     Returns:
         The results as written to ``results.json``.
 
     Raises:
-        DorafxError: transformers or PEFT is not installed, or a configuration failed; the message has its last words.
+        DorafxError: transformers or PEFT is not installed, or a configuration failed; the message has its error.
     """
     out.mkdir(parents=True, exist_ok=True)
     log_file = out / "log.json"

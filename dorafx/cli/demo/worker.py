@@ -16,10 +16,8 @@ from dorafx.bench.memory import peak_resident_bytes
 from dorafx.bench.models import VOCABULARY, Size, build
 from dorafx.bench.worker import RECOMPILATIONS
 
-__all__ = ["CONFIGURATIONS", "PHASES", "run"]
-
 PHASES = ("prefill", "decode", "step")
-"""Each is reported when it is done, for the parent's progress bar."""
+"""Each is reported when it is finished, for the parent's progress bar."""
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "PEFT DoRA, eager": {"use_dora": True, "backend": None},

@@ -1,9 +1,10 @@
-"""Transfer functions: one module per operator family. Importing them registers them, in any order: an operator that several know is
-read in the order of :class:`dorafx.lift.lifter.Reading`."""
+"""Transfer functions: one module per operator family. Importing a module registers its functions. The order of imports does not matter:
+if an operator has several functions, they are tried in the order of :class:`dorafx.lift.lifter.Reading`."""
 
 from . import (
     arithmetic,
     batched,
+    blocks,
     convolutions,
     einsum,
     elementwise,
@@ -19,6 +20,7 @@ from . import (
 __all__ = [
     "arithmetic",
     "batched",
+    "blocks",
     "convolutions",
     "einsum",
     "elementwise",

@@ -20,17 +20,17 @@ Shape = tuple[Any, ...]
 
 
 class Operand(NamedTuple):
-    """An argument of an elementwise operator, or a value on the way through one that does several at once."""
+    """An argument of an elementwise operator, or an intermediate value of one that computes several steps."""
 
     value: Value | None
     shape: Shape | None
-    """The tensor's; ``()`` of a number, None where it is not known."""
+    """The tensor's shape; ``()`` for a number, None if unknown."""
     vector: VectorValue | None
-    """The argument as a vector, where it is one: a parameter of shape [d, 1] is a matrix until something is scaled by it."""
+    """The argument as a vector, if it can be read as one: a parameter of shape [d, 1] is a matrix until something is scaled by it."""
     expanded: bool = False
-    """Whether ``vector`` is seen through an ``expand``, so that the tensor itself is no vector."""
+    """Whether ``vector`` is what an ``expand`` expanded; the tensor itself is then no vector."""
     filters: Callable[[], Expr | None] = lambda: None
-    """The argument as a convolution's weight, where it may be one."""
+    """Gives the argument as a convolution's weight, if it may be one."""
     repeated: Callable[[Poly, int], Poly] | None = None
     """See :meth:`Lifter.repeat_each`."""
 
@@ -38,7 +38,7 @@ class Operand(NamedTuple):
 def operand(lift: Lifter, arg: Any) -> Operand:
     """An argument of a node."""
     tensor = tensor_of(arg)
-    # What is no tensor is a number, or a symbol that stands for one.
+    # Anything but a tensor is a number, or a symbol for one.
     shape = tuple(tensor.shape) if tensor is not None else ()
     expanded = lift.aside(lift.expanded, arg)
     if expanded is not None:
@@ -50,19 +50,19 @@ def operand(lift: Lifter, arg: Any) -> Operand:
 
 
 def same_shape(s: Shape | None, t: Shape | None) -> bool:
-    """Equal sizes without a guard: ints compare, symbols must be the same expression."""
+    """Whether shapes are equal, without a guard: integers are compared, symbols must be the same expression."""
     if s is None or t is None or len(s) != len(t):
         return False
     return all(same_size(p, q) for p, q in zip(s, t))
 
 
 def same_size(a: Any, b: Any) -> bool:
-    """Equal without a guard."""
+    """Whether sizes are equal, without a guard."""
     return a == b if isinstance(a, int) and isinstance(b, int) else str(a) == str(b)
 
 
 def _broadcast(s: Shape | None, t: Shape | None) -> Shape | None:
-    """The shape of an elementwise result; None where symbols leave it open."""
+    """The shape of an elementwise result; None if symbolic sizes leave it open."""
     if s is None or t is None:
         return None
     if len(s) < len(t):
@@ -80,18 +80,18 @@ def _broadcast(s: Shape | None, t: Shape | None) -> Shape | None:
 
 
 def _spans(vector: Operand, matrix: Operand, axis: int) -> bool:
-    """Whether a vector has as many entries as the matrix has along the axis (not one that is broadcast)."""
+    """Whether a vector has as many entries as the matrix along the axis, so that it is not broadcast."""
     v, m = vector.shape, matrix.shape
     return v is not None and m is not None and len(v) >= -axis and len(m) >= -axis and same_size(v[axis], m[axis])
 
 
-def _made(value: Value | None, a: Operand, b: Operand) -> Operand:
-    """The result of ``a`` and ``b`` as an operand of what follows within the same node."""
+def _intermediate(value: Value | None, a: Operand, b: Operand) -> Operand:
+    """The result of ``a`` and ``b`` as an operand of the next step of the same node."""
     return Operand(value, _broadcast(a.shape, b.shape), value if isinstance(value, VectorValue) else None)
 
 
 def added(a: Operand, b: Operand, sign: float) -> Value | None:
-    """``a + sign·b``; None where it is no term."""
+    """``a + sign·b``; None if there is no term for it."""
     va, vb = a.value, b.value
     if va is None or vb is None:
         return None
@@ -128,7 +128,7 @@ def _added_vectors(a: Operand, va: Value | None, b: Operand, vb: Value | None, s
 
 
 def _scaled_row(a: Operand, va: VectorValue, b: Operand, vb: VectorValue) -> Expr | None:
-    """``va ⊙ vb`` as a matrix of one row, where one of them is one and the other lies along it or is a scalar."""
+    """``va ⊙ vb`` as a matrix of one row, if one of them is a row and the other is a vector along it or a scalar."""
     row, v = (va.row, vb) if va.row is not None else (vb.row, va)
     if row is None or v.row is not None:
         return None
@@ -143,7 +143,7 @@ def _biased(
     """``matrix + 𝟙·D(vector)`` for a vector along the last axis, or a number 0."""
     if not isinstance(v, VectorValue) or m.squared or not same_shape(shape, matrix.shape):
         return None
-    if not v.poly.items:  # nothing is added, but what makes nothing may have a gradient, or be no number
+    if not v.poly.items:  # the vector is 0, but what vanished from it may have a gradient, or be NaN
         return replace(m, expr=m.expr.without(v.poly.vanished))
     if _vector_side(m, matrix, vector, v) != "columns":
         return None
@@ -151,8 +151,8 @@ def _biased(
 
 
 def _vector_side(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValue) -> Literal["rows", "columns"] | None:
-    """Whether a vector has one entry for each column of the matrix, or for each row. A vector of one entry that has as many axes of
-    size one as one likes is either where the matrix has one column, or one row."""
+    """Whether a vector has one entry for each column of the matrix, or for each row. A vector of a single entry, with any number of
+    axes, counts as either if the matrix has one column, or one row."""
     axes: dict[Literal["rows", "columns"], int | None] = {
         "columns": _column_axis(m, matrix),
         "rows": _row_axis(m, matrix),
@@ -170,21 +170,21 @@ def _vector_side(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValu
 
 
 def _column_axis(m: MatrixValue, matrix: Operand) -> int | None:
-    """The axis along which a matrix's columns lie, where it is a single one."""
+    """The axis of a matrix's columns; None if there are several."""
     if m.layout == "last":
         return -1
     return 1 - len(matrix.shape) if m.layout == "channels" and matrix.shape is not None else None
 
 
 def _row_axis(m: MatrixValue, matrix: Operand) -> int | None:
-    """The axis along which a matrix's rows lie, where it is a single one."""
+    """The axis of a matrix's rows; None if there are several."""
     if matrix.shape is None or m.layout == "channels" or (m.layout == "last" and len(matrix.shape) != 2):
         return None
     return -len(matrix.shape)
 
 
 def _in_one_layout(a: Operand, va: MatrixValue, b: Operand, vb: MatrixValue) -> tuple[MatrixValue, MatrixValue]:
-    """A tensor that nothing is known of takes the layout of what it is added to."""
+    """Read an operand as filters, if the other one is in that layout and nothing speaks against it."""
     filters = a.filters() if vb.layout == "filter" else b.filters() if va.layout == "filter" else None
     if filters is None:
         return va, vb
@@ -193,7 +193,7 @@ def _in_one_layout(a: Operand, va: MatrixValue, b: Operand, vb: MatrixValue) -> 
 
 
 def multiplied(a: Operand, b: Operand) -> Value | None:
-    """``a ⊙ b``; None where it is no term."""
+    """``a ⊙ b``; None if there is no term for it."""
     va, vb = a.value, b.value
     if va is None or vb is None:
         return None
@@ -224,7 +224,7 @@ def multiplied(a: Operand, b: Operand) -> Value | None:
 
 
 def _along(v: VectorValue, other: Operand) -> VectorValue | None:
-    """A matrix that is a vector along the same axis as ``v``."""
+    """A matrix operand as a vector, if it can be read as one along the same axis as ``v``."""
     if v.axis is None or other.vector is None or other.expanded:
         return None
     return other.vector if other.vector.axis == v.axis else None
@@ -239,7 +239,7 @@ def _outer(shape: Shape | None, a: Operand, va: VectorValue, b: Operand, vb: Vec
 
 
 def outer_product(column: Poly, row: Poly) -> Value | None:
-    """``D(column)·𝟙·D(row)``, a product of rank one, for monomials; of a sum it would be several products."""
+    """``D(column)·𝟙·D(row)``, a product of rank one, for monomials; sums would give several products."""
     if not column.is_monomial or not row.is_monomial or column.constant is not None or row.constant is not None:
         return None
     ((left, c),), ((right, k),) = column.items, row.items
@@ -274,7 +274,7 @@ def _along_input_channels(m: MatrixValue, matrix: Operand, vector: Operand, v: V
 
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
-    """``1/v``: of a monomial a monomial, of a sum an indeterminate of its own."""
+    """``1/v``: a monomial for a monomial, an indeterminate of its own for a sum."""
     if not v.poly.items or v.poly.vanished:
         return None
     inverse = v.poly.reciprocal()
@@ -285,7 +285,7 @@ def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
 
 
 def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
-    """``a / b``, the divisor a vector or a scalar; None where it is no term."""
+    """``a / b`` for a vector or scalar ``b``; None if there is no term for it."""
     inverse = inverse_of(lift, b.vector) if b.vector is not None else None
     if inverse is None:
         return None
@@ -303,22 +303,14 @@ def divided(lift: Lifter, a: Operand, b: Operand) -> Value | None:
     return _scaled(shape, a, va, b, inverse) if isinstance(va, MatrixValue) else None
 
 
-@transfer("add")
+@transfer("add", "sub")
 def add(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "other", "alpha")
     alpha = args.get("alpha", 1)
     if not isinstance(alpha, (int, float)):
         return None
-    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), float(alpha))
-
-
-@transfer("sub")
-def sub(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "other", "alpha")
-    alpha = args.get("alpha", 1)
-    if not isinstance(alpha, (int, float)):
-        return None
-    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), -float(alpha))
+    sign = 1.0 if lift.name_of(node) == "add" else -1.0
+    return added(operand(lift, args.get("input")), operand(lift, args.get("other")), sign * float(alpha))
 
 
 @transfer("rsub")
@@ -351,10 +343,10 @@ def add_product(lift: Lifter, node: fx.Node) -> Value | None:
     value = args.get("value", 1)
     if not isinstance(value, (int, float)):
         return None
-    made = multiplied(first, second) if lift.name_of(node) == "addcmul" else divided(lift, first, second)
-    if made is None or value == 0:
+    product = multiplied(first, second) if lift.name_of(node) == "addcmul" else divided(lift, first, second)
+    if product is None or value == 0:
         return None
-    return added(operand(lift, args.get("input")), _made(made, first, second), float(value))
+    return added(operand(lift, args.get("input")), _intermediate(product, first, second), float(value))
 
 
 @transfer("lerp")
@@ -362,8 +354,8 @@ def lerp(lift: Lifter, node: fx.Node) -> Value | None:
     """``start + weight ⊙ (end - start)``."""
     args = arguments(node, "input", "end", "weight")
     start, end, weight = (operand(lift, args.get(name)) for name in ("input", "end", "weight"))
-    difference = _made(added(end, start, -1.0), end, start)
+    difference = _intermediate(added(end, start, -1.0), end, start)
     if difference.value is None:
         return None
-    made = multiplied(weight, difference)
-    return added(start, _made(made, weight, difference), 1.0) if made is not None else None
+    weighted = multiplied(weight, difference)
+    return added(start, _intermediate(weighted, weight, difference), 1.0) if weighted is not None else None

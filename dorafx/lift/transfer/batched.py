@@ -17,7 +17,7 @@ from .products import product_of
 
 @transfer("stack")
 def stack(lift: Lifter, node: fx.Node) -> Value | None:
-    """No term by itself."""
+    """There is no term for the stack itself; it is noted for a sum over it."""
     args = arguments(node, "tensors", "dim")
     tensors = args.get("tensors")
     if not isinstance(tensors, (list, tuple)) or args.get("dim", 0) != 0 or args.get("out") is not None:
@@ -50,7 +50,7 @@ def over_the_stack(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("expand", reading=Reading.STACK)
 def repeated(lift: Lifter, node: fx.Node) -> Value | None:
-    """No term by itself: what is repeated is noted for those who read it."""
+    """There is no term for the batch itself; the repeated matrix is noted for operators that read it."""
     source, after = first_argument(node), tensor_of(node)
     before, value = tensor_of(source), lift.matrix(source)
     if before is not None and after is not None and value is not None and after.dim() == 3 and before.dim() in (2, 3):

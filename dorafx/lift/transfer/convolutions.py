@@ -1,8 +1,8 @@
 """Convolutions: products of patches with flattened filters.
 
-``conv(x, W) = U(x) · W_fᵀ`` where ``U(x)`` has the patches of x that the options (kernel, stride, padding, dilation) select, and
-``W_f`` is W flattened behind its first axis. Neither is ever formed. With a kernel of one, stride 1 and no padding the patches
-are x itself, so PEFT's ``lora_B(lora_A(x))`` is ``U(x) · A_fᵀ · B_fᵀ``.
+``conv(x, W) = U(x) · W_fᵀ``, where ``U(x)`` has the patches of x that the options (kernel, stride, padding, dilation) select, and
+``W_f`` is W with all axes after the first flattened. Neither is ever formed. With a kernel of size 1, stride 1 and no padding the
+patches are x itself, so PEFT's ``lora_B(lora_A(x))`` is ``U(x) · A_fᵀ · B_fᵀ``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     options = (stride, padding, dilation)
     if groups != 1:
-        # Each filter meets the channels of its own group. That is no product with one matrix of patches, but it is linear in
-        # the filters, row by row: enough for a weight that is one value, whose patches are then nobody else's.
+        # Each filter is applied to the channels of its own group, so this is no product with one matrix of patches. But it is linear in
+        # the filters, row by row. That suffices for a weight that is a single value; the patches are then specific to that weight.
         if len(filters.items) != 1 or len(filters.items[0][0][1]) != 1:
             return None
         activations = Expr.mat(lift.unfold(activations, (kernel, *options, groups, filters)))
@@ -68,7 +68,7 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
 
 
 def _each(value: Any, spatial: int) -> tuple[int, ...] | str | None:
-    """An option by spatial axis; a padding may be a word."""
+    """An option for each spatial axis; a padding may be a string."""
     if isinstance(value, str):
         return value
     if isinstance(value, int):

@@ -35,12 +35,11 @@ def einsum(lift: Lifter, node: fx.Node) -> Value | None:
     if any(len(set(s)) != len(s) for s in (*subscripts, result)):
         return None  # a diagonal
     if not _is_of_one_size(subscripts, [tuple(t.shape) for t in tensors if t is not None]):
-        return None  # a size of one is broadcast
-    made = by_letters(lift, subscripts, result, operands)
-    tensor = tensor_of(node)
-    if made is None and tensor is not None and tensor.dim() > 2:
+        return None  # a size of 1 is broadcast
+    value, tensor = by_letters(lift, subscripts, result, operands), tensor_of(node)
+    if value is None and tensor is not None and tensor.dim() > 2:
         return filters_by_letters(lift, subscripts, result, operands)
-    return made
+    return value
 
 
 def _is_of_one_size(subscripts: list[str], shapes: list[tuple[Any, ...]]) -> bool:
@@ -55,7 +54,7 @@ def _is_of_one_size(subscripts: list[str], shapes: list[tuple[Any, ...]]) -> boo
 
 
 def by_letters(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
-    """The term of an ``einsum``: subscripts of each operand and of the result, an ellipsis as one letter."""
+    """The term of an ``einsum``, from the subscripts of each operand and of the result; an ellipsis counts as one letter."""
     if len(operands) == 2:
         special = _squared_sum(lift, subscripts, result, operands) or _vectors(lift, subscripts, result, operands)
         if special is not None:
@@ -92,9 +91,9 @@ def _vectors(lift: Lifter, subscripts: list[str], result: str, operands: Sequenc
 
 
 def _chain(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:
-    """A product of matrices, found as a path: each operand leads from one letter to another, a letter that two operands
-    share is summed over, and the path leads from the result's rows to its columns. All leading letters together are rows. An operand of
-    one letter is a diagonal on the path: ``or,r,ri->oi``."""
+    """A product of matrices, found as a path. Each operand leads from one letter to another, and a letter that two operands share is
+    summed over; the path leads from the result's rows to its columns. All leading letters together are the rows. An operand of one
+    letter is a diagonal matrix on the path: ``or,r,ri->oi``."""
     if len(result) < 2:
         return None
     rows, column = result[:-1], result[-1]
@@ -107,7 +106,7 @@ def _chain(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[
                 return None
             diagonals[letters] = diagonals[letters] * vector.poly if letters in diagonals else vector.poly
             continue
-        # Only the operand that brings the result's leading letters may have more than two.
+        # Only the operand with the result's leading letters may have more than two.
         head = letters[:-1] if letters[:-1] == rows or len(letters) == 2 else None
         if head is None or (head == _ELLIPSIS and head != rows):
             return None

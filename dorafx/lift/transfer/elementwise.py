@@ -29,7 +29,7 @@ def neg(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("abs")
 def absolute(lift: Lifter, node: fx.Node) -> Value | None:
-    """No term, but its square is that of the argument, and so are the square's derivatives."""
+    """There is no term for it. But its square, and the square's derivatives, are those of the argument."""
     value = lift.matrix(first_argument(node))
     if value is not None:
         lift.absolute[node] = lift.recorded(value)
@@ -51,6 +51,16 @@ def square(lift: Lifter, node: fx.Node) -> Value | None:
 def power(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "exponent")
     return _power(lift, node, args.get("input"), args.get("exponent"))
+
+
+@transfer("float_power")
+def float_power(lift: Lifter, node: fx.Node) -> Value | None:
+    """The square of a matrix in fp64, of which every fp32 number is one."""
+    args = arguments(node, "input", "exponent")
+    tensor, value = tensor_of(args.get("input")), lift.value(args.get("input"))
+    if tensor is None or tensor.dtype not in FLOAT_DTYPES or not isinstance(value, MatrixValue):
+        return None
+    return _power(lift, node, args["input"], args.get("exponent"))
 
 
 def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | None:
@@ -76,7 +86,7 @@ def _power(lift: Lifter, node: fx.Node, base: Any, exponent: Any) -> Value | Non
 
 
 def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
-    """``sqrt(c·Σ w² + eps) = √c · sqrt(Σ w² + eps/c)`` is a norm; any other square root is not known."""
+    """``sqrt(c·Σ w² + eps) = √c · sqrt(Σ w² + eps/c)`` is a norm; any other square root is unknown."""
     eps, scale = 0.0, 1.0
     sumsq = None
     if value.poly.vanished:
@@ -128,7 +138,7 @@ def rsqrt(lift: Lifter, node: fx.Node) -> Value | None:
 def at_least(
     lift: Lifter, value: VectorValue, low: float, kind: Literal["clamp_min", "maximum"] = "clamp_min"
 ) -> VectorValue:
-    """``max(value, low)`` by element; of the two kinds, gradients differ where value and bound are equal."""
+    """``max(value, low)`` by element; the gradients of the two kinds differ where value and bound are equal."""
     info = AtomInfo(kind, lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=low, poly=value.poly)
     return VectorValue(Poly.var(lift.intern(info)), value.axis)
 
@@ -160,7 +170,7 @@ def maximum(lift: Lifter, node: fx.Node) -> Value | None:
     "full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones", "tensor"
 )
 def constant(lift: Lifter, node: fx.Node) -> Value | None:
-    """A tensor of one number, where it is a scalar or a vector."""
+    """A scalar, or a vector whose entries are all one number."""
     tensor = tensor_of(node)
     axis = vector_axis(tensor.shape) if tensor is not None and tensor.dtype in FLOAT_DTYPES else None
     if tensor is None or axis is None:
@@ -181,5 +191,5 @@ def constant(lift: Lifter, node: fx.Node) -> Value | None:
 
 
 def _is_exact(number: float, tensor: Any) -> bool:
-    """A constant that its dtype rounds stays the tensor that it is: 0.1 in bf16 is another number than 0.1."""
+    """Whether the dtype holds the number exactly. If not, the tensor stays an indeterminate: 0.1 in bf16 is not 0.1."""
     return float(torch.tensor(number, dtype=tensor.dtype)) == number

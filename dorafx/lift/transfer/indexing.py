@@ -19,7 +19,7 @@ def getitem(lift: Lifter, node: fx.Node) -> Value | None:
     source, index = node.args[0], node.args[1]
     if isinstance(source, fx.Node) and lift.name_of(source) == "weight_norm_interface" and index == 0:
         return lift.values.get(source)
-    # The axes of what is left are in their order, so the result is a view with additional axes of size one.
+    # The axes keep their order, so the result is a view with additional axes of size 1.
     return view(lift, node) if takes_everything(index) else None
 
 

@@ -1,4 +1,4 @@
-"""Reshapes, transposes, casts, detach: what moves or retypes a value without changing it."""
+"""Reshapes, transposes, casts, detach: operators that keep the value."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def view(lift: Lifter, node: fx.Node) -> Value | None:
         return value
     if isinstance(value, MatrixValue) and value.layout in ("channels", "inputs"):
         return channels_first(lift, first_argument(node), after)
-    # Rows or columns of several axes become other ones.
+    # The rows of a matrix are regrouped; its columns stay.
     kept = isinstance(value, MatrixValue) and value.layout == "last" and after.dim() >= 2
     if kept and str(before.shape[-1]) == str(after.shape[-1]):
         return value
@@ -40,7 +40,7 @@ def view(lift: Lifter, node: fx.Node) -> Value | None:
     vector = lift.vector(first_argument(node))
     if vector is None:
         return None
-    if vector.axis is None:  # a scalar with dimensions of size one
+    if vector.axis is None:  # a scalar with axes of size 1
         return vector
     axis = vector_axis(after.shape)
     return VectorValue(vector.poly, axis) if axis is not None else None
@@ -63,12 +63,12 @@ def _filter_view(
         return MatrixValue(expr) if expr is not None else None
     if before.dim() != 2 or after.dim() < 3 or not isinstance(value, MatrixValue) or value.squared:
         return None
-    # Activations that are cut into heads have this shape too.
+    # Only for weights: activations that are split into heads have this shape too.
     return MatrixValue(value.expr, layout="filter") if multiplies_weights(lift, value.expr) else None
 
 
 def _is_product(value: Value | None) -> bool:
-    """Whether a value is a product of matrices: of one filter it is a matrix of one row, and no vector."""
+    """Whether a value is a product of matrices: one filter is a matrix of one row then, and no vector."""
     chains = [chain for (_, chain), _ in value.expr.items] if isinstance(value, MatrixValue) else []
     return any(sum(isinstance(factor, Mat) for factor in chain) > 1 for chain in chains)
 
@@ -84,7 +84,7 @@ def expand(lift: Lifter, node: fx.Node) -> Value | None:
     if vector is None or vector.axis is None or str(before.shape[vector.axis]) != str(after.shape[vector.axis]):
         return None
     if after.dim() >= 2:
-        # To an elementwise operator it is still the vector; to any other a matrix.
+        # Elementwise operators still read it as the vector, others as a matrix.
         lift.expanded[node] = lift.recorded(VectorValue(vector.poly, vector.axis))
     return MatrixValue(Expr.broadcast(vector.poly)) if vector.axis == -1 and after.dim() >= 2 else None
 
@@ -123,7 +123,7 @@ def transpose(lift: Lifter, node: fx.Node) -> Value | None:
 
 
 def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: tuple[int, int]) -> Value | None:
-    """A vector along one axis of several, after two axes changed places."""
+    """A vector along one of several axes, after two axes were exchanged."""
     vector = lift.value(first_argument(node))
     if not isinstance(vector, VectorValue) or vector.axis is None:
         return None
@@ -157,7 +157,7 @@ def attribute(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("cast")
 def cast(lift: Lifter, node: fx.Node) -> Value | None:
-    """A cast between floating dtypes on one device keeps the term, but where it rounds (see :meth:`Lifter.rounded`)."""
+    """A cast between floating dtypes on one device keeps the term, unless it rounds (see :meth:`Lifter.rounded`)."""
     before, after = tensor_of(first_argument(node)), tensor_of(node)
     if before is None or after is None or before.device != after.device:
         return None

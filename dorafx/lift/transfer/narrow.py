@@ -1,5 +1,5 @@
-"""Matrices with a side of one, which are vectors by their shape: one that was flattened and brought back is the matrix that it was, and
-a row that was flattened is still the row."""
+"""Matrices of a single row or column, which are vectors by their shape. One that is flattened and reshaped back is the same matrix, and
+a flattened row is still the row."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .arithmetic import same_shape, same_size
 
 @transfer("view", reading=Reading.MATRIX)
 def matrix_again(lift: Lifter, node: fx.Node) -> Value | None:
-    """A vector that is brought to the shape of the matrix that it stands for."""
+    """A vector that is reshaped to the matrix that it stands for."""
     source, after = first_argument(node), tensor_of(node)
     before, value = tensor_of(source), lift.vector(source)
     if value is None or before is None or after is None or after.dim() != 2 or before.dtype != after.dtype:
@@ -30,11 +30,11 @@ def matrix_again(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("view", reading=Reading.ROW)
 def row(lift: Lifter, node: fx.Node) -> Value | None:
-    """A matrix of one row that is flattened: a vector, which is still the row."""
+    """A flattened matrix of one row: a vector that is still the row."""
     source, after = first_argument(node), tensor_of(node)
-    value, before, made = lift.matrix(source), tensor_of(source), lift.atom_value(node)
+    value, before, vector = lift.matrix(source), tensor_of(source), lift.atom_value(node)
     if value is None or before is None or after is None or after.dim() != 1 or before.dtype != after.dtype:
         return None
-    if not isinstance(made, VectorValue) or not same_size(before.shape[-1], after.shape[0]):
+    if not isinstance(vector, VectorValue) or not same_size(before.shape[-1], after.shape[0]):
         return None
-    return VectorValue(made.poly, made.axis, value.expr)
+    return VectorValue(vector.poly, vector.axis, value.expr)

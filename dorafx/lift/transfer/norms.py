@@ -21,7 +21,7 @@ from .filters import by_input_channel
 
 
 def _reduced_side(ndim: int, dim: Any) -> Literal["row", "col"] | None:
-    """Which vector a reduction of a 2-D tensor gives: one entry a row (dim 1 is summed) or a column."""
+    """What a reduction of a 2-D tensor gives: one entry for each row (dim 1 is reduced), or one for each column."""
     if isinstance(dim, (tuple, list)):
         if len(dim) != 1:
             return None
@@ -45,9 +45,9 @@ def _reduction(
     if tensor is None or not isinstance(value, MatrixValue):
         return None
     if out is None or out.dtype not in FLOAT_DTYPES or node.kwargs.get("dtype") not in (None, *FLOAT_DTYPES):
-        return None  # summed in integers, for one
+        return None  # for example, it is summed in integers
     if loses_accuracy(tensor.dtype, out.dtype):
-        return None  # rounded before it is squared or summed
+        return None  # it is rounded before it is squared or summed
     if value.squared != (kind == "sumsq"):
         return None
     side = _reduced_side(tensor.dim(), dim)
@@ -106,15 +106,15 @@ def mean_of_squares(lift: Lifter, node: fx.Node) -> Value | None:
     """``Σ w² / d`` along axes of d elements."""
     args = arguments(node, "input", "dim", "keepdim")
     dim, tensor = args.get("dim"), tensor_of(args.get("input"))
-    made = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
-    if made is None or tensor is None or args.get("dtype") is not None:
+    sums = _reduction(lift, node, "sumsq", args.get("input"), dim, bool(args.get("keepdim", False)))
+    if sums is None or tensor is None or args.get("dtype") is not None:
         return None
     axes: Any = dim if isinstance(dim, (tuple, list)) else [dim]
-    assert isinstance(made, VectorValue)
+    assert isinstance(sums, VectorValue)
     sizes = [tensor.shape[axis] for axis in axes]
     if not all(isinstance(size, int) and size for size in sizes):
         return None
-    return VectorValue(made.poly.scaled(1.0 / math.prod(sizes)), made.axis)
+    return VectorValue(sums.poly.scaled(1.0 / math.prod(sizes)), sums.axis)
 
 
 @transfer("normalize")
@@ -134,7 +134,7 @@ def weight_norm(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "v", "g", "dim")
     value, gain, dim = lift.matrix(args.get("v")), lift.vector(args.get("g")), args.get("dim", 0)
     if value is None or gain is None or not isinstance(dim, int) or isinstance(dim, bool) or dim not in (0, 1):
-        return None  # dim -1 is a norm of everything
+        return None  # dim -1 means the norm of the whole tensor
     if gain.axis not in (None, -2 if dim == 0 else -1):
         return None
     return _over_its_norm(lift, args.get("v"), value, 1 - dim, None, gain.poly)
@@ -157,6 +157,37 @@ def _over_its_norm(
     assert inverse is not None
     scale = inverse.poly if gain is None else inverse.poly * gain
     return MatrixValue(value.expr.left_diag(scale) if side == "row" else value.expr.right_diag(scale))
+
+
+@transfer("diagonal")
+def diagonal(lift: Lifter, node: fx.Node) -> Value | None:
+    args = arguments(node, "input", "offset", "dim1", "dim2")
+    axes = {args.get("dim1", 0), args.get("dim2", 1)}
+    if args.get("offset", 0) != 0 or axes not in ({0, 1}, {0, -1}, {-2, 1}, {-2, -1}):
+        return None
+    return diagonal_of_gram(lift, node, args.get("input"))
+
+
+def diagonal_of_gram(lift: Lifter, node: fx.Node, product: Any) -> Value | None:
+    """The diagonal of ``W · Wᵀ``: the sum of squares of each row."""
+    out, whole = tensor_of(node), lift.matrix(product)
+    if whole is None or lift.name_of(product) != "matmul" or out is None or out.dim() != 1:
+        return None
+    args = arguments(product, "input", "other")
+    left, right = lift.matrix(args.get("input")), lift.matrix(args.get("other", args.get("mat2")))
+    if left is None or right is None or right.expr != left.expr.transposed() or whole.expr != left.expr @ right.expr:
+        return None
+    tensor = tensor_of(args["input"])
+    if tensor is None or tensor.dtype != out.dtype:
+        return None  # autocast
+    info = AtomInfo(
+        "sumsq",
+        lift.requires_grad(left.expr),
+        lift.is_parameter_term(left.expr),
+        expr=left.expr,
+        double=out.dtype == torch.float64,
+    )
+    return VectorValue(Poly.var(lift.intern(info)), -1)
 
 
 @transfer("sum")

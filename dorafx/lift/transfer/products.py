@@ -16,10 +16,11 @@ from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product
 from .filters import filters_by_letters
+from .norms import diagonal_of_gram
 
 
 def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool, bias: Any = None) -> Expr | None:
-    """``lhs · rhs``, or of the transposed ``rhs``: a matrix, or one that is repeated for each entry of a batch."""
+    """``lhs · rhs`` or ``lhs · rhsᵀ``, where ``rhs`` is a matrix, or one that is repeated for each entry of a batch."""
     weight = tensor_of(rhs)
     x = tensor_of(lhs)
     if weight is None or x is None or not x.dim():
@@ -28,7 +29,7 @@ def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool
     if weight.dim() != 2 and repeated is None:
         return None
     if x.dtype != weight.dtype and torch.float64 in (x.dtype, weight.dtype):
-        return None  # an error when it runs, which tracing does not see; autocast, which mixes others, casts no fp64
+        return None  # an error at run time, but not while tracing; autocast casts other mixed dtypes, but not fp64
     left, right = (
         lift.operand(lhs) if x.dim() > 1 else _row(lift, lhs),
         lift.operand(rhs, weight=True) if repeated is None else repeated.expr,
@@ -37,7 +38,7 @@ def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool
         return None
     right = right.transposed() if transposed else right
     if all(isinstance(f, Diag) for (_, chain), _ in right.items for f in chain):
-        # Nothing but a scaling, which takes a sum as it is.
+        # The product is only a scaling, for which a sum need not become an atom.
         scaled = lift.matrix(lhs)
         return scaled.expr @ right if scaled is not None else left @ right
     product = left @ right
@@ -46,29 +47,29 @@ def product_of(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, transposed: bool
 
 
 def _row(lift: Lifter, arg: Any) -> Expr | None:
-    """A single token ``[d]`` as an operand; a sum enters as one indeterminate, as in :meth:`Lifter.operand`."""
+    """A single token ``[d]`` as an operand; a sum becomes one indeterminate, as in :meth:`Lifter.operand`."""
     value = lift.value(arg)
     if not isinstance(value, VectorValue) or value.axis is None:
         return None
     if value.row is not None and len(value.row.items) == 1:
         return value.row
     atoms = [atom for atom in value.poly.atoms() if value.poly == Poly.var(atom)]
-    if not atoms and isinstance(made := lift.atom_value(arg), VectorValue):
-        atoms = list(made.poly.atoms())
+    if not atoms and isinstance(sealed := lift.atom_value(arg), VectorValue):
+        atoms = list(sealed.poly.atoms())
     return Expr.mat(atoms[0]) if atoms else None
 
 
-def _made(lift: Lifter, node: fx.Node, product: Expr) -> Value | None:
-    """The term of a product: of a single token a vector, which is read as a matrix of one row, too."""
+def _value_of(lift: Lifter, node: fx.Node, product: Expr) -> Value | None:
+    """The value of a product; for a single token it is a vector that can also be read as a matrix of one row."""
     tensor = tensor_of(node)
     if tensor is None or tensor.dim() > 1:
         return MatrixValue(product)
-    made = lift.atom_value(node)
-    return VectorValue(made.poly, made.axis, product) if isinstance(made, VectorValue) else None
+    vector = lift.atom_value(node)
+    return VectorValue(vector.poly, vector.axis, product) if isinstance(vector, VectorValue) else None
 
 
 def computes(lift: Lifter, product: Expr, gemm: Gemm) -> None:
-    """Note which node computes a product: without gradients it is another term's."""
+    """Note which node computes a product. While no gradients are recorded, the node computes the detached product."""
     term = product if lift.records_gradients else lift.detached(product)
     lift.gemms.setdefault(term, []).append(replace(gemm, detached=term != product))
 
@@ -85,7 +86,7 @@ def linear(lift: Lifter, node: fx.Node) -> Value | None:
         if vector is None or vector.axis != -1:
             return None
         product = product + Expr.broadcast(vector.poly)
-    return _made(lift, node, product)
+    return _value_of(lift, node, product)
 
 
 @transfer("matmul", "mv")
@@ -97,7 +98,7 @@ def matmul(lift: Lifter, node: fx.Node) -> Value | None:
         product = product_of(lift, node, right, left, True)  # W·x is the row x·Wᵀ
     else:
         product = product_of(lift, node, left, right, False)
-    return _made(lift, node, product) if product is not None else None
+    return _value_of(lift, node, product) if product is not None else None
 
 
 @transfer("addmm")
@@ -138,18 +139,18 @@ _LOOKED_UP = ("input", "indices", "weight")
 
 @transfer("embedding")
 def embedding(lift: Lifter, node: fx.Node) -> Value | None:
-    """A look-up is the product of the indices' one-hot rows with the table. Emission reuses the look-up, and never forms
-    the product."""
-    given = [*node.args[:2], *(node.kwargs[name] for name in _LOOKED_UP if name in node.kwargs)]
-    if len(given) != 2:
+    """A look-up is the product of the indices' one-hot rows with the table. The rewritten graph reuses the look-up; this product is
+    never computed."""
+    operands = [*node.args[:2], *(node.kwargs[name] for name in _LOOKED_UP if name in node.kwargs)]
+    if len(operands) != 2:
         return None
-    first, second = given
+    first, second = operands
     table = tensor_of(first)
     # ``F.embedding(indices, table)``, but ``torch.embedding(table, indices)`` and aten's.
     indices, table_node = (second, first) if table is not None and table.dtype in FLOAT_DTYPES else (first, second)
     table = tensor_of(table_node)
     if not isinstance(indices, fx.Node) or table is None or table.dim() != 2 or table_node in lift.written:
-        return None  # max_norm, for one, rescales rows of the table in place
+        return None  # the table is written, for example by max_norm, which rescales its rows in place
     options = [*map(str, node.args[2:]), *sorted(f"{k}={v}" for k, v in node.kwargs.items() if k not in _LOOKED_UP)]
     weight = lift.operand(table_node, weight=True)
     if weight is None:
@@ -160,7 +161,7 @@ def embedding(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("tensordot")
 def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
-    """A product over the last axis of the first operand, and one of a matrix; or of a matrix and the first axis of filters."""
+    """A product over the last axis of the first operand and an axis of a matrix, or over the first axis of filters."""
     args = arguments(node, "a", "b", "dims")
     dims, left, right = args.get("dims", 2), tensor_of(args.get("a")), tensor_of(args.get("b"))
     if isinstance(dims, int) and not isinstance(dims, bool):
@@ -205,6 +206,8 @@ def eye(lift: Lifter, node: fx.Node) -> Value | None:
 def diag(lift: Lifter, node: fx.Node) -> Value | None:
     args = arguments(node, "input", "diagonal")
     tensor = tensor_of(args.get("input"))
+    if tensor is not None and tensor.dim() == 2 and args.get("diagonal", 0) == 0:
+        return diagonal_of_gram(lift, node, args.get("input"))
     vector = lift.value(args.get("input"))
     if tensor is None or tensor.dim() != 1 or not isinstance(vector, VectorValue) or args.get("diagonal", 0) != 0:
         return None

@@ -1,4 +1,4 @@
-"""Dequantisation of a tensor subclass: the term of what it stands for."""
+"""Dequantisation of a tensor subclass."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..values import Value
 
 @transfer("dequantize")
 def dequantize(lift: Lifter, node: fx.Node) -> Value | None:
-    """A torchao weight multiplies as its dequantised value does, so that both are one indeterminate. Any other
-    dequantisation is an indeterminate of its own."""
+    """A torchao weight multiplies like its dequantised value, so both are one indeterminate. Any other dequantisation is an
+    indeterminate of its own."""
     source = node.args[0] if node.args else None
     before, after = tensor_of(source), tensor_of(node)
     if before is None or after is None or not is_torchao(before) or len(node.args) > 1 or node.kwargs:

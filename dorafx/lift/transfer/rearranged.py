@@ -1,8 +1,8 @@
-"""``einsum`` as tracers take it apart: axes are moved, added and merged, and a batched product stands in their midst.
+"""``einsum`` as tracers decompose it: axes are moved, added and merged before and after a batched product.
 
-Every axis of a tensor that was only moved about carries the letters of the axes of its source that it is made of; a batched product
-gives the letters that it sums over to both its operands. Where the axes lie as those of a matrix or of a vector again, the letters are
-those of an ``einsum`` of the sources, and are read as one.
+Every axis of a rearranged tensor carries the letters of the source's axes that it consists of. A batched product gives the axes that it
+sums over the same letters in both operands. Once the axes are those of a matrix or of a vector again, the letters are those of an
+``einsum`` of the sources, and are read as such.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _letters = itertools.count()
 
 @dataclass(frozen=True)
 class Subscripts:
-    """A tensor as an ``einsum``: ``sources`` with a letter for each axis (None for one of size one), and the letters of each axis of
-    the result. ``detached``: some step on the way recorded no gradients."""
+    """A tensor as an ``einsum``: ``sources`` with a letter for each axis (None for an axis of size 1), and the letters of each axis of
+    the result. ``detached``: some step recorded no gradients."""
 
     sources: tuple[tuple[fx.Node, tuple[int | None, ...]], ...]
     axes: tuple[tuple[int, ...], ...]
@@ -49,7 +49,7 @@ class Subscripts:
 
 
 def _of(lift: Lifter, arg: Any) -> Subscripts | None:
-    """The subscripts of an argument: as they are known, or one letter for each axis."""
+    """The subscripts of an argument: those known already, or a new letter for each axis."""
     known = lift.subscripts.get(arg) if isinstance(arg, fx.Node) else None
     tensor = tensor_of(arg)
     if known is not None or tensor is None or tensor.dtype not in FLOAT_DTYPES or arg in lift.written:
@@ -63,11 +63,11 @@ def _of(lift: Lifter, arg: Any) -> Subscripts | None:
 
 
 def _viewed(lift: Lifter, node: fx.Node) -> Subscripts | None:
-    """Axes merged, or cut where they were merged before."""
+    """Axes are merged, or split where they were merged before."""
     source, before, after = _of(lift, first_argument(node)), tensor_of(first_argument(node)), tensor_of(node)
     if source is None or before is None or after is None or after.dtype not in FLOAT_DTYPES:
         return None
-    if before.dtype != after.dtype:  # view(dtype) reads the bits as other numbers
+    if before.dtype != after.dtype:  # view(dtype) reinterprets bits
         return None
     rest = [s for axis in source.axes for s in axis]
     axes: list[tuple[int, ...]] = []
@@ -142,7 +142,7 @@ def _multiplied(lift: Lifter, node: fx.Node) -> Subscripts | None:
     args = arguments(node, "input", "other")
     both = args.get("input"), args.get("other")
     if not any(_is_opaque(lift, arg) for arg in both) and not all(_is_vector(lift, arg) for arg in both):
-        return None  # the table of arithmetic knows more of it
+        return None  # the transfer functions of arithmetic know more
     left, right = _of(lift, args.get("input")), _of(lift, args.get("other"))
     if left is None or right is None or len(left.axes) != len(right.axes):
         return None
@@ -155,7 +155,7 @@ def _is_vector(lift: Lifter, arg: Any) -> bool:
 
 
 def _is_opaque(lift: Lifter, arg: Any) -> bool:
-    """Whether an argument was moved about until nothing but its letters is known of it."""
+    """Whether an argument was rearranged so that only its letters are known."""
     value = lift.value(arg) if isinstance(arg, fx.Node) and arg in lift.subscripts else None
     if not isinstance(value, MatrixValue):
         return False
@@ -175,24 +175,24 @@ def _batched_product(lift: Lifter, node: fx.Node) -> Subscripts | None:
 def _joined(
     left: Subscripts, right: Subscripts, shared: list[tuple[int, int]], summed: tuple[int, ...]
 ) -> Subscripts | None:
-    """The product of two tensors that share these axes (of each, by position), summed over some of the left's. An axis of one of
-    size one is broadcast. None where gradients flow to one of them only: the term of the whole has them for all or none."""
+    """The product of two tensors that share axes (pairs of positions in left and right), summed over some axes of ``left``. An axis of
+    size 1 in one of them is broadcast. None if gradients flow to one of them only: the term of the result has them for both or none."""
     if len(left.sources) + len(right.sources) > _MOST_OPERANDS or left.detached != right.detached:
         return None
     right = right.renamed({s: next(_letters) for s in right.sizes})
     names: dict[int, int] = {}
     axes = list(left.axes)
     for i, j in shared:
-        own_axis, other = left.axes[i], right.axes[j]
-        if own_axis and other:
-            if len(own_axis) != len(other) or not all(
-                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(own_axis, other)
+        axis, other = left.axes[i], right.axes[j]
+        if axis and other:
+            if len(axis) != len(other) or not all(
+                same_size(left.sizes[s], right.sizes[t]) for s, t in zip(axis, other)
             ):
                 return None
-            names.update(zip(other, own_axis))
-        elif i in summed and (own_axis or other):
+            names.update(zip(other, axis))
+        elif i in summed and (axis or other):
             return None
-        axes[i] = own_axis or other
+        axes[i] = axis or other
     if summed:
         axes[summed[0]] = right.axes[-1]
     right = right.renamed(names)
@@ -205,7 +205,7 @@ def _joined(
 
 
 def _value(lift: Lifter, subscripts: Subscripts) -> Value | None:
-    """The term of a tensor, by its letters; None where its axes are not those of a matrix or of a vector."""
+    """The term of a tensor by its letters; None if its axes are not those of a matrix or of a vector."""
     long = [i for i, axis in enumerate(subscripts.axes) if axis]
     value: Value | None = _filters(lift, subscripts, long)
     if value is not None:
@@ -255,8 +255,8 @@ def _rearranged(lift: Lifter, subscripts: Subscripts, long: list[int]) -> Value 
 
 
 def _equation(subscripts: Subscripts, long: list[int]) -> tuple[list[str], str, list[fx.Node]]:
-    """Subscripts as text: of each source, and of the result. An axis of size one is a letter like any other where there are two of
-    them that can only be each other's; elsewhere it has none."""
+    """Subscripts as text, of each source and of the result. Axes of size 1 have no letter, except if there are exactly two of them that
+    can only belong together."""
     names = {s: chr(ord("a") + i) for i, s in enumerate(subscripts.sizes)}
     inputs = ["".join(names[s] for s in letters if s is not None) for _, letters in subscripts.sources]
     result = "".join(names[s] for axis in subscripts.axes for s in axis)
@@ -285,18 +285,18 @@ _TRACES: dict[str, Callable[[Lifter, fx.Node], Subscripts | None]] = {
 
 
 def _of_several(name: str | None, subscripts: Subscripts | None) -> bool:
-    """Whether the letters are those of a product's operands, of which what an operator does by itself tells the last step alone. (Of a
-    product of entries it tells all.)"""
+    """Whether the letters are those of a product of several sources. The operator's own transfer function sees only the last step of
+    such a product (except for an elementwise product, of which it sees everything)."""
     return subscripts is not None and len(subscripts.sources) > 1 and name != "mul"
 
 
 @transfer(*_TRACES, reading=Reading.TAKEN_APART)
 def taken_apart(lift: Lifter, node: fx.Node) -> Value | None:
-    """Follows the letters of the axes, and reads a product of several sources by them."""
+    """Follow the letters of the axes; a product of several sources is read by them."""
     name = canonical_name(node)
     subscripts = _TRACES[name](lift, node) if name is not None else None
     if subscripts is None:
-        lift.subscripts.pop(node, None)  # of a time before an operand was sealed
+        lift.subscripts.pop(node, None)  # from an attempt before an operand was sealed
         return None
     if not lift.records_gradients:
         subscripts = replace(subscripts, detached=True)
@@ -306,7 +306,7 @@ def taken_apart(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer(*_TRACES, reading=Reading.MOVED)
 def moved(lift: Lifter, node: fx.Node) -> Value | None:
-    """Reads by the letters of its axes what no layout tells."""
+    """Read a rearranged tensor by the letters of its axes, if its layout did not suffice."""
     subscripts = lift.subscripts.get(node)
     of_several = _of_several(canonical_name(node), subscripts)
     return _value(lift, subscripts) if subscripts is not None and not of_several else None

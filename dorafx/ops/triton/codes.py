@@ -6,12 +6,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["dequantized"]
-
 
 @triton.jit
 def _nf4(code):
-    # Selections by one bit after another: a table would be loads of single values, from memory that the L1 has to hold.
+    # Selects by one bit after another. A table would need a load for each value, and room in the L1 cache.
     low0 = tl.where((code & 1) != 0, -0.6961928009986877, -1.0)
     low1 = tl.where((code & 1) != 0, -0.39491748809814453, -0.5250730514526367)
     low2 = tl.where((code & 1) != 0, -0.18477343022823334, -0.28444138169288635)
@@ -48,8 +46,8 @@ def dequantized(
 ):  # fmt: skip
     """The tile of ``COLUMNS`` columns from ``start`` on, in fp32, rounded to ``VALUE`` as the format's library rounds it.
 
-    A byte of 4-bit codes has an even column in its upper half and the odd one after it in its lower half; d_in of such a weight is
-    even, so that both lie within a row, and in one group.
+    A byte of 4-bit codes has an even column in its upper half and the next, odd one in its lower half. d_in of such a weight is even,
+    so both are in one row and in one group.
     """
     WIDTH: tl.constexpr = 2 if FORMAT == "nf4" or FORMAT == "fp4" else 1
     columns = tl.arange(0, COLUMNS // WIDTH) * WIDTH

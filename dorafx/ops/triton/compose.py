@@ -1,10 +1,9 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """The composition in one pass over its operands, and its gradients in one pass over theirs.
 
-Forward: ``y = g ⊙ (base + s·lora) + bias`` or ``y = result + (g - 1) ⊙ base + g ⊙ s·lora``, and, where g is trained, the
-sum that its gradient needs. Backward: the gradients of base and lora are written while those of g and bias are summed over
-tokens, by every program for its own part of the tokens; the parts are then added in a fixed order. No atomics: results do
-not change between runs.
+Forward: ``y = g ⊙ (base + s·lora) + bias`` or ``y = result + (g - 1) ⊙ base + g ⊙ s·lora``, and, if g is trained, the sum that
+its gradient needs. Backward: each program takes a part of the tokens, writes the gradients of base and lora, and sums those of g and
+bias over its tokens; the parts are then added in a fixed order. There are no atomics, so results do not change between runs.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ import triton
 import triton.language as tl
 
 from . import configs
-
-__all__ = ["add_parts_kernel", "compose_backward_kernel", "compose_kernel", "launch_backward", "launch_forward"]
 
 
 @triton.jit
@@ -59,7 +56,7 @@ def compose_kernel(
     COLUMNS: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # 64 bits, since there may be more than 2**31 tokens or elements before a tile.
+    # In 64 bits: there may be more than 2**31 tokens or elements before a tile.
     column = (program % column_blocks).to(tl.int64) * COLUMNS
     block = program // column_blocks
     row = (block % row_blocks).to(tl.int64) * ROWS
@@ -69,7 +66,7 @@ def compose_kernel(
     mask = (tile_rows < rows - row)[:, None] & column_mask[None, :]
     if WIDE:
         tile_rows, tile_columns = tile_rows.to(tl.int64), tile_columns.to(tl.int64)
-    # Inductor hands scalars over in fp64, which would make all that follows fp64.
+    # Inductor passes scalars in fp64, which would make everything after it fp64.
     scale = tl.full([], scale, tl.float32)
     factor = tl.load(g + column + tile_columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     base_tile = _tile(base, outer, row, column, stride_bo, stride_br, stride_bc, tile_rows, tile_columns)
@@ -157,11 +154,11 @@ def compose_backward_kernel(
             d_g += dy * tl.load(total_tile, mask=mask, other=0.0).to(tl.float32)
         if sums_bias is not None:
             d_bias += dy
-    own = index.to(tl.int64) * columns + column + tile_columns
+    sum_offsets = index.to(tl.int64) * columns + column + tile_columns
     if sums_g is not None:
-        tl.store(sums_g + own, tl.sum(d_g, axis=0).to(sums_g.dtype.element_ty), mask=column_mask)
+        tl.store(sums_g + sum_offsets, tl.sum(d_g, axis=0).to(sums_g.dtype.element_ty), mask=column_mask)
     if sums_bias is not None:
-        tl.store(sums_bias + own, tl.sum(d_bias, axis=0).to(sums_bias.dtype.element_ty), mask=column_mask)
+        tl.store(sums_bias + sum_offsets, tl.sum(d_bias, axis=0).to(sums_bias.dtype.element_ty), mask=column_mask)
 
 
 @triton.jit
@@ -189,7 +186,7 @@ def launch_forward(
     """Write the composition into ``out`` and, where ``total`` is given, ``base + s·lora`` into it.
 
     Args:
-        result, base, lora: ``[.., d_out]`` of one shape, any strides, fp16, bf16 or fp32; with ``result`` the delta form,
+        result, base, lora: ``[.., d_out]`` of one shape, any strides, fp16, bf16 or fp32. With ``result`` it is the delta form,
             which has no bias.
         g, bias: ``[d_out]``.
         out, total: of base's shape, with equal strides; ``out`` may be base or result itself.
@@ -240,11 +237,11 @@ def launch_backward(
     d_bias: torch.Tensor | None,
     parts: int | None = None,
 ) -> None:
-    """Write the gradients that are given.
+    """Write gradients into those of ``d_base``, ``d_lora``, ``d_g`` and ``d_bias`` that are not None.
 
     Args:
-        grad, total: ``[.., d_out]`` of one shape, any strides; ``total`` only where ``d_g`` is.
-        d_base, d_lora: like grad, with equal strides.
+        grad, total: ``[.., d_out]`` of one shape, any strides; ``total`` is needed for ``d_g`` only.
+        d_base, d_lora: of grad's shape, with equal strides.
         d_g, d_bias: ``[d_out]``, contiguous.
         parts: into how many parts the tokens are divided; by default as many as fill the device.
     """
@@ -263,7 +260,7 @@ def launch_backward(
     row_blocks, column_blocks = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
     blocks = outer * row_blocks
     if parts is None:
-        # Gradients of tokens alone need no second stage, so they are divided as finely as they come.
+        # Without d_g and d_bias there are no partial sums, so each block of tokens can be a part.
         programs = configs.PROGRAMS_PER_PROCESSOR * configs.multiprocessors(grad.device)
         parts = blocks if d_g is None and d_bias is None else triton.cdiv(programs, column_blocks)
     part = triton.cdiv(blocks, min(parts, blocks))
@@ -310,26 +307,27 @@ Strides = tuple[int, int, int]
 def _planes(
     out: torch.Tensor | None, operands: Sequence[torch.Tensor | None]
 ) -> tuple[int, int, int, list[Strides], list[torch.Tensor | None]]:
-    """Outer size, rows and columns that all tensors can be walked by, and three strides of each, ``out``'s first.
+    """Outer size, rows and columns by which all tensors can be traversed; the three strides of each tensor, those of ``out`` first;
+    and the operands.
 
-    Leading dimensions are merged into two at most: a convolution's activations, seen with their channels last, are two.
-    An operand that fits no such split is copied.
+    Leading dimensions are merged into at most two, which a convolution's activations seen with channels last need. An operand for
+    which no common split exists is copied.
     """
     reference = next(t for t in (out, *operands) if t is not None)
     lead, columns = reference.shape[:-1], reference.shape[-1]
     present = [t for t in (out, *operands) if t is not None]
     fits = [k for k in range(max(len(lead), 1)) if all(_splits(t, k) for t in present)]
     if fits:
-        split, given = fits[0], list(operands)
+        split, sources = fits[0], list(operands)
     else:
         split = next(k for k in range(len(lead)) if out is None or _splits(out, k))
-        given = [t if t is None or _splits(t, split) else t.contiguous() for t in operands]
-    strides = [(0, 0, 0) if t is None else _strides(t, split) for t in (out, *given)]
-    return math.prod(lead[:split]), math.prod(lead[split:]), columns, strides, given
+        sources = [t if t is None or _splits(t, split) else t.contiguous() for t in operands]
+    strides = [(0, 0, 0) if t is None else _strides(t, split) for t in (out, *sources)]
+    return math.prod(lead[:split]), math.prod(lead[split:]), columns, strides, sources
 
 
 def _merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride of several dimensions as one; None where they have none."""
+    """The stride of several dimensions seen as one; None if they cannot be merged."""
     dims = [(n, stride) for n, stride in zip(shape, strides) if n != 1]
     if any(s != n * inner for (_, s), (n, inner) in itertools.pairwise(dims)):
         return None

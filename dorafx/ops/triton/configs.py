@@ -1,7 +1,7 @@
 """Block sizes, warps and stages of every kernel: decided here and nowhere else.
 
-Every configuration compiles for the architecture whose table has it without spilled registers, for narrow and wide weights, in
-any layout, with d_in divided or whole; the tests check that ahead of time.
+Every configuration compiles without spilled registers for the architectures that have it in their table: for narrow and wide
+weights, in any layout, with d_in divided or whole. The tests check that ahead of time.
 """
 
 from __future__ import annotations
@@ -13,48 +13,18 @@ from typing import TypeVar
 
 import torch
 
-__all__ = [
-    "AMPERE",
-    "BLACKWELL",
-    "BLACKWELL_CONSUMER",
-    "COMPOSE",
-    "COMPOSE_TABLES",
-    "HOPPER",
-    "LINEAR",
-    "LINEAR_TABLES",
-    "PROGRAMS_PER_PROCESSOR",
-    "TABLES",
-    "WIDEST_CONVERTED_RANK",
-    "ComposeConfig",
-    "ComposeConfigs",
-    "Gpu",
-    "LinearConfig",
-    "Problem",
-    "RowNormConfig",
-    "architecture",
-    "code_bytes",
-    "compose_config",
-    "division",
-    "gpu",
-    "linear_config",
-    "multiprocessors",
-    "row_norm_config",
-    "splits",
-    "table_of",
-]
-
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What of a GPU decides how kernels run on it.
+    """The properties of a GPU on which the configurations depend.
 
     Attributes:
         architecture: ten times its compute capability.
         processors: its streaming multiprocessors.
         block_bytes: shared memory that one program may have.
-        processor_bytes: shared memory of a multiprocessor; each resident program takes 1 KiB more than it asks for.
+        processor_bytes: shared memory of a multiprocessor; each resident program takes 1 KiB more than it requests.
     """
 
     architecture: int
@@ -65,14 +35,14 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Problem:
-    """A row norm, as far as it decides block sizes.
+    """The properties of a row norm on which block sizes depend.
 
     Attributes:
         rank: of the factors.
         operand_bytes: of an element of the product's operands.
-        factor_bytes: of an element of the factors as they are loaded, the wider one's.
-        weight_bytes: of an element of W; see :func:`code_bytes` of a quantised one.
-        scattered: whether no dimension of W lies side by side in memory.
+        factor_bytes: of an element of the wider factor, as it is loaded.
+        weight_bytes: of an element of W; for a quantised W, see :func:`code_bytes`.
+        scattered: whether no dimension of W is contiguous in memory.
     """
 
     rank: int
@@ -83,12 +53,12 @@ class Problem:
 
 
 def code_bytes(format: str, scale: int, zero: int = 0) -> int:
-    """What an element of a quantised W counts for, in bytes, rounded up: its code, the scale of its group (4-bit codes share one, and
-    8-bit ones of bitsandbytes have one a row), and its zero point. At least 3: values take more registers until they are
-    dequantised than half precision does.
+    """How many bytes an element of a quantised W counts for, rounded up: its code, the scale of its group (two 4-bit codes share one;
+    bitsandbytes' 8-bit codes have one a row), and its zero point. At least 3, because values that are not dequantised yet take more
+    registers than half precision.
 
     Args:
-        scale, zero: bytes of these.
+        scale, zero: bytes of a scale and of a zero point.
     """
     if format == "bnb8":
         return 3
@@ -96,8 +66,9 @@ def code_bytes(format: str, scale: int, zero: int = 0) -> int:
 
 
 WIDEST_CONVERTED_RANK = 64
-"""Up to this rank factors that are wider than the product's operands are converted tile by tile; above it before the launch:
-every block of rows would load all of ``right`` in its width, and the kernels for such ranks have no registers to spare."""
+"""Up to this rank, factors that are wider than the product's operands are converted tile by tile. Above it they are converted before
+the launch: every block of rows would load all of ``right`` in the wider dtype, and the kernels for such ranks have no registers to
+spare."""
 
 
 _BARRIERS = 256
@@ -111,23 +82,23 @@ class RowNormConfig:
     factor_bytes: int
     """Width of the product's operands: 2 (fp16, bf16) or 4 (fp32)."""
     max_rank: int | None
-    """The largest rank that it serves, whose part of ``left`` is then resident in shared memory; None is any: both factors are
-    streamed."""
+    """The largest rank that it serves, with ``left`` resident in shared memory; None: any rank, both factors are streamed."""
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
-    """Tiles in flight. One, of a resident ``left``: the next tile of ``right`` comes to registers while this one is multiplied."""
+    """Tiles in flight. With one, and a resident ``left``, the next tile of ``right`` is loaded to registers while this one is
+    multiplied."""
     programs: int = 1
-    """Programs a multiprocessor that the registers leave room for, with a weight in half precision."""
+    """How many programs a multiprocessor has registers for, with a weight in half precision."""
     weight_bytes: int = 8
-    """The widest element of W that it serves; of a quantised W with its scale."""
+    """The widest element of W that it serves; see :func:`code_bytes` for a quantised W."""
     scattered: bool = True
-    """Whether it serves a W of which no dimension lies side by side in memory: that takes a register an element."""
+    """Whether it serves a W of which no dimension is contiguous in memory: that takes a register for each element."""
 
     def chunks(self, rank: int) -> int:
-        """Chunks of the rank in which ``left`` is resident; 0 where it is not."""
+        """The number of chunks of the rank in which ``left`` is resident; 0 if it is not resident."""
         return 0 if self.max_rank is None else -(-rank // self.depth)
 
     def shared_bytes(self, problem: Problem, architecture: int) -> int:
@@ -136,7 +107,7 @@ class RowNormConfig:
 
     def _tiles_bytes(self, problem: Problem, architecture: int) -> int:
         depth = self.depth * (self.chunks(problem.rank) or 1)
-        # fp32 operands are in two parts, each of them a tf32 number.
+        # An fp32 operand is split into two tf32 numbers.
         parts = problem.operand_bytes if problem.operand_bytes == 2 else 2 * problem.operand_bytes
         left, right = parts * depth * self.rows, problem.factor_bytes * depth * self.columns
         block = problem.weight_bytes * self.rows * self.columns
@@ -144,11 +115,11 @@ class RowNormConfig:
             return left + right + block
         stages = self.num_stages - 1
         if problem.factor_bytes == problem.operand_bytes == 2:
-            # From Hopper on the tensor cores read their operands from shared memory while the next tile comes.
+            # From Hopper on, the tensor cores read their operands from shared memory while the next tile is loaded.
             buffers, converted = self.num_stages if 90 <= architecture < 120 else stages, 0
         else:
             buffers, converted = stages, parts * depth * self.columns
-            if self.max_rank is None:  # Triton 3.8 writes a streamed ``left`` back as well, before it is in parts
+            if self.max_rank is None:  # Triton 3.8 also writes a streamed ``left`` back, before it is split
                 converted += problem.operand_bytes * depth * self.rows
         if self.max_rank is None:
             return max(buffers * problem.factor_bytes * depth * (self.rows + self.columns) + converted, block)
@@ -160,10 +131,10 @@ class RowNormConfig:
         return max(1, min(self.programs, gpu.processor_bytes // shared))
 
 
-# Small ranks are bound by reading W: small tiles, many in flight. From rank 65 on reading ``right`` from L2, which every block of
-# rows does once, costs as much: the blocks are taller, and ``left`` is read once for all of them. Above 128 the next tile goes
-# through registers, so that shared memory holds ``left`` for 128 rows. fp32 factors are split into three tf32 products.
-# A rank that has several rows takes the first that serves the weight and fits into the card's shared memory.
+# Small ranks are bound by reading W: small tiles, many in flight. From rank 65 on, reading ``right`` from L2 costs as much, and every
+# block of rows reads it once: so the blocks have more rows, and ``left`` is read once for each. Above 128 the next tile goes through
+# registers, so that shared memory has room for ``left`` of 128 rows. Products of fp32 factors are three tf32 products.
+# Of several entries for a rank, the first that serves the weight and fits into the GPU's shared memory is used.
 HOPPER = (
     RowNormConfig(2, 16, 64, 64, 16, 8, 4, programs=4),
     RowNormConfig(2, 64, 128, 64, 32, 8, 4, programs=2),
@@ -178,10 +149,10 @@ HOPPER = (
     RowNormConfig(4, None, 64, 64, 32, 8, 3),
 )
 
-# Their products are in the memory of the tensor cores, W's tile is not: registers end at rank 384.
+# Products are in the tensor cores' own memory, but the tile of W is in registers, which suffice up to rank 384.
 BLACKWELL = tuple(row for row in HOPPER if row.max_rank != 512)
 
-# Tensor cores before Hopper's keep all of a product in registers. Rows for 99 KiB of shared memory follow those for 163.
+# Tensor cores before Hopper keep the whole product in registers. Entries for 99 KiB of shared memory follow those for 163 KiB.
 AMPERE = (
     RowNormConfig(2, 16, 64, 64, 16, 8, 4, programs=4),
     RowNormConfig(2, 64, 64, 64, 32, 8, 4, programs=2),
@@ -196,7 +167,7 @@ AMPERE = (
     RowNormConfig(4, None, 64, 32, 32, 8, 3),
 )
 
-# The same tensor cores in cards that have 99 KiB; what is scattered, and products of fp32, spill earlier.
+# The same tensor cores, with 99 KiB of shared memory; scattered weights and fp32 products spill registers earlier.
 BLACKWELL_CONSUMER = (
     *AMPERE[:5],
     RowNormConfig(2, None, 64, 128, 64, 8, 3, scattered=False),
@@ -206,22 +177,22 @@ BLACKWELL_CONSUMER = (
 )
 
 TABLES: dict[int, tuple[RowNormConfig, ...]] = {80: AMPERE, 90: HOPPER, 100: BLACKWELL, 120: BLACKWELL_CONSUMER}
-"""A table for each architecture, by ten times its compute capability; ``dorafx bench --tune`` prints one measured on the
-device at hand. None has been measured: all are made by calculation."""
+"""A table for each architecture, by ten times its compute capability. All are calculated, none is measured yet; ``dorafx bench
+--tune`` prints a table measured on the present device."""
 
 
-def _newest(tables: Mapping[int, T], found: int) -> T:
-    return tables[max((known for known in tables if known <= found), default=min(tables))]
+def _newest(tables: Mapping[int, T], architecture: int) -> T:
+    return tables[max((known for known in tables if known <= architecture), default=min(tables))]
 
 
-def table_of(found: int) -> tuple[RowNormConfig, ...]:
-    """The table of an architecture: its own, that of the newest older one, or else the oldest."""
-    return _newest(TABLES, found)
+def table_of(architecture: int) -> tuple[RowNormConfig, ...]:
+    """The table of an architecture, or of the newest older one that has a table, or else the oldest table."""
+    return _newest(TABLES, architecture)
 
 
 def row_norm_config(problem: Problem, gpu: Gpu) -> RowNormConfig:
-    """The first configuration of the architecture's table that serves a problem within the card's shared memory; where none is
-    within it, the one that takes least."""
+    """The first configuration of the architecture's table that serves the problem and fits into the GPU's shared memory; if none
+    fits, the one that needs least."""
 
     def shared(config: RowNormConfig) -> int:
         return config.shared_bytes(problem, gpu.architecture)
@@ -256,31 +227,30 @@ class ComposeConfigs:
     backward: ComposeConfig
 
 
-# 16 bytes a thread and load in half precision. The backward keeps two sums a column in registers besides.
+# Each thread loads 16 bytes at a time in half precision. The backward also keeps two sums for each column in registers.
 COMPOSE = ComposeConfigs(ComposeConfig(4, 1024, 4), ComposeConfig(4, 512, 4))
 COMPOSE_TABLES: dict[int, ComposeConfigs] = {80: COMPOSE, 90: COMPOSE, 100: COMPOSE}
-"""As :data:`TABLES`; made by calculation, not by measurement."""
+"""As :data:`TABLES`; calculated, not measured."""
 
 PROGRAMS_PER_PROCESSOR = 8
-"""Programs a multiprocessor that the composition's backward is divided into; every one leaves a row of partial sums."""
+"""Into how many programs for each multiprocessor the composition's backward is divided; each writes a row of partial sums."""
 
 
 @functools.cache
-def compose_config(columns: int, along_rows: bool = False, found: int = 90) -> ComposeConfigs:
+def compose_config(columns: int, along_rows: bool = False, architecture: int = 90) -> ComposeConfigs:
     """The configurations for a width: a tile keeps its size, and takes no more columns than there are.
 
     Args:
-        along_rows: whether tokens are what lies side by side, as in a convolution's activations: tiles are then long
-            along these.
+        along_rows: whether tokens are contiguous in memory, as in a convolution's activations; tiles are then longer along them.
     """
-    table = _newest(COMPOSE_TABLES, found)
+    table = _newest(COMPOSE_TABLES, architecture)
     return ComposeConfigs(*(_fitted(c, columns, along_rows) for c in (table.forward, table.backward)))
 
 
 def _fitted(config: ComposeConfig, columns: int, along_rows: bool) -> ComposeConfig:
     size = config.rows * config.columns
     widest = min(32 if along_rows else config.columns, 1 << max(columns - 1, 0).bit_length())
-    # No fewer columns than a warp reads at once: narrower tiles would be long columns of little use for sums over rows.
+    # At least as many columns as a warp reads at once; narrower tiles would be long columns, which are bad for sums over rows.
     width = max(widest, 16)
     return ComposeConfig(size // width, width, config.num_warps)
 
@@ -308,12 +278,12 @@ LINEAR = (
     LinearConfig(4, None, 64, 64, 32, 4, 3),
 )
 LINEAR_TABLES: dict[int, tuple[LinearConfig, ...]] = {80: LINEAR, 90: LINEAR, 100: LINEAR}
-"""As :data:`TABLES`; made by calculation, not by measurement."""
+"""As :data:`TABLES`; calculated, not measured."""
 
 
-def linear_config(operand_bytes: int, tokens: int, found: int = 90) -> LinearConfig:
+def linear_config(operand_bytes: int, tokens: int, architecture: int = 90) -> LinearConfig:
     """The first configuration of an architecture's table that serves operands of this width and so many tokens."""
-    table = _newest(LINEAR_TABLES, found)
+    table = _newest(LINEAR_TABLES, architecture)
     return next(
         c for c in table if c.operand_bytes == operand_bytes and (c.max_tokens is None or tokens <= c.max_tokens)
     )
@@ -329,8 +299,8 @@ def splits(row_blocks: int, column_blocks: int, residents: int) -> int:
         residents: programs that the device runs at a time: multiprocessors times the programs that each has.
 
     Returns:
-        The fewest parts of those that take the least time, counted in tiles one after another (5 % more is as good, since every
-        part costs a partial sum).
+        The fewest parts that take the least time, counted in tiles one after another. Up to 5 % more time counts as equal, since
+        every part costs a partial sum.
     """
 
     def tiles(parts: int) -> int:
@@ -352,11 +322,11 @@ def division(
 
     Args:
         shape: of the weight, ``[d_out, d_in]``.
-        norms: that are launched together.
-        parts: into which d_in is divided, at most; by default as :func:`splits` has it.
+        norms: how many norms are launched together.
+        parts: into how many parts d_in is divided at most; by default :func:`splits` decides.
 
     Returns:
-        Blocks of rows, parts of d_in, and columns of a part.
+        The number of blocks of rows, of parts of d_in, and of columns of a part.
     """
     d_out, d_in = shape
     row_blocks, column_blocks = -(-d_out // config.rows), -(-d_in // config.columns)
@@ -368,14 +338,14 @@ def division(
 
 @functools.cache
 def gpu(device: torch.device) -> Gpu:
-    """The device's properties; where kernels are interpreted on CPU tensors, those of a Hopper GPU with one multiprocessor."""
+    """The device's properties; for kernels interpreted on CPU tensors, those of a Hopper GPU with one multiprocessor."""
     if device.type != "cuda":
         return Gpu(90, 1, 227 << 10, 228 << 10)
     properties = torch.cuda.get_device_properties(device)
     return Gpu(
         10 * properties.major + properties.minor,
         properties.multi_processor_count,
-        # A CUDA device's; ROCm's have one number.
+        # CUDA devices have an opt-in limit; ROCm has a single number.
         getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block),
         properties.shared_memory_per_multiprocessor,
     )

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """A DoRA linear in one kernel: ``y = g ⊙ (x·Wᵀ + s·h·Bᵀ) + bias`` with ``h = x·Aᵀ``.
 
-Both products accumulate into one fp32 tile, the low-rank one first, so that the scaling s costs no second tile; g and bias
-are the epilogue. Neither product is ever in memory.
+Both products accumulate into one fp32 tile, the low-rank one first, so the scaling s needs no second tile; g and bias are the
+epilogue. Neither product is ever written to memory.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import triton.language as tl
 
 from . import configs
 from .tiles import operand_type, precision_of
-
-__all__ = ["dora_linear_kernel", "launch"]
 
 
 @triton.jit
@@ -90,7 +88,7 @@ def dora_linear_kernel(
     STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
-    # Programs that run at the same time share rows of x and of W in the L2 cache: a group of rows of blocks, column by column.
+    # Groups of row blocks, column by column, so that programs that run at the same time share rows of x and of W in the L2 cache.
     in_group = GROUP * column_blocks
     first = program // in_group * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
@@ -115,10 +113,10 @@ def dora_linear_kernel(
     offsets += row * d_out + column
     if total is not None:
         tl.store(total + offsets, acc.to(total.dtype.element_ty), mask=mask)
-    own = column + columns
-    acc *= tl.load(g + own, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    output_columns = column + columns
+    acc *= tl.load(g + output_columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
-        acc += tl.load(bias + own, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + output_columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -134,7 +132,7 @@ def launch(
     total: torch.Tensor | None,
     config: configs.LinearConfig | None = None,
 ) -> None:
-    """Write the layer's output and, where ``total`` is given, what g scales.
+    """Write the layer's output into ``out`` and, if ``total`` is given, ``x·Wᵀ + s·h·Bᵀ`` into it.
 
     Args:
         x, weight, h, left: ``[.., d_in]``, ``[d_out, d_in]``, ``[.., r]``, ``[d_out, r]``, of one dtype (fp16, bf16 or

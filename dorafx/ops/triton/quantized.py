@@ -1,6 +1,6 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
-"""The tiled row norm of a quantised weight: codes are dequantised in registers, a tile at a time, and the dense weight is never
-in memory. As :mod:`dorafx.ops.triton.row_norm` otherwise, whose loop it runs.
+"""The tiled row norm of a quantised weight: codes are dequantised in registers, one tile at a time, so the dense weight is never in
+memory. The loop is that of :mod:`dorafx.ops.triton.row_norm`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from dorafx.ops.quantized import TABLES, Packed
 from . import configs
 from .row_norm import loadable, norm_of_rows
 from .tiles import block_constants, finish, operand_type
-
-__all__ = ["launch", "quantized_row_norm_kernel", "serves"]
 
 
 @triton.jit
@@ -75,8 +73,8 @@ def launch(
     config: configs.RowNormConfig | None = None,
     operand: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """See :func:`dorafx.ops.quantized.row_norm_quantized`; operands on one CUDA device, checked, not fp64, not empty, of a format
-    that the kernel :func:`serves`.
+    """See :func:`dorafx.ops.quantized.row_norm_quantized`. The operands must be checked, on one CUDA device, not fp64, not empty, and
+    of a format that the kernel supports (:func:`serves`).
 
     Args:
         parts: into how many parts d_in is divided; by default as many as fill the device.
@@ -128,8 +126,8 @@ def launch(
 
 
 def _rounded_to(dtype: torch.dtype, interpreted: bool) -> tl.dtype:
-    """What dequantised values are rounded to. Triton's interpreter cuts bf16 off instead of rounding, so that there they keep
-    their fp32."""
+    """The dtype that dequantised values are rounded to. Triton's interpreter truncates to bf16 instead of rounding, so there it is
+    fp32."""
     if dtype == torch.bfloat16:
         return tl.float32 if interpreted else tl.bfloat16
     return tl.float16 if dtype == torch.float16 else tl.float32

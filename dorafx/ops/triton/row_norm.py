@@ -1,13 +1,13 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """The tiled row norm on tensor cores: ``W + s·L·R`` is formed tile by tile in registers, squared and summed.
 
-One pass over W. A program owns a block of rows and a part of d_in. Where the blocks of rows do not fill the device, d_in
-is divided too; the partial sums are then added in a fixed order, so results do not change between runs. Squares are added where
-the tensor cores leave them, column by column, and along a row once, at the end: no tile is moved for its sum.
+There is one pass over W. A program takes a block of rows and a part of d_in. If the blocks of rows alone do not fill the device, d_in
+is divided too; the partial sums are then added in a fixed order, so results do not change between runs. Squares are added column by
+column, where the tensor cores left the values, and summed along the row only once, at the end: no tile is moved for its sum.
 
-The loop is that of quantised weights, too (:mod:`dorafx.ops.triton.quantized`). One kernel serves one norm and several: a launch
-always takes the addresses of ``GROUP`` norms, as arguments. So a graph that is captured launches what the calls before it
-launched, and keeps the addresses itself.
+Quantised weights (:mod:`dorafx.ops.triton.quantized`) use the same loop. One kernel serves a single norm and several: a launch always
+takes the addresses of ``GROUP`` norms as arguments. So while a CUDA graph is captured the same kernel runs as in the calls before, and
+the graph stores the addresses itself.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from .tiles import (
     streamed_product,
 )
 
-__all__ = ["GROUP", "launch", "launch_group", "loadable", "norm_of_rows", "row_norm_kernel"]
-
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 GROUP = 8
-"""Norms a launch, at most. Their addresses are arguments of the kernel, which take the host longer the more there are."""
+"""The most norms of a launch. Their addresses are arguments of the kernel, and the host takes longer for more arguments."""
 
 
 @triton.jit
@@ -47,15 +45,15 @@ def norm_of_rows(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, CHUNKS: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The norms of a block of rows of one matrix, or where d_in is divided their sums of squares in a part of it.
+    """The norms of a block of rows of one matrix; if d_in is divided, their sums of squares over a part of it.
 
     Args:
-        weight: pointer to values, or of a quantised weight to codes, in rows of ``d_in`` or half as many bytes.
-        scales, zeros, group: of a quantised weight: see :func:`dequantized`.
+        weight: pointer to values, or to the codes of a quantised weight, whose rows have ``d_in`` or half as many bytes.
+        scales, zeros, group: for a quantised weight, see :func:`dequantized`.
         out: pointer to the norms, or to a row for each part.
         FORMAT: of codes, or "dense".
         CHUNKS: chunks of the rank in which ``left`` is resident; 0 streams both factors.
-        STAGES: tiles in flight that the compiler pipelines; 1, where ``left`` is resident, keeps the next tile of ``right`` in
+        STAGES: tiles in flight that the compiler pipelines. With 1 and a resident ``left``, the next tile of ``right`` is kept in
             registers while this one is multiplied, which needs half the shared memory.
     """
     row = tl.program_id(0) * ROWS
@@ -63,8 +61,8 @@ def norm_of_rows(
     last = tl.minimum(first + part, d_in)
     tile_rows, tile_columns, depth = tl.arange(0, ROWS), tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     row_mask = tile_rows[:, None] < d_out - row
-    # Scalars have 64 bits, since an embedding of 256k x 16k has more than 2**31 elements; offsets within a tile have 32,
-    # since there are as many as a tile has elements, and they live in registers.
+    # Scalar offsets have 64 bits: an embedding of 256k x 16k has more than 2**31 elements. Offsets within a tile have 32 bits: there
+    # is one for each element of the tile, and they are in registers.
     WIDTH: tl.constexpr = 2 if FORMAT == "nf4" or FORMAT == "fp4" else 1
     weight += row.to(tl.int64) * stride_wo + (first // WIDTH).to(tl.int64) * stride_wi
     left += row.to(tl.int64) * stride_lo
@@ -87,7 +85,7 @@ def norm_of_rows(
         rights = chunks(right, right_offsets, inside, depth[:, None], rank, stride_rr, DEPTH, CHUNKS)
     for start in tl.range(first, last, COLUMNS, num_stages=STAGES if CHUNKS > 0 else 1):
         column_mask = tile_columns[None, :] < last - start
-        # Asked for before the product, which hides the time that it takes to come.
+        # Loaded before the product, which hides the latency of the load.
         if FORMAT == "dense":
             block = tl.load(weight + weight_offsets, mask=row_mask & column_mask, other=0.0)
         else:
@@ -120,11 +118,11 @@ def norm_of_rows(
 @triton.jit
 def _addressed(addresses, operand: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The pointer to an operand (0: weight, 1: left, 2: right) of the norm that this program is for."""
-    found = addresses[operand]
+    address = addresses[operand]
     for i in tl.static_range(1, GROUP):
-        found = tl.where(tl.program_id(2) == i, addresses[3 * i + operand], found)
-    pointer = found.to(tl.pointer_type(DTYPE))
-    # What the launcher tells of pointers, it does not tell of addresses: without it loads are not vectors.
+        address = tl.where(tl.program_id(2) == i, addresses[3 * i + operand], address)
+    pointer = address.to(tl.pointer_type(DTYPE))
+    # Triton knows the alignment of pointers, but not of addresses in integers; without the hint loads are not vectorised.
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
@@ -176,7 +174,7 @@ def launch(
     config: configs.RowNormConfig | None = None,
     operand: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """See :func:`dorafx.ops.norm.row_norm`; operands on one CUDA device, checked, not fp64, not empty.
+    """See :func:`dorafx.ops.norm.row_norm`. The operands must be checked, on one CUDA device, not fp64 and not empty.
 
     Args:
         parts: into how many parts d_in is divided; by default as many as fill the device.
@@ -193,8 +191,8 @@ def launch_group(
     config: configs.RowNormConfig | None = None,
     operand: torch.dtype | None = None,
 ) -> list[torch.Tensor]:
-    """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment, ``GROUP`` a launch, and a launch more
-    where d_in is divided. Otherwise as :func:`launch`."""
+    """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment: ``GROUP`` norms a launch, and one more
+    launch if d_in is divided. Otherwise as :func:`launch`."""
     norms = [(weight, *loadable(left, right, operand)) for weight, left, right in norms]
     weight, left, right = norms[0]
     device, (d_out, d_in), rank = weight.device, weight.shape, right.shape[0]
@@ -233,13 +231,13 @@ def launch_group(
             addresses += addresses[:3] * (GROUP - len(some))
             row_norm_kernel[(row_blocks, parts, len(some))](tuple(addresses), sums[start:], *sizes, **constants)
         finish(sums, out)
-    # Copies: results of an operator share no memory, and one that is kept does not keep the others.
+    # Copies, because results of an operator must not share memory, and one that is kept would keep the others alive.
     return [row.clone() for row in out] if len(norms) > 1 else [out]
 
 
 def loadable(left: torch.Tensor, right: torch.Tensor, operand: torch.dtype | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factors as the kernel reads them: see :data:`configs.WIDEST_CONVERTED_RANK`. Every block of rows reads all of
-    ``right``, so that copies pay of factors of which no dimension lies side by side."""
+    """The factors in the form in which the kernel reads them: converted above :data:`configs.WIDEST_CONVERTED_RANK`, and copied if no
+    dimension is contiguous. A copy pays off, because every block of rows reads all of ``right``."""
     if operand in (torch.bfloat16, torch.float16) and right.shape[0] > configs.WIDEST_CONVERTED_RANK:
         left, right = left.to(operand), right.to(operand)
     left, right = (t if _side_by_side(t) else t.contiguous() for t in (left, right))
@@ -247,7 +245,7 @@ def loadable(left: torch.Tensor, right: torch.Tensor, operand: torch.dtype | Non
 
 
 def _side_by_side(matrix: torch.Tensor) -> bool:
-    """Whether one of its dimensions lies side by side in memory."""
+    """Whether one of its dimensions is contiguous in memory."""
     return 1 in matrix.stride()
 
 

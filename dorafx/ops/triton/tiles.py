@@ -1,9 +1,9 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 """What the row norms of dense and of quantised weights share: tiles of factors, their product, and the end of a sum of squares.
 
-A tile of ``L·R`` is made in one of two ways. Where all of a block of rows of ``left`` fits beside it, that stays in shared memory
-in chunks of ``DEPTH`` along the rank (:func:`chunks`, :func:`resident_product`). Otherwise both factors are streamed along the
-rank for each tile (:func:`streamed_product`).
+A tile of ``L·R`` is computed in one of two ways. If a whole block of rows of ``left`` fits into shared memory beside the other tiles,
+it stays there in chunks of ``DEPTH`` along the rank (:func:`chunks`, :func:`resident_product`). Otherwise both factors are streamed
+along the rank for each tile (:func:`streamed_product`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,6 @@ import triton
 import triton.language as tl
 
 from .configs import RowNormConfig
-
-__all__ = [
-    "block_constants",
-    "chunks",
-    "converted",
-    "finish",
-    "finish_kernel",
-    "operand_type",
-    "precision_of",
-    "resident_product",
-    "store_norms",
-    "streamed_product",
-]
 
 
 @triton.jit
@@ -79,7 +66,7 @@ def streamed_product(
 
 @triton.jit
 def store_norms(squares, out, row, d_out, ROWS: tl.constexpr):
-    """The sums of ``squares`` by row, or where d_in is not divided their roots."""
+    """Store the sums of ``squares`` by row; if d_in is not divided, their roots."""
     total = tl.sum(squares, axis=1)
     if tl.num_programs(1) == 1:
         total = tl.sqrt_rn(total)
@@ -89,7 +76,7 @@ def store_norms(squares, out, row, d_out, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["d_out", "parts"])
 def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
-    """The roots of sums of parts, which are added in a fixed order."""
+    """The roots of the sums over all parts, which are added in a fixed order."""
     index = tl.program_id(1).to(tl.int64)
     partial += index * parts * d_out
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -103,8 +90,8 @@ def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
 def finish(sums: torch.Tensor, out: torch.Tensor) -> None:
     """Launch :func:`finish_kernel` for the sums ``[norms, parts, d_out]``, if there are several parts.
 
-    The first call on a device launches it in any case: how many parts there are depends on how many norms are computed at once,
-    and a CUDA graph that is captured later must not be where the kernel is loaded."""
+    The first call on a device launches it in any case, which loads the kernel. The number of parts depends on how many norms are
+    computed at once, so the first launch could otherwise come while a CUDA graph is captured, where nothing may be loaded."""
     norms, parts, d_out = sums.shape
     if parts > 1 or sums.device not in _FINISHES:
         _FINISHES.add(sums.device)
@@ -116,12 +103,12 @@ _FINISHES: set[torch.device] = set()
 
 
 def operand_type(
-    left: torch.dtype, right: torch.dtype, interpreted: bool = False, asked: torch.dtype | None = None
+    left: torch.dtype, right: torch.dtype, interpreted: bool = False, requested: torch.dtype | None = None
 ) -> tl.dtype:
-    """What the product's operands are cast to: what is asked for, or their own half precision where they share it, else fp32.
+    """What the product's operands are cast to: the requested dtype, or their own half precision where they share it, else fp32.
     Triton's interpreter multiplies bf16 wrongly, so there everything is fp32, which holds the same values."""
-    if asked in (torch.bfloat16, torch.float16):
-        left = right = asked
+    if requested in (torch.bfloat16, torch.float16):
+        left = right = requested
     if left == right == torch.bfloat16 and not interpreted:
         return tl.bfloat16
     return tl.float16 if left == right == torch.float16 and not interpreted else tl.float32

@@ -1,0 +1,138 @@
+"""Zeros that are filled by rows, ``D = torch.zeros_like(W); D[:d] = P``: the concatenation of what is written and the zeros that are left.
+
+The lifter treats whatever is written as unknown. Here the writes are taken out where nobody can tell: a tensor of zeros of the graph's
+own, filled by blocks of rows that do not meet, and read by nobody before the last of them is there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Container
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from dorafx._compat.tensors import fake_mode_of, is_wrapper, under
+
+from .operators import canonical_name
+from .tensors import tensor_of
+from .writes import written_nodes
+
+_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+_MODES = frozenset(("set_grad_enabled", "enter_inference_mode", "exit_inference_mode"))
+
+
+class _Write(NamedTuple):
+    """Rows ``start`` to ``stop`` get the values of ``source``."""
+
+    start: int
+    stop: int
+    source: fx.Node
+    node: fx.Node
+
+
+def without_filled_zeros(graph: fx.Graph) -> bool:
+    """Put concatenations in the place of zeros that are filled by rows.
+
+    Args:
+        graph: changed in place.
+
+    Returns:
+        Whether it was changed.
+    """
+    filled = [node for node in graph.nodes if _is_filled(node)]
+    changed = False
+    for zeros in filled:
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        writes = _writes(zeros, order, written_nodes(graph))
+        if writes:
+            _concatenate(graph, zeros, writes, max((write.node for write in writes), key=order.__getitem__))
+            changed = True
+    return changed
+
+
+def _is_filled(node: fx.Node) -> bool:
+    is_write = (user.target is operator.setitem and user.args[0] is node for user in node.users)
+    return node.op == "call_function" and canonical_name(node) in _ZEROS and any(is_write)
+
+
+def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Node]) -> list[_Write]:
+    """The writes in the order of their rows; none where they are no blocks of rows that do not meet, where somebody else reads the
+    tensor before all of them are done, or where a concatenation behind the last would see other values or another gradient mode."""
+    tensor = tensor_of(zeros)
+    known = tensor is not None and tensor.dim() > 1 and all(isinstance(size, int) for size in tensor.shape)
+    if (
+        tensor is None
+        or not known
+        or not tensor.is_contiguous()
+        or is_wrapper(tensor)
+        or not {"dtype", "device"}.issuperset(zeros.kwargs)
+    ):
+        return []
+    nodes = [user for user in zeros.users if user.target is operator.setitem and user.args[0] is zeros]
+    writes = []
+    for node in nodes:
+        _, index, source = node.args
+        rows = _rows(index, tensor.shape[0])
+        value = tensor_of(source)
+        if rows is None or not isinstance(source, fx.Node) or source in written or value is None or node.users:
+            return []
+        if tuple(map(str, value.shape)) != tuple(map(str, (rows[1] - rows[0], *tensor.shape[1:]))):
+            return []
+        if value.dtype != tensor.dtype or value.device != tensor.device or is_wrapper(value):
+            return []
+        writes.append(_Write(*rows, source, node))
+    writes.sort()
+    if any(first.stop > second.start for first, second in itertools.pairwise(writes)):
+        return []
+    last = max(order[node] for node in nodes)
+    if any(order[user] < last for user in zeros.users if user not in nodes):
+        return []
+    between = (node for node in zeros.graph.nodes if order[zeros] < order[node] < last)
+    return [] if any(canonical_name(node) in _MODES for node in between) else writes
+
+
+def _rows(index: Any, size: int) -> tuple[int, int] | None:
+    """The rows that an index takes, all columns of them."""
+    first, *others = index if isinstance(index, tuple) else (index,)
+    if not isinstance(first, slice) or any(i is not Ellipsis and i != slice(None) for i in others):
+        return None
+    if first.step not in (None, 1) or not all(end is None or isinstance(end, int) for end in (first.start, first.stop)):
+        return None
+    start, stop, _ = first.indices(size)
+    return (start, stop) if start < stop else None
+
+
+def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx.Node) -> None:
+    tensor, slot = tensor_of(zeros), "example_value" if "example_value" in zeros.meta else "val"
+    assert tensor is not None
+    readers = [user for user in zeros.users if user not in {write.node for write in writes}]
+
+    def meta(shape: Any, requires_grad: bool) -> dict[str, Any]:
+        with under(fake_mode_of(tensor)):
+            made = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            return {**last.meta, slot: made.requires_grad_(requires_grad)}
+
+    parts: list[fx.Node] = []
+    with graph.inserting_after(last):
+        whole = graph.call_function(torch.cat, (parts, 0))
+    whole.meta = meta(tensor.shape, tensor.requires_grad)
+    with graph.inserting_before(whole):
+        row = 0
+        for start, stop, source, _ in [*writes, _Write(tensor.shape[0], tensor.shape[0], zeros, zeros)]:
+            if row < start:
+                shape = [start - row, *tensor.shape[1:]]
+                part = graph.call_function(torch.zeros, (shape,), {"dtype": tensor.dtype, "device": tensor.device})
+                part.meta = meta(shape, False)
+                parts.append(part)
+            if source is not zeros:
+                parts.append(source)
+            row = stop
+    whole.args = (parts, 0)
+    for reader in readers:
+        reader.replace_input_with(zeros, whole)
+    for write in writes:
+        graph.erase_node(write.node)
+    graph.erase_node(zeros)
