@@ -18,6 +18,7 @@ from torch import fx
 
 from dorafx._compat.transforms import transform_around_products
 from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.graphs.contractions import has_tucker_products, with_tucker_products_in_steps
 from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.filled import without_filled_zeros
 from dorafx.graphs.functional import has_writes, without_private_writes
@@ -348,11 +349,15 @@ class _Pipeline:
 
 
 def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` in which in-place arithmetic on private memory is out of place; ``gm`` itself where there is none."""
-    if not has_writes(gm.graph):
+    """A copy of ``gm`` in which in-place arithmetic on private memory is out of place, and a product of a core and two factors two
+    products; ``gm`` itself where there is none of these."""
+    writes, tucker = has_writes(gm.graph), has_tucker_products(gm.graph)
+    if not writes and not tucker:
         return gm
     copy, _ = copy_graph_module(gm)
-    if not without_private_writes(copy.graph) | without_filled_zeros(copy.graph):
+    changed = writes and without_private_writes(copy.graph) | without_filled_zeros(copy.graph)
+    changed |= tucker and with_tucker_products_in_steps(copy.graph)
+    if not changed:
         return gm
     copy.graph.lint()
     copy.recompile()

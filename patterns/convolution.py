@@ -14,8 +14,8 @@ from dorafx.match import Candidate, CompositionPlan, Emit, Match, Reason, Reason
 
 @pattern(name="convolution")
 class Convolution:
-    """The linear form, or the linear form with dropout, with the patches of a convolution as activations: they are never
-    formed, the convolutions that the graph has are used. The channel axis takes the place of the last."""
+    """The linear forms with the patches of a convolution as activations. These are never formed: the convolutions that the graph has are
+    used, or new ones with the factors as filters. The channel axis takes the place of the last. A norm by input channel scales the input."""
 
     name: str = "convolution"
 
@@ -43,14 +43,29 @@ class Convolution:
 
     def check(self, candidate: Candidate) -> Match | Reason:
         base = base_core(candidate)
-        head = base[0] if base else None
+        if base is None:
+            return self._scaled_input(candidate)
+        head = base[0]
         if not isinstance(head, Mat) or candidate.lift.atom_of(head.atom).kind not in ("unfold", "channels"):
             what = "the layer is no convolution"
             return Reason(what, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
-        result = forms()["linear"].check(candidate)
-        if isinstance(result, Reason):
-            result = forms()["linear_dropout"].check(candidate)
-        return replace(result, pattern=self.name, channels_first=True) if isinstance(result, Match) else result
+        results = [forms()[name].check(candidate) for name in ("linear", "linear_dropout", "linear_weight_delta")]
+        match = next((result for result in results if isinstance(result, Match)), None)
+        return results[1] if match is None else replace(match, pattern=self.name, channels_first=True)
+
+    def _scaled_input(self, candidate: Candidate) -> Match | Reason:
+        """With a norm by input channel: the channels of the input are scaled, and then convolved."""
+        result = forms()["linear_columns"].check(candidate)
+        if candidate.lift.is_convolved(candidate.expr):
+            return replace(result, pattern=self.name, channels_first=True) if isinstance(result, Match) else result
+        what = "the layer is no convolution"
+        return Reason(what, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
 
     def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
-        return forms()["linear" if match.constant is None else "linear_dropout"].rewrite(match, plan, emit)
+        if match.constant is None:
+            form = "linear"
+        elif match.constant != match.expr:
+            form = "linear_dropout"
+        else:
+            form = "linear_columns" if match.norm.info.side == "col" else "linear_weight_delta"
+        return forms()[form].rewrite(match, plan, emit)

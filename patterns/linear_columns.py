@@ -114,9 +114,9 @@ class LinearColumns:
         bias = match.bias
         terms = []
         for product in products:
-            if product.input.constant is None:
-                x = emit.scaled_input(emit.product(product.core[:1]), product.input)
-                terms.append((emit.multiplied(x, product.tail), product.output))
+            head = product.core[0]
+            if product.input.constant is None and isinstance(head, Mat):
+                terms.append((emit.product_of_scaled(head, product.input, product.tail), product.output))
             else:
                 node, bias = emit.base(product.core, bias, product.output)
                 terms.append((node, product.output))

@@ -101,6 +101,22 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "cat": ("cat", "concat", "concatenate"),
     "pad": ("pad", "constant_pad_nd"),
 }
+CONVOLUTIONS: dict[str, tuple[str, ...]] = {
+    "conv": ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    "convolution": (
+        "input",
+        "weight",
+        "bias",
+        "stride",
+        "padding",
+        "dilation",
+        "transposed",
+        "output_padding",
+        "groups",
+    ),
+}
+"""The arguments of convolutions, by canonical name; those of ``aten.convolution`` are others than of ``conv2d``."""
+
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",
     "_enter_inference_mode": "enter_inference_mode",

@@ -24,7 +24,7 @@ from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
 from .quantized import quantizes_activations
-from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
+from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -156,7 +156,7 @@ class Lifter:
                     value = self.values[node]
             if value is not None and node not in self.written and not self._is_new_leaf(node):
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
-                if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
+                if not isinstance(value, MatrixValue) or (not value.squared and self.holds_rows(value)):
                     self.nodes.setdefault(key, []).append(node)
                 if isinstance(value, VectorValue) and value.row is not None:
                     self.nodes.setdefault(value.row, []).append(node)
@@ -291,6 +291,8 @@ class Lifter:
             expr = value.expr
             if len(expr.items) == 1 or all(self._is_weight_like(a, accepts) for a in expr.atoms()):
                 return expr
+        if layout == "filter" and (filters := self._weights_as_filters(arg, value, tensor)) is not None:
+            return filters
         node: fx.Node = arg
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
         key: Any = (layout, self._attribute_of(node) or node) if node not in self.written else None
@@ -304,6 +306,27 @@ class Lifter:
             if whole is not None and same:
                 key, at = ("rounded", whole, dtype), replace(at, dtype=dtype, rounds=whole)
         return Expr.mat(self._intern(key, replace(at, kind=layout, sites=[])))
+
+    def _weights_as_filters(self, node: fx.Node, value: Value | None, tensor: torch.Tensor) -> Expr | None:
+        """A sum of weights of a tensor's shape, or another node's value that is handed on (a cast that does nothing, ``.data``)."""
+        if not isinstance(value, MatrixValue) or value.squared or value.layout != "last":
+            return None
+        nodes = [self.atom_of(atom).node for atom in value.expr.atoms()]
+        if node in nodes or node in self.written or self._is_new_leaf(node):
+            return None
+        filters = self.as_filters(value.expr, tensor)
+        return filters if filters is not None and self.is_made_of_weights(filters) else None
+
+    def is_convolved(self, expr: Expr) -> bool:
+        """Whether all products in a term, if any, have a convolution's input for their first factor; biases do not count."""
+        heads = [chain[0] if chain else None for (_, chain), _ in expr.items]
+        return all(
+            isinstance(head, Mat) and self.atom_of(head.atom).kind in ("ones", "unfold", "channels") for head in heads
+        )
+
+    def holds_rows(self, value: MatrixValue) -> bool:
+        """Whether a tensor lies as products do: tokens and channels, and not as a convolution's weight."""
+        return value.layout == "last" or (value.layout == "channels" and self.is_convolved(value.expr))
 
     @staticmethod
     def _single(value: MatrixValue) -> Mat | None:
@@ -329,9 +352,9 @@ class Lifter:
             total = filters.scaled(c) if total is None else total + filters.scaled(c)
         return total
 
-    def unfold(self, activations: Expr, options: tuple[Any, ...]) -> Atom:
+    def unfold(self, activations: Expr, options: tuple[Any, ...], patches: Patches | None = None) -> Atom:
         """The patches that a convolution with these options takes of activations."""
-        info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations)
+        info = AtomInfo("unfold", self.requires_grad(activations), False, of=activations, patches=patches)
         return self._intern(("unfold", activations, options), info)
 
     def selection(self, start: int, rows: int, total: int) -> Atom:
@@ -344,8 +367,37 @@ class Lifter:
         """The atom of a norm or function of terms; equal terms give equal atoms."""
         if info.poly is not None and info.poly.vanished:
             raise TooComplex  # the indeterminate would not show the gradients and NaNs of what vanished
-        key = (info.kind, info.expr, info.poly, info.side, info.eps, info.double, info.rooted, info.dtype)
+        key = (info.kind, info.expr, info.poly, info.side, info.span, info.eps, info.double, info.rooted, info.dtype)
         return self._intern(key, info)
+
+    def repeat_each(self, poly: Poly, span: int) -> Poly:
+        """A vector along the input channels of filters as one along their columns, of which each channel has ``span``."""
+        if span == 1:
+            return poly
+        if poly.vanished:
+            raise TooComplex
+        total = Poly(())
+        for mono, c in poly.items:
+            product = Poly.const(c)
+            for atom, exponent in mono:
+                product = product * Poly(((((self._repeat_each(atom, span), exponent),), 1.0),))
+            total = total + product
+        return total
+
+    def _repeat_each(self, atom: Atom, span: int) -> Atom:
+        if self.is_scalar(atom):
+            return atom
+        info, one = self.atom_of(atom), Poly.var(Atom(atom.id))
+        made = AtomInfo("repeated", info.requires_grad, info.parameter, poly=one, span=span)
+        return Atom(self.intern(made).id, atom.detached)
+
+    def is_scalar(self, atom: Atom) -> bool:
+        """Whether an indeterminate of vectors is a number."""
+        info = self.atom_of(atom)
+        if info.poly is not None:
+            return all(map(self.is_scalar, info.poly.atoms()))
+        tensor = tensor_of(info.node)
+        return info.kind == "node" and (tensor is None or tensor.dim() == 0)
 
     def rounded(self, node: fx.Node, value: V, dtype: torch.dtype) -> V:
         """A value that a node casts to a dtype that cannot hold all of its values.

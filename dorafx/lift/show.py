@@ -260,6 +260,8 @@ class Notation:
             inner = self._poly(info.poly, plain, depth)
             if info.kind == "reciprocal":
                 return f"({inner})"
+            if info.kind == "repeated":
+                return f"repeat({inner})"
             if info.kind == "rounded":
                 return f"{_dtype(info.dtype)}({inner})"
             return f"{'max' if info.kind == 'clamp_min' else 'maximum'}({inner}, {_number(info.eps)})"
@@ -276,7 +278,7 @@ class Notation:
     def _of_squares(self, info: AtomInfo, plain: bool, depth: int) -> str:
         assert info.expr is not None
         inner = self._expr(info.expr, plain, depth)
-        side = "_col" if info.side == "col" else ""
+        side = ("_col" if info.span == 1 else "_channel") if info.side == "col" else ""
         if info.kind == "norm" and not info.eps:
             return f"‖{inner}‖{side}"
         squares = f"Σ{side}({inner})²"

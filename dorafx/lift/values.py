@@ -20,7 +20,7 @@ def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
     return torch.promote_types(before, after) != after
 
 
-Layout = Literal["last", "filter", "channels"]
+Layout = Literal["last", "filter", "channels", "inputs"]
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,17 @@ class MatrixValue:
 
     - ``"last"``: ``[..., rows, cols]``; all axes before the last are rows.
     - ``"filter"``: ``[rows, ...]``; all axes after the first are columns: the weight of a convolution.
-    - ``"channels"``: ``[batch, cols, ...]``; all axes but the second are rows: the input and output of a convolution.
+    - ``"channels"``: ``[batch, cols, ...]``; all axes but the second are rows: the input and output of a convolution. A weight in this
+      layout is the transpose of filters, with the input channels first.
+    - ``"inputs"``: the same flattened after the input channels, ``[channels, rows · positions]``; ``expr`` is the filters' matrix.
     """
 
     expr: Expr
     squared: bool = False
     """The elementwise square of ``expr``: the first half of ``sqrt(sum(w*w))``."""
     layout: Layout = "last"
+    positions: int = 1
+    """Of the layout ``"inputs"``: how many a kernel has."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,28 @@ Value = MatrixValue | VectorValue
 
 
 @dataclass(frozen=True)
+class Patches:
+    """How a convolution selects the patches that it multiplies.
+
+    Attributes:
+        node: the activations ``[batch, channels, ...]``.
+        kernel: the size of a patch by spatial axis.
+        options: stride, padding and dilation, as the convolution takes them.
+    """
+
+    node: fx.Node
+    kernel: tuple[int, ...]
+    options: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
 class AtomInfo:
     """What an indeterminate stands for.
 
     ``node``: the value of a graph node. ``norm``: ``sqrt(eps + Σ expr²)`` along rows (``side="row"``, one entry a row)
-    or columns. ``sumsq``: the same without the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
+    or columns (or ``span`` neighbouring columns). ``sumsq``: the same without the root. ``reciprocal``: ``1/poly``. ``clamp_min``:
+    ``max(poly, eps)``. ``repeated``: ``poly`` with ``span`` copies of each entry, a vector along the input channels as one along the
+    columns of filters.
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix of one-hot rows for an embedding's indices, which is never formed. ``filter`` and ``channels``:
     ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies, which are never formed.
@@ -73,6 +94,7 @@ class AtomInfo:
         "clamp_min",
         "maximum",
         "rounded",
+        "repeated",
         "onehot",
         "filter",
         "channels",
@@ -86,6 +108,9 @@ class AtomInfo:
     expr: Expr | None = None
     side: Literal["row", "col"] = "row"
     eps: float = 0.0
+    span: int = 1
+    """For a norm or sum of squares by column: of how many neighbouring columns each entry is, those of one input channel of filters. For
+    ``repeated``: how often each entry is there."""
     poly: Poly | None = None
     double: bool = False
     """For a norm or sum of squares: whether the program computes it in fp64."""
@@ -103,6 +128,8 @@ class AtomInfo:
     """For a ``selection``: how many rows of zeros come before, how many rows it places, how many of zeros behind."""
     of: fx.Node | Expr | None = field(default=None, compare=False)
     """For ``onehot``: the indices; for ``unfold``: the activations. Used for printing a term only."""
+    patches: Patches | None = field(default=None, compare=False)
+    """For ``unfold``: how to make a product with it; None for a convolution in groups, which is no product with one matrix of patches."""
 
 
 @dataclass(frozen=True)

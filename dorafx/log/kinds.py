@@ -86,8 +86,10 @@ class ReasonKind(Enum):
     )
     GROUPED_CONVOLUTION = (
         "grouped-convolution",
-        "The delta of a convolution with groups: by row it is a product of a rank so large that the dense one is cheaper.",
-        "Nothing: the layer runs as it was, since a factored norm would cost more than the dense one.",
+        "A convolution with groups: by row its delta is a product of a rank so large that the dense one is cheaper, or its merged weight is "
+        "multiplied group by group.",
+        "Nothing where the norm is left alone: a factored one would cost more. Where the norm is rewritten, convolve with the weight and "
+        "with the low-rank factors apart, and scale their sum.",
     )
     ROUNDED_PRODUCT = (
         "rounded-product",

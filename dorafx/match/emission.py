@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from dorafx.lift import Expr, Poly
+from dorafx.lift import Expr, Mat, Poly
 from dorafx.lift.algebra import Chain
 
 from .composition import Match, Part
@@ -98,6 +98,10 @@ class Emit(Protocol):
 
     def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
         """A value ``[.., d_in]`` times a product of matrices, ``Aᵀ·Bᵀ`` for one."""
+        ...
+
+    def product_of_scaled(self, head: Mat, scale: Poly, tail: Chain) -> fx.Node:
+        """``(x ⊙ scale)·tail`` for an activation ``head``; of a convolution the input's channels are scaled."""
         ...
 
     def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:

@@ -137,7 +137,7 @@ def _readings(lift: Lifter, node: fx.Node, value: Value) -> Iterator[tuple[Expr,
         if value.row is not None:
             yield value.row, False
         return
-    if value.squared or value.layout == "filter":
+    if value.squared or not lift.holds_rows(value):
         return
     yield value.expr, False
     tensor = tensor_of(node)

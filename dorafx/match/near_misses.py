@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dorafx.graphs.operators import arguments, canonical_name
+from dorafx.graphs.operators import CONVOLUTIONS, arguments, canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import memories
@@ -16,6 +16,8 @@ from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value
 from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
 from dorafx.lift.values import VectorValue
 from dorafx.log.kinds import ReasonKind
+
+from .ancestors import holds_product, is_behind
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
@@ -62,7 +64,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             rounding = lift.roundings.get(node)
-            if rounding is not None and _holds_product(lift.values.get(node)):
+            if rounding is not None and holds_product(lift.values.get(node)):
                 dtype = str(rounding).removeprefix("torch.")
                 return Reason(
                     f"the low-rank product made at {_at(node)} is rounded to {dtype} and then read with more digits; a rewrite "
@@ -70,7 +72,7 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                     node,
                     kind=ReasonKind.ROUNDED_PRODUCT,
                 )
-            if _reaches_product(lift, node, _DEPTH):
+            if is_behind(lift, node, added=len(chains) > 1):
                 if node in lift.written:
                     when = "before" if _is_written_before(lift, node, info.sites) else "after"
                     return Reason(
@@ -175,23 +177,6 @@ def _leaves(node: fx.Node) -> set[fx.Node]:
     return leaves
 
 
-def _reaches_product(lift: Lifter, node: fx.Node, depth: int) -> bool:
-    if depth == 0:
-        return False
-    for arg in node.all_input_nodes:
-        if _holds_product(lift.matrix(arg)):
-            return True
-        if _reaches_product(lift, arg, depth - 1):
-            return True
-    return False
-
-
-def _holds_product(value: Value | None) -> bool:
-    return isinstance(value, MatrixValue) and any(
-        sum(isinstance(f, Mat) for f in chain) >= 2 for (_, chain), _ in value.expr.items
-    )
-
-
 def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | None:
     """The operator in which a norm gets lost on its way to the output; None where nobody reads it."""
     stack = list(info.sites)
@@ -215,12 +200,25 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
             if term is not None and any(a.id == atom_id for a in lift.norms_in(term)):
                 stack.append(user)
             elif value is not None:
-                return Reason(
+                return _in_groups(user) or Reason(
                     f"{operator_at(user)} stands between the norm and what it scales",
                     user,
                     kind=ReasonKind.UNKNOWN_CONSUMER,
                 )
     return None
+
+
+def _in_groups(node: fx.Node) -> Reason | None:
+    """What to say of a convolution with groups that takes a merged weight."""
+    args = arguments(node, *CONVOLUTIONS[name]) if (name := canonical_name(node)) in CONVOLUTIONS else {}
+    groups = args.get("groups", 1)
+    if groups == 1:
+        return None
+    return Reason(
+        f"{operator_at(node)} multiplies the merged weight in {groups} groups, which is no product with one matrix of patches: convolve with the weight and with the low-rank factors apart, and scale their sum",
+        node,
+        kind=ReasonKind.GROUPED_CONVOLUTION,
+    )
 
 
 def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
@@ -260,7 +258,25 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
         what = f"{operator_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
-    return None
+    return _norm_of_unknown(lift, node) if name in _NORMS else None
+
+
+def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
+    """A norm along axes that are no matrix's, of a value that an operator makes of the adapted weight."""
+    made, out, value = lift.values.get(node), tensor_of(node), lift.values.get(node.all_input_nodes[0])
+    if made is None or out is None or not out.dim() or not _is_unknown(lift, made, node):
+        return None
+    atoms = list(value.expr.atoms()) if isinstance(value, MatrixValue) else []
+    hidden = lift.atom_of(atoms[0]).node if len(atoms) == 1 else None
+    if hidden is None or hidden.op not in ("call_function", "call_method"):
+        return None
+    if not is_behind(lift, hidden, added=False, near=0):
+        return None
+    return Reason(
+        f"{operator_at(hidden)} stands between the low-rank product and the norm at {_at(node)}",
+        hidden,
+        kind=ReasonKind.HIDDEN_DELTA,
+    )
 
 
 def _moved(lift: Lifter, node: fx.Node) -> fx.Node:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import fx
 
 from dorafx._compat.tensors import storage_id
 from dorafx.graphs.operators import canonical_name
+from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Lifter
 from dorafx.match import Match, NormFactors
@@ -38,12 +40,21 @@ def merging(lift: Lifter, match: Match) -> list[fx.Node]:
             tensor = tensor_of(argument)
             if argument in nodes or tensor is None or argument.op not in ("call_function", "call_method"):
                 continue
-            if tensor.dim() == 2 and sorted(map(str, tensor.shape)) == sizes:
+            if _is_as_weight(lift, match, tensor, sizes):
                 nodes[argument] = None
                 stack.append((argument, 0))
             elif beyond:
                 stack.append((argument, beyond - 1))
     return list(nodes)
+
+
+def _is_as_weight(lift: Lifter, match: Match, tensor: torch.Tensor, sizes: list[str]) -> bool:
+    """Whether a value is as large as the norm's weight, as a matrix or as filters."""
+    if tensor.dim() == 2:
+        return sorted(map(str, tensor.shape)) == sizes
+    weight = lift.atom_of(match.norm.dense_atom)
+    filters = tensor_of(weight.node) if weight.kind == "filter" else None
+    return filters is not None and sizes_of(tensor.shape) == sizes_of(filters.shape)
 
 
 def gemm_flops(lift: Lifter) -> dict[fx.Node, int]:

@@ -148,9 +148,11 @@ def _form_of(lift: Lifter, atom_id: int) -> str:
     """The form whose norm is of the same kind."""
     info = lift.atoms[atom_id]
     assert info.expr is not None
+    if info.side == "col":
+        return "linear_columns"
     if any(lift.atom_of(atom).kind == "filter" for atom in info.expr.atoms()):
         return "convolution"
-    return "linear_columns" if info.side == "col" else "linear"
+    return "linear"
 
 
 @functools.lru_cache(maxsize=64)

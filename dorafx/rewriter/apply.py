@@ -19,6 +19,7 @@ from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 
+from .channels import norm_by_channel
 from .emit import Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
@@ -80,6 +81,8 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
     info = norm.factors.info
+    if info.span > 1:
+        return norm_by_channel(emit, n, info)
     if not (info.eps or (info.rooted and info.requires_grad)):
         return n
     # The root of a sum of squares has no gradient at zero, where a norm has one; ``sqrt(n·n)`` has none either. Where n is infinite, the

@@ -17,6 +17,7 @@ from dorafx.lift import Atom, AtomInfo, Diag, Expr, Gemm, Lifter, Mat, Poly
 from dorafx.lift.algebra import ONES, Chain, Mono, is_ones, transpose_chain
 from dorafx.match import Match
 
+from .convolved import convolved
 from .nodes import CannotEmit, NodeEmitter
 
 
@@ -143,6 +144,8 @@ class TermEmitter(NodeEmitter):
             return self.call(torch.clamp_min, value, info.eps)
         if info.kind == "maximum":
             return self.call(torch.maximum, value, self.call(torch.full_like, value, info.eps))
+        if info.kind == "repeated":
+            return self.call(torch.repeat_interleave, value, info.span)
         assert info.kind == "rounded" and info.dtype is not None
         if tensor_of(value) is None:
             raise CannotEmit("a number that is a symbol is rounded")
@@ -200,7 +203,7 @@ class TermEmitter(NodeEmitter):
                 return self._again(gemm)
         head = chain[0] if chain else None
         if isinstance(head, Mat) and self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
-            raise CannotEmit("a product with a convolution's input is not computed by the graph itself")
+            return convolved(self, chain)
         if len(chain) == 1 and isinstance(chain[0], Mat):
             return self.precise(
                 self.method("t", self.matrix(chain[0].atom)) if chain[0].transposed else self.atom(chain[0].atom)
@@ -314,6 +317,11 @@ class TermEmitter(NodeEmitter):
     def scaled_input(self, node: fx.Node, scale: Poly) -> fx.Node:
         dtype = self.tensor(node).dtype
         return self.cast(self.scaled(self._wide(node), scale), dtype)
+
+    def product_of_scaled(self, head: Mat, scale: Poly, tail: Chain) -> fx.Node:
+        if self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
+            return convolved(self, (head, *tail), scale)
+        return self.multiplied(self.scaled_input(self.product((head,)), scale), tail)
 
     def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
         for factor in chain:

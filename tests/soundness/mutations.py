@@ -10,6 +10,7 @@ VANISHING = "soundness/test_terms_that_vanish.py"
 LAYOUT = "soundness/test_memory_layout.py"
 WRITES = "soundness/test_writes.py"
 RESULTS = "soundness/test_results.py"
+CONVOLUTIONS = "spellings/test_convolution_spellings.py"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,21 @@ FAULTS: dict[str, Fault] = {
     ),
     "a mean over several axes counts one": Fault(
         "lift/transfer/norms.py", "1.0 / math.prod(sizes)", "1.0 / sizes[0]", (FUZZ, VALUES)
+    ),
+    "a convolution without its options": Fault(
+        "rewriter/convolved.py", "left, filters, None, *options)", "left, filters, None)", (CONVOLUTIONS,)
+    ),
+    "columns of other input channels in a channel's norm": Fault(
+        "rewriter/channels.py",
+        'emit.method("reshape", columns, (-1, info.span))',
+        'emit.method("t", emit.method("reshape", columns, (info.span, -1)))',
+        (CONVOLUTIONS,),
+    ),
+    "positions of a kernel that are scaled by themselves": Fault(
+        "rewriter/convolved.py",
+        "if positions == 1 or lift.is_scalar(atom):",
+        "if True:",
+        (CONVOLUTIONS,),
     ),
     "negative axes are the other ones": Fault(
         "lift/transfer/norms.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,8 @@ class Operand(NamedTuple):
     """Whether ``vector`` is what an ``expand`` expanded; the tensor itself is then no vector."""
     filters: Callable[[], Expr | None] = lambda: None
     """Gives the argument as a convolution's weight, if it may be one."""
+    repeated: Callable[[Poly, int], Poly] | None = None
+    """See :meth:`Lifter.repeat_each`."""
 
 
 def operand(lift: Lifter, arg: Any) -> Operand:
@@ -39,8 +42,11 @@ def operand(lift: Lifter, arg: Any) -> Operand:
     shape = tuple(tensor.shape) if tensor is not None else ()
     expanded = lift.aside(lift.expanded, arg)
     if expanded is not None:
-        return Operand(lift.value(arg), shape, expanded, True)
-    return Operand(lift.value(arg), shape, lift.vector(arg), filters=lambda: lift.laid_out(arg, "filter"))
+        return Operand(lift.value(arg), shape, expanded, True, repeated=lift.repeat_each)
+    vector = lift.vector(arg)
+    return Operand(
+        lift.value(arg), shape, vector, filters=lambda: lift.laid_out(arg, "filter"), repeated=lift.repeat_each
+    )
 
 
 def same_shape(s: Shape | None, t: Shape | None) -> bool:
@@ -248,8 +254,23 @@ def _scaled(shape: Shape | None, matrix: Operand, m: MatrixValue, vector: Operan
         return replace(m, expr=m.expr.scaled(constant) if constant is not None else m.expr.times_scalar(v.poly))
     side = _vector_side(m, matrix, vector, v)
     if side is None:
-        return None
+        columns = _along_input_channels(m, matrix, vector, v)
+        return replace(m, expr=m.expr.right_diag(columns)) if columns is not None else None
     return replace(m, expr=m.expr.right_diag(v.poly) if side == "columns" else m.expr.left_diag(v.poly))
+
+
+def _along_input_channels(m: MatrixValue, matrix: Operand, vector: Operand, v: VectorValue) -> Poly | None:
+    """A vector with one entry for each input channel of filters, as one along their columns."""
+    if m.layout != "filter" or v.axis is None or matrix.shape is None or vector.shape is None or len(matrix.shape) < 3:
+        return None
+    axis, positions = 1 - len(matrix.shape), matrix.shape[2:]
+    repeated = matrix.repeated or vector.repeated
+    one = str(matrix.shape[1]) == "1" and all(isinstance(size, int) and size == 1 for size in vector.shape)
+    if repeated is None or not all(isinstance(size, int) for size in positions):
+        return None
+    if not one and (v.axis != axis or not _spans(vector, matrix, axis)):
+        return None
+    return repeated(v.poly, math.prod(positions))
 
 
 def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:

@@ -12,12 +12,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import fx
 
-from dorafx.graphs.operators import arguments
+from dorafx.graphs.operators import CONVOLUTIONS, arguments
 from dorafx.graphs.tensors import tensor_of
 
 from ..algebra import Expr
 from ..lifter import Lifter, transfer
-from ..values import Gemm, MatrixValue, Value
+from ..values import Gemm, MatrixValue, Patches, Value
+from .filters import as_activations
 from .products import computes
 
 _CALLS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -25,7 +26,7 @@ _CALLS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 
 @transfer("conv", "convolution")
 def convolution(lift: Lifter, node: fx.Node) -> Value | None:
-    args = arguments(node, "input", "weight", "bias", "stride", "padding", "dilation", *_rest(lift, node))
+    args = arguments(node, *CONVOLUTIONS[lift.name_of(node)])
     x, weight = tensor_of(args.get("input")), tensor_of(args.get("weight"))
     if x is None or weight is None or weight.dim() not in _CALLS or x.dim() != weight.dim():
         return None
@@ -38,7 +39,7 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
         return None
     if not all(isinstance(k, int) for k in kernel):
         return None
-    activations = lift.laid_out(args["input"], "channels")
+    activations = as_activations(lift, args["input"]) or lift.laid_out(args["input"], "channels")
     filters = lift.laid_out(args["weight"], "filter")
     if activations is None or filters is None:
         return None
@@ -50,9 +51,12 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
             return None
         activations = Expr.mat(lift.unfold(activations, (kernel, *options, groups, filters)))
     elif kernel != (1,) * spatial or options != ((1,) * spatial, (0,) * spatial, (1,) * spatial):
-        activations = Expr.mat(lift.unfold(activations, (kernel, *options)))
+        patches = Patches(args["input"], kernel, options)
+        activations = Expr.mat(lift.unfold(activations, (kernel, *options), patches))
     product = activations @ filters.transposed()
     bias = args.get("bias")
+    if not lift.is_convolved(product):
+        return MatrixValue(product, layout="channels") if bias is None and groups == 1 else None  # of weights alone
     call = _CALLS[weight.dim()]
     computes(lift, product, Gemm(node, args["input"], args["weight"], True, bias, call, (*options, groups)))
     if bias is not None:
@@ -61,11 +65,6 @@ def convolution(lift: Lifter, node: fx.Node) -> Value | None:
             return None
         product = product + Expr.broadcast(vector.poly)
     return MatrixValue(product, layout="channels")
-
-
-def _rest(lift: Lifter, node: fx.Node) -> tuple[str, ...]:
-    """``aten.convolution`` has two more arguments before ``groups`` than ``conv2d``."""
-    return ("transposed", "output_padding", "groups") if lift.name_of(node) == "convolution" else ("groups",)
 
 
 def _each(value: Any, spatial: int) -> tuple[int, ...] | str | None:

@@ -14,6 +14,7 @@ from ..algebra import Expr, Poly
 from ..lifter import Lifter, transfer
 from ..values import AtomInfo, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product, same_size
+from .filters import filters_by_letters
 
 _ELLIPSIS = "*"
 
@@ -35,7 +36,10 @@ def einsum(lift: Lifter, node: fx.Node) -> Value | None:
         return None  # a diagonal
     if not _is_of_one_size(subscripts, [tuple(t.shape) for t in tensors if t is not None]):
         return None  # a size of 1 is broadcast
-    return by_letters(lift, subscripts, result, operands)
+    value, tensor = by_letters(lift, subscripts, result, operands), tensor_of(node)
+    if value is None and tensor is not None and tensor.dim() > 2:
+        return filters_by_letters(lift, subscripts, result, operands)
+    return value
 
 
 def _is_of_one_size(subscripts: list[str], shapes: list[tuple[Any, ...]]) -> bool:

@@ -109,6 +109,7 @@ def root(lift: Lifter, value: VectorValue, node: fx.Node) -> VectorValue | None:
         info.parameter,
         expr=info.expr,
         side=info.side,
+        span=info.span,
         eps=eps / scale,
         double=info.double,
         rooted=not eps and info.requires_grad,

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx.graphs.operators import arguments, drops_nothing, first_argument, permuted_axes
+from dorafx.graphs.operators import drops_nothing, first_argument, permuted_axes
 from dorafx.graphs.tensors import tensor_of
 
-from ..algebra import Expr
+from ..algebra import Expr, Mat
 from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
+from .filters import channels_first, multiplies_weights, swapped, swapped_axes
 
 
 @transfer("view")
@@ -27,8 +28,8 @@ def view(lift: Lifter, node: fx.Node) -> Value | None:
         return value if isinstance(value, VectorValue) else None
     if tuple(map(str, before.shape)) == tuple(map(str, after.shape)):
         return value
-    if isinstance(value, MatrixValue) and value.layout == "channels":
-        return None
+    if isinstance(value, MatrixValue) and value.layout in ("channels", "inputs"):
+        return channels_first(lift, first_argument(node), after)
     # The rows of a matrix are regrouped; its columns stay.
     kept = isinstance(value, MatrixValue) and value.layout == "last" and after.dim() >= 2
     if kept and str(before.shape[-1]) == str(after.shape[-1]):
@@ -51,15 +52,25 @@ def _filter_view(
     """A convolution's weight ``[rows, ...]`` as a matrix ``[rows, cols]``, and back."""
     if not before.dim() or not after.dim() or str(before.shape[0]) != str(after.shape[0]):
         return None
-    if vector_axis(before.shape) is not None:
+    if vector_axis(before.shape) is not None and not _is_product(value):
         return None
+    if before.dim() >= 3 and after.dim() >= 3 and isinstance(value, MatrixValue) and value.layout == "filter":
+        return value
     if before.dim() >= 3 and after.dim() == 2:
+        if isinstance(value, MatrixValue) and value.layout == "filter" and value.squared:
+            return replace(value, layout="last") if multiplies_weights(lift, value.expr) else None
         expr = lift.laid_out(arg, "filter")
         return MatrixValue(expr) if expr is not None else None
     if before.dim() != 2 or after.dim() < 3 or not isinstance(value, MatrixValue) or value.squared:
         return None
     # Only for weights: activations that are split into heads have this shape too.
-    return MatrixValue(value.expr, layout="filter") if lift.is_made_of_weights(value.expr) else None
+    return MatrixValue(value.expr, layout="filter") if multiplies_weights(lift, value.expr) else None
+
+
+def _is_product(value: Value | None) -> bool:
+    """Whether a value is a product of matrices: one filter is a matrix of one row then, and no vector."""
+    chains = [chain for (_, chain), _ in value.expr.items] if isinstance(value, MatrixValue) else []
+    return any(sum(isinstance(factor, Mat) for factor in chain) > 1 for chain in chains)
 
 
 @transfer("expand")
@@ -84,7 +95,7 @@ def _transposed(lift: Lifter, arg: Any) -> Value | None:
     if tensor is None or tensor.dim() != 2:
         return value if tensor is not None and tensor.dim() == 1 else None
     if isinstance(value, MatrixValue):
-        return replace(value, expr=value.expr.transposed())
+        return replace(value, expr=value.expr.transposed()) if value.layout == "last" else None
     if isinstance(value, VectorValue) and value.axis is not None:
         return VectorValue(value.poly, -3 - value.axis)
     return None
@@ -103,19 +114,12 @@ def transpose(lift: Lifter, node: fx.Node) -> Value | None:
     if tensor is None or dims is None:
         return None
     if tensor.dim() > 2:
-        return _moved_vector(lift, node, tensor, dims)
+        return swapped(lift, node) or _moved_vector(lift, node, tensor, dims)
     if tensor.dim() != 2:
         return None
     if dims[0] % 2 == dims[1] % 2:
         return lift.value(first_argument(node))
     return _transposed(lift, first_argument(node))
-
-
-def swapped_axes(node: fx.Node) -> tuple[int, int] | None:
-    """The two axes that a ``transpose`` exchanges, if they are numbers."""
-    args = arguments(node, "input", "dim0", "dim1")
-    first, second = args.get("dim0", args.get("axis0")), args.get("dim1", args.get("axis1"))
-    return (first, second) if isinstance(first, int) and isinstance(second, int) else None
 
 
 def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: tuple[int, int]) -> Value | None:
@@ -131,7 +135,7 @@ def _moved_vector(lift: Lifter, node: fx.Node, tensor: torch.Tensor, dims: tuple
 def permute(lift: Lifter, node: fx.Node) -> Value | None:
     tensor = tensor_of(first_argument(node))
     if tensor is None or tensor.dim() != 2:
-        return None
+        return swapped(lift, node) if tensor is not None else None
     if [d % 2 for d in permuted_axes(node)] == [1, 0]:
         return _transposed(lift, first_argument(node))
     return lift.value(first_argument(node))
@@ -162,6 +166,8 @@ def cast(lift: Lifter, node: fx.Node) -> Value | None:
     value = lift.value(first_argument(node))
     if value is None or not loses_accuracy(before.dtype, after.dtype):
         return value
+    if isinstance(value, MatrixValue) and value.layout != "filter" and not lift.holds_rows(value):
+        return None  # what is rounded is a value as it lies in memory
     return lift.rounded(node, value, after.dtype)
 
 

@@ -17,6 +17,7 @@ from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least
+from .filters import by_input_channel
 
 
 def _reduced_side(ndim: int, dim: Any) -> Literal["row", "col"] | None:
@@ -51,7 +52,12 @@ def _reduction(
         return None
     side = _reduced_side(tensor.dim(), dim)
     axis = -1 if not keepdim or side == "col" else -2
-    if tensor.dim() > 2 and _all_but_first(tensor.dim(), dim):
+    span = 1
+    channels = by_input_channel(lift, value, tensor, dim)
+    if channels is not None:
+        expr, side, span, kept = channels
+        value, axis = replace(value, expr=expr), kept if keepdim else -1
+    elif tensor.dim() > 2 and _all_but_first(tensor.dim(), dim):
         filters = value.expr if value.layout == "filter" else lift.as_filters(value.expr, tensor)
         if filters is None:
             return None
@@ -66,6 +72,7 @@ def _reduction(
         lift.is_parameter_term(value.expr),
         expr=value.expr,
         side=side,
+        span=span,
         double=out.dtype == torch.float64,
     )
     atom = lift.intern(info)

@@ -15,6 +15,7 @@ from ..algebra import Diag, Expr, Poly
 from ..lifter import Lifter, transfer
 from ..values import FLOAT_DTYPES, Gemm, MatrixValue, Value, VectorValue
 from .arithmetic import outer_product
+from .filters import filters_by_letters
 from .norms import diagonal_of_gram
 
 
@@ -160,16 +161,21 @@ def embedding(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("tensordot")
 def tensordot(lift: Lifter, node: fx.Node) -> Value | None:
-    """A product over the last axis of the first operand and an axis of a matrix."""
+    """A product over the last axis of the first operand and an axis of a matrix, or over the first axis of filters."""
     args = arguments(node, "a", "b", "dims")
     dims, left, right = args.get("dims", 2), tensor_of(args.get("a")), tensor_of(args.get("b"))
     if isinstance(dims, int) and not isinstance(dims, bool):
         dims = ([-1], [0]) if dims == 1 else ((), ())
     if not all(isinstance(d, (tuple, list)) for d in dims):
         return None
-    if left is None or right is None or right.dim() != 2 or [len(d) for d in dims] != [1, 1] or left.dim() < 2:
+    if left is None or right is None or [len(d) for d in dims] != [1, 1] or left.dim() < 2:
         return None
     (first,), (second,) = dims
+    if right.dim() > 2 and left.dim() == 2 and isinstance(first, int) and isinstance(second, int):
+        factor = ("ar", "ra")[first % 2]
+        return None if second % right.dim() else filters_by_letters(lift, (factor, "a*"), "r*", (args["a"], args["b"]))
+    if right.dim() != 2:
+        return None
     if not isinstance(first, int) or not isinstance(second, int) or first % left.dim() != left.dim() - 1:
         return None
     product = product_of(lift, node, args["a"], args["b"], second % 2 == 1)

@@ -22,8 +22,8 @@ from ..lifter import Lifter, Reading, transfer
 from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import same_shape, same_size
 from .einsum import by_letters
+from .filters import filters_by_letters, swapped_axes
 from .indexing import takes_everything
-from .layout import swapped_axes
 
 _MOST_OPERANDS = 6
 _letters = itertools.count()
@@ -207,6 +207,9 @@ def _joined(
 def _value(lift: Lifter, subscripts: Subscripts) -> Value | None:
     """The term of a tensor by its letters; None if its axes are not those of a matrix or of a vector."""
     long = [i for i, axis in enumerate(subscripts.axes) if axis]
+    value: Value | None = _filters(lift, subscripts, long)
+    if value is not None:
+        return lift.detach(value) if subscripts.detached else value
     if not long or len(subscripts.axes[long[-1]]) != 1:
         return None
     if len(subscripts.sources) == 1:
@@ -218,6 +221,20 @@ def _value(lift: Lifter, subscripts: Subscripts) -> Value | None:
         elif long[-1] != len(subscripts.axes) - 1:
             value = None
     return lift.detach(value) if value is not None and subscripts.detached else value
+
+
+def _filters(lift: Lifter, subscripts: Subscripts, long: list[int]) -> MatrixValue | None:
+    """A product that lies as filters ``[rows, ...]``, of which some axes may be of size one."""
+    axes = subscripts.axes
+    if len(axes) < 3 or len(subscripts.sources) < 2 or len(long) < 2 or long[0] != 0 or len(axes[0]) != 1:
+        return None
+    if long == [0, len(axes) - 1] and len(axes[-1]) == 1:
+        return None  # a matrix
+    inputs, result, sources = _equation(subscripts, long)
+    for letters, (_, own) in zip(inputs, subscripts.sources):
+        if len(own) > 2 and (own[0] is None or (own[-1] is None and letters[1:] != result[1:])):
+            return None
+    return filters_by_letters(lift, inputs, result, sources)
 
 
 def _rearranged(lift: Lifter, subscripts: Subscripts, long: list[int]) -> Value | None:
