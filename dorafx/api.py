@@ -313,7 +313,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     'ExportedProgram'
     """
     from dorafx.graphs.shapes import UnknownShapes, carries_shapes, with_shapes
-    from dorafx.rewriter.lowering import lower_to_aten, own_operators, without_own_operators
+    from dorafx.rewriter.lowering import dorafx_operators, lower_to_aten, without_dorafx_operators
 
     if not isinstance(program, (torch.export.ExportedProgram, fx.GraphModule)):
         raise TypeError(
@@ -337,8 +337,8 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     try:
         named = _parameters_of(program) if isinstance(program, torch.export.ExportedProgram) else None
         new = rewrite_graph(graph_module, Options(), is_parameter=named, log=log).graph
-        if portable and own_operators(new):
-            new = without_own_operators(new)
+        if portable and dorafx_operators(new):
+            new = without_dorafx_operators(new)
         if new is not graph_module:
             if exported:
                 lower_to_aten(new)
@@ -348,7 +348,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     else:
         # Only now: if something failed, the log must not claim rewrites.
         rewrite_log().extend(log.records, log.drawings, log.seconds)
-    left = own_operators(result.graph_module if exported else result) if portable else []
+    left = dorafx_operators(result.graph_module if exported else result) if portable else []
     if left:
         # A polyfill made it when the program was captured.
         raise DorafxError(f"rewrite: the program holds {', '.join(left)}, which could not be written out in aten")

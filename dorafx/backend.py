@@ -19,7 +19,7 @@ from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
 from dorafx.pipeline import Program, refuse, rewrite_graph, without_rewrites
-from dorafx.rewriter import own_results, reuse_buffers
+from dorafx.rewriter import replace_view_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
 
@@ -124,7 +124,7 @@ def _code(
     if program.graph is not gm and codegen.runs_as_it_stands(program.graph, options.codegen):
         if not torch.is_grad_enabled():
             reuse_buffers(program.graph)
-        own_results(gm, program.graph)
+        replace_view_results(gm, program.graph)
     inputs = [*example_inputs, *program.norm_values]
     split = bucket_splitter()
     return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)

@@ -91,21 +91,21 @@ def _tucker(node: fx.Node) -> _Tucker | None:
 def _take_apart(graph: fx.Graph, node: fx.Node, tucker: _Tucker) -> bool:
     operands = _operands(node)
     pairs = (operands[tucker.core], operands[tucker.inner])
-    made, listed = tensor_of(node), isinstance(node.args[1], (list, tuple))
+    result, listed = tensor_of(node), isinstance(node.args[1], (list, tuple))
     tensors = [tensor_of(operand) for operand in operands]
-    mode = fake_mode_of(made) if made is not None else None
+    mode = fake_mode_of(result) if result is not None else None
     target = node.target
     if (
-        made is None
+        result is None
         or mode is None
         or isinstance(target, str)
-        or any(t is None or t.dtype != made.dtype for t in tensors)
+        or any(t is None or t.dtype != result.dtype for t in tensors)
     ):
         return False  # without values, or in an autocast region
     with graph.inserting_before(node):
         step = graph.call_function(target, (tucker.first, list(pairs)) if listed else (tucker.first, *pairs))
     step.meta = {key: value for key, value in node.meta.items() if key not in ("example_value", "val")}
-    with under(mode), torch.set_grad_enabled(made.requires_grad):
+    with under(mode), torch.set_grad_enabled(result.requires_grad):
         values = [of_mode(tensor_of(operand), mode) for operand in pairs]
         step.meta["example_value" if "example_value" in node.meta else "val"] = torch.einsum(tucker.first, *values)
     rest = (step, operands[tucker.outer])

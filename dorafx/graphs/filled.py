@@ -112,8 +112,8 @@ def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx
 
     def meta(shape: Any, requires_grad: bool) -> dict[str, Any]:
         with under(fake_mode_of(tensor)):
-            made = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            return {**last.meta, slot: made.requires_grad_(requires_grad)}
+            value = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+            return {**last.meta, slot: value.requires_grad_(requires_grad)}
 
     parts: list[fx.Node] = []
     with graph.inserting_after(last):

@@ -388,8 +388,8 @@ class Lifter:
         if self.is_scalar(atom):
             return atom
         info, one = self.atom_of(atom), Poly.var(Atom(atom.id))
-        made = AtomInfo("repeated", info.requires_grad, info.parameter, poly=one, span=span)
-        return Atom(self.intern(made).id, atom.detached)
+        repeated = AtomInfo("repeated", info.requires_grad, info.parameter, poly=one, span=span)
+        return Atom(self.intern(repeated).id, atom.detached)
 
     def is_scalar(self, atom: Atom) -> bool:
         """Whether an indeterminate of vectors is a number."""

@@ -263,8 +263,8 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
 
 def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
     """A norm along axes that are no matrix's, of a value that an operator makes of the adapted weight."""
-    made, out, value = lift.values.get(node), tensor_of(node), lift.values.get(node.all_input_nodes[0])
-    if made is None or out is None or not out.dim() or not _is_unknown(lift, made, node):
+    result, out, value = lift.values.get(node), tensor_of(node), lift.values.get(node.all_input_nodes[0])
+    if result is None or out is None or not out.dim() or not _is_unknown(lift, result, node):
         return None
     atoms = list(value.expr.atoms()) if isinstance(value, MatrixValue) else []
     hidden = lift.atom_of(atoms[0]).node if len(atoms) == 1 else None

@@ -5,7 +5,7 @@ from .emit import Emitter
 from .hoist import HoistedNorm, NormKey, hoist_norms, norms_inside
 from .in_place import reuse_buffers
 from .nodes import CannotEmit
-from .results import own_results
+from .results import replace_view_results
 
 __all__ = [
     "CannotEmit",
@@ -15,6 +15,6 @@ __all__ = [
     "apply_plan",
     "hoist_norms",
     "norms_inside",
-    "own_results",
+    "replace_view_results",
     "reuse_buffers",
 ]

@@ -145,11 +145,11 @@ def _multiplied(emit: _Emit, left: fx.Node, factor: Mat, kernel: tuple[int, ...]
 def _filters(emit: _Emit, factor: Mat, channels: Any, kernel: tuple[int, ...]) -> fx.Node:
     """A factor ``[channels · kernel, n]`` as filters ``[n, channels, *kernel]``; as they are where the program has them so."""
     info = emit.lift.atom_of(factor.atom)
-    node, own = info.node, tensor_of(info.node)
-    if node is not None and own is not None and _is_input(node) and not is_torchao(own):
+    node, filters = info.node, tensor_of(info.node)
+    if node is not None and filters is not None and _is_input(node) and not is_torchao(filters):
         # By the strides of filters a convolution chooses those of its result. Of what an operator made, tracers do not always know the
         # strides of axes of one element; reshaped from a matrix they are those that everybody expects.
-        is_alike = sizes_of(own.shape[1:]) == sizes_of((channels, *kernel))
+        is_alike = sizes_of(filters.shape[1:]) == sizes_of((channels, *kernel))
         if is_alike and info.kind == "filter" and factor.transposed:
             return emit.precise(emit.operand(node, factor.atom.detached))
     matrix = emit.precise(emit.matrix(factor.atom))

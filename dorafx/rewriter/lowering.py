@@ -54,14 +54,14 @@ def _is_torch_function(target: Any) -> bool:
     )
 
 
-def own_operators(gm: fx.GraphModule) -> list[str]:
+def dorafx_operators(gm: fx.GraphModule) -> list[str]:
     """The names of dorafx's operators that a graph and the bodies of its higher-order operators call."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, fx.GraphModule))
     targets = {n.target for graph in graphs for n in graph.nodes if n.op == "call_function"}
     return sorted(str(t) for t in targets if is_overload(t) and t.namespace == "dorafx")
 
 
-def without_own_operators(gm: fx.GraphModule) -> fx.GraphModule:
+def without_dorafx_operators(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy with dorafx's operators written out in aten, also in the bodies of higher-order operators.
 
     Args:
@@ -70,7 +70,7 @@ def without_own_operators(gm: fx.GraphModule) -> fx.GraphModule:
     new, _ = copy_graph_module(gm)
     for name, child in list(new.named_children()):
         if isinstance(child, fx.GraphModule):
-            setattr(new, name, without_own_operators(child))
+            setattr(new, name, without_dorafx_operators(child))
     for node in list(new.graph.nodes):
         if node.op == "call_function" and node.target in _ALL_DECOMPOSITIONS:
             _lower(new.graph, node, _ALL_DECOMPOSITIONS[node.target])

@@ -17,7 +17,7 @@ from dorafx.ops import layout
 from .memory import is_view
 
 
-def own_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
+def replace_view_results(original: fx.GraphModule, gm: fx.GraphModule) -> int:
     """Let no result of a graph be a view of another tensor where the original's is none.
 
     Args:

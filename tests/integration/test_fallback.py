@@ -30,7 +30,7 @@ from dorafx import DorafxWarning, RewriteMissError, codegen, rewrite_log
 from dorafx.lift import Lifter
 from dorafx.options import Options
 
-STATIONS = {
+STAGES = {
     "lift": (dorafx.match.matcher, "Lifter"),
     "match": (dorafx.pipeline, "match_graph"),
     "plan": (dorafx.pipeline, "make_plan"),
@@ -39,14 +39,14 @@ STATIONS = {
 
 
 class InjectedError(Exception):
-    """What no station raises by itself."""
+    """What no stage raises by itself."""
 
 
-def _break(monkeypatch: pytest.MonkeyPatch, station: str, message: str) -> None:
+def _break(monkeypatch: pytest.MonkeyPatch, stage: str, message: str) -> None:
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise InjectedError(message)
 
-    module, name = STATIONS[station]
+    module, name = STAGES[stage]
     monkeypatch.setattr(module, name, fail)
 
 
@@ -61,20 +61,20 @@ def _dorafx_warnings(caught: list[warnings.WarningMessage]) -> list[str]:
 # -- internal failures ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("station", STATIONS)
-def test_failing_station_leaves_the_graph_as_it_was(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_failing_stage_leaves_the_graph_as_it_was(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft_perceptron(lora_dropout=0.2).train()
     x = torch.randn(3, 24)
     expected = run(model, lambda: model(x))
     compiled = _compile(model)
-    _break(monkeypatch, station, f"no {station} today")
+    _break(monkeypatch, stage, f"no {stage} today")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert_same_run(run(model, lambda: compiled(x)), expected, 1e-6)
         torch._dynamo.reset()
         assert_same_run(run(model, lambda: compiled(x)), expected, 1e-6)
     (message,) = _dorafx_warnings(caught)
-    assert f"no {station} today" in message
+    assert f"no {stage} today" in message
     assert not rewrite_log().rewrites
     records = rewrite_log().misses
     assert len(records) == 2, (
@@ -82,10 +82,10 @@ def test_failing_station_leaves_the_graph_as_it_was(station: str, monkeypatch: p
     )
     for record in records:
         assert "InjectedError" in record.reason
-        assert f"no {station} today" in record.reason
+        assert f"no {stage} today" in record.reason
 
 
-def test_failing_station_hands_the_original_graph_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_stage_hands_the_original_graph_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[fx.GraphModule] = []
 
     def compile_graph(gm: fx.GraphModule, inputs: Any, options: Options, *rest: Any) -> Any:
@@ -166,11 +166,11 @@ def test_a_program_that_no_compiler_takes_raises_its_own_error(monkeypatch: pyte
         _compile(peft_perceptron())(torch.randn(3, 24))
 
 
-@pytest.mark.parametrize("station", STATIONS)
-def test_strict_raises_on_a_failing_station(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _break(monkeypatch, station, f"strict about {station}")
+@pytest.mark.parametrize("stage", STAGES)
+def test_strict_raises_on_a_failing_stage(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _break(monkeypatch, stage, f"strict about {stage}")
     compiled = _compile(peft_perceptron(), **{"dorafx.strict": True})
-    with pytest.raises(Exception, match=f"strict about {station}"):
+    with pytest.raises(Exception, match=f"strict about {stage}"):
         compiled(torch.randn(3, 24))
 
 
@@ -441,21 +441,21 @@ def test_work_of_the_pass_is_linear_in_nodes(use_dora: bool, monkeypatch: pytest
 # -- graphs that others compile, and dry runs -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("station", STATIONS)
-def test_failing_station_leaves_the_users_program_as_it_is(station: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_failing_stage_leaves_the_users_program_as_it_is(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = peft_perceptron(), torch.randn(3, 24)
     exported, traced = torch.export.export(model, (x,)), captured_graph(model, x)
-    _break(monkeypatch, station, f"no {station} for rewrite")
+    _break(monkeypatch, stage, f"no {stage} for rewrite")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert dorafx.rewrite(exported) is exported
         assert dorafx.rewrite(traced) is traced
         explanation = dorafx.explain(model, x)
     (message,) = _dorafx_warnings(caught)
-    assert f"InjectedError: no {station} for rewrite" in message
+    assert f"InjectedError: no {stage} for rewrite" in message
     for records in (rewrite_log().records, explanation.log.records):
         assert {r.status for r in records} == {"missed"}
-        assert all(f"InjectedError: no {station} for rewrite" in r.reason for r in records)
+        assert all(f"InjectedError: no {stage} for rewrite" in r.reason for r in records)
     assert (len(rewrite_log().records), len(explanation.misses), explanation.graph_count) == (2, 1, 1)
 
 

@@ -54,8 +54,8 @@ def cat(lift: Lifter, node: fx.Node) -> Value | None:
                 return None
             blocks.append(_Block(expr if by_row else expr.transposed(), start, rows))
         start += rows
-    made = _put_together(lift, blocks, start)
-    return None if made is None else MatrixValue(made if by_row else made.transposed())
+    expr = _put_together(lift, blocks, start)
+    return None if expr is None else MatrixValue(expr if by_row else expr.transposed())
 
 
 @transfer("pad")
@@ -72,15 +72,15 @@ def pad(lift: Lifter, node: fx.Node) -> Value | None:
     sizes = (left, right, above, below, *tensor.shape)
     if not all(isinstance(size, int) for size in sizes) or min(left, right, above, below) < 0:
         return None
-    made = lift.operand(args["input"], weight=True)
-    if made is None:
+    expr = lift.operand(args["input"], weight=True)
+    if expr is None:
         return None
     for before, after, rows in ((above, below, tensor.shape[0]), (left, right, tensor.shape[1])):
-        put = _put_together(lift, [_Block(made, before, rows)], before + rows + after)
+        put = _put_together(lift, [_Block(expr, before, rows)], before + rows + after)
         if put is None:
             return None
-        made = put.transposed()  # rows, then columns, and back
-    return MatrixValue(made)
+        expr = put.transposed()  # rows, then columns, and back
+    return MatrixValue(expr)
 
 
 def _is_zero(lift: Lifter, part: Any) -> bool:
@@ -99,7 +99,7 @@ def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | 
     if all(block.rows == total for block in blocks):
         return exprs[0] if len(exprs) == 1 else None
     whole = _cut_into(lift, blocks, total)
-    made = whole
+    expr = whole
     for block in blocks:
         select = Mat(lift.selection(block.start, block.rows, total))
         for (scalars, chain), c in block.expr.items:
@@ -108,8 +108,8 @@ def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | 
                     return None
                 continue
             term = Expr.of({(scalars, (select, *chain)): c})
-            made = term if made is None else made + term
-    return made
+            expr = term if expr is None else expr + term
+    return expr
 
 
 def _cut_into(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | None:

@@ -231,8 +231,10 @@ def _filters(lift: Lifter, subscripts: Subscripts, long: list[int]) -> MatrixVal
     if long == [0, len(axes) - 1] and len(axes[-1]) == 1:
         return None  # a matrix
     inputs, result, sources = _equation(subscripts, long)
-    for letters, (_, own) in zip(inputs, subscripts.sources):
-        if len(own) > 2 and (own[0] is None or (own[-1] is None and letters[1:] != result[1:])):
+    for letters, (_, source_letters) in zip(inputs, subscripts.sources):
+        if len(source_letters) > 2 and (
+            source_letters[0] is None or (source_letters[-1] is None and letters[1:] != result[1:])
+        ):
             return None
     return filters_by_letters(lift, inputs, result, sources)
 
