@@ -20,7 +20,7 @@ def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
     return torch.promote_types(before, after) != after
 
 
-Layout = Literal["last", "filter", "channels"]
+Layout = Literal["last", "filter", "channels", "batch"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class MatrixValue:
     - ``"last"``: ``[..., rows, cols]``; all axes before the last are rows.
     - ``"filter"``: ``[rows, ...]``; all axes after the first are columns: the weight of a convolution.
     - ``"channels"``: ``[batch, cols, ...]``; all axes but the second are rows: the input and output of a convolution.
+    - ``"batch"``: ``[batch, rows, cols]``; as many matrices as the first axis has entries, and so has every factor of ``expr``.
     """
 
     expr: Expr
@@ -60,7 +61,7 @@ class AtomInfo:
     or columns. ``sumsq``: the same without the root. ``reciprocal``: ``1/poly``. ``clamp_min``: ``max(poly, eps)``.
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix of one-hot rows for an embedding's indices, which is never formed. ``filter`` and ``channels``:
-    ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies, which are never formed.
+    ``node`` in the layout of that name. ``batch``: ``node`` as a batch of matrices or vectors, see :attr:`Lifter.batches`. ``unfold``: the patches that a convolution multiplies, which are never formed.
     ``selection``: consecutive columns of an identity, which put rows among zeros; never formed.
     """
 
@@ -76,6 +77,7 @@ class AtomInfo:
         "onehot",
         "filter",
         "channels",
+        "batch",
         "unfold",
         "selection",
     ]

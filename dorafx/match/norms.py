@@ -69,6 +69,11 @@ def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
         return None
     if tensor.dim() < 2:
         return None
+    if info.kind == "batch":
+        if tensor.dim() != 3:
+            return None
+        rows, cols = (int(size) for size in tensor.shape[1:])
+        return (cols, rows) if mat.transposed else (rows, cols)
     cut = 1 if info.kind == "filter" else tensor.dim() - 1
     if cut > 1 and not lift.is_weight(mat.atom):
         return None  # activations
@@ -161,6 +166,12 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         return Reason(what, _site(info), kind=ReasonKind.SYMBOLIC_SHAPE)
     if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
         return None  # activations: a residual stream plus a layer's output, normalised
+    if lift.atom_of(mat.atom).kind == "batch":
+        return Reason(
+            "the weight inside the norm is a batch of matrices, one for each expert, and no operator computes such norms",
+            _site(info),
+            kind=ReasonKind.BATCHED_WEIGHTS,
+        )
     return NormFactors(atom, info, mat, c, tuple(delta), *size)
 
 

@@ -1,0 +1,145 @@
+"""DoRA over a batch of weights, one for each expert: ``W [E, d_out, d_in]``, ``A [E, r, d_in]``, ``B [E, d_out, r]``, ``m [E, d_out]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from same_results import check_everything
+
+from dorafx import rewrite_log
+
+EXPERTS, D_OUT, D_IN, RANK, TOKENS = 3, 8, 6, 2, 5
+S = 0.5
+
+
+class Experts:
+    def __init__(self, trained: bool = False, experts: int = EXPERTS, d_out: int = D_OUT, d_in: int = D_IN) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(*shape, dtype=torch.float64, generator=generator) * 0.5)
+
+        self.W = parameter(experts, d_out, d_in).requires_grad_(trained)
+        self.A, self.B = parameter(experts, RANK, d_in), parameter(experts, d_out, RANK)
+        self.m = parameter(experts, d_out)
+        self.m_column = parameter(experts, d_out, 1)
+        self.s = torch.tensor(S, dtype=torch.float64)
+
+    def trainable(self) -> list[torch.Tensor]:
+        return [p for p in vars(self).values() if p.requires_grad]
+
+
+def tokens(experts: int = EXPERTS, count: int = TOKENS, d_in: int = D_IN) -> torch.Tensor:
+    return torch.randn(experts, count, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+Weight = Callable[[Experts], torch.Tensor]
+Norm = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[Experts, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+WEIGHTS: dict[str, Weight] = {
+    "bmm": lambda p: p.W + S * torch.bmm(p.B, p.A),
+    "matmul": lambda p: p.W + (p.B @ p.A) * S,
+    "baddbmm": lambda p: torch.baddbmm(p.W, p.B, p.A, alpha=S),
+    "einsum": lambda p: p.W + p.s * torch.einsum("eor,eri->eoi", p.B, p.A),
+    "einsum of factors in another order": lambda p: torch.add(p.W, torch.einsum("eri,eor->eoi", p.A, p.B), alpha=S),
+    "product of transposes": lambda p: p.W + S * torch.bmm(p.A.transpose(1, 2), p.B.mT).permute(0, 2, 1),
+    "factor scaled": lambda p: p.W.detach() + torch.bmm(p.B * p.s, p.A),
+    "delta detached": lambda p: p.W + S * torch.bmm(p.B, p.A).detach(),
+    "two deltas": lambda p: p.W + S * (p.B @ p.A) - 2 * torch.bmm(p.B, p.A.detach().clone()),
+    "weight expanded": lambda p: p.W[0].expand(p.B.shape[0], -1, -1) + p.B @ p.A,
+}
+NORMS: dict[str, Norm] = {
+    "norm": lambda v: v.norm(dim=-1, keepdim=True),
+    "vector_norm": lambda v: torch.linalg.vector_norm(v, dim=2).unsqueeze(-1),
+    "linalg.norm": lambda v: torch.linalg.norm(v, dim=(-1,), keepdim=True),
+    "root of squares": lambda v: v.pow(2).sum(-1, keepdim=True).sqrt(),
+    "root of a product": lambda v: (v * v).sum(2)[:, :, None] ** 0.5,
+    "root of an einsum": lambda v: torch.einsum("eoi,eoi->eo", v, v).sqrt()[..., None],
+    "with an epsilon": lambda v: (v.square().sum(-1, keepdim=True) + 1e-6).sqrt(),
+    "clamped": lambda v: v.norm(dim=-1, keepdim=True).clamp_min(1e-3),
+    "norm of the transpose": lambda v: v.mT.norm(dim=1)[:, :, None],
+}
+LAYERS: dict[str, Layer] = {
+    "merged, bmm": lambda p, x, v, n: torch.bmm(x, (p.m_column * v / n).transpose(1, 2)),
+    "merged, einsum": lambda p, x, v, n: torch.einsum("eti,eoi->eto", x, (p.m / n.squeeze(-1))[:, :, None] * v),
+    "merged, matmul": lambda p, x, v, n: x @ (v * (p.m.unsqueeze(-1) / n)).mT,
+    "factored": lambda p, x, v, n: (
+        (p.m / n[..., 0])[:, None, :]
+        * (torch.bmm(x, p.W.transpose(1, 2)) + S * torch.bmm(torch.bmm(x, p.A.mT), p.B.mT))
+    ),
+    "tokens for all": lambda p, x, v, n: torch.einsum("ti,eoi->eto", x[0], p.m_column * v / n),
+}
+
+
+def program_of(weight: str, norm: str, layer: str, detached: bool = False) -> Callable[..., torch.Tensor]:
+    def program(p: Experts, x: torch.Tensor) -> torch.Tensor:
+        v = WEIGHTS[weight](p)
+        n = NORMS[norm](v)
+        return LAYERS[layer](p, x, v, n.detach() if detached else n)
+
+    return program
+
+
+CASES = [
+    *((w, "norm", "merged, bmm") for w in WEIGHTS),
+    *(("bmm", n, "merged, matmul") for n in NORMS),
+    *(("baddbmm", "norm", layer) for layer in LAYERS),
+]
+
+
+@pytest.mark.parametrize(("weight", "norm", "layer"), CASES)
+def test_every_spelling_has_a_record(weight: str, norm: str, layer: str) -> None:
+    check_everything(program_of(weight, norm, layer), Experts(), tokens())
+    assert [(r.status, bool(r.reason)) for r in rewrite_log().records] == [("missed", True)]
+
+
+UNKNOWN: dict[str, tuple[Norm, Weight | None, str]] = {
+    "of order 1": (lambda v: v.norm(p=1, dim=-1, keepdim=True), None, "is of order 1"),
+    "of each expert": (lambda v: v.norm(dim=(1, 2), keepdim=True), None, "over dimensions (1, 2)"),
+    "over the experts": (lambda v: v.norm(dim=0, keepdim=True), None, "over dimensions 0"),
+    "of all": (lambda v: v.norm(), None, "of the whole weight"),
+    "largest": (lambda v: v.amax(-1, keepdim=True), None, "operator amax"),
+    "flattened": (lambda v: v.reshape(-1, D_IN).norm(dim=1).view(-1, D_OUT, 1), None, "operator reshape"),
+    "tanh of the delta": (NORMS["norm"], lambda p: p.W + torch.tanh(p.B @ p.A), "operator tanh"),
+    "one weight for all": (NORMS["norm"], lambda p: p.W[0] + p.B @ p.A, "has no such axis"),
+    "scaled by row": (NORMS["norm"], lambda p: p.m_column * p.W + p.B @ p.A, "itself scaled by a vector"),
+    "written in place": (NORMS["norm"], lambda p: torch.relu_(p.W + p.B @ p.A), "written in place"),
+    "squares changed": (lambda v: v.square().sum(-1, keepdim=True).sin().add(2).sqrt(), None, "operator sin"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_left_alone_has_a_reason(name: str) -> None:
+    norm, weight, reason = UNKNOWN[name]
+
+    def program(p: Experts, x: torch.Tensor) -> torch.Tensor:
+        v = (weight or WEIGHTS["bmm"])(p)
+        return torch.bmm(x, (p.m_column * v / norm(v)).mT)
+
+    check_everything(program, Experts(), tokens())
+    records = rewrite_log().records
+    assert [(r.status, reason in r.reason) for r in records] == [("missed", True)], [r.reason for r in records]
+
+
+def attention(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    """A batch of activations, whose products and norms are no weights'."""
+    q, k = x @ p.W.mT, torch.bmm(x, p.B @ p.A @ x.mT @ x) @ p.W.mT
+    scores = torch.bmm(q, k.mT) + x @ x.mT
+    return scores / scores.norm(dim=-1, keepdim=True)
+
+
+def experts_without_delta(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, (p.m_column * p.W / p.W.norm(dim=-1, keepdim=True)).mT)
+
+
+def low_rank_experts_without_norm(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, WEIGHTS["bmm"](p).mT)
+
+
+@pytest.mark.parametrize("program", [attention, experts_without_delta, low_rank_experts_without_norm])
+def test_no_dora_leaves_no_record(program: Callable[..., torch.Tensor]) -> None:
+    check_everything(program, Experts(d_in=D_OUT), tokens(d_in=D_OUT))
+    assert rewrite_log().records == []
