@@ -82,10 +82,10 @@ def dense_bytes(norm: NormFactors, nodes: list[fx.Node], kept: Iterable[int] = (
         if a.op == "placeholder" and (t := tensor_of(a)) is not None
     }
     seen.update(kept)
-    total = 0
+    total, smallest = 0, norm.d_out * norm.d_in * (norm.batch or 1)
     for node in nodes:
         tensor = tensor_of(node)
-        if tensor is None or not isinstance(tensor.numel(), int) or tensor.numel() < norm.d_out * norm.d_in:
+        if tensor is None or not isinstance(tensor.numel(), int) or tensor.numel() < smallest:
             continue
         storage = storage_id(tensor)
         if storage not in seen:

@@ -174,6 +174,8 @@ def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan
             packed = "it is transposed, and its rows are no rows of the norm"
         elif factors.info.requires_grad:
             packed = "gradients flow through the norm"
+        elif factors.batch is not None:
+            packed = "it is a batch of matrices"
     if isinstance(packed, str):
         formed = f"the dequantised weight is formed: {packed}" if packed else ""
         return NormPlan(factors, _norm_algorithm(options), None, formed)

@@ -124,11 +124,14 @@ class TermEmitter(NodeEmitter):
                 if self.tensor(node).dim() > 1:
                     node = self.method("reshape", node, -1)
                 node = self._wide(node)
+        elif info.kind == "batch":
+            node = self.atom(atom)
+            node = self._wide(node if self.tensor(node).dim() == 2 else self.method("flatten", node, 1))
         elif info.kind == "sumsq" or info.poly is None:
             raise CannotEmit("a sum of squares is used without its root")
         else:
             node = self._function(info, self.vector(info.poly))
-        if info.kind != "node" and atom.detached and tensor_of(node) is not None:
+        if info.kind not in ("node", "batch") and atom.detached and tensor_of(node) is not None:
             node = self.method("detach", node)
         self._vectors[key] = node
         return node

@@ -20,11 +20,12 @@ from dorafx.graphs.tensors import tensor_of
 
 from ..algebra import Expr, Mat, Poly
 from ..lifter import Lifter, Reading, transfer
-from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, VectorValue, loses_accuracy
+from ..values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least, root
 from .indexing import takes_everything
 from .layout import swapped_axes
+from .products import computes
 
 Batch = MatrixValue | VectorValue
 Shape = tuple[int, ...]
@@ -278,8 +279,10 @@ def clamp(lift: Lifter, node: fx.Node) -> None:
 # -- products of matrices -----------------------------------------------------------------------------------------------
 
 
-def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, flip: tuple[bool, bool] = (False, False)) -> Expr | None:
-    """The product of two batches of weights, either of them transposed."""
+def _product(
+    lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, flip: tuple[bool, bool] = (False, False), bias: Any = None
+) -> Expr | None:
+    """The product of two batches of weights, either of them transposed; ``bias``: what the node adds to it."""
     shapes, out = (_shape(lhs), _shape(rhs)), tensor_of(node)
     dtypes = {t.dtype for t in (tensor_of(lhs), tensor_of(rhs)) if t is not None}
     if any(s is None or len(s) != 3 for s in shapes) or out is None or len(dtypes) != 1:
@@ -294,7 +297,10 @@ def _product(lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, flip: tuple[bool, 
         if value is None or value.squared or not _are_weights(lift, value.expr):
             return None
         factors.append(value.expr.transposed() if flipped else value.expr)
-    return factors[0] @ factors[1]
+    product = factors[0] @ factors[1]
+    if not flip[0]:
+        computes(lift, product, Gemm(node, lhs, rhs, flip[1], bias))
+    return product
 
 
 @transfer("bmm", "matmul", reading=Reading.BATCH)
@@ -311,7 +317,7 @@ def baddbmm(lift: Lifter, node: fx.Node) -> None:
     beta, alpha, total = args.get("beta", 1), args.get("alpha", 1), args.get("input")
     if not isinstance(beta, (int, float)) or not isinstance(alpha, (int, float)) or _shape(total) != _shape(node):
         return
-    value, product = matrices(lift, total), _product(lift, node, args.get("batch1"), args.get("batch2"))
+    value, product = matrices(lift, total), _product(lift, node, args.get("batch1"), args.get("batch2"), bias=node)
     if value is None or value.squared or product is None:
         return
     expr = value.expr.scaled(float(beta)) + product.scaled(float(alpha))
