@@ -163,6 +163,9 @@ class Lifter:
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
                 if not (isinstance(value, MatrixValue) and (value.squared or value.layout == "filter")):
                     self.nodes.setdefault(key, []).append(node)
+                batch = self.batches.get(node)
+                if isinstance(batch, MatrixValue) and not batch.squared:
+                    self.nodes.setdefault(batch.expr, []).append(node)
                 if isinstance(value, VectorValue) and value.row is not None:
                     self.nodes.setdefault(value.row, []).append(node)
         return self

@@ -38,7 +38,8 @@ def merging(lift: Lifter, match: Match) -> list[fx.Node]:
             tensor = tensor_of(argument)
             if argument in nodes or tensor is None or argument.op not in ("call_function", "call_method"):
                 continue
-            if tensor.dim() == 2 and sorted(map(str, tensor.shape)) == sizes:
+            axes = 2 if match.norm.batch is None else 3
+            if tensor.dim() == axes and sorted(map(str, tensor.shape[-2:])) == sizes:
                 nodes[argument] = None
                 stack.append((argument, 0))
             elif beyond:

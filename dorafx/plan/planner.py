@@ -151,13 +151,14 @@ def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
     if output is None or weight is None or not weight.numel():
         return None
     d_out = match.norm.d_out if match.norm.info.side == "row" else match.norm.d_in
-    tokens = math.prod(int(size_hint(size)) for size in output.shape) // max(d_out, 1)
+    batch = match.norm.batch or 1  # the cost of one expert of a batch
+    tokens = math.prod(int(size_hint(size)) for size in output.shape) // max(d_out * batch, 1)
     return merged_cost(
         tokens,
         match.norm.d_out,
         match.norm.d_in,
         match.norm.rank,
-        dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)),
+        dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)) // batch,
         output.requires_grad,
         output.device,
         sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
@@ -191,7 +192,11 @@ def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
 
 def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
     head = match.base[0]
-    if match.constant is not None or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels")):
+    if (
+        match.norm.batch is not None
+        or match.constant is not None
+        or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels"))
+    ):
         return False
     if options.compose != "auto":
         return options.compose == "accumulated"

@@ -138,9 +138,23 @@ def _operand(lift: Lifter, arg: Any) -> _Operand | None:
 def _added(a: _Operand, b: _Operand, sign: float) -> Batch | None:
     if a.vector is not None and b.vector is not None and (a.shape == b.shape or () in (a.shape, b.shape)):
         return VectorValue(a.vector.poly + b.vector.poly.scaled(sign), _axis(a.vector, b.vector))
-    if a.matrix is None or b.matrix is None or a.shape != b.shape or a.matrix.squared or b.matrix.squared:
+    if a.matrix is None or b.matrix is None or a.shape != b.shape:
+        return _biased(a, b, sign)
+    if a.matrix.squared or b.matrix.squared:
         return None
     return replace(a.matrix, expr=a.matrix.expr + b.matrix.expr.scaled(sign))
+
+
+def _biased(a: _Operand, b: _Operand, sign: float) -> MatrixValue | None:
+    """A batch of matrices plus a batch of row vectors, which is added to each row."""
+    matrix, vector = (a, b) if a.matrix is not None else (b, a)
+    if matrix.matrix is None or matrix.matrix.squared or vector.vector is None or not matrix.shape[2:]:
+        return None
+    batch, _, columns = matrix.shape
+    if vector.shape != (batch, 1, columns) or columns == 1:
+        return None
+    m, v = (1.0, sign) if matrix is a else (sign, 1.0)
+    return replace(matrix.matrix, expr=matrix.matrix.expr.scaled(m) + Expr.broadcast(vector.vector.poly).scaled(v))
 
 
 def _axis(v: VectorValue, w: VectorValue) -> int | None:
@@ -150,9 +164,8 @@ def _axis(v: VectorValue, w: VectorValue) -> int | None:
 def _multiplied(a: _Operand, b: _Operand) -> Batch | None:
     if a.vector is not None and b.vector is not None and (a.shape == b.shape or () in (a.shape, b.shape)):
         return VectorValue(a.vector.poly * b.vector.poly, _axis(a.vector, b.vector))
-    if a.matrix is not None and b.matrix is not None and a.shape == b.shape:
-        same = a.matrix == b.matrix and not a.matrix.squared
-        return replace(a.matrix, squared=True) if same else None
+    if a.matrix is not None and a.matrix == b.matrix and a.shape == b.shape:
+        return None if a.matrix.squared else replace(a.matrix, squared=True)
     if a.matrix is not None and b.vector is not None:
         return _scaled(a.matrix, a.shape, b.vector, b.shape)
     if b.matrix is not None and a.vector is not None:
@@ -282,21 +295,31 @@ def clamp(lift: Lifter, node: fx.Node) -> None:
 def _product(
     lift: Lifter, node: fx.Node, lhs: Any, rhs: Any, flip: tuple[bool, bool] = (False, False), bias: Any = None
 ) -> Expr | None:
-    """The product of two batches of weights, either of them transposed; ``bias``: what the node adds to it."""
-    shapes, out = (_shape(lhs), _shape(rhs)), tensor_of(node)
-    dtypes = {t.dtype for t in (tensor_of(lhs), tensor_of(rhs)) if t is not None}
-    if any(s is None or len(s) != 3 for s in shapes) or out is None or len(dtypes) != 1:
+    """The product of two batches of matrices, either of them transposed, one of weights at least; ``bias``: what the node adds to it.
+    The first may be tokens ``[T, d]`` or ``[1, T, d]`` that all experts share."""
+    first, second, out = _shape(lhs), _shape(rhs), _shape(node)
+    dtypes = {t.dtype for t in map(tensor_of, (lhs, rhs, node)) if t is not None}
+    if first is None or second is None or out is None or len(second) != 3 or len(out) != 3:
         return None
-    first, second = shapes
-    assert first is not None and second is not None
-    if first[0] != second[0]:
+    if len(dtypes) > 1 and torch.float64 in dtypes:
+        return None  # an error at run time; autocast casts other dtypes
+    shared = len(first) == 2 or (len(first) == 3 and first[0] == 1 != second[0])
+    if not shared and (len(first) != 3 or first[0] != second[0]):
         return None
-    factors = []
+    factors, weights = [], 0
     for arg, flipped in zip((lhs, rhs), flip):
-        value = matrices(lift, arg)
-        if value is None or value.squared or not _are_weights(lift, value.expr):
-            return None
+        value = matrices(lift, arg) if not (shared and arg is lhs) else None
+        of_weights = value is not None and not value.squared and _are_weights(lift, value.expr)
+        weights += of_weights
+        if value is None or value.squared or not (of_weights or len(value.expr.items) == 1):
+            # Activations: a sum of them is one value, however it was computed.
+            unknown = lift.batch_atom(arg) if isinstance(arg, fx.Node) else None
+            if unknown is None:
+                return None
+            value = MatrixValue(Expr.mat(unknown), layout="batch")
         factors.append(value.expr.transposed() if flipped else value.expr)
+    if not weights:
+        return None
     product = factors[0] @ factors[1]
     if not flip[0]:
         computes(lift, product, Gemm(node, lhs, rhs, flip[1], bias))
@@ -334,14 +357,18 @@ def einsum(lift: Lifter, node: fx.Node) -> None:
     inputs, _, result = equation.replace(" ", "").partition("->")
     left, _, right = inputs.partition(",")
     shapes = [_shape(o) for o in operands]
-    if any(s is None or len(s) != 3 for s in shapes) or not len(left) == len(right) == 3:
-        return
-    if any(len(set(s)) != len(s) for s in (left, right, result)) or not left[0] == right[0] == result[:1]:
+    if len(left) != len(shapes[0] or ()) or len(right) != len(shapes[1] or ()):
         return
     sizes: dict[str, int] = {}
     for letters, shape in zip((left, right), shapes):
         if any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape or ())):
             return  # a size of 1 is broadcast
+    # Tokens that all experts share have no letter for the batch.
+    left, right = (result[:1] + s if len(s) == 2 and result[:1] not in s else s for s in (left, right))
+    if not len(left) == len(right) == 3 or any(len(set(s)) != len(s) for s in (left, right, result)):
+        return
+    if not left[0] == right[0] == result[:1]:
+        return
     if left == right and len(result) == 2 and result[1] in left[1:]:
         value = matrices(lift, operands[0])
         if value is not None and not value.squared and value == matrices(lift, operands[1]):
@@ -470,7 +497,13 @@ def cast(lift: Lifter, node: fx.Node) -> None:
     lift.note_batch(node, known)
 
 
-@transfer("view", "getitem", "slice", reading=Reading.BATCH)
+def _takes_all(index: Any) -> bool:
+    """Whether an index takes everything, apart from the entry that it may take of axes of size 1."""
+    items = index if isinstance(index, tuple) else (index,)
+    return takes_everything(tuple(slice(None) if type(i) is int and i in (0, -1) else i for i in items))
+
+
+@transfer("view", "getitem", "slice", "select", reading=Reading.BATCH)
 def view(lift: Lifter, node: fx.Node) -> None:
     """A view of the same shape, or one that adds or drops the axes of size 1 of a batch of vectors."""
     source = first_argument(node)
@@ -478,8 +511,10 @@ def view(lift: Lifter, node: fx.Node) -> None:
     if before is None or after is None or tensor is None or out is None or tensor.dtype != out.dtype:
         return
     name = lift.name_of(node)
-    if (name == "getitem" and not takes_everything(node.args[1])) or (name == "slice" and before != after):
+    if (name == "getitem" and not _takes_all(node.args[1])) or (name == "slice" and before != after):
         return
+    if math.prod(before) != math.prod(after):
+        return  # an entry of an axis of several
     if before == after:
         _note(lift, node, _known(lift, source))
         return
