@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -36,12 +37,16 @@ def tokens(experts: int = EXPERTS, count: int = TOKENS, d_in: int = D_IN) -> tor
     return torch.randn(experts, count, d_in, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
+def adapted(p: Experts) -> torch.Tensor:
+    return p.W + S * torch.bmm(p.B, p.A)
+
+
 Weight = Callable[[Experts], torch.Tensor]
 Norm = Callable[[torch.Tensor], torch.Tensor]
 Layer = Callable[[Experts, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 WEIGHTS: dict[str, Weight] = {
-    "bmm": lambda p: p.W + S * torch.bmm(p.B, p.A),
+    "bmm": lambda p: adapted(p),
     "matmul": lambda p: p.W + (p.B @ p.A) * S,
     "baddbmm": lambda p: torch.baddbmm(p.W, p.B, p.A, alpha=S),
     "einsum": lambda p: p.W + p.s * torch.einsum("eor,eri->eoi", p.B, p.A),
@@ -71,6 +76,9 @@ LAYERS: dict[str, Layer] = {
         (p.m / n[..., 0])[:, None, :]
         * (torch.bmm(x, p.W.transpose(1, 2)) + S * torch.bmm(torch.bmm(x, p.A.mT), p.B.mT))
     ),
+    "tokens for all, matmul": lambda p, x, v, n: x[0] @ (p.m_column * v / n).mT,
+    "tokens expanded": lambda p, x, v, n: torch.bmm(x[:1].expand_as(x), (p.m_column * v / n).mT),
+    "tokens broadcast": lambda p, x, v, n: torch.matmul(x[:1], (p.m_column * v / n).mT),
     "tokens for all": lambda p, x, v, n: torch.einsum("ti,eoi->eto", x[0], p.m_column * v / n),
 }
 
@@ -103,6 +111,31 @@ def test_every_spelling(weight: str, norm: str, layer: str) -> None:
         if not grad or (detached and norm == "norm"):
             assert record.norm_placement == "prologue", record.decision
         assert (record.pattern, record.reason) == ("linear", ""), record.reason
+
+
+def drawn(count: int, seed: int) -> list[tuple[str, str, str, bool, bool]]:
+    """Any way to write each part, with any other."""
+    chance = random.Random(seed)
+    parts = list(WEIGHTS), list(NORMS), list(LAYERS), [True, False], [True, False]
+    return [tuple(chance.choice(options) for options in parts) for _ in range(count)]  # type: ignore[misc]
+
+
+def check_drawn(weight: str, norm: str, layer: str, trained: bool, detached: bool) -> None:
+    rewrite_log().clear()
+    check_everything(program_of(weight, norm, layer, detached), Experts(trained), tokens())
+    assert [r.status for r in rewrite_log().records] == ["rewritten"], (weight, norm, layer, trained, detached)
+
+
+def test_parts_in_any_combination() -> None:
+    for case in drawn(12, 0):
+        check_drawn(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_parts_in_many_combinations(seed: int) -> None:
+    for case in drawn(40, seed):
+        check_drawn(*case)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +180,12 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 def of_each_row_scaled(p: Experts, x: torch.Tensor) -> torch.Tensor:
     """A norm by column; the gain is that of the columns."""
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     return torch.bmm(x, (v / v.norm(dim=1, keepdim=True)).mT)
 
 
 def shared_magnitude(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     return torch.bmm(x, (p.m_column[0] * v / v.norm(dim=-1, keepdim=True)).mT)
 
 
@@ -160,7 +193,7 @@ def routed(p: Experts, x: torch.Tensor) -> torch.Tensor:
     """Tokens are gathered for each expert, and their outputs are added where they came from."""
     flat = x.reshape(-1, x.shape[-1])
     gate, chosen = (flat @ p.W[:, 0].mT).softmax(-1).topk(4, dim=0)
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     y = torch.bmm(flat[chosen.T], (p.m_column * v / v.norm(dim=-1, keepdim=True).detach()).mT)
     out = y.new_zeros(flat.shape[0], y.shape[-1])
     return out.index_add(0, chosen.T.reshape(-1), (y * gate.T[:, :, None]).flatten(0, 1))
@@ -168,7 +201,7 @@ def routed(p: Experts, x: torch.Tensor) -> torch.Tensor:
 
 def norm_without_gradients(p: Experts, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        n = WEIGHTS["baddbmm"](p).norm(dim=-1)
+        n = torch.baddbmm(p.W, p.B, p.A, alpha=S).norm(dim=-1)
     return (p.m / n)[:, None, :] * (x @ p.W.mT + S * (x @ p.A.mT @ p.B.mT))
 
 
@@ -221,7 +254,7 @@ def experts_without_delta(p: Experts, x: torch.Tensor) -> torch.Tensor:
 
 
 def low_rank_experts_without_norm(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(x, WEIGHTS["bmm"](p).mT)
+    return torch.bmm(x, adapted(p).mT)
 
 
 @pytest.mark.parametrize("program", [attention, experts_without_delta, low_rank_experts_without_norm])
@@ -231,30 +264,34 @@ def test_no_dora_leaves_no_record(program: Callable[..., torch.Tensor]) -> None:
 
 
 def biased(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     return torch.bmm(x, (p.m_column * v / v.norm(dim=-1, keepdim=True).detach()).mT) + p.m[:, None, :]
 
 
 def delta_form(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    g = (p.m / WEIGHTS["baddbmm"](p).norm(dim=-1).detach())[:, None]
+    g = (p.m / torch.baddbmm(p.W, p.B, p.A, alpha=S).norm(dim=-1).detach())[:, None]
     base = x @ p.W.mT
     return base + (g - 1) * base + g * (x @ p.A.mT @ p.B.mT) * S
 
 
 def weight_delta(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     return torch.relu(x @ (p.m_column * v / v.norm(dim=-1, keepdim=True) - p.W).mT)
 
 
 def with_dropout_that_drops_nothing(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     g = (p.m / v.norm(dim=-1)).unsqueeze(1)
     dropped = torch.nn.functional.dropout(x, 0.5, training=False)
     return g * (torch.bmm(x, p.W.mT) + torch.bmm(torch.bmm(dropped, p.A.mT), p.B.mT) * S)
 
 
+def normalized(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(x, (p.m_column * torch.nn.functional.normalize(adapted(p), dim=-1)).mT)
+
+
 def two_layers(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    v = WEIGHTS["bmm"](p)
+    v = adapted(p)
     w = p.m_column * v / v.norm(dim=-1, keepdim=True).detach()
     return torch.bmm(torch.relu(torch.bmm(x, w.mT)), w)
 
@@ -264,6 +301,7 @@ COMPOSED: dict[str, tuple[Callable[..., torch.Tensor], list[tuple[str, str]]]] =
     "biased": (biased, [("linear", "")]),
     "delta form": (delta_form, [("linear", "")]),
     "weight delta": (weight_delta, [("linear_weight_delta", "")]),
+    "normalized": (normalized, [("linear", "")]),
     "without gradients": (norm_without_gradients, [("linear", "")]),
     "dropout that drops nothing": (with_dropout_that_drops_nothing, [("linear", "")]),
 }
@@ -285,30 +323,30 @@ def test_a_weight_that_is_read_both_ways() -> None:
 
 
 def another_weight(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    g = (p.m / WEIGHTS["bmm"](p).norm(dim=-1))[:, None]
+    g = (p.m / adapted(p).norm(dim=-1))[:, None]
     return g * (x @ p.W.sin().mT + x @ p.A.mT @ p.B.mT)
 
 
 def another_expert(p: Experts, x: torch.Tensor) -> torch.Tensor:
     """The weights of the experts, in another order than those of the norm."""
-    g = (p.m / WEIGHTS["bmm"](p).norm(dim=-1))[:, None]
+    g = (p.m / adapted(p).norm(dim=-1))[:, None]
     return g * (x @ p.W.flip(0).mT + x @ p.A.mT @ p.B.mT)
 
 
 def scaled_by_another_axis(p: Experts, x: torch.Tensor) -> torch.Tensor:
     """Of as many tokens as rows, each token is scaled and not each row."""
-    g = (p.m / WEIGHTS["bmm"](p).norm(dim=-1))[:, :, None]
+    g = (p.m / adapted(p).norm(dim=-1))[:, :, None]
     return g * (x @ p.W.mT + x @ p.A.mT @ p.B.mT)
 
 
 def scaled_by_the_experts(p: Experts, x: torch.Tensor) -> torch.Tensor:
     """Of as many experts as tokens, the batch is broadcast along another axis."""
-    g = p.m / WEIGHTS["bmm"](p).norm(dim=-1)
+    g = p.m / adapted(p).norm(dim=-1)
     return g * (x @ p.W.mT + x @ p.A.mT @ p.B.mT)
 
 
 def unscaled_part(p: Experts, x: torch.Tensor) -> torch.Tensor:
-    g = (p.m / WEIGHTS["bmm"](p).norm(dim=-1))[:, None]
+    g = (p.m / adapted(p).norm(dim=-1))[:, None]
     return g * (x @ p.W.mT) + x @ p.A.mT @ p.B.mT
 
 
@@ -364,6 +402,22 @@ def test_under_autocast(dtype: torch.dtype) -> None:
     for got, wanted in zip(*gradients):
         torch.testing.assert_close(got, wanted, rtol=5e-2, atol=5e-2)
     assert [r.rewritten for r in rewrite_log().records] == [True]
+
+
+def test_as_many_tokens_as_there_are() -> None:
+    """With sizes that are symbols; and with each rewrite verified."""
+    model = Mixture()
+    options = {"dorafx.codegen": "eager", "dorafx.verify": True}
+    compiled = torch.compile(model, backend="dorafx", dynamic=True, options=options)
+    for count in (5, 7, 11):
+        x = tokens(count=count).float()
+        torch.testing.assert_close(compiled(x), model(x))
+    assert [(r.pattern, r.reason) for r in rewrite_log().records] == [("linear", "")]
+
+
+def test_terms_are_explained() -> None:
+    text = str(dorafx.explain(Mixture(), tokens().float()))
+    assert "linear" in text and "Mixture" not in text.splitlines()[0]
 
 
 def test_exported() -> None:

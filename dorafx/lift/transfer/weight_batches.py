@@ -28,7 +28,8 @@ from .layout import swapped_axes
 from .products import computes
 
 Batch = MatrixValue | VectorValue
-Shape = tuple[int, ...]
+Shape = tuple[int | str, ...]
+"""Sizes of a tensor, symbols (of how many tokens there are) by their expressions."""
 
 
 class _Operand(NamedTuple):
@@ -40,11 +41,11 @@ class _Operand(NamedTuple):
 
 
 def _shape(arg: Any) -> Shape | None:
-    """The sizes of a floating tensor, if all are numbers."""
     tensor = tensor_of(arg)
-    if tensor is None or tensor.dtype not in FLOAT_DTYPES or not all(isinstance(n, int) for n in tensor.shape):
+    if tensor is None or tensor.dtype not in FLOAT_DTYPES:
         return None
-    return tuple(tensor.shape)
+    # A symbol that the program fixed is printed as the number.
+    return tuple(int(n) if n.isdecimal() else n for n in map(str, tensor.shape))
 
 
 def vector_axis_of(shape: Shape) -> int | None:
@@ -359,7 +360,7 @@ def einsum(lift: Lifter, node: fx.Node) -> None:
     shapes = [_shape(o) for o in operands]
     if len(left) != len(shapes[0] or ()) or len(right) != len(shapes[1] or ()):
         return
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | str] = {}
     for letters, shape in zip((left, right), shapes):
         if any(sizes.setdefault(letter, size) != size for letter, size in zip(letters, shape or ())):
             return  # a size of 1 is broadcast
@@ -449,6 +450,25 @@ def norm(lift: Lifter, node: fx.Node) -> None:
     _along(lift, node, "norm", arg, args.get("dim"), args.get("keepdim", False))
 
 
+@transfer("normalize", reading=Reading.BATCH)
+def normalize(lift: Lifter, node: fx.Node) -> None:
+    """``w / max(‖w‖, eps)`` of each row or column."""
+    args = arguments(node, "input", "p", "dim", "eps", "out")
+    value, side, eps = matrices(lift, args.get("input")), _side(args.get("dim", 1)), args.get("eps", 1e-12)
+    if args.get("p", 2.0) != 2 or args.get("out") is not None or not isinstance(eps, (int, float)):
+        return
+    if value is None or value.squared or side is None:
+        return
+    tensor = tensor_of(args["input"])
+    grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
+    double = tensor is not None and tensor.dtype == torch.float64
+    norms = lift.intern(AtomInfo("norm", grad, parameter, expr=value.expr, side=side, double=double))
+    inverse = inverse_of(lift, at_least(lift, VectorValue(Poly.var(norms), -1), float(eps)))
+    if inverse is not None:
+        scaled = value.expr.left_diag(inverse.poly) if side == "row" else value.expr.right_diag(inverse.poly)
+        lift.note_batch(node, replace(value, expr=scaled))
+
+
 @transfer("sum", "mean", reading=Reading.BATCH)
 def sum_of_squares(lift: Lifter, node: fx.Node) -> None:
     args = arguments(node, "input", "dim", "keepdim")
@@ -460,7 +480,7 @@ def sum_of_squares(lift: Lifter, node: fx.Node) -> None:
     if lift.name_of(node) == "mean" and sums is not None and shape is not None:
         lift.batches.pop(node)
         (size,) = [shape[d] for d in (dim if isinstance(dim, (tuple, list)) else [dim]) if isinstance(d, int)]
-        if args.get("dtype") is None and size:
+        if args.get("dtype") is None and isinstance(size, int) and size:
             _note(lift, node, replace(sums, poly=sums.poly.scaled(1.0 / size)))
 
 
@@ -497,6 +517,11 @@ def cast(lift: Lifter, node: fx.Node) -> None:
     lift.note_batch(node, known)
 
 
+def _count(shape: Shape) -> int | None:
+    """How many entries there are; None if a symbol decides that."""
+    return math.prod(n for n in shape if isinstance(n, int)) if all(isinstance(n, int) for n in shape) else None
+
+
 def _takes_all(index: Any) -> bool:
     """Whether an index takes everything, apart from the entry that it may take of axes of size 1."""
     items = index if isinstance(index, tuple) else (index,)
@@ -513,7 +538,7 @@ def view(lift: Lifter, node: fx.Node) -> None:
     name = lift.name_of(node)
     if (name == "getitem" and not _takes_all(node.args[1])) or (name == "slice" and before != after):
         return
-    if math.prod(before) != math.prod(after):
+    if before != after and (_count(before) is None or _count(before) != _count(after)):
         return  # an entry of an axis of several
     if before == after:
         _note(lift, node, _known(lift, source))
@@ -521,7 +546,7 @@ def view(lift: Lifter, node: fx.Node) -> None:
     vector, axis = vectors(lift, source), vector_axis_of(after)
     if vector is None or vector.axis is None or axis is None or before[0] != after[0]:
         return
-    if math.prod(before[1:]) == math.prod(after[1:]) != 1:
+    if _count(before[1:]) == _count(after[1:]) not in (1, None):
         _note(lift, node, replace(vector, axis=axis))
 
 
