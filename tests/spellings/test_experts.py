@@ -360,6 +360,29 @@ def test_only_the_norm_of_other_compositions(program: Callable[..., torch.Tensor
     assert [(r.pattern, bool(r.reason)) for r in rewrite_log().records] == [("norm_only", True)]
 
 
+def one_expert(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    """Matrices that are made a batch of one."""
+    v = torch.baddbmm(p.W[0][None], p.B[0].unsqueeze(0), p.A[:1])
+    return x @ (p.m_column[0] * v[0] / v.norm(dim=-1)[0][:, None]).mT
+
+
+def one_expert_without_its_axis(p: Experts, x: torch.Tensor) -> torch.Tensor:
+    v = torch.baddbmm(p.W[0][None], p.B[0][None], p.A[0][None]).squeeze(0)
+    return x @ (p.m_column[0] * v / v.norm(dim=-1, keepdim=True)).mT
+
+
+@pytest.mark.parametrize(
+    ("program", "pattern", "reason"),
+    [
+        (one_expert, "rewritten", "operator getitem"),
+        (one_expert_without_its_axis, "missed", "operator squeeze"),
+    ],
+)
+def test_a_batch_of_one(program: Callable[..., torch.Tensor], pattern: str, reason: str) -> None:
+    check_everything(program, Experts(), tokens())
+    assert [(r.status, reason in r.reason) for r in rewrite_log().records] == [(pattern, True)]
+
+
 class Mixture(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()

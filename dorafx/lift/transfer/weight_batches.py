@@ -101,7 +101,9 @@ def matrices(lift: Lifter, arg: Any) -> MatrixValue | None:
     value = _plain(lift, arg)
     items = _of_atoms(lift, value.expr, shape) if value is not None else None
     if items is None:
-        return None
+        # A view of weights in another shape is one value, as ``W.unsqueeze(0)``.
+        whole = lift.batch_atom(arg) if value is not None and len(value.expr.items) == 1 else None
+        return MatrixValue(Expr.mat(whole), layout="batch") if whole is not None else None
     return MatrixValue(Expr.of({(scalars, (Mat(atom),)): c for scalars, atom, c in items}), layout="batch")
 
 
