@@ -41,6 +41,8 @@ _PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding"
 class Reading(IntEnum):
     """The ways to read an operator, in the order in which they are tried: the first that gives a value is used."""
 
+    BATCH = 0
+    """As a step of a computation with a batch of weights; gives no value, but is noted in :attr:`Lifter.batches`."""
     STACK = 1
     """As a step of a sum over a stack of matrices, or of one matrix for all entries of a batch."""
     TAKEN_APART = 2
@@ -116,6 +118,9 @@ class Lifter:
         """Nodes that stack several matrices along a new first axis; the sum of the matrices, and their number."""
         self.repeated: dict[fx.Node, MatrixValue] = {}
         """Nodes that repeat one matrix for each entry of a batch, and the matrix."""
+        self.batches: dict[fx.Node, MatrixValue | VectorValue] = {}
+        """Nodes that are a batch of matrices ``[batch, rows, cols]`` or of vectors, one for each expert, and their term. The axis of the
+        batch comes first, and all factors of the term have it. It is in no other term: for :attr:`values` such a node is unknown."""
         self.roundings: dict[fx.Node, torch.dtype] = {}
         """Nodes whose term ignores that something in it was rounded to this dtype."""
         self.failures: dict[fx.Node, str] = {}
@@ -158,6 +163,9 @@ class Lifter:
                 key: Expr | Poly = value.expr if isinstance(value, MatrixValue) else value.poly
                 if not isinstance(value, MatrixValue) or (not value.squared and self.holds_rows(value)):
                     self.nodes.setdefault(key, []).append(node)
+                batch = self.batches.get(node)
+                if isinstance(batch, MatrixValue) and not batch.squared:
+                    self.nodes.setdefault(batch.expr, []).append(node)
                 if isinstance(value, VectorValue) and value.row is not None:
                     self.nodes.setdefault(value.row, []).append(node)
         return self
@@ -166,14 +174,22 @@ class Lifter:
         """Make the node's value an atom for everything downstream of here."""
         self.values[node] = self.atom_value(node)
         self.roundings.pop(node, None)
+        self.batches.pop(node, None)
 
     def _lift_here(self, node: fx.Node) -> Value | None:
         self._lifted, self._unrounded = node, set()
+        self.batches.pop(node, None)  # from an attempt before an operand was sealed
         value = self._lift(node)
         if self._is_inference_tensor(node):
             self._inference.add(node)
         self._lifted = None
-        aside: tuple[dict[fx.Node, Any], ...] = (self.expanded, self.absolute, self.stacked, self.repeated)
+        aside: tuple[dict[fx.Node, Any], ...] = (
+            self.expanded,
+            self.absolute,
+            self.stacked,
+            self.repeated,
+            self.batches,
+        )
         if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
             dtypes = {self.roundings[argument] for argument in self._unrounded}
             self.roundings[node] = max({*dtypes, self.roundings.get(node, torch.float64)}, key=_spacing)
@@ -328,6 +344,28 @@ class Lifter:
         """Whether a tensor lies as products do: tokens and channels, and not as a convolution's weight."""
         return value.layout == "last" or (value.layout == "channels" and self.is_convolved(value.expr))
 
+    def batch_atom(self, node: fx.Node) -> Atom | None:
+        """A tensor of two or three axes as a batch of vectors or matrices along its first axis."""
+        tensor = tensor_of(node)
+        if tensor is None or tensor.dim() not in (2, 3) or tensor.dtype not in FLOAT_DTYPES:
+            return None
+        at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
+        key = ("batch", self._attribute_of(node) or node) if node not in self.written else None
+        return self._intern(key, replace(at, kind="batch", sites=[]))
+
+    def note_batch(self, node: fx.Node, value: MatrixValue | VectorValue) -> None:
+        """Note the term of a node that is a batch."""
+        kept = self.records_gradients or _hands_back(node)
+        self.batches[node] = value if kept else self.detach(value)
+
+    def noted(self, node: fx.Node) -> Value | None:
+        """The term of a node; as a batch of weights or of vectors, if it is one."""
+        return self.batches.get(node) or self.values.get(node)
+
+    def note_rounding(self, node: fx.Node, dtype: torch.dtype) -> None:
+        """Note that a node's term ignores a rounding to a dtype."""
+        self.roundings[node] = max(dtype, self.roundings.get(node, dtype), key=_spacing)
+
     @staticmethod
     def _single(value: MatrixValue) -> Mat | None:
         """The matrix, if a value is a single one without any scaling; else None."""
@@ -416,7 +454,7 @@ class Lifter:
                 info = replace(at, kind=kind, dtype=dtype, rounds=value.expr, sites=[])
                 key = ("rounded", value.expr, dtype) if node not in self.written else None
                 return replace(value, expr=Expr.mat(self._intern(key, info)))
-        self.roundings[node] = max(dtype, self.roundings.get(node, dtype), key=_spacing)
+        self.note_rounding(node, dtype)
         return value
 
     def rounded_vector(self, poly: Poly, dtype: torch.dtype) -> Poly:

@@ -20,7 +20,7 @@ def loses_accuracy(before: torch.dtype, after: torch.dtype) -> bool:
     return torch.promote_types(before, after) != after
 
 
-Layout = Literal["last", "filter", "channels", "inputs"]
+Layout = Literal["last", "filter", "channels", "inputs", "batch"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class MatrixValue:
     - ``"channels"``: ``[batch, cols, ...]``; all axes but the second are rows: the input and output of a convolution. A weight in this
       layout is the transpose of filters, with the input channels first.
     - ``"inputs"``: the same flattened after the input channels, ``[channels, rows · positions]``; ``expr`` is the filters' matrix.
+    - ``"batch"``: ``[batch, rows, cols]``; as many matrices as the first axis has entries, and so has every factor of ``expr``.
     """
 
     expr: Expr
@@ -81,7 +82,7 @@ class AtomInfo:
     columns of filters.
     ``maximum``: the same, with half of the gradient where the two are equal. ``rounded``: ``poly`` in ``dtype``.
     ``onehot``: the matrix of one-hot rows for an embedding's indices, which is never formed. ``filter`` and ``channels``:
-    ``node`` in the layout of that name. ``unfold``: the patches that a convolution multiplies, which are never formed.
+    ``node`` in the layout of that name. ``batch``: ``node`` as a batch of matrices or vectors, see :attr:`Lifter.batches`. ``unfold``: the patches that a convolution multiplies, which are never formed.
     ``selection``: consecutive columns of an identity, which put rows among zeros; never formed.
     """
 
@@ -98,6 +99,7 @@ class AtomInfo:
         "onehot",
         "filter",
         "channels",
+        "batch",
         "unfold",
         "selection",
     ]

@@ -66,6 +66,11 @@ class ReasonKind(Enum):
         "The norm is of a sum with no dense weight, or with several, beside the low-rank product.",
         "Merge the frozen parts into one weight before the norm, or keep the low-rank parts separate from them.",
     )
+    BATCHED_WEIGHTS = (
+        "batched-weights",
+        "The weight is a batch of matrices, one for each expert, and this part of the layer is not known for such weights.",
+        "Give `W`, `A`, `B` and `m` the axis of the experts first, with as many entries in each; the norm is along the last axis.",
+    )
     SYMBOLIC_SHAPE = (
         "symbolic-shape",
         "The weight or a factor has a symbolic shape, or is no matrix.",

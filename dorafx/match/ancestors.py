@@ -72,8 +72,8 @@ def _of_arguments(lift: Lifter, node: fx.Node, known: dict[fx.Node, _Behind]) ->
     added = False
     for argument in node.all_input_nodes:
         distance, before = known[argument]
-        value = lift.matrix(argument) or lift.values.get(argument)
-        if holds_product(value) and isinstance(value, MatrixValue) and value.layout in ("last", "filter"):
+        value = lift.batches.get(argument) or lift.matrix(argument) or lift.values.get(argument)
+        if holds_product(value) and isinstance(value, MatrixValue) and value.layout in ("last", "filter", "batch"):
             distance, before = 0, 1 in _lengths(value)
         if distance is not None:
             nearest = distance + 1 if nearest is None else min(nearest, distance + 1)

@@ -19,6 +19,9 @@ from .near_misses import Reason, unknown_consumer, unknown_norms, vanished
 from .norms import NormFactors, split_norm
 from .registry import check_form, forms
 
+_FORMS_OF_BATCHES = ("linear", "linear_weight_delta")
+"""The forms that are known for a batch of weights: what they emit has the axis of the batch."""
+
 
 class Verdict(Enum):
     """What the lifter does with a node that it has just lifted."""
@@ -93,7 +96,7 @@ class _Matcher:
     def _recognise(self, node: fx.Node, value: Value) -> Match | None:
         if node in self.lift.written:
             return None
-        for expr, transposed in _readings(self.lift, node, value):
+        for expr, transposed in _readings(self.lift, node, self.lift.batches.get(node) or value):
             match = self._recognise_as(node, expr)
             if match is not None:
                 return replace(match, transposed=True) if transposed else match
@@ -112,6 +115,8 @@ class _Matcher:
         for norm in norms:
             candidate = Candidate(self.lift, node, expr, composition, norm)
             for form in self._forms.values():
+                if norm.batch is not None and form.name not in _FORMS_OF_BATCHES:
+                    continue
                 result = check_form(form, candidate)
                 if isinstance(result, Match):
                     return result
@@ -142,7 +147,12 @@ def _readings(lift: Lifter, node: fx.Node, value: Value) -> Iterator[tuple[Expr,
     yield value.expr, False
     tensor = tensor_of(node)
     scaled = (chain[0] for (_, chain), _ in value.expr.items if len(chain) > 2 and isinstance(chain[0], Diag))
-    if tensor is not None and tensor.dim() == 2 and any(lift.norms_in(Poly(((d.mono, 1.0),))) for d in scaled):
+    if (
+        value.layout != "batch"
+        and tensor is not None
+        and tensor.dim() == 2
+        and any(lift.norms_in(Poly(((d.mono, 1.0),))) for d in scaled)
+    ):
         yield value.expr.transposed(), True
 
 

@@ -80,6 +80,9 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
                         node,
                         kind=ReasonKind.WRITTEN_IN_PLACE,
                     )
+                for site in info.sites[:1]:
+                    if (per_token := _delta_of_each_token(lift, site, node)) is not None:
+                        return per_token
                 return _cut_rows(node) or Reason(
                     f"{operator_at(node)} stands between the low-rank product and the norm",
                     node,
@@ -130,6 +133,8 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
     nodes = [lift.atom_of(chain[0].atom).node for chain in chains if len(chain) == 1 and isinstance(chain[0], Mat)]
     for node in nodes if len(nodes) > 1 and len(nodes) == len(chains) else ():
         tensor = tensor_of(node)
+        if node in lift.batches:
+            return None  # known, but not in this shape
         if node is None or tensor is None or node.op not in ("call_function", "call_method"):
             continue
         if node in lift.written:
@@ -193,7 +198,7 @@ def unknown_consumer(lift: Lifter, info: AtomInfo, atom_id: int) -> Reason | Non
                     node,
                     kind=ReasonKind.NORM_IS_OUTPUT,
                 )
-            value = lift.values.get(user)
+            value = lift.noted(user)
             term = value.expr if isinstance(value, MatrixValue) else value.poly if value is not None else None
             if (canonical_name(user) or "").endswith("_like"):
                 continue  # takes the shape alone
@@ -237,7 +242,13 @@ def unknown_norms(lift: Lifter) -> Iterator[tuple[fx.Node, Reason]]:
 
 def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
     name = canonical_name(node)
-    if name in _NORMS and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None:
+    if (reason := _norm_of_experts(lift, node)) is not None:
+        return reason
+    if (
+        name in _NORMS
+        and node not in lift.batches
+        and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None
+    ):
         return reason
     for source in (_moved(lift, argument) for argument in node.all_input_nodes):
         value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
@@ -279,6 +290,32 @@ def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
     )
 
 
+def _norm_of_experts(lift: Lifter, node: fx.Node) -> Reason | None:
+    """An operator that makes less of a batch of adapted weights, and gives no norm of each one's rows or columns."""
+    name, out = canonical_name(node), tensor_of(node)
+    if node in lift.batches or out is None:
+        return None
+    for argument in node.all_input_nodes:
+        source = argument
+        while source not in lift.batches and canonical_name(source) in _MOVES and source.all_input_nodes:
+            source = source.all_input_nodes[0]
+        value, before = lift.batches.get(source), tensor_of(source)
+        if not isinstance(value, MatrixValue) or before is None or not _is_adapted(lift, value.expr):
+            continue
+        batch, rows, columns = before.shape
+        vectors = [(batch, size, *ones) for size in (rows, columns) for ones in ((), (1,))] + [(batch, 1, columns)]
+        is_norm = name in _NORMS or (value.squared and name in ("sum", "mean"))
+        if is_norm and source is not argument:
+            what = f"{operator_at(argument)} stands between the experts' adapted weights and the norm"
+            return Reason(f"{what}: take it along the last axis of the batch", node, kind=ReasonKind.BATCHED_WEIGHTS)
+        if is_norm:
+            return Reason(_what_norm(node, before), node, kind=ReasonKind.OTHER_NORM)
+        if tuple(out.shape) in vectors or _is_named_a_norm(node):
+            what = f"{operator_at(node)} reads the adapted weights of the experts, and is not known as a norm"
+            return Reason(what, node, kind=ReasonKind.UNKNOWN_NORM)
+    return None
+
+
 def _moved(lift: Lifter, node: fx.Node) -> fx.Node:
     """What a value is a view or cast of, as far as the lifter knows no term of it."""
     while canonical_name(node) in _MOVES and node.op in ("call_function", "call_method") and node.all_input_nodes:
@@ -318,11 +355,11 @@ def _rootless_squares(lift: Lifter) -> set[int]:
 def _lost_squares(lift: Lifter, node: fx.Node, rootless: set[int]) -> Reason | None:
     """Whether an operator reads a sum of squares of the adapted weight before its root is taken, as a reduction over devices
     does."""
-    value = lift.values.get(node)
+    value = lift.noted(node)
     if isinstance(value, VectorValue) and _of_norms(lift, value.poly):
         return None
     for argument in node.all_input_nodes:
-        operand = lift.values.get(argument)
+        operand = lift.noted(argument)
         if isinstance(operand, VectorValue) and any(atom.id in rootless for atom in operand.poly.atoms()):
             return Reason(
                 f"{operator_at(node)} reads the sum of squares of the adapted weight before its root is taken",
@@ -351,10 +388,17 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
         return None
     shape = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
     sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == shape]
-    weights = [n for n, t in sides if t.dim() == 2 and _is_leaf(n)]
+    weights = [n for n, t in sides if t.dim() == 2 and (_is_leaf(n) or lift.depends_on_parameters_only(n))]
     products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
     if not weights or not products:
         return None
+    if all(map(lift.depends_on_parameters_only, products)):
+        return Reason(
+            f"the delta added to the weight at {_at(source)} is a batch (its shape is {list(total.shape)}), and the weight has no such "
+            "axis: expand it to the delta's shape",
+            node,
+            kind=ReasonKind.BATCHED_WEIGHTS,
+        )
     return Reason(
         f"the delta added to the weight at {_at(source)} is another for each token (its shape is {list(total.shape)}): a factored "
         "norm serves one delta a layer",

@@ -38,6 +38,7 @@ class NormFactors:
         weight_coefficient: what W is multiplied by.
         delta: the low-rank products.
         d_out, d_in: rows and columns; of a norm by columns those of the transpose.
+        batch: how many weights there are, of a batch of them; None for a single one.
     """
 
     atom: Atom
@@ -47,6 +48,7 @@ class NormFactors:
     delta: tuple[LowRank, ...]
     d_out: int
     d_in: int
+    batch: int | None = None
 
     @property
     def rank(self) -> int:
@@ -69,6 +71,11 @@ def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
         return None
     if tensor.dim() < 2:
         return None
+    if info.kind == "batch":
+        if tensor.dim() != 3:
+            return None
+        rows, cols = (int(size) for size in tensor.shape[1:])
+        return (cols, rows) if mat.transposed else (rows, cols)
     cut = 1 if info.kind == "filter" else tensor.dim() - 1
     if cut > 1 and not lift.is_weight(mat.atom):
         return None  # activations
@@ -161,7 +168,9 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
         return Reason(what, _site(info), kind=ReasonKind.SYMBOLIC_SHAPE)
     if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
         return None  # activations: a residual stream plus a layer's output, normalised
-    return NormFactors(atom, info, mat, c, tuple(delta), *size)
+    at = lift.atom_of(mat.atom)
+    batch = tensor_of(at.node) if at.kind == "batch" else None
+    return NormFactors(atom, info, mat, c, tuple(delta), *size, None if batch is None else int(batch.shape[0]))
 
 
 def _operand_names(lift: Lifter, chains: list[Chain], scalars: Mono = ()) -> str:

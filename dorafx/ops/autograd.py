@@ -79,6 +79,35 @@ def row_norm(
         return torch.ops.dorafx.row_norm.default(*operands)  # type: ignore[no-any-return]
 
 
+class RowNormBatched(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, *how: Any) -> torch.Tensor:
+        with below_autograd():
+            n: torch.Tensor = torch.ops.dorafx.row_norm_batched.default(weight, left, right, scale, *how)
+        ctx.save_for_backward(weight, left, right, n)
+        ctx.scale = scale
+        return n
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        refuse_second_derivative("row_norm_batched")
+        weight, left, right, n = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        grads = torch.ops.dorafx.row_norm_batched_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
+        return (*(g if need else None for g, need in zip(grads, needs)), None, None, None)
+
+
+def row_norm_batched(
+    weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    refuse_forward_mode("row_norm_batched", weight, left, right)
+    operands = weight, left, right, scale, algorithm, factor_dtype
+    if records_gradients(weight, left, right):
+        return RowNormBatched.apply(*operands)  # type: ignore[no-any-return]
+    with below_autograd():
+        return torch.ops.dorafx.row_norm_batched.default(*operands)  # type: ignore[no-any-return]
+
+
 def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:
     """Whether to call the opaque operator that is one fused kernel.
 

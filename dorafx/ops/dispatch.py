@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dorafx._compat.autograd import below_autocast
-from dorafx.ops import composition, layout, linear, norm, quantized
+from dorafx.ops import batched, composition, layout, linear, norm, quantized
 
 _DEVICES = ("cuda",)
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
@@ -91,6 +91,22 @@ def _launched(
         return [launch_group([operands], scale, 1, operand=factor_dtype)[0] for operands in group]
 
     return norm.with_less_memory(compute)
+
+
+def row_norm_batched(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scale: float,
+    algorithm: str = "auto",
+    factor_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """See :func:`dorafx.ops.batched.row_norm_batched`; all experts are launched together."""
+    batched.check_operands(weight, left, right)
+    norm.check_algorithm(algorithm, factor_dtype)
+    if algorithm not in ("auto", "tiled") or not takes(weight, left, right):
+        return batched.row_norm_batched(weight, left, right, scale, algorithm)
+    return torch.stack(_launched(list(zip(weight, left, right)), scale, factor_dtype))
 
 
 def row_norm_quantized(

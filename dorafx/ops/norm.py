@@ -105,6 +105,13 @@ def with_less_memory(compute: Callable[[int], T]) -> T:
     raise first
 
 
+def buffer_limit(weight: torch.Tensor, dtype: torch.dtype, shrink: int = 1) -> int:
+    """How many elements of ``dtype`` a buffer may have that stays in the cache, and below one eighth of the weight's size."""
+    size = 8 if dtype == torch.float64 else 4
+    block = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES
+    return min(weight.numel() * weight.element_size() // (_SHARE * size * shrink), block // (size * shrink))
+
+
 def _block(
     weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0, shrink: int = 1
 ) -> tuple[int, int]:

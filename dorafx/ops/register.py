@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from . import autograd, composition, dispatch, layout, linear, norm, quantized
+from . import autograd, batched, composition, dispatch, layout, linear, norm, quantized
 
 # A quantised weight, as :class:`dorafx.ops.quantized.Packed` has it.
 _WEIGHT = "Tensor packed, Tensor scales, Tensor? zeros"
@@ -42,6 +42,16 @@ _LIBRARY.define(
 _LIBRARY.define(f"dequantize({_WEIGHT}, {_LAYOUT}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _LIBRARY.define(
     "row_norm_backward(Tensor grad, Tensor weight, Tensor left, Tensor right, Tensor norm, float scale, "
+    "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    'row_norm_batched(Tensor weight, Tensor left, Tensor right, float scale, str algorithm="auto", '
+    "ScalarType? factor_dtype=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "row_norm_batched_backward(Tensor grad, Tensor weight, Tensor left, Tensor right, Tensor norm, float scale, "
     "bool needs_weight, bool needs_left, bool needs_right) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -77,6 +87,10 @@ _LIBRARY.impl(
 _LIBRARY.impl("row_norm_quantized", quantized.flat_norm_arguments(dispatch.row_norm_quantized), "CUDA")
 _LIBRARY.impl("dequantize", quantized.flat_arguments(quantized.dequantize), "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm_backward", norm.row_norm_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm_batched", batched.row_norm_batched, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm_batched", dispatch.row_norm_batched, "CUDA")
+_LIBRARY.impl("row_norm_batched", autograd.row_norm_batched, "Autograd")
+_LIBRARY.impl("row_norm_batched_backward", batched.row_norm_batched_backward, "CompositeExplicitAutograd")
 for _name, _function in (
     ("compose", autograd.compose),
     ("compose_delta", autograd.compose_delta),
@@ -163,6 +177,23 @@ def _row_norm_backward_fake(
     return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
 
 
+@torch.library.register_fake("dorafx::row_norm_batched", lib=_LIBRARY)
+def _row_norm_batched_fake(
+    weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    batched.check_operands(weight, left, right)
+    norm.check_algorithm(algorithm, factor_dtype)
+    return torch.empty(weight.shape[:2], dtype=norm.compute_dtype(weight, left, right), device=weight.device)
+
+
+@torch.library.register_fake("dorafx::row_norm_batched_backward", lib=_LIBRARY)
+def _row_norm_batched_backward_fake(
+    grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool
+) -> tuple[torch.Tensor, ...]:
+    batched.check_backward(grad, weight, left, right, n)
+    return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
+
+
 @torch.library.register_fake("dorafx::compose_forward", lib=_LIBRARY)
 def _compose_forward_fake(
     result: Any, base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: Any, kept: Any
@@ -234,6 +265,21 @@ def _row_norm_backward_flops(
     products = int(needs_weight) + int(needs_left) + int(needs_right)
     grams = int(needs_left) * r * r * (d_in + d_out) + int(needs_right) * r * r * (d_in + d_out)
     return int(2 * (products * int(d_out) * int(d_in) * r + grams))
+
+
+@register_flop_formula(torch.ops.dorafx.row_norm_batched)
+def _row_norm_batched_flops(
+    weight: Any, left: Any, right: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return int(weight[0]) * _row_norm_flops(weight[1:], left[1:], right[1:])
+
+
+@register_flop_formula(torch.ops.dorafx.row_norm_batched_backward)
+def _row_norm_batched_backward_flops(
+    grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: Any, *needs: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    shapes = (shape[1:] for shape in (grad, weight, left, right, n))
+    return int(weight[0]) * _row_norm_backward_flops(*shapes, scale, *needs)
 
 
 @register_flop_formula(torch.ops.dorafx.dora_linear_forward)

@@ -49,7 +49,9 @@ def merging(lift: Lifter, match: Match) -> list[fx.Node]:
 
 
 def _is_as_weight(lift: Lifter, match: Match, tensor: torch.Tensor, sizes: list[str]) -> bool:
-    """Whether a value is as large as the norm's weight, as a matrix or as filters."""
+    """Whether a value is as large as the norm's weight, as a matrix, a batch of them, or filters."""
+    if match.norm.batch is not None:
+        return tensor.dim() == 3 and sorted(map(str, tensor.shape[-2:])) == sizes
     if tensor.dim() == 2:
         return sorted(map(str, tensor.shape)) == sizes
     weight = lift.atom_of(match.norm.dense_atom)
@@ -93,10 +95,10 @@ def dense_bytes(norm: NormFactors, nodes: list[fx.Node], kept: Iterable[int] = (
         if a.op == "placeholder" and (t := tensor_of(a)) is not None
     }
     seen.update(kept)
-    total = 0
+    total, smallest = 0, norm.d_out * norm.d_in * (norm.batch or 1)
     for node in nodes:
         tensor = tensor_of(node)
-        if tensor is None or not isinstance(tensor.numel(), int) or tensor.numel() < norm.d_out * norm.d_in:
+        if tensor is None or not isinstance(tensor.numel(), int) or tensor.numel() < smallest:
             continue
         storage = storage_id(tensor)
         if storage not in seen:

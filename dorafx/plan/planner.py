@@ -154,13 +154,14 @@ def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
     if output is None or weight is None or not weight.numel():
         return None
     d_out = match.norm.d_out if match.norm.info.side == "row" else match.norm.d_in
-    tokens = math.prod(int(size_hint(size)) for size in output.shape) // max(d_out, 1)
+    batch = match.norm.batch or 1  # the cost of one expert of a batch
+    tokens = math.prod(int(size_hint(size)) for size in output.shape) // max(d_out * batch, 1)
     return merged_cost(
         tokens,
         match.norm.d_out,
         match.norm.d_in,
         match.norm.rank,
-        dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)),
+        dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)) // batch,
         output.requires_grad,
         output.device,
         sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
@@ -193,6 +194,8 @@ def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan
             packed = "it is transposed, and its rows are no rows of the norm"
         elif factors.info.requires_grad:
             packed = "gradients flow through the norm"
+        elif factors.batch is not None:
+            packed = "it is a batch of matrices"
     if isinstance(packed, str):
         formed = f"the dequantised weight is formed: {packed}" if packed else ""
         return NormPlan(factors, _norm_algorithm(options), None, formed)
@@ -208,7 +211,11 @@ def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
 
 def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
     head = match.base[0]
-    if match.constant is not None or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels")):
+    if (
+        match.norm.batch is not None
+        or match.constant is not None
+        or (isinstance(head, Mat) and lift.atom_of(head.atom).kind in ("unfold", "channels"))
+    ):
         return False
     if options.compose != "auto":
         return options.compose == "accumulated"

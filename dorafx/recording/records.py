@@ -159,7 +159,7 @@ def _rewritten(
         "dtype": norm.packed.format if norm.packed is not None else dtype_name(weight),
         "dense_bytes_avoided": dense_bytes(factors, closure, still_formed(norm.packed is not None, closure)),
         "flops_before": sum(flops.get(node, 0) for node in closure),
-        "flops_after": 2 * factors.d_out * factors.d_in * factors.rank,
+        "flops_after": 2 * (factors.batch or 1) * factors.d_out * factors.d_in * factors.rank,
         "norm_algorithm": norm.algorithm,
     }
 

@@ -15,10 +15,11 @@ from dorafx.graphs.copying import copy_graph, module_with_graph
 from dorafx.graphs.operators import canonical_name, drops_nothing
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Expr, Poly, VectorValue
-from dorafx.match import Matches, ReasonKind, forms
+from dorafx.match import Matches, NormFactors, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 
+from .batched_operands import batched_operands
 from .channels import norm_by_channel
 from .emit import Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
@@ -96,12 +97,17 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
 
 def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     _refuse_inference_tensors(norm, emit)
+    if norm.factors.batch is not None:
+        weight, left, right, scale = batched_operands(emit, norm.factors)
+        if norm.factors.info.double:
+            right = emit.cast(right, torch.float64)
+        how = (norm.algorithm, *_factor_dtype(emit, norm.factors, left, right))
+        return emit.call(torch.ops.dorafx.row_norm_batched.default, weight, left, right, scale, *how)
     left, right, scale = factor_operands(emit, norm.factors)
     if norm.factors.info.double:
         # One operand in fp64 makes the norm fp64, and this one is the smallest.
         right = emit.cast(right, torch.float64)
-    dtype = product_dtype(emit, norm.factors, left, right)
-    rounded = () if dtype is None else (dtype,)
+    rounded = _factor_dtype(emit, norm.factors, left, right)
     if norm.packed is None:
         weight, order = weight_operand(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
@@ -116,6 +122,12 @@ def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     assert dense is not None
     n.meta[DENSE] = dense.name
     return n
+
+
+def _factor_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> tuple[torch.dtype, ...]:
+    """The operators' last argument; nothing where the factors are multiplied as they are."""
+    dtype = product_dtype(emit, norm, left, right)
+    return () if dtype is None else (dtype,)
 
 
 def _refuse_lost_gradient(emit: Emitter, node: fx.Node, term: Expr | Poly) -> None:
@@ -231,7 +243,7 @@ def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
 
 def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:
     """What a node computes from a norm (a multiple, a power), from the factored norm instead, in the node's dtype and shape."""
-    tensor, value = tensor_of(node), emit.lift.values.get(node)
+    tensor, value = tensor_of(node), emit.lift.noted(node)
     assert tensor is not None
     if not isinstance(value, VectorValue):
         raise CannotEmit(f"{node.name} is not known as a vector")

@@ -16,7 +16,13 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import nodes_in
 from dorafx.lift.quantized import is_torchao
 
-NORMS = frozenset((torch.ops.dorafx.row_norm.default, torch.ops.dorafx.row_norm_quantized.default))
+NORMS = frozenset(
+    (
+        torch.ops.dorafx.row_norm.default,
+        torch.ops.dorafx.row_norm_batched.default,
+        torch.ops.dorafx.row_norm_quantized.default,
+    )
+)
 TRANSPOSES = ("T", "mT")
 """Attributes of a tensor that are tensors."""
 

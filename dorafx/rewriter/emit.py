@@ -110,11 +110,12 @@ class Emitter(TermEmitter):
             term = self._wide(product)
             if scale.constant != 1.0:
                 constant = scale.constant
-                term = self.call(torch.mul, term, self.vector(scale) if constant is None else constant)
+                factor = self.across_tokens(self.vector(scale)) if constant is None else constant
+                term = self.call(torch.mul, term, factor)
             total = term if total is None else self.call(torch.add, total, term)
         assert total is not None
         if bias.items:
-            total = self.call(torch.add, total, self.vector(bias))
+            total = self.call(torch.add, total, self.across_tokens(self.vector(bias)))
         return self.cast(total, self.out_dtype())
 
     def shaped_like_site(self, node: fx.Node) -> fx.Node:
@@ -131,6 +132,7 @@ class Emitter(TermEmitter):
         kernel: str = "auto",
     ) -> fx.Node:
         target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
+        g, bias = self.across_tokens(g), None if bias is None else self.across_tokens(bias)
         return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
 
     def compose_delta(
@@ -181,6 +183,8 @@ class Emitter(TermEmitter):
         present = [o for o in operands if o is not None]
         if all(sizes_of(self.tensor(o).shape) == sizes_of(shape) for o in present):
             return make(*operands)
+        if self.batched:
+            raise CannotEmit("the parts of the output have different shapes", ReasonKind.BATCHED_WEIGHTS)
         out = make(*(None if o is None else self.flat(o) for o in operands))
         if sizes_of(self.tensor(out).shape) == sizes_of(shape):
             return out

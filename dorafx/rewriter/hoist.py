@@ -138,8 +138,18 @@ def _needs_gradient(norm: fx.Node) -> bool:
     value = tensor_of(norm)
     if value is None or not value.requires_grad:
         return False
-    norm = _reduced(norm)
-    return any(not (user.op == "call_method" and user.target == "detach") for user in norm.users)
+    return not _is_detached(_reduced(norm))
+
+
+def _is_detached(node: fx.Node) -> bool:
+    """Whether every user of a value detaches it, perhaps in another shape or dtype."""
+
+    def detaches(user: fx.Node) -> bool:
+        if user.op != "call_method" or user.target not in ("detach", "reshape", "to"):
+            return False
+        return user.target == "detach" or (bool(user.users) and _is_detached(user))
+
+    return all(map(detaches, node.users))
 
 
 def _extracted(

@@ -14,6 +14,7 @@ from dorafx._compat.tensors import under
 from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.shapes import of_mode
 from dorafx.graphs.tensors import tensor_of
+from dorafx.ops.batched import row_norm_batched_unrolled
 from dorafx.ops.norm import row_norm_unrolled
 from dorafx.ops.quantized import dequantize_unrolled, row_norm_quantized_unrolled
 from dorafx.ops.register import DECOMPOSITIONS
@@ -21,6 +22,7 @@ from dorafx.ops.register import DECOMPOSITIONS
 _ALL_DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     **DECOMPOSITIONS,
     torch.ops.dorafx.row_norm.default: row_norm_unrolled,
+    torch.ops.dorafx.row_norm_batched.default: row_norm_batched_unrolled,
     torch.ops.dorafx.row_norm_quantized.default: row_norm_quantized_unrolled,
     torch.ops.dorafx.dequantize.default: dequantize_unrolled,
 }

@@ -39,6 +39,8 @@ class TermEmitter(NodeEmitter):
         self.channels_first = False
         """Whether the columns of activations lie along the second axis, as a convolution's do."""
         self._input: Mat | Diag | None = None
+        self.batched = False
+        """Whether weights and vectors are batches, with that axis first, and activations are ``[batch, tokens, d]``."""
         self.compute_dtype = torch.float32
         self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
@@ -50,6 +52,7 @@ class TermEmitter(NodeEmitter):
         self.transposed = match is not None and match.transposed
         self.channels_first = match is not None and match.channels_first
         self._input = match.base[0] if match is not None and match.base else None
+        self.batched = match is not None and match.norm.batch is not None
         self._vectors.clear()
         self._products.clear()
         tensor = tensor_of(site)
@@ -127,11 +130,14 @@ class TermEmitter(NodeEmitter):
                 if self.tensor(node).dim() > 1:
                     node = self.method("reshape", node, -1)
                 node = self._wide(node)
+        elif info.kind == "batch":
+            node = self.atom(atom)
+            node = self._wide(node if self.tensor(node).dim() == 2 else self.method("flatten", node, 1))
         elif info.kind == "sumsq" or info.poly is None:
             raise CannotEmit("a sum of squares is used without its root")
         else:
             node = self._function(info, self.vector(info.poly))
-        if info.kind != "node" and atom.detached and tensor_of(node) is not None:
+        if info.kind not in ("node", "batch") and atom.detached and tensor_of(node) is not None:
             node = self.method("detach", node)
         self._vectors[key] = node
         return node
@@ -191,6 +197,8 @@ class TermEmitter(NodeEmitter):
         return self._products[chain]
 
     def _product(self, chain: Chain) -> fx.Node:
+        if self.batched:
+            return self._product_of_batches(chain)
         existing = self._existing(Expr.chain(chain))
         if existing is not None:
             return self.precise(existing) if len(chain) == 1 else existing
@@ -230,6 +238,22 @@ class TermEmitter(NodeEmitter):
             return self._multiply_sum(self._summed(prefix[:-1]), last)
         return self._multiply(self.product(prefix), last)
 
+    def _product_of_batches(self, chain: Chain) -> fx.Node:
+        existing = self._existing(Expr.chain(chain))
+        if existing is not None:
+            return existing
+        last = chain[-1] if chain else None
+        if last is None or is_ones(last) or (len(chain) == 1 and isinstance(last, Diag)):
+            raise CannotEmit("a product of batches has a factor that is no value of the graph")
+        if isinstance(last, Diag):
+            return self.scaled(self.product(chain[:-1]), Poly(((last.mono, 1.0),)))
+        matrices = self.atom(last.atom)
+        matrices = self.method("transpose", matrices, -2, -1) if last.transposed else matrices
+        if len(chain) == 1:
+            return self.precise(matrices)
+        left = self.product(chain[:-1])
+        return self.call(torch.matmul, left, self.cast(matrices, self.tensor(left).dtype))
+
     def _is_selection(self, factor: Mat | Diag) -> bool:
         return isinstance(factor, Mat) and self.lift.atom_of(factor.atom).kind == "selection"
 
@@ -248,6 +272,8 @@ class TermEmitter(NodeEmitter):
     def _again(self, gemm: Gemm) -> fx.Node:
         """A product of the graph, without its bias."""
         lhs, rhs = self.operand(gemm.lhs), self.operand(gemm.rhs)
+        if self.batched:
+            raise CannotEmit("a product of batches has something added to it")
         if gemm.convolution is not None:
             product = self.call(gemm.convolution, lhs, rhs, None, *gemm.options)
         else:
@@ -336,9 +362,15 @@ class TermEmitter(NodeEmitter):
         if self.tensor(vector).dim() == 0 and self.tensor(node).dim() > 0 and placements(self.tensor(node)) is None:
             return vector
         vector = self.cast(vector, self.tensor(node).dtype)
+        if self.batched:
+            return self.across_tokens(vector)
         if not self.channels_first or self.tensor(vector).dim() == 0:
             return vector
         return self.method("reshape", vector, (-1,) + (1,) * (self.tensor(node).dim() - 2))
+
+    def across_tokens(self, vector: fx.Node) -> fx.Node:
+        """A vector as it scales activations; that of a batch ``[batch, d]`` has an axis of tokens then."""
+        return self.method("unsqueeze", vector, 1) if self.batched and self.tensor(vector).dim() == 2 else vector
 
     # -- shapes and dtypes -----------------------------------------------------------------------------------------------
 

@@ -116,6 +116,12 @@ def squares_in_the_scaling(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return p.m / adapted(p).norm(dim=1) * adapted(p).square().sum(1) * (F.linear(x, p.W) + S * lora(p, x))
 
 
+@giving(ReasonKind.BATCHED_WEIGHTS)
+def _(patch: Patch) -> None:
+    w, b, a = (torch.nn.Parameter(drawn(*shape).detach()) for shape in ((7, 9), (2, 7, 3), (2, 3, 9)))
+    compiled(lambda p, x: (w + b @ a).norm(dim=-1) * x[0, 0, 0])
+
+
 @giving(ReasonKind.SYMBOLIC_SHAPE)
 def _(patch: Patch) -> None:
     def program(w: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -107,6 +107,30 @@ def row_norm_backward(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[t
     yield grad, operands[0].to(torch.float16), operands[1], operands[2].float(), norm, 0.7, True, True, True
 
 
+def _batch(lay: Layout, dtype: torch.dtype, size: Size) -> tuple[torch.Tensor, ...]:
+    lead, d_out, d_in, rank = size
+    shapes = ((d_out, d_in), (d_out, rank), (rank, d_in))
+    return tuple(lay(draw(len(lead), *s, dtype=dtype)) for s in shapes)
+
+
+def row_norm_batched(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple[Any, ...]]:
+    weight, left, right = _batch(lay, dtype, size)
+    for algorithm in ("auto", "tiled", "factored"):
+        yield weight, left, right, 0.7, algorithm
+    yield weight.to(torch.bfloat16), left, right.float(), 0.7, "auto"
+    # Many small ones, several of which fit into a buffer.
+    yield *(t[:1].expand(20, -1, -1) for t in _batch(lay, dtype, ((1,), *size[1:]))), 0.7, "auto"
+
+
+def row_norm_batched_backward(lay: Layout, dtype: torch.dtype, size: Size) -> Iterator[tuple[Any, ...]]:
+    operands = _batch(lay, dtype, size)
+    norm = torch.linalg.vector_norm(operands[0].to(_wide(dtype)), dim=2)
+    grad = lay(draw(len(size[0]), size[1], dtype=_wide(dtype)))
+    for needs in range(8):
+        yield grad, *operands, lay(norm), 0.7, bool(needs & 1), bool(needs & 2), bool(needs & 4)
+    yield grad, operands[0].to(torch.float16), operands[1], operands[2].float(), norm, 0.7, True, True, True
+
+
 def _weights(lay: Layout, size: Size) -> Iterator[tuple[Any, ...]]:
     """Quantised weights: the first three arguments, and the last four."""
     _, d_out, d_in, _ = size
@@ -260,6 +284,8 @@ ROWS: dict[str, Callable[[Layout, torch.dtype, Size], Iterator[tuple[Any, ...]]]
     "dora_linear_forward": dora_linear_forward,
     "row_norm": row_norm,
     "row_norm_backward": row_norm_backward,
+    "row_norm_batched": row_norm_batched,
+    "row_norm_batched_backward": row_norm_batched_backward,
     "row_norm_quantized": row_norm_quantized,
     "row_norms": row_norms,
 }

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from dorafx.bench import tune
 from dorafx.bench.clock import Clock
-from dorafx.ops import reference
+from dorafx.ops import dispatch, reference
 from dorafx.ops.quantized import Packed, dequantize_rows
 from dorafx.ops.triton import configs, quantized, row_norm
 from dorafx.ops.triton.row_norm import GROUP, launch, launch_group
@@ -175,6 +175,20 @@ def test_a_group_of_operands_that_are_not_aligned() -> None:
         group.append((shifted, left, right))
     for norm, tensors in zip(launch_group(group, 1.0), group):
         close(norm, *tensors, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_batch_of_weights(transposed: bool, dtype: torch.dtype) -> None:
+    """More experts than a launch has place for; as the matrices lie in memory, and transposed."""
+    seeds = range(GROUP + 2)
+    weight, left, right = (torch.stack(ts).to(dtype) for ts in zip(*(operands(33, 70, 4, seed) for seed in seeds)))
+    if transposed:
+        weight, left, right = weight.mT, right.mT, left.mT
+    found = dispatch.row_norm_batched(weight, left, right, 0.5)
+    assert found.shape == weight.shape[:2] and found.is_contiguous()
+    for norm, *tensors in zip(found, weight, left, right):
+        close(norm, *tensors, 0.5)
 
 
 QUANTIZED = {

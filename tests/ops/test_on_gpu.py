@@ -56,6 +56,22 @@ def test_row_norms_in_one_launch(dtype: torch.dtype) -> None:
         assert torch.equal(n, same)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_norms_of_a_batch(dtype: torch.dtype) -> None:
+    """Of more experts than a launch has place for, with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((20, 300, 500), (20, 300, 16), (20, 16, 500))
+    tensors = [torch.randn(s, generator=generator).to(dtype).cuda().requires_grad_() for s in shapes]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    found = torch.ops.dorafx.row_norm_batched(*tensors, 0.1)
+    wanted = torch.linalg.vector_norm(exact[0] + 0.1 * exact[1] @ exact[2], dim=2)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=1e-6)
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-4}.get(dtype, 1e-2)
+    for got, right in zip(torch.autograd.grad(found.sum(), tensors), torch.autograd.grad(wanted.sum(), exact)):
+        torch.testing.assert_close(got.double(), right, rtol=tolerance, atol=tolerance)
+
+
 def test_a_group_is_one_launch() -> None:
     operands = [torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((4096, 512), (4096, 8), (8, 512))]
     lists = [[t.clone() for _ in range(3)] for t in operands]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from negative_programs import NEGATIVES
 from pages import is_current
+from test_experts import COMPOSED
 from test_linear_spellings import FORMS, SPELLINGS
 from test_weight_deltas import PROGRAMS
 
@@ -25,6 +26,13 @@ Each program below is one that a test runs: its values and gradients are compare
 Any combination of their parts is fair too: `tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and
 convolutional layers are in `tests/integration`, whole models in [the zoo](zoo.md). Written by
 `DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without it fails where this page is not current.
+
+"""
+
+
+EXPERTS = """Weights and factors may be batches, one for each expert: `W [E, d_out, d_in]`, `A [E, r, d_in]`, `B [E, d_out, r]`, `m [E, d_out]`,
+`adapted(p)` is `W + S·bmm(B, A)`. The norms of all experts are one operator call. The axis of the experts comes first in each of them, and
+every expert has its own: a magnitude or a weight that they share leaves the layer to the norm alone, or as it is.
 
 """
 
@@ -52,6 +60,11 @@ def test_page() -> None:
     rows += [f"| {named(name)} | {code(fn)} | {', '.join(forms)} |" for name, (fn, forms) in PROGRAMS.items()]
     text = HEAD + f"## Rewritten whole: {len(rows)} spellings\n\n| spelling | program | form |\n|---|---|---|\n"
     text += "\n".join(rows)
+    experts = [
+        f"| {name} | {code(fn)} | {', '.join(form for form, _ in found)} |" for name, (fn, found) in COMPOSED.items()
+    ]
+    text += f"\n\n## Rewritten whole: {len(experts)} layers of experts\n\n{EXPERTS}"
+    text += "| layer | program | form |\n|---|---|---|\n" + "\n".join(experts)
     lines = []
     for name, (fn, expected, reason) in NEGATIVES.items():
         what = ", ".join("left alone" if found == "missed" else found for found in expected) or "no candidate"

@@ -15,6 +15,7 @@ from . import (
     products,
     quantized,
     rearranged,
+    weight_batches,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "products",
     "quantized",
     "rearranged",
+    "weight_batches",
 ]
