@@ -342,7 +342,7 @@ class Lifter:
 
     def holds_rows(self, value: MatrixValue) -> bool:
         """Whether a tensor lies as products do: tokens and channels, and not as a convolution's weight."""
-        return value.layout == "last" or (value.layout == "channels" and self.is_convolved(value.expr))
+        return value.layout in ("last", "batch") or (value.layout == "channels" and self.is_convolved(value.expr))
 
     def batch_atom(self, node: fx.Node) -> Atom | None:
         """A tensor of two or three axes as a batch of vectors or matrices along its first axis."""

@@ -61,6 +61,8 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
     for chain in chains:
         for factor in chain:
             node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
+            if node is not None and lift.atom_of(factor.atom).kind == "batch":  # type: ignore[union-attr]
+                node = _moved(lift, node)  # rows that were cut into a batch: what made them hides the product
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             rounding = lift.roundings.get(node)
@@ -269,7 +271,7 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         does = "makes a vector of" if _is_vector_of(out.shape, before.shape) else "reads"
         what = f"{operator_at(node)} {does} the adapted weight"
         return Reason(f"{what}, and is not known as a norm", node, kind=ReasonKind.UNKNOWN_NORM)
-    return _norm_of_unknown(lift, node) if name in _NORMS else None
+    return _norm_of_unknown(lift, node) if name in _NORMS and node not in lift.batches else None
 
 
 def _norm_of_unknown(lift: Lifter, node: fx.Node) -> Reason | None:
