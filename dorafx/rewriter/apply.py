@@ -15,7 +15,7 @@ from dorafx.graphs.copying import copy_graph, module_with_graph
 from dorafx.graphs.operators import canonical_name, drops_nothing
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Expr, Poly, VectorValue
-from dorafx.match import Matches, NormFactors, ReasonKind, forms
+from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 
@@ -97,17 +97,19 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
 
 def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     _refuse_inference_tensors(norm, emit)
+    weights: fx.Node | None = None
     if norm.factors.batch is not None:
-        weight, left, right, scale = batched_operands(emit, norm.factors)
-        if norm.factors.info.double:
-            right = emit.cast(right, torch.float64)
-        how = (norm.algorithm, *_factor_dtype(emit, norm.factors, left, right))
-        return emit.call(torch.ops.dorafx.row_norm_batched.default, weight, left, right, scale, *how)
-    left, right, scale = factor_operands(emit, norm.factors)
+        weights, left, right, scale = batched_operands(emit, norm.factors)
+    else:
+        left, right, scale = factor_operands(emit, norm.factors)
     if norm.factors.info.double:
         # One operand in fp64 makes the norm fp64, and this one is the smallest.
         right = emit.cast(right, torch.float64)
-    rounded = _factor_dtype(emit, norm.factors, left, right)
+    dtype = product_dtype(emit, norm.factors, left, right)
+    rounded = () if dtype is None else (dtype,)
+    if weights is not None:
+        how = (norm.algorithm, *rounded)
+        return emit.call(torch.ops.dorafx.row_norm_batched.default, weights, left, right, scale, *how)
     if norm.packed is None:
         weight, order = weight_operand(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
@@ -122,12 +124,6 @@ def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     assert dense is not None
     n.meta[DENSE] = dense.name
     return n
-
-
-def _factor_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> tuple[torch.dtype, ...]:
-    """The operators' last argument; nothing where the factors are multiplied as they are."""
-    dtype = product_dtype(emit, norm, left, right)
-    return () if dtype is None else (dtype,)
 
 
 def _refuse_lost_gradient(emit: Emitter, node: fx.Node, term: Expr | Poly) -> None:

@@ -142,7 +142,7 @@ FAULTS: dict[str, Fault] = {
     "an eps is forgotten": Fault("lift/transfer/elementwise.py", "eps=eps / scale,", "eps=0.0,", (FUZZ, VALUES)),
     "a detach is forgotten": Fault(
         "rewriter/terms.py",
-        '        if info.kind != "node" and atom.detached and tensor_of(node) is not None:\n',
+        '        if info.kind not in ("node", "batch") and atom.detached and tensor_of(node) is not None:\n',
         "        if False:\n",
         (FUZZ, "soundness/test_gradient_modes.py"),
     ),
