@@ -61,8 +61,13 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
     for chain in chains:
         for factor in chain:
             node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
-            if node is not None and lift.atom_of(factor.atom).kind == "batch":  # type: ignore[union-attr]
-                node = _moved(lift, node)  # rows that were cut into a batch: what made them hides the product
+            while (
+                node is not None
+                and lift.atom_of(factor.atom).kind == "batch"  # type: ignore[union-attr]
+                and canonical_name(node) in _MOVES
+                and node not in lift.batches
+            ):
+                node = node.all_input_nodes[0]  # rows that were cut into a batch: what made them hides the product
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             rounding = lift.roundings.get(node)
