@@ -45,6 +45,7 @@ class TermEmitter(NodeEmitter):
         self._precisely = False
         self._vectors: dict[tuple[Any, ...], fx.Node] = {}
         self._products: dict[Chain, fx.Node] = {}
+        self._inputs: dict[tuple[Mat, Poly], fx.Node] = {}
 
     def begin(self, site: fx.Node, match: Match | None = None) -> None:
         """Start the replacement of an original node, a norm or the composition of a match: everything is emitted just before it."""
@@ -55,6 +56,7 @@ class TermEmitter(NodeEmitter):
         self.batched = match is not None and match.norm.batch is not None
         self._vectors.clear()
         self._products.clear()
+        self._inputs.clear()
         tensor = tensor_of(site)
         self.compute_dtype = torch.float64 if tensor is not None and tensor.dtype == torch.float64 else torch.float32
 
@@ -347,7 +349,9 @@ class TermEmitter(NodeEmitter):
     def product_of_scaled(self, head: Mat, scale: Poly, tail: Chain) -> fx.Node:
         if self.lift.atom_of(head.atom).kind in ("channels", "unfold"):
             return convolved(self, (head, *tail), scale)
-        return self.multiplied(self.scaled_input(self.product((head,)), scale), tail)
+        if (head, scale) not in self._inputs:
+            self._inputs[head, scale] = self.scaled_input(self.product((head,)), scale)
+        return self.multiplied(self._inputs[head, scale], tail)
 
     def multiplied(self, node: fx.Node, chain: Chain) -> fx.Node:
         for factor in chain:

@@ -105,7 +105,7 @@ def divided_and_left_as_a_factor(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return dora(p, x) / p.b * p.b * p.b
 
 
-@vanishing("norm_only")
+@vanishing("linear")
 def bounded_after_a_zero(p: Layer, x: torch.Tensor) -> torch.Tensor:
     n = (norm(p) + 0.0 * p.b).clamp_min(1e-3)
     return p.m / n * (F.linear(x, p.W) + S * lora(p, x))
