@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+import hypothesis
 import pytest
 import torch
 from torch import fx
@@ -18,6 +19,10 @@ from dorafx.log import ReasonKind, Record
 
 # Assertions in these explain themselves as those in tests do.
 pytest.register_assert_rewrite("integration_support", "quantized_support", "running", "same_results")
+
+# On a busy machine drawing may take long, and so may what is drawn for: neither is a failure.
+hypothesis.settings.register_profile("dorafx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("dorafx")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The processes share the cores, and so do those that tests start: two threads each would wait for each other.

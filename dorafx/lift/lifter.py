@@ -693,7 +693,8 @@ class Lifter:
                 norms.add(Atom(atom.id))
             elif info.poly is not None:
                 norms |= self.norms_in(info.poly)
-            norms |= {Atom(norm) for norm in info.norms}
+            if info.norms:
+                norms.update(map(Atom, info.norms))
         return norms
 
 

@@ -140,8 +140,8 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
     nodes = [lift.atom_of(chain[0].atom).node for chain in chains if len(chain) == 1 and isinstance(chain[0], Mat)]
     for node in nodes if len(nodes) > 1 and len(nodes) == len(chains) else ():
         tensor = tensor_of(node)
-        if node in lift.batches:
-            return None  # known, but not in this shape
+        if node in lift.batches and all((t := tensor_of(other)) is not None and t.dim() == 3 for other in nodes):
+            return None  # known as a batch, and not as one matrix
         if node is None or tensor is None or node.op not in ("call_function", "call_method"):
             continue
         if node in lift.written:

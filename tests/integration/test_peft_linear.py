@@ -81,7 +81,7 @@ def test_fan_in_fan_out_with_dynamic_shapes(codegen: str, train: bool, dynamic: 
     for length in (5, 7, 11):
         ids = tokens(2, length)
         with torch.set_grad_enabled(train):
-            actual, expected = (run(model, lambda f=f: f(ids).logits) for f in (compiled, model))
+            actual, expected = (run(model, lambda f=f, ids=ids: f(ids).logits) for f in (compiled, model))
         assert_same_run(actual, expected, 2e-5)
     records = rewrite_log().records
     assert {(r.status, r.pattern, r.reason) for r in records} == {("rewritten", "linear", "")}
