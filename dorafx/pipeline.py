@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.transforms import transform_around_products
-from dorafx.errors import DorafxWarning, RewriteMissError
+from dorafx.errors import DorafxWarning, RewriteMissError, in_a_line
 from dorafx.graphs.contractions import has_tucker_products, with_tucker_products_in_steps
 from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.filled import without_filled_zeros
@@ -163,7 +162,7 @@ def log_failure(error: Exception, options: Options, log: RewriteLog, site: str =
         site: the module that the graph serves.
         graph_id: number of the graph in the log.
     """
-    last, where = _told(error)
+    last, where = in_a_line(error)
     recorder = Recorder(options, graph_id, (site,))
     what = f"internal failure, graph left as it was: {last} ({where})"
     recorder.left_alone(Reason(what, kind=ReasonKind.INTERNAL_FAILURE))
@@ -179,7 +178,7 @@ def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> 
         gm: the graph that it was made of.
         error: what the compiler raised.
     """
-    last, where = _told(error)
+    last, where = in_a_line(error)
     miss = {
         "status": "missed",
         "reason": f"{program.log.records[0].codegen} failed on the rewritten graph, the original is compiled instead: {last} ({where})",
@@ -196,13 +195,6 @@ def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> 
         f"dorafx has the original graph compiled, {program.log.records[0].codegen} failed on the rewritten one: {last}"
     )
     return Program(gm, checks=program.checks, log=log, error=error)
-
-
-def _told(error: Exception) -> tuple[str, str]:
-    """The message of an error, and the file and line where it was raised."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    last = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
-    return last, f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
 
 
 def _warn_once(message: str) -> None:
@@ -349,8 +341,8 @@ class _Pipeline:
 
 
 def functional_copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy of ``gm`` in which in-place arithmetic on private memory is out of place, and a product of a core and two factors two
-    products; ``gm`` itself where there is none of these."""
+    """A copy of ``gm`` in which in-place arithmetic on private memory is out of place, zeros that are filled by rows are a concatenation,
+    and a product of a core and two factors is two products; ``gm`` itself where there is none of these."""
     writes, tucker = has_writes(gm.graph), has_tucker_products(gm.graph)
     if not writes and not tucker:
         return gm

@@ -16,8 +16,10 @@ from dorafx.match import (
     ReasonKind,
     base_core,
     no_base_product,
+    no_low_rank_product,
     part_scale,
     pattern,
+    unequal_scaling,
 )
 
 
@@ -72,12 +74,10 @@ class Linear:
                 continue
             scale = part_scale(candidate, poly, scaling)
             if scale is None:
-                what = "a part of the output is not scaled by the same vector as the base product"
-                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+                return unequal_scaling(candidate)
             parts.append(Part(core, scale))
         if not parts:
-            what = "the base product is scaled by the norm, but no low-rank product is added"
-            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
+            return no_low_rank_product(candidate)
         return Match(
             self.name,
             candidate.node,

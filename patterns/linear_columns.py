@@ -25,6 +25,7 @@ from dorafx.match import (
     group,
     no_base_product,
     pattern,
+    whole_match,
 )
 
 
@@ -80,33 +81,20 @@ class LinearColumns:
                 candidate.node,
                 kind=ReasonKind.NOTHING_ELSE,
             )
+        what = "a part of the output has an input that is not scaled as the weight's is"
+        unequal = Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
         products = _products(candidate.composition)
         if products is None:
-            what = "a part of the output has an input that is not scaled as the weight's is"
-            return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+            return unequal
         parts = []
         for product in products:
             computed = bool(lift.gemms.get(Expr.chain(product.core)))
             if product.tail == base[2:] or (product.core[-1] == base[-1] and computed):
                 continue  # the product with the weight, and the base product of the input itself
             if product.core[0] != base[0] or computed:
-                what = "a part of the output has an input that is not scaled as the weight's is"
-                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+                return unequal
             parts.append(Part(product.core, product.output))
-        if not parts:
-            what = "the base product is scaled by the norm, but no low-rank product is added"
-            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
-        return Match(
-            self.name,
-            candidate.node,
-            candidate.expr,
-            candidate.norm,
-            cores[base],
-            base,
-            tuple(parts),
-            constant=candidate.expr,
-            bias=candidate.composition.bias,
-        )
+        return whole_match(self.name, candidate, base, parts)
 
     def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         products = _products(group(match.expr))

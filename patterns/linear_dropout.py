@@ -23,6 +23,7 @@ from dorafx.match import (
     no_base_product,
     part_scale,
     pattern,
+    unequal_scaling,
 )
 
 
@@ -69,8 +70,7 @@ class LinearDropout:
         cores = candidate.composition.cores
         scaling = cores[base] + Poly.const(1.0)
         if dict(cores[base].items).get((), 0.0) != -1.0:
-            what = "a part of the output is not scaled by the same vector as the base product"
-            return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+            return unequal_scaling(candidate)
         parts: list[Part] = []
         constant = Expr.broadcast(candidate.composition.bias)
         unscaled = 0

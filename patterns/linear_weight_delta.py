@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from dorafx.lift import Expr, Mat
-from dorafx.lift.algebra import Chain
+from dorafx.lift import Expr
+from dorafx.lift.algebra import count_matrices
 from dorafx.match import (
     Candidate,
     CompositionPlan,
@@ -19,11 +19,12 @@ from dorafx.match import (
     Match,
     Part,
     Reason,
-    ReasonKind,
     base_core,
     group,
     no_base_product,
     pattern,
+    unequal_scaling,
+    whole_match,
 )
 
 
@@ -67,24 +68,10 @@ class LinearWeightDelta:
             computed = bool(lift.gemms.get(product) or lift.nodes.get(product))
             if core == base or (computed and core[-1:] == base[-1:]):
                 continue  # the base product, and one of an input without dropout
-            if computed or core[:1] != base[:1] or _matrices(core) < 3:
-                what = "a part of the output is not scaled by the same vector as the base product"
-                return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+            if computed or core[:1] != base[:1] or count_matrices(core) < 3:
+                return unequal_scaling(candidate)
             parts.append(Part(core, scale))
-        if not parts:
-            what = "the base product is scaled by the norm, but no low-rank product is added"
-            return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
-        return Match(
-            self.name,
-            candidate.node,
-            candidate.expr,
-            candidate.norm,
-            cores[base],
-            base,
-            tuple(parts),
-            constant=candidate.expr,
-            bias=candidate.composition.bias,
-        )
+        return whole_match(self.name, candidate, base, parts)
 
     def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
         bias = match.bias
@@ -97,7 +84,3 @@ class LinearWeightDelta:
                 product, bias = emit.base(core, bias, scale)
                 terms.append((product, scale))
         return emit.scaled_sum(terms, bias)
-
-
-def _matrices(core: Chain) -> int:
-    return sum(isinstance(factor, Mat) for factor in core)

@@ -16,11 +16,10 @@ from torch import fx
 
 from dorafx._compat.tensors import fake_mode_of, is_wrapper, under
 
-from .operators import canonical_name
+from .operators import ZEROS, canonical_name
 from .tensors import tensor_of
 from .writes import written_nodes
 
-_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 _MODES = frozenset(("set_grad_enabled", "enter_inference_mode", "exit_inference_mode"))
 
 
@@ -55,7 +54,7 @@ def without_filled_zeros(graph: fx.Graph) -> bool:
 
 def _is_filled(node: fx.Node) -> bool:
     is_write = (user.target is operator.setitem and user.args[0] is node for user in node.users)
-    return node.op == "call_function" and canonical_name(node) in _ZEROS and any(is_write)
+    return node.op == "call_function" and canonical_name(node) in ZEROS and any(is_write)
 
 
 def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Node]) -> list[_Write]:

@@ -117,6 +117,8 @@ CONVOLUTIONS: dict[str, tuple[str, ...]] = {
 }
 """The arguments of convolutions, by canonical name; those of ``aten.convolution`` are others than of ``conv2d``."""
 
+ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
+"""Canonical names of operators that make a tensor of zeros."""
 _GRAD_MODES = {
     "_set_grad_enabled": "set_grad_enabled",
     "_enter_inference_mode": "enter_inference_mode",

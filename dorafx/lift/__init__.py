@@ -6,7 +6,7 @@ from .leaves import leaves_of
 from .lifter import Lifter
 from .quantized import PackedWeight, packed_weight
 from .show import Notation, show, term_of
-from .values import AtomInfo, Gemm, MatrixValue, Value, VectorValue
+from .values import AtomInfo, Gemm, MatrixValue, Value, VectorValue, holds_product
 
 __all__ = [
     "Atom",
@@ -22,6 +22,7 @@ __all__ = [
     "Poly",
     "Value",
     "VectorValue",
+    "holds_product",
     "leaves_of",
     "packed_weight",
     "show",

@@ -168,6 +168,11 @@ def is_ones(factor: Factor) -> bool:
     return isinstance(factor, Mat) and factor.atom == ONES
 
 
+def count_matrices(chain: Chain) -> int:
+    """How many of a chain's factors are matrices: two of them make a product."""
+    return sum(isinstance(factor, Mat) for factor in chain)
+
+
 def transpose_chain(chain: Chain) -> Chain:
     """``(P·Q)ᵀ = Qᵀ·Pᵀ``; diagonals are their own transposes."""
     return tuple(Mat(f.atom, not f.transposed) if isinstance(f, Mat) else f for f in reversed(chain))
@@ -317,6 +322,11 @@ class Expr:
     def broadcast(vector: Poly) -> Expr:
         """``𝟙 · D(vector)``: a row vector added to every token."""
         return Expr.chain((Mat(ONES),)).right_diag(vector)
+
+    @property
+    def holds_product(self) -> bool:
+        """Whether a product of two matrices is in the sum."""
+        return any(count_matrices(chain) > 1 for (_, chain), _ in self.items)
 
     def without(self, lost: Lost) -> Expr:
         """The same value, in a program in which ``lost`` vanished too."""

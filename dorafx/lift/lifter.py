@@ -6,7 +6,6 @@ An operator that is not in the table becomes an atom: never an error, never a gu
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
@@ -16,6 +15,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.graphs import is_inference_input
+from dorafx.errors import in_a_line
 from dorafx.graphs.grad_mode import GradMode
 from dorafx.graphs.inputs import attribute_id, looks_like_parameter
 from dorafx.graphs.operators import canonical_name, drops_nothing
@@ -244,9 +244,8 @@ class Lifter:
         """A transfer function raised an exception. The node becomes an unknown value, as if its operator were not in the table; if DoRA
         depends on it, the matcher reports the failure."""
         _logger.debug("%s is left as an unknown value", node.format_node(), exc_info=error)
-        message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        self.failures[node] = f"{message} ({where.filename.rsplit('/', 1)[-1]}:{where.lineno})"
+        message, where = in_a_line(error)
+        self.failures[node] = f"{message} ({where})"
 
     def _depends_on_parameters_only(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "get_attr"):
@@ -400,6 +399,13 @@ class Lifter:
         span = (start, rows, total - start - rows)
         info = AtomInfo("selection", requires_grad=False, parameter=True, rows=span)
         return self._intern(("selection", span), info)
+
+    def norm_atom(
+        self, kind: Literal["norm", "sumsq"], expr: Expr, side: Literal["row", "col"], double: bool, span: int = 1
+    ) -> Atom:
+        """The norms, or sums of squares, of the rows or columns of a matrix."""
+        grad, parameter = self.requires_grad(expr), self.is_parameter_term(expr)
+        return self.intern(AtomInfo(kind, grad, parameter, expr=expr, side=side, span=span, double=double))
 
     def intern(self, info: AtomInfo) -> Atom:
         """The atom of a norm or function of terms; equal terms give equal atoms."""

@@ -35,7 +35,7 @@ from torch import fx
 from dorafx._compat.operators import aten_name, is_overload
 from dorafx.graphs.provenance import input_path
 
-from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Mono, Poly, Vanished
+from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Mono, Poly, Vanished, count_matrices
 from .lifter import Lifter
 from .values import AtomInfo, MatrixValue, Value, VectorValue
 
@@ -165,7 +165,7 @@ class Notation:
 
         def order(item: tuple[tuple[Mono, Chain], float]) -> tuple[bool, int, int]:
             chain = item[0][1]
-            return chain[:1] == (Mat(ONES),), sum(isinstance(f, Mat) for f in chain), len(chain)
+            return chain[:1] == (Mat(ONES),), count_matrices(chain), len(chain)
 
         parts = []
         for (scalars, chain), c in sorted(expr.items, key=order):

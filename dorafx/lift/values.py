@@ -150,6 +150,11 @@ class Gemm:
     """Whether it is computed while no gradients are recorded, from operands that require some."""
 
 
+def holds_product(value: Value | None) -> bool:
+    """Whether a value is a sum in which there is a product of two matrices."""
+    return isinstance(value, MatrixValue) and value.expr.holds_product
+
+
 def vector_axis(shape: torch.Size | tuple[Any, ...]) -> int | None:
     """The only axis of a size other than 1, as a negative index; None if there are several. For a shape of ones, the last axis."""
     long = [i for i, size in enumerate(shape) if not (isinstance(size, int) and size == 1)]

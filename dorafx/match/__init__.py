@@ -2,7 +2,19 @@
 
 from dorafx.log.kinds import ReasonKind
 
-from .composition import Candidate, Composition, Match, Part, base_core, group, no_base_product, part_scale
+from .composition import (
+    Candidate,
+    Composition,
+    Match,
+    Part,
+    base_core,
+    group,
+    no_base_product,
+    no_low_rank_product,
+    part_scale,
+    unequal_scaling,
+    whole_match,
+)
 from .emission import CompositionPlan, Emit
 from .matcher import match_graph
 from .matches import Matches
@@ -28,6 +40,9 @@ __all__ = [
     "group",
     "match_graph",
     "no_base_product",
+    "no_low_rank_product",
     "part_scale",
     "pattern",
+    "unequal_scaling",
+    "whole_match",
 ]

@@ -9,7 +9,8 @@ from torch import fx
 
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
-from dorafx.lift import Lifter, Mat, MatrixValue, Value
+from dorafx.lift import Lifter, MatrixValue, holds_product
+from dorafx.lift.algebra import count_matrices
 
 NEAR = 6
 _SUMS = frozenset({"add", "sub", "rsub", "addmm", "baddbmm", "addcmul", "lerp"})
@@ -41,16 +42,6 @@ def is_behind(lift: Lifter, node: fx.Node, added: bool, near: int = NEAR) -> boo
     return behind.distance <= near or ((added or behind.added) and lift.depends_on_parameters_only(node))
 
 
-def holds_product(value: Value | None) -> bool:
-    """Whether a value is a sum in which there is a product of two matrices."""
-    return isinstance(value, MatrixValue) and any(length >= 2 for length in _lengths(value))
-
-
-def _lengths(value: MatrixValue) -> list[int]:
-    """How many matrices there are in each product of a sum."""
-    return [sum(isinstance(factor, Mat) for factor in chain) for (_, chain), _ in value.expr.items]
-
-
 def _behind(lift: Lifter, node: fx.Node) -> _Behind:
     """Each node of a graph is looked at once, whatever asks for it."""
     known = _known.setdefault(lift, {})
@@ -74,7 +65,7 @@ def _of_arguments(lift: Lifter, node: fx.Node, known: dict[fx.Node, _Behind]) ->
         distance, before = known[argument]
         value = lift.batches.get(argument) or lift.matrix(argument) or lift.values.get(argument)
         if holds_product(value) and isinstance(value, MatrixValue) and value.layout in ("last", "filter", "batch"):
-            distance, before = 0, 1 in _lengths(value)
+            distance, before = 0, any(count_matrices(chain) == 1 for (_, chain), _ in value.expr.items)
         if distance is not None:
             nearest = distance + 1 if nearest is None else min(nearest, distance + 1)
             added |= before

@@ -8,7 +8,7 @@ from torch import fx
 
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Diag, Expr, Lifter, Mat, PackedWeight, Poly, packed_weight
-from dorafx.lift.algebra import ONES, Chain, Factor
+from dorafx.lift.algebra import ONES, Chain, Factor, count_matrices
 from dorafx.log.kinds import ReasonKind
 
 from .near_misses import Reason
@@ -164,7 +164,7 @@ def base_core(candidate: Candidate) -> Chain | None:
     whole = candidate.lift.unrounded(mat)
     for core in scaled:
         last = core[-1] if core else None
-        if sum(isinstance(factor, Mat) for factor in core) < 2 or not isinstance(last, Mat):
+        if count_matrices(core) < 2 or not isinstance(last, Mat):
             continue  # the weight alone, scaled on both sides, is no product with it
         # The product may have the weight in another dtype than the norm.
         last = candidate.lift.unrounded(last)
@@ -191,3 +191,47 @@ def no_base_product(candidate: Candidate) -> Reason:
     """
     text = "the output scaled by this norm has no product with the norm's weight"
     return Reason(text, candidate.node, specific=False, kind=ReasonKind.NO_PRODUCT)
+
+
+def no_low_rank_product(candidate: Candidate) -> Reason:
+    """What a form says of a node in which nothing is added to the product with the norm's weight.
+
+    Args:
+        candidate: the node.
+    """
+    what = "the base product is scaled by the norm, but no low-rank product is added"
+    return Reason(what, candidate.node, kind=ReasonKind.OTHER_PARTS)
+
+
+def unequal_scaling(candidate: Candidate) -> Reason:
+    """What a form says of a node whose products have scalings that do not go together.
+
+    Args:
+        candidate: the node.
+    """
+    what = "a part of the output is not scaled by the same vector as the base product"
+    return Reason(what, candidate.node, kind=ReasonKind.UNEQUAL_SCALING)
+
+
+def whole_match(name: str, candidate: Candidate, base: Chain, parts: list[Part]) -> Match | Reason:
+    """The match of a form that emits all of a term, each product with a scaling of its own.
+
+    Args:
+        name: the form's.
+        candidate: the node.
+        base: the product with the norm's weight.
+        parts: the low-rank products; none is a reason.
+    """
+    if not parts:
+        return no_low_rank_product(candidate)
+    return Match(
+        name,
+        candidate.node,
+        candidate.expr,
+        candidate.norm,
+        candidate.composition.cores[base],
+        base,
+        tuple(parts),
+        constant=candidate.expr,
+        bias=candidate.composition.bias,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +12,12 @@ from dorafx.graphs.operators import CONVOLUTIONS, arguments, canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import memories
-from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value
-from dorafx.lift.algebra import Chain, Expr, Poly, Vanished
+from dorafx.lift import AtomInfo, Lifter, Mat, MatrixValue, Value, holds_product
+from dorafx.lift.algebra import Chain, Expr, Poly, Vanished, count_matrices
 from dorafx.lift.values import VectorValue
 from dorafx.log.kinds import ReasonKind
 
-from .ancestors import holds_product, is_behind
+from .ancestors import is_behind
 
 _NORMS = ("norm", "linalg_norm", "vector_norm")
 _PRODUCTS = ("matmul", "bmm", "einsum")
@@ -61,13 +61,8 @@ def hidden_delta(lift: Lifter, info: AtomInfo, chains: list[Chain]) -> Reason | 
     for chain in chains:
         for factor in chain:
             node = lift.atom_of(factor.atom).node if isinstance(factor, Mat) else None
-            while (
-                node is not None
-                and lift.atom_of(factor.atom).kind == "batch"  # type: ignore[union-attr]
-                and canonical_name(node) in _MOVES
-                and node not in lift.batches
-            ):
-                node = node.all_input_nodes[0]  # rows that were cut into a batch: what made them hides the product
+            if node is not None and lift.atom_of(factor.atom).kind == "batch":  # type: ignore[union-attr]
+                node = _origin(node, lift.batches)  # rows that were cut into a batch: what made them hides the product
             if node is None or node.op not in ("call_function", "call_method"):
                 continue
             rounding = lift.roundings.get(node)
@@ -152,9 +147,7 @@ def unknown_delta(lift: Lifter, chains: list[Chain]) -> Reason | None:
             )
         leaves = [t for leaf in _leaves(node) if (t := tensor_of(leaf)) is not None]
         if leaves and all(str(t.numel()) != str(tensor.numel()) for t in leaves):
-            origin = node
-            while canonical_name(origin) in _MOVES and origin.all_input_nodes:
-                origin = origin.all_input_nodes[0]
+            origin = _origin(node)
             dtypes = {
                 str(t.dtype).removeprefix("torch.") for a in origin.all_input_nodes if (t := tensor_of(a)) is not None
             }
@@ -257,12 +250,12 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
         and (reason := _delta_of_each_token(lift, node, node.all_input_nodes[0])) is not None
     ):
         return reason
+    out, result = tensor_of(node), lift.values.get(node)
+    if out is None or (result is not None and not _is_unknown(lift, result, node)):
+        return None
     for source in (_moved(lift, argument) for argument in node.all_input_nodes):
-        value, out, before = lift.value(source), tensor_of(node), tensor_of(source)
-        if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or out is None or before is None:
-            continue
-        result = lift.values.get(node)
-        if result is not None and not _is_unknown(lift, result, node):
+        value, before = lift.value(source), tensor_of(source)
+        if not isinstance(value, MatrixValue) or len(value.expr.items) < 2 or before is None:
             continue
         # Of all squares, or of some that are neither a row's nor a column's.
         of_squares = value.squared and name in ("sum", "mean") and not _is_vector_of(out.shape, before.shape)
@@ -303,9 +296,7 @@ def _norm_of_experts(lift: Lifter, node: fx.Node) -> Reason | None:
     if node in lift.batches or out is None:
         return None
     for argument in node.all_input_nodes:
-        source = argument
-        while source not in lift.batches and canonical_name(source) in _MOVES and source.all_input_nodes:
-            source = source.all_input_nodes[0]
+        source = _origin(argument, lift.batches)
         value, before = lift.batches.get(source), tensor_of(source)
         if not isinstance(value, MatrixValue) or before is None or not _is_adapted(lift, value.expr):
             continue
@@ -321,6 +312,13 @@ def _norm_of_experts(lift: Lifter, node: fx.Node) -> Reason | None:
             what = f"{operator_at(node)} reads the adapted weights of the experts, and is not known as a norm"
             return Reason(what, node, kind=ReasonKind.UNKNOWN_NORM)
     return None
+
+
+def _origin(node: fx.Node, known: Container[fx.Node] = ()) -> fx.Node:
+    """What a value is a view or cast of, or the first on the way there that is known."""
+    while node not in known and canonical_name(node) in _MOVES and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _moved(lift: Lifter, node: fx.Node) -> fx.Node:
@@ -446,7 +444,7 @@ def _is_adapted(lift: Lifter, expr: Expr) -> bool:
     """Whether a term is a matrix of parameters plus a product of parameters."""
     if len(expr.items) < 2:
         return False
-    lengths = [sum(isinstance(f, Mat) for f in chain) for (_, chain), _ in expr.items]
+    lengths = [count_matrices(chain) for (_, chain), _ in expr.items]
     return 1 in lengths and max(lengths) > 1 and lift.is_parameter_term(expr)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 from torch import fx
 
-from dorafx.errors import DorafxError
+from dorafx.errors import DorafxError, in_a_line
 from dorafx.log.kinds import ReasonKind
 
 from .composition import Candidate, Match
@@ -91,6 +90,6 @@ def check_form(form: Form, candidate: Candidate) -> Match | Reason:
         return form.check(candidate)
     except Exception as error:
         _logger.debug("%s failed at %s", form.name, candidate.node.format_node(), exc_info=error)
-        message = traceback.format_exception_only(type(error), error)[-1].strip().partition("\n")[0]
+        message, _ = in_a_line(error)
         what = f"the form {form.name!r} failed in its check ({message})"
         return Reason(what, candidate.node, kind=ReasonKind.FORM_FAILED)

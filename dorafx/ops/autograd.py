@@ -51,61 +51,47 @@ def _refuse_recording(operator: str, *tensors: torch.Tensor | None) -> None:
 
 
 class RowNorm(torch.autograd.Function):
+    """A norm by the operator of this name: of one weight, or of a batch of them."""
+
     @staticmethod
-    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, *how: Any) -> torch.Tensor:
+    def forward(ctx: Any, name: str, weight: Any, left: Any, right: Any, scale: float, *how: Any) -> torch.Tensor:
         with below_autograd():
-            n: torch.Tensor = torch.ops.dorafx.row_norm.default(weight, left, right, scale, *how)
+            n: torch.Tensor = _operator(name)(weight, left, right, scale, *how)
         ctx.save_for_backward(weight, left, right, n)
-        ctx.scale = scale
+        ctx.name, ctx.scale = name, scale
         return n
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("row_norm")
+        refuse_second_derivative(ctx.name)
         weight, left, right, n = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.dorafx.row_norm_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
-        return (*(g if need else None for g, need in zip(grads, needs)), None, None, None)
+        needs = ctx.needs_input_grad[1:4]
+        grads = _operator(f"{ctx.name}_backward")(grad, weight, left, right, n, ctx.scale, *needs)
+        return (None, *(g if need else None for g, need in zip(grads, needs)), None, None, None)
+
+
+def _operator(name: str) -> Any:
+    return getattr(torch.ops.dorafx, name).default
+
+
+def _recorded_norm(name: str, weight: Any, left: Any, right: Any, *rest: Any) -> torch.Tensor:
+    refuse_forward_mode(name, weight, left, right)
+    if records_gradients(weight, left, right):
+        return RowNorm.apply(name, weight, left, right, *rest)  # type: ignore[no-any-return]
+    with below_autograd():
+        return _operator(name)(weight, left, right, *rest)  # type: ignore[no-any-return]
 
 
 def row_norm(
     weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    refuse_forward_mode("row_norm", weight, left, right)
-    operands = weight, left, right, scale, algorithm, factor_dtype
-    if records_gradients(weight, left, right):
-        return RowNorm.apply(*operands)  # type: ignore[no-any-return]
-    with below_autograd():
-        return torch.ops.dorafx.row_norm.default(*operands)  # type: ignore[no-any-return]
-
-
-class RowNormBatched(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Any, left: Any, right: Any, scale: float, *how: Any) -> torch.Tensor:
-        with below_autograd():
-            n: torch.Tensor = torch.ops.dorafx.row_norm_batched.default(weight, left, right, scale, *how)
-        ctx.save_for_backward(weight, left, right, n)
-        ctx.scale = scale
-        return n
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        refuse_second_derivative("row_norm_batched")
-        weight, left, right, n = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        grads = torch.ops.dorafx.row_norm_batched_backward.default(grad, weight, left, right, n, ctx.scale, *needs)
-        return (*(g if need else None for g, need in zip(grads, needs)), None, None, None)
+    return _recorded_norm("row_norm", weight, left, right, scale, algorithm, factor_dtype)
 
 
 def row_norm_batched(
     weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    refuse_forward_mode("row_norm_batched", weight, left, right)
-    operands = weight, left, right, scale, algorithm, factor_dtype
-    if records_gradients(weight, left, right):
-        return RowNormBatched.apply(*operands)  # type: ignore[no-any-return]
-    with below_autograd():
-        return torch.ops.dorafx.row_norm_batched.default(*operands)  # type: ignore[no-any-return]
+    return _recorded_norm("row_norm_batched", weight, left, right, scale, algorithm, factor_dtype)
 
 
 def _fused(kernel: str, *tensors: torch.Tensor | None) -> bool:

@@ -14,32 +14,6 @@ from . import norm
 from .norm import compute_dtype, gradient_buffer, with_less_memory
 
 
-def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Check the operands of a batch of row norms.
-
-    Raises:
-        ValueError: shapes or devices that do not fit together.
-        TypeError: a dtype other than fp16, bf16, fp32 and fp64.
-    """
-    shapes = f"weight {tuple(weight.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)}"
-    if weight.dim() != 3 or left.dim() != 3 or right.dim() != 3:
-        raise ValueError(f"row_norm_batched takes batches of matrices; got {shapes}")
-    batches = left.shape[0] == weight.shape[0] and right.shape[0] == weight.shape[0]
-    fit = left.shape[1] == weight.shape[1] and right.shape[2] == weight.shape[2] and left.shape[2] == right.shape[1]
-    if not batches or not fit:
-        raise ValueError(
-            "row_norm_batched takes weight [batch, d_out, d_in], left [batch, d_out, r], right [batch, r, d_in], whose shapes must "
-            f"agree; got {shapes}"
-        )
-    for name, tensor in (("weight", weight), ("left", left), ("right", right)):
-        if tensor.dtype not in norm.FLOATS:
-            raise TypeError(f"row_norm_batched takes fp16, bf16, fp32 or fp64; {name} is {tensor.dtype}")
-    if not (weight.device == left.device == right.device):
-        raise ValueError(
-            f"row_norm_batched's operands are on {weight.device}, {left.device} and {right.device}; one device is needed"
-        )
-
-
 def _at_once(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, shrink: int) -> int:
     """How many experts fit into a buffer, together with the factors that are cast for them; 0 if not even one does."""
     batch, d_out, d_in = weight.shape
@@ -67,10 +41,10 @@ def row_norm_batched(
         ``[batch, d_out]`` in fp32, in fp64 where an operand is fp64. A zero row gives 0; NaN and inf propagate.
 
     Raises:
-        ValueError, TypeError: see :func:`check_operands`, :func:`dorafx.ops.norm.check_algorithm`.
+        ValueError, TypeError: see :func:`dorafx.ops.norm.check_operands`, :func:`dorafx.ops.norm.check_algorithm`.
         RuntimeError: out of memory, with the smallest blocks too (see :func:`dorafx.ops.norm.with_less_memory`).
     """
-    check_operands(weight, left, right)
+    norm.check_operands(weight, left, right, batched=True)
     norm.check_algorithm(algorithm, factor_dtype)
     with below_autocast():
         return with_less_memory(lambda shrink: _norms(weight, left, right, scale, algorithm == "factored", shrink))
@@ -133,29 +107,6 @@ def row_norm_batched_unrolled(
     return torch.cat(norms, 1) if norms else weight.new_zeros((weight.shape[0], 0), dtype=dtype)
 
 
-def check_backward(
-    grad: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, n: torch.Tensor
-) -> None:
-    """Check the operands of the backward of a batch of row norms.
-
-    Raises:
-        ValueError: see :func:`check_operands`; or a gradient or norm that does not fit the weight.
-        TypeError: see :func:`check_operands`; or a norm of another dtype than :func:`row_norm_batched` returns.
-    """
-    check_operands(weight, left, right)
-    for name, tensor in (("grad", grad), ("norm", n)):
-        if tensor.shape != weight.shape[:2] or tensor.device != weight.device:
-            raise ValueError(
-                f"row_norm_batched_backward takes grad and norm [batch, d_out] on the weight's device; {name} is "
-                f"{tuple(tensor.shape)} on {tensor.device}, the weight {tuple(weight.shape)} on {weight.device}"
-            )
-    if n.dtype != compute_dtype(weight, left, right) or grad.dtype not in norm.FLOATS:
-        raise TypeError(
-            "row_norm_batched_backward takes the norm as row_norm_batched returns it, and a floating gradient; "
-            f"got {n.dtype}, {grad.dtype}"
-        )
-
-
 def row_norm_batched_backward(
     grad: torch.Tensor,
     weight: torch.Tensor,
@@ -173,9 +124,9 @@ def row_norm_batched_backward(
         Gradients in the dtypes and layouts of weight, left and right; an empty tensor for each that is not needed.
 
     Raises:
-        ValueError, TypeError: see :func:`check_backward`.
+        ValueError, TypeError: see :func:`dorafx.ops.norm.check_backward`.
     """
-    check_backward(grad, weight, left, right, n)
+    norm.check_backward(grad, weight, left, right, n, batched=True)
     needs = needs_weight, needs_left, needs_right
 
     def compute(shrink: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -102,7 +102,7 @@ def row_norm_batched(
     factor_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """See :func:`dorafx.ops.batched.row_norm_batched`; all experts are launched together."""
-    batched.check_operands(weight, left, right)
+    norm.check_operands(weight, left, right, batched=True)
     norm.check_algorithm(algorithm, factor_dtype)
     if algorithm not in ("auto", "tiled") or not takes(weight, left, right):
         return batched.row_norm_batched(weight, left, right, scale, algorithm)

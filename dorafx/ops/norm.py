@@ -27,6 +27,9 @@ _CPU_BLOCK_BYTES = 4 << 20
 _DEVICE_BLOCK_BYTES = 16 << 20
 # A buffer is at most a ninth of the weight's size: below one eighth.
 _SHARE = 9
+# What the operator of one weight and that of a batch are called, what they take, the axis in front, and how many there are.
+_SINGLE = ("row_norm", "matrices", "", 2)
+_BATCHED = ("row_norm_batched", "batches of matrices", "batch, ", 3)
 # The factors by which blocks are shrunk, one after the other, when memory runs out.
 _SHRINK = (1, 4, 16, 64, 256)
 
@@ -36,26 +39,29 @@ def compute_dtype(*operands: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
 
 
-def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Check the operands of a row norm.
+def check_operands(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, batched: bool = False) -> None:
+    """Check the operands of a row norm, or (``batched``) of the norms of a batch of weights.
 
     Raises:
         ValueError: shapes or devices that do not fit together.
         TypeError: a dtype other than fp16, bf16, fp32 and fp64.
     """
+    name, kind, axis, dims = _BATCHED if batched else _SINGLE
     shapes = f"weight {tuple(weight.shape)}, left {tuple(left.shape)}, right {tuple(right.shape)}"
-    if weight.dim() != 2 or left.dim() != 2 or right.dim() != 2:
-        raise ValueError(f"row_norm takes matrices; got {shapes}")
-    if left.shape[0] != weight.shape[0] or right.shape[1] != weight.shape[1] or left.shape[1] != right.shape[0]:
+    if weight.dim() != dims or left.dim() != dims or right.dim() != dims:
+        raise ValueError(f"{name} takes {kind}; got {shapes}")
+    batches = left.shape[:-1] == weight.shape[:-1] and right.shape[:-2] == weight.shape[:-2]
+    if not batches or right.shape[-1] != weight.shape[-1] or left.shape[-1] != right.shape[-2]:
         raise ValueError(
-            f"row_norm takes weight [d_out, d_in], left [d_out, r], right [r, d_in], whose shapes must agree; got {shapes}"
+            f"{name} takes weight [{axis}d_out, d_in], left [{axis}d_out, r], right [{axis}r, d_in], whose shapes must agree; "
+            f"got {shapes}"
         )
-    for name, tensor in (("weight", weight), ("left", left), ("right", right)):
+    for operand, tensor in (("weight", weight), ("left", left), ("right", right)):
         if tensor.dtype not in FLOATS:
-            raise TypeError(f"row_norm takes fp16, bf16, fp32 or fp64; {name} is {tensor.dtype}")
+            raise TypeError(f"{name} takes fp16, bf16, fp32 or fp64; {operand} is {tensor.dtype}")
     if not (weight.device == left.device == right.device):
         raise ValueError(
-            f"row_norm's operands are on {weight.device}, {left.device} and {right.device}; one device is needed"
+            f"{name}'s operands are on {weight.device}, {left.device} and {right.device}; one device is needed"
         )
 
 
@@ -107,9 +113,14 @@ def with_less_memory(compute: Callable[[int], T]) -> T:
 
 def buffer_limit(weight: torch.Tensor, dtype: torch.dtype, shrink: int = 1) -> int:
     """How many elements of ``dtype`` a buffer may have that stays in the cache, and below one eighth of the weight's size."""
+    return min(_limits(weight, dtype, shrink))
+
+
+def _limits(weight: torch.Tensor, dtype: torch.dtype, shrink: int) -> tuple[int, int]:
+    """How many elements of ``dtype`` are one eighth of the weight's size, and how many stay in the cache."""
     size = 8 if dtype == torch.float64 else 4
     block = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-    return min(weight.numel() * weight.element_size() // (_SHARE * size * shrink), block // (size * shrink))
+    return weight.numel() * weight.element_size() // (_SHARE * size * shrink), block // (size * shrink)
 
 
 def _block(
@@ -120,9 +131,7 @@ def _block(
     ``beside``: columns of another buffer with as many rows (the product with a factor, or rows of a factor that is cast).
     ``shrink``: by how much the buffers are to be smaller than usual."""
     d_out, d_in = weight.shape
-    size = 8 if dtype == torch.float64 else 4
-    limit = d_out * d_in * weight.element_size() // (_SHARE * size * shrink)
-    target = (_CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES) // (size * shrink)
+    limit, target = _limits(weight, dtype, shrink)
     # If a weight has few rows, even one row is a large share of it.
     columns = max(1, min(d_in, limit // rank if casts_right and rank else limit))
     rows = max(1, min(d_out, min(limit, max(target, columns)) // max(columns, beside)))
@@ -332,24 +341,30 @@ def check_lists(
 
 
 def check_backward(
-    grad: torch.Tensor, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, norm: torch.Tensor
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    norm: torch.Tensor,
+    batched: bool = False,
 ) -> None:
-    """Check the operands of a row norm's backward.
+    """Check the operands of the backward of a row norm, or of a batch of them.
 
     Raises:
         ValueError: see :func:`check_operands`; or a gradient or norm that does not fit the weight.
-        TypeError: see :func:`check_operands`; or a norm of another dtype than :func:`row_norm` returns.
+        TypeError: see :func:`check_operands`; or a norm of another dtype than the forward returns.
     """
-    check_operands(weight, left, right)
-    for name, tensor in (("grad", grad), ("norm", norm)):
-        if tensor.shape != weight.shape[:1] or tensor.device != weight.device:
+    check_operands(weight, left, right, batched)
+    name, _, axis, _ = _BATCHED if batched else _SINGLE
+    for operand, tensor in (("grad", grad), ("norm", norm)):
+        if tensor.shape != weight.shape[:-1] or tensor.device != weight.device:
             raise ValueError(
-                f"row_norm_backward takes grad and norm [d_out] on the weight's device; {name} is {tuple(tensor.shape)} on "
+                f"{name}_backward takes grad and norm [{axis}d_out] on the weight's device; {operand} is {tuple(tensor.shape)} on "
                 f"{tensor.device}, the weight {tuple(weight.shape)} on {weight.device}"
             )
     if norm.dtype != compute_dtype(weight, left, right) or grad.dtype not in FLOATS:
         raise TypeError(
-            f"row_norm_backward takes the norm as row_norm returns it, and a floating gradient; got {norm.dtype}, {grad.dtype}"
+            f"{name}_backward takes the norm as {name} returns it, and a floating gradient; got {norm.dtype}, {grad.dtype}"
         )
 
 

@@ -181,7 +181,7 @@ def _row_norm_backward_fake(
 def _row_norm_batched_fake(
     weight: Any, left: Any, right: Any, scale: float, algorithm: str = "auto", factor_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    batched.check_operands(weight, left, right)
+    norm.check_operands(weight, left, right, batched=True)
     norm.check_algorithm(algorithm, factor_dtype)
     return torch.empty(weight.shape[:2], dtype=norm.compute_dtype(weight, left, right), device=weight.device)
 
@@ -190,7 +190,7 @@ def _row_norm_batched_fake(
 def _row_norm_batched_backward_fake(
     grad: Any, weight: Any, left: Any, right: Any, n: Any, scale: float, *needs: bool
 ) -> tuple[torch.Tensor, ...]:
-    batched.check_backward(grad, weight, left, right, n)
+    norm.check_backward(grad, weight, left, right, n, batched=True)
     return tuple(norm.gradient_buffer(need, t) for need, t in zip(needs, (weight, left, right)))
 
 

@@ -13,7 +13,7 @@ from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import size_hint
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight
-from dorafx.lift.algebra import ONES, transpose_chain
+from dorafx.lift.algebra import ONES, count_matrices, transpose_chain
 from dorafx.match import CompositionPlan, Match, Matches, NormFactors, Reason, ReasonKind
 from dorafx.options import Options
 
@@ -164,7 +164,7 @@ def _cost_if_merged(lift: Lifter, match: Match) -> MergedCost | None:
         dense_bytes(match.norm, norm_closure(match.norm) + merging(lift, match)) // batch,
         output.requires_grad,
         output.device,
-        sum(sum(isinstance(f, Mat) for f in part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
+        sum(count_matrices(part.core) < 3 and part.core[-1:] != (Mat(ONES),) for part in match.parts),
     )
 
 

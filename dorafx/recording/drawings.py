@@ -10,7 +10,7 @@ from torch import fx
 
 from dorafx.graphs.provenance import input_path, operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
-from dorafx.lift import Expr, Lifter, Mat, leaves_of
+from dorafx.lift import Expr, Lifter, leaves_of
 from dorafx.log import MAX_NODES, Drawing, DrawnNode
 
 _STEPS = 4  # from a norm to the operator in which it gets lost
@@ -90,7 +90,7 @@ def _activations(lift: Lifter) -> set[fx.Node]:
         value = lift.matrix(gemm.lhs) if isinstance(gemm.lhs, fx.Node) else None
         if value is None or lift.is_parameter_term(value.expr):
             continue
-        if all(sum(isinstance(f, Mat) for f in chain) < 2 for (_, chain), _ in value.expr.items):
+        if not value.expr.holds_product:
             activations.add(gemm.lhs)
     return activations
 

@@ -19,8 +19,6 @@ from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
 
-from .batched_operands import batched_operands
-from .channels import norm_by_channel
 from .emit import Emitter
 from .hoist import DENSE, KEY, NORM, NormKey
 from .memory import Ownership, laid_out_like
@@ -34,6 +32,7 @@ from .norm_operands import (
     weight_operand,
 )
 from .placements import placed_like, reduced
+from .roots import rooted
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -81,42 +80,30 @@ def _emit_norm(norm: NormPlan, key: NormKey, emit: Emitter) -> fx.Node:
     n = reduced(emit, n)
     if abs(norm.factors.weight_coefficient) != 1.0:
         n = emit.call(torch.mul, n, abs(norm.factors.weight_coefficient))
-    info = norm.factors.info
-    if info.span > 1:
-        return norm_by_channel(emit, n, info)
-    if not (info.eps or (info.rooted and info.requires_grad)):
-        return n
-    # The root of a sum of squares has no gradient at zero, where a norm has one; ``sqrt(n·n)`` has none either. Where n is infinite, the
-    # gradient is a norm's in either case (NaN where what comes in is NaN); that of ``n·n`` would be ``0·inf``, so n itself is taken.
-    largest = torch.finfo(emit.tensor(n).dtype).max
-    finite = emit.call(torch.clamp_max, n, largest)
-    square = emit.call(torch.mul, finite, finite)
-    rooted = emit.call(torch.sqrt, emit.call(torch.add, square, info.eps) if info.eps else square)
-    return emit.call(torch.where, emit.call(torch.le, n, largest), rooted, n) if info.requires_grad else rooted
+    return rooted(emit, n, norm.factors.info)
 
 
 def _row_norm(norm: NormPlan, emit: Emitter) -> fx.Node:
     _refuse_inference_tensors(norm, emit)
-    weights: fx.Node | None = None
-    if norm.factors.batch is not None:
-        weights, left, right, scale = batched_operands(emit, norm.factors)
-    else:
-        left, right, scale = factor_operands(emit, norm.factors)
+    left, right, scale = factor_operands(emit, norm.factors)
     if norm.factors.info.double:
         # One operand in fp64 makes the norm fp64, and this one is the smallest.
         right = emit.cast(right, torch.float64)
     dtype = product_dtype(emit, norm.factors, left, right)
     rounded = () if dtype is None else (dtype,)
-    if weights is not None:
-        how = (norm.algorithm, *rounded)
-        return emit.call(torch.ops.dorafx.row_norm_batched.default, weights, left, right, scale, *how)
     if norm.packed is None:
+        batched = norm.factors.batch is not None
         weight, order = weight_operand(emit, norm.factors)
         right = in_order(emit, right, norm.factors, order)
         if any(placements(tensor_of(operand)) is not None for operand in (weight, left, right)):
+            if batched:
+                raise CannotEmit(
+                    "the experts' weights or factors are sharded over devices, and norms of such batches are not known",
+                    ReasonKind.BATCHED_WEIGHTS,
+                )
             register_sharding_rules()
-        how = (norm.algorithm, *rounded)
-        return emit.call(torch.ops.dorafx.row_norm.default, weight, left, right, scale, *how)
+        operator = torch.ops.dorafx.row_norm_batched.default if batched else torch.ops.dorafx.row_norm.default
+        return emit.call(operator, weight, left, right, scale, norm.algorithm, *rounded)
     w = norm.packed
     options = w.format, list(w.shape), w.group, w.dtype, *rounded
     n = emit.call(torch.ops.dorafx.row_norm_quantized.default, *packed_operands(emit, w), left, right, scale, *options)

@@ -13,15 +13,19 @@ from dorafx.lift.algebra import Chain, is_ones, transpose_chain
 from dorafx.match import NormFactors
 
 from .emit import Emitter
+from .nodes import CannotEmit
 
 
 def weight_operand(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, tuple[int, ...]]:
-    """The weight ``[d_out, d_in]``, and in which order the axes of a filter make up its columns; empty for their own order.
+    """The weight ``[d_out, d_in]``, or a batch of them, and in which order the axes of a filter make up its columns; empty for their own
+    order.
 
     Filters in ``channels_last`` are a matrix as they lie in memory, and flattening them in the order of their axes would copy all
     of the weight. Norms do not depend on the order of columns, so that of the right factor is changed instead.
     """
     head = norm.weight
+    if norm.batch is not None:
+        return batched_product(emit, (head,)), ()
     if not head.transposed:
         info = emit.lift.atom_of(head.atom)
         order = _order_in_memory(emit.tensor(info.node)) if info.kind == "filter" and info.node is not None else ()
@@ -76,23 +80,27 @@ def packed_operands(emit: Emitter, weight: PackedWeight) -> list[fx.Node | None]
 
 
 def factor_operands(emit: Emitter, norm: NormFactors) -> tuple[fx.Node, fx.Node, float]:
-    """left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta.
+    """left ``[d_out, r]``, right ``[r, d_in]`` and the scale of the delta; of a batch of weights, batches of factors.
 
     What has to be multiplied first is multiplied in the dtype of the norm (see :func:`in_its_dtype`).
     """
+    factor, rows = (_factor, 0) if norm.batch is None else (batched_product, 1)
     if len(norm.delta) == 1 and not norm.delta[0].scalars:
         (part,) = norm.delta
-        left, right = _factor(emit, part.left), _factor(emit, part.right)
+        left, right = factor(emit, part.left), factor(emit, part.right)
         return left, right, part.coefficient / norm.weight_coefficient
     lefts, rights = [], []
     for part in norm.delta:
-        left = _factor(emit, part.left)
+        left = factor(emit, part.left)
         scale = Poly(((part.scalars, part.coefficient / norm.weight_coefficient),))
         lefts.append(left if scale.constant == 1.0 else emit.scaled(emit.precise(left), scale))
-        rights.append(_factor(emit, part.right))
+        rights.append(factor(emit, part.right))
     if len(lefts) == 1:
         return lefts[0], rights[0], 1.0
-    return emit.call(torch.cat, _one_dtype(emit, lefts), 1), emit.call(torch.cat, _one_dtype(emit, rights), 0), 1.0
+    left, right = (
+        emit.call(torch.cat, _one_dtype(emit, factors), axis) for factors, axis in ((lefts, rows + 1), (rights, rows))
+    )
+    return left, right, 1.0
 
 
 def product_dtype(emit: Emitter, norm: NormFactors, left: fx.Node, right: fx.Node) -> torch.dtype | None:
@@ -120,6 +128,38 @@ def _factor(emit: Emitter, chain: Chain) -> fx.Node:
         node = emit.matrix(head.atom)
         return emit.method("t", node) if head.transposed else node
     return emit.flat(emit.product(chain))
+
+
+def batched_product(emit: Emitter, chain: Chain) -> fx.Node:
+    """A product of batches of matrices; a factor that stands alone is read as it is."""
+    if len(chain) == 1 and isinstance(chain[0], Mat):
+        return _batch_of(emit, chain[0])
+    product: fx.Node | None = None
+    rows: fx.Node | None = None
+    for factor in chain:
+        if isinstance(factor, Mat):
+            matrices = emit.precise(_batch_of(emit, factor))
+            if rows is not None:
+                column = emit.cast(emit.method("unsqueeze", rows, 2), emit.tensor(matrices).dtype)
+                matrices, rows = emit.call(torch.mul, matrices, column), None
+            if product is not None:
+                matrices = emit.cast(matrices, emit.tensor(product).dtype)
+            product = matrices if product is None else emit.call(torch.bmm, product, matrices)
+            continue
+        vectors = emit.vector(Poly(((factor.mono, 1.0),)))
+        if product is None:
+            rows = vectors
+        else:
+            row = emit.cast(emit.method("unsqueeze", vectors, 1), emit.tensor(product).dtype)
+            product = emit.call(torch.mul, product, row)
+    if product is None:
+        raise CannotEmit("a factor of the delta has no matrix in it")
+    return product
+
+
+def _batch_of(emit: Emitter, mat: Mat) -> fx.Node:
+    node = emit.atom(mat.atom)
+    return emit.method("transpose", node, 1, 2) if mat.transposed else node
 
 
 def _one_dtype(emit: Emitter, nodes: list[fx.Node]) -> list[fx.Node]:

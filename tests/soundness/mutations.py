@@ -43,9 +43,9 @@ FAULTS: dict[str, Fault] = {
         "rewriter/convolved.py", "left, filters, None, *options)", "left, filters, None)", (CONVOLUTIONS,)
     ),
     "columns of other input channels in a channel's norm": Fault(
-        "rewriter/channels.py",
-        'emit.method("reshape", columns, (-1, info.span))',
-        'emit.method("t", emit.method("reshape", columns, (info.span, -1)))',
+        "rewriter/roots.py",
+        'emit.method("reshape", norms, (-1, info.span))',
+        'emit.method("t", emit.method("reshape", norms, (info.span, -1)))',
         (CONVOLUTIONS,),
     ),
     "positions of a kernel that are scaled by themselves": Fault(

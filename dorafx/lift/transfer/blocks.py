@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from dorafx._compat.tensors import storage_id
-from dorafx.graphs.operators import arguments
+from dorafx.graphs.operators import ZEROS, arguments
+from dorafx.graphs.provenance import operator_name
 from dorafx.graphs.tensors import tensor_of
 
-from ..algebra import Chain, Expr, Mat
+from ..algebra import Expr, Mat, count_matrices
 from ..lifter import Lifter, transfer
 from ..values import MatrixValue, Value
-
-_ZEROS = frozenset(("zeros", "zeros_like", "new_zeros"))
 
 _PARTS = frozenset(("getitem", "narrow", "slice", "chunk", "split", "split_with_sizes", "tensor_split"))
 
@@ -84,7 +83,7 @@ def pad(lift: Lifter, node: fx.Node) -> Value | None:
 
 
 def _is_zero(lift: Lifter, part: Any) -> bool:
-    return isinstance(part, fx.Node) and lift.name_of(part) in _ZEROS and part not in lift.written
+    return isinstance(part, fx.Node) and lift.name_of(part) in ZEROS and part not in lift.written
 
 
 def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | None:
@@ -92,7 +91,7 @@ def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | 
     exprs = [block.expr for block in blocks]
     if not all(lift.is_made_of_weights(expr) for expr in exprs):
         return None
-    if not any(_matrices(chain) > 1 for expr in exprs for (_, chain), _ in expr.items):
+    if not any(expr.holds_product for expr in exprs):
         return None
     if any(expr.vanished for expr in exprs):
         return None
@@ -103,7 +102,7 @@ def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | 
     for block in blocks:
         select = Mat(lift.selection(block.start, block.rows, total))
         for (scalars, chain), c in block.expr.items:
-            if _matrices(chain) < 2:
+            if count_matrices(chain) < 2:
                 if whole is None:
                     return None
                 continue
@@ -117,7 +116,7 @@ def _cut_into(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | None
     expected = 0
     factors: set[tuple[fx.Node, bool, float]] = set()
     for block in blocks:
-        dense = [(key, c) for key, c in block.expr.items if _matrices(key[1]) < 2]
+        dense = [(key, c) for key, c in block.expr.items if count_matrices(key[1]) < 2]
         if len(dense) != 1 or block.start != expected:
             return None
         (((scalars, chain), c),) = dense
@@ -164,9 +163,4 @@ def _rows_of(lift: Lifter, mat: Mat, block: _Block) -> fx.Node | None:
 
 def _takes_a_part(node: fx.Node) -> bool:
     """Whether a node is a part of its first operand, as views of its memory are."""
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "").split(".")[0]
-    return node.op in ("call_function", "call_method") and name in _PARTS
-
-
-def _matrices(chain: Chain) -> int:
-    return sum(isinstance(factor, Mat) for factor in chain)
+    return node.op in ("call_function", "call_method") and operator_name(node).split(".")[0] in _PARTS

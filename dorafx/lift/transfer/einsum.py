@@ -12,7 +12,7 @@ from dorafx.graphs.tensors import tensor_of
 
 from ..algebra import Expr, Poly
 from ..lifter import Lifter, transfer
-from ..values import AtomInfo, MatrixValue, Value, VectorValue
+from ..values import MatrixValue, Value, VectorValue
 from .arithmetic import outer_product, same_size
 from .filters import filters_by_letters
 
@@ -69,12 +69,10 @@ def _squared_sum(lift: Lifter, subscripts: list[str], result: str, operands: Seq
         return None
     if left is None or left != right or result not in subscripts[0]:
         return None
-    side = "row" if result == subscripts[0][0] else "col"
-    grad, parameter = lift.requires_grad(left.expr), lift.is_parameter_term(left.expr)
     tensor = tensor_of(operands[0])
     double = tensor is not None and tensor.dtype == torch.float64
-    info = AtomInfo("sumsq", grad, parameter, expr=left.expr, side="row" if side == "row" else "col", double=double)
-    return VectorValue(Poly.var(lift.intern(info)), -1)
+    atom = lift.norm_atom("sumsq", left.expr, "row" if result == subscripts[0][0] else "col", double)
+    return VectorValue(Poly.var(atom), -1)
 
 
 def _vectors(lift: Lifter, subscripts: list[str], result: str, operands: Sequence[Any]) -> Value | None:

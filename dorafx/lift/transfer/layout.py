@@ -11,9 +11,9 @@ from torch import fx
 from dorafx.graphs.operators import drops_nothing, first_argument, permuted_axes
 from dorafx.graphs.tensors import tensor_of
 
-from ..algebra import Expr, Mat
+from ..algebra import Expr
 from ..lifter import Lifter, transfer
-from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy, vector_axis
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, holds_product, loses_accuracy, vector_axis
 from .filters import channels_first, multiplies_weights, swapped, swapped_axes
 
 
@@ -52,7 +52,8 @@ def _filter_view(
     """A convolution's weight ``[rows, ...]`` as a matrix ``[rows, cols]``, and back."""
     if not before.dim() or not after.dim() or str(before.shape[0]) != str(after.shape[0]):
         return None
-    if vector_axis(before.shape) is not None and not _is_product(value):
+    # One filter that is a product is a matrix of one row, and no vector.
+    if vector_axis(before.shape) is not None and not holds_product(value):
         return None
     if before.dim() >= 3 and after.dim() >= 3 and isinstance(value, MatrixValue) and value.layout == "filter":
         return value
@@ -65,12 +66,6 @@ def _filter_view(
         return None
     # Only for weights: activations that are split into heads have this shape too.
     return MatrixValue(value.expr, layout="filter") if multiplies_weights(lift, value.expr) else None
-
-
-def _is_product(value: Value | None) -> bool:
-    """Whether a value is a product of matrices: one filter is a matrix of one row then, and no vector."""
-    chains = [chain for (_, chain), _ in value.expr.items] if isinstance(value, MatrixValue) else []
-    return any(sum(isinstance(factor, Mat) for factor in chain) > 1 for chain in chains)
 
 
 @transfer("expand")

@@ -14,7 +14,7 @@ from dorafx.graphs.tensors import tensor_of
 
 from ..algebra import Poly
 from ..lifter import Lifter, transfer
-from ..values import FLOAT_DTYPES, AtomInfo, MatrixValue, Value, VectorValue, loses_accuracy
+from ..values import FLOAT_DTYPES, MatrixValue, Value, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least
 from .filters import by_input_channel
@@ -66,16 +66,7 @@ def _reduction(
         return None
     if side is None:
         return None
-    info = AtomInfo(
-        kind,
-        lift.requires_grad(value.expr),
-        lift.is_parameter_term(value.expr),
-        expr=value.expr,
-        side=side,
-        span=span,
-        double=out.dtype == torch.float64,
-    )
-    atom = lift.intern(info)
+    atom = lift.norm_atom(kind, value.expr, side, out.dtype == torch.float64, span)
     if kind == "norm":
         lift.atom_of(atom).sites.append(node)
     return VectorValue(Poly.var(atom), axis)
@@ -147,10 +138,8 @@ def _over_its_norm(
     side = _reduced_side(tensor.dim(), dim) if tensor is not None else None
     if side is None:
         return None
-    grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
     double = tensor is not None and tensor.dtype == torch.float64
-    info = AtomInfo("norm", grad, parameter, expr=value.expr, side=side, double=double)
-    divisor = VectorValue(Poly.var(lift.intern(info)), -1)
+    divisor = VectorValue(Poly.var(lift.norm_atom("norm", value.expr, side, double)), -1)
     if eps is not None:
         divisor = at_least(lift, divisor, eps)
     inverse = inverse_of(lift, divisor)
@@ -180,14 +169,7 @@ def diagonal_of_gram(lift: Lifter, node: fx.Node, product: Any) -> Value | None:
     tensor = tensor_of(args["input"])
     if tensor is None or tensor.dtype != out.dtype:
         return None  # autocast
-    info = AtomInfo(
-        "sumsq",
-        lift.requires_grad(left.expr),
-        lift.is_parameter_term(left.expr),
-        expr=left.expr,
-        double=out.dtype == torch.float64,
-    )
-    return VectorValue(Poly.var(lift.intern(info)), -1)
+    return VectorValue(Poly.var(lift.norm_atom("sumsq", left.expr, "row", out.dtype == torch.float64)), -1)
 
 
 @transfer("sum")

@@ -16,14 +16,15 @@ import torch
 from torch import fx
 
 from dorafx.graphs.operators import arguments, first_argument, permuted_axes
+from dorafx.graphs.provenance import operator_name
 from dorafx.graphs.tensors import tensor_of
 
 from ..algebra import Expr, Mat, Poly
 from ..lifter import Lifter, Reading, transfer
-from ..values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, VectorValue, loses_accuracy
+from ..values import FLOAT_DTYPES, Gemm, MatrixValue, VectorValue, loses_accuracy
 from .arithmetic import inverse_of
 from .elementwise import at_least, root
-from .filters import swapped_axes
+from .filters import multiplies_weights, swapped_axes
 from .indexing import takes_everything
 from .products import computes
 
@@ -84,13 +85,7 @@ def _plain(lift: Lifter, arg: Any) -> MatrixValue | None:
     value = lift.value(arg) if readable else None
     if not isinstance(value, MatrixValue) or value.squared or value.layout != "last" or value.expr.vanished:
         return None
-    return value if _are_weights(lift, value.expr) else None
-
-
-def _are_weights(lift: Lifter, expr: Expr) -> bool:
-    """Whether the matrices of a term are weights. What they are scaled by may be anything."""
-    atoms = {f.atom for (_, chain), _ in expr.items for f in chain if isinstance(f, Mat)}
-    return all(lift.is_made_of_weights(Expr.mat(atom)) for atom in atoms)
+    return value if multiplies_weights(lift, value.expr) else None
 
 
 def matrices(lift: Lifter, arg: Any) -> MatrixValue | None:
@@ -312,7 +307,7 @@ def _product(
     factors, weights = [], 0
     for arg, flipped in zip((lhs, rhs), flip):
         value = matrices(lift, arg) if not (shared and arg is lhs) else None
-        of_weights = value is not None and not value.squared and _are_weights(lift, value.expr)
+        of_weights = value is not None and not value.squared and multiplies_weights(lift, value.expr)
         weights += of_weights
         if value is None or value.squared or not (of_weights or len(value.expr.items) == 1):
             # Activations: a sum of them is one value, however it was computed.
@@ -407,9 +402,7 @@ def _reduced(
         return None
     if loses_accuracy(tensor.dtype, out.dtype) or node.kwargs.get("dtype") not in (None, *FLOAT_DTYPES):
         return None
-    grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
-    double = out.dtype == torch.float64
-    atom = lift.intern(AtomInfo(kind, grad, parameter, expr=value.expr, side=side, double=double))
+    atom = lift.norm_atom(kind, value.expr, side, out.dtype == torch.float64)
     if kind == "norm":
         lift.atom_of(atom).sites.append(node)
     vector = VectorValue(Poly.var(atom), axis)
@@ -462,9 +455,7 @@ def normalize(lift: Lifter, node: fx.Node) -> None:
     if value is None or value.squared or side is None:
         return
     tensor = tensor_of(args["input"])
-    grad, parameter = lift.requires_grad(value.expr), lift.is_parameter_term(value.expr)
-    double = tensor is not None and tensor.dtype == torch.float64
-    norms = lift.intern(AtomInfo("norm", grad, parameter, expr=value.expr, side=side, double=double))
+    norms = lift.norm_atom("norm", value.expr, side, tensor is not None and tensor.dtype == torch.float64)
     inverse = inverse_of(lift, at_least(lift, VectorValue(Poly.var(norms), -1), float(eps)))
     if inverse is not None:
         scaled = value.expr.left_diag(inverse.poly) if side == "row" else value.expr.right_diag(inverse.poly)
@@ -588,7 +579,7 @@ def attribute(lift: Lifter, node: fx.Node) -> None:
 
 @transfer("t", reading=Reading.BATCH)
 def matrix_transpose(lift: Lifter, node: fx.Node) -> None:
-    name = str(node.target) if node.op == "call_method" else str(getattr(node.target, "__name__", node.target))
+    name = operator_name(node)
     name = name.split(".")[1] if name.startswith("aten.") else name
     if name in ("mT", "mH", "adjoint") and len(_shape(first_argument(node)) or ()) == 3:
         _swapped(lift, node)
