@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from dorafx._compat.dynamo import KnownBackend
+
 
 def placements(value: Any) -> tuple[Any, ...] | None:
     """The placements of a DTensor; None for anything else."""
@@ -130,11 +132,17 @@ def rewrite_before_buckets(backend: Callable[..., Any]) -> None:
 
 
 def _unwrapped(backend: Any) -> Any:
-    """A backend without the wrappers of ``torch.compile`` and ``functools.partial``."""
+    """A backend without the wrappers of Dynamo, ``torch.compile``, :func:`dorafx.optimize` and ``functools.partial``."""
     while True:
-        inner = getattr(backend, "compiler_fn", None) or (
-            backend.func if isinstance(backend, functools.partial) else None
-        )
-        if inner is None:
+        # In this order: Dynamo's wrapper has a copy of the attributes of what it wraps, and a KnownBackend a compiler_fn that it
+        # does not call.
+        if hasattr(backend, "_torchdynamo_orig_backend"):
+            backend = backend._torchdynamo_orig_backend
+        elif isinstance(backend, KnownBackend):
+            backend = backend.backend
+        elif isinstance(backend, functools.partial):
+            backend = backend.func
+        elif hasattr(backend, "compiler_fn"):
+            backend = backend.compiler_fn
+        else:
             return backend
-        backend = inner

@@ -51,21 +51,21 @@ def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None =
     """``torch.compile(function, backend=backend)`` with a callable that Dynamo takes for a registered backend. After compiling with a
     registered backend, Dynamo drops its weak references to the inputs. Otherwise a fake mode holds them as long as the compiled
     code lives, and ``torch.utils.swap_tensors``, which ``.to()`` of torchao's parameters uses, refuses tensors with weak references."""
-    compiled: Callable[..., Any] = torch._dynamo.optimize(backend=_Known(backend), dynamic=dynamic)(function)
+    compiled: Callable[..., Any] = torch._dynamo.optimize(backend=KnownBackend(backend), dynamic=dynamic)(function)
     return compiled
 
 
-class _Known(torch._TorchCompileWrapper):
+class KnownBackend(torch._TorchCompileWrapper):
     """``torch.compile``'s wrapper of a backend, which Dynamo identifies by its ``compiler_name`` (to 2.13) or ``compiler_fn`` (since)."""
 
     def __init__(self, backend: Any) -> None:
         # Any name but "eager", with which Dynamo would compile inside the transforms of torch.func instead of leaving them alone.
         super().__init__("aot_eager", None, None, None)  # type: ignore[no-untyped-call]
         self.compiler_name = "dorafx"
-        self._backend = backend
+        self.backend = backend
 
     def __call__(self, model_: Any, inputs_: Any) -> Any:
-        return self._backend(model_, inputs_)
+        return self.backend(model_, inputs_)
 
     def __eq__(self, other: object) -> bool:
         return self is other

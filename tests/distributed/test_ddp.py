@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from distributed_support import SITES, STEPS, check, launch_once
+import torch
+from distributed_support import EAGER, SITES, STEPS, check, launch_once
+from integration_support import dora_sites, peft_perceptron
+from torch._dynamo.backends.distributed import SubmodCompiler
+from torch.nn.parallel import DistributedDataParallel
+
+import dorafx
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -70,3 +78,38 @@ def test_a_quantised_base(more: dict[str, Any]) -> None:
     found = check(more, "quantised")
     assert found["gradients"] < 1e-5 and found["formats"] == ["nf4"]
     assert found["sites"] == 2 and found["placements"] == ["prologue"] and not found["misses"]
+
+
+def _by_backend(model: Any) -> Any:
+    return torch.compile(model, backend="dorafx", options=EAGER)
+
+
+def _by_partial(model: Any) -> Any:
+    backend = functools.partial(torch._dynamo.lookup_backend("dorafx"), options=EAGER)
+    return torch.compile(model, backend=backend)
+
+
+def _by_optimize(scope: str) -> Any:
+    return lambda model: dorafx.optimize(model, scope=scope, codegen="eager")
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [_by_backend, _by_partial, _by_optimize("model"), _by_optimize("modules")],
+    ids=["backend", "partial", "optimize-model", "optimize-modules"],
+)
+def test_whole_graphs_reach_the_backend(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process, with buckets that end after every parameter: however Dynamo is given the backend, a layer is rewritten before
+    its graph is split."""
+    buckets = SimpleNamespace(bucket_bytes_cap=1)
+    monkeypatch.setattr(DistributedDataParallel, "_active_ddp_module", buckets)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    split: list[int] = []
+    piece = SubmodCompiler.compile_submod
+    monkeypatch.setattr(SubmodCompiler, "compile_submod", lambda *args: (split.append(1), piece(*args))[1])
+    model = peft_perceptron().train()
+    compiled(model)(torch.randn(3, 24))
+    log = dorafx.rewrite_log()
+    assert {r.pattern for r in log.rewrites} == {"linear"} and not log.misses
+    assert {r.site for r in log.rewrites} == set(dora_sites(model))
+    assert split  # there were buckets

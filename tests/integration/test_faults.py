@@ -182,7 +182,7 @@ def test_caches_of_a_process_killed_while_it_compiles(tmp_path: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     done = subprocess.run([*start, ""], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "same", done.stderr[-2000:]
-    # What both of them logged is whole.
+    # The killed one logged nothing: what is logged is what the codegen has compiled.
     records = dorafx.RewriteLog.from_json((tmp_path / "log.jsonl").read_text(encoding="utf-8")).records
-    assert len(records) == 4
+    assert len(records) == 2
     assert {r.status for r in records} == {"rewritten"}
