@@ -53,6 +53,27 @@ def packet_name(target: Any) -> str | None:
     return target._qualified_op_name.removeprefix("aten::")
 
 
+@functools.cache
+def is_function_of_its_operands(target: Any) -> bool:
+    """Whether an overload, a packet of overloads, or that of a name in aten, writes nothing and gives the same result for the same
+    operands. False for what is no operator."""
+    if isinstance(target, str):
+        target = getattr(torch.ops.aten, target, None)
+    if isinstance(target, torch._ops.OpOverload):
+        overloads = [target]
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]  # type: ignore[no-untyped-call]
+    else:
+        return False
+    return not any(
+        overload._schema.is_mutable
+        or torch.Tag.nondeterministic_seeded in overload.tags
+        or "empty" in overload._schema.name  # memory as it was
+        for overload in overloads
+        if not overload._schema.name.endswith("_out") and "out" not in overload._overloadname
+    )
+
+
 class recorded_calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A context in which the overloads that are called, below autograd, are appended to a list."""
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from dorafx._compat.graphs import is_inference_input
 from dorafx.errors import in_a_line
+from dorafx.graphs.equal_values import EqualValues
 from dorafx.graphs.grad_mode import GradMode
 from dorafx.graphs.inputs import attribute_id, looks_like_parameter
 from dorafx.graphs.operators import canonical_name, drops_nothing
@@ -23,7 +24,7 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
-from .quantized import quantizes_activations
+from .quantized import dequantizes_by_a_cast, quantizes_activations
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
@@ -35,6 +36,7 @@ E = TypeVar("E", Expr, Poly)
 V = TypeVar("V", bound=MatrixValue | VectorValue)
 
 _CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
+_ARITHMETIC = frozenset({"add", "addcdiv", "addcmul", "div", "mul", "rsub", "sub"})
 _PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
@@ -134,11 +136,13 @@ class Lifter:
         self._param_node: dict[fx.Node, bool] = {}
         self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
+        self._of_codes: dict[fx.Node, bool] = {}
         self._lifted: fx.Node | None = None
         self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
         self._inference: set[fx.Node] = set()
         self._grad_mode = GradMode(graph)
+        self._equal = EqualValues(self.written, lambda node: self._attribute_of(node) or node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +150,7 @@ class Lifter:
         for node in self.graph.nodes:
             self._param_node[node] = self._depends_on_parameters_only(node)
             self._names_parameters |= self._param_node[node] and _is_leaf(node) and _may_be_parameter(node)
-            self._has_no_product_behind(node)
+            self._equal.follow(node, compare=self._has_no_product_behind(node) or self._param_node[node])
             value = self.values[node] = self._lift_here(node)
             if value is None:
                 continue
@@ -205,18 +209,47 @@ class Lifter:
         if node in self.written:
             return self.atom_value(node)
         known = _TRANSFER.get(name) if name is not None else None
-        if name is not None and known is not None and not quantizes_activations(node, name):
+        is_opaque = name is not None and (quantizes_activations(node, name) or dequantizes_by_a_cast(node, name))
+        if name is not None and known is not None and not is_opaque:
             self.failures.pop(node, None)  # from an attempt before an operand was sealed
             try:
                 for read in known.values():
                     value = read(self, node)
                     if value is not None:
-                        return value
+                        return self.atom_value(node) if self._is_dequantised(node, name, value) else value
             except TooComplex:
                 pass
             except Exception as error:
                 self._failed(node, error)
         return self._function_of_norms(node) or self.atom_value(node)
+
+    def _is_dequantised(self, node: fx.Node, name: str, value: Value) -> bool:
+        """Whether a node scales or shifts integer codes to a frozen weight, whatever the axes of its scales. The weight is what the
+        layer multiplies with, and is one indeterminate; the codes are not."""
+        tensor = tensor_of(node)
+        if name not in _ARITHMETIC or not isinstance(value, MatrixValue) or tensor is None or tensor.requires_grad:
+            return False
+        ((_, chain), _), *more = value.expr.items or [((None, ()), None)]
+        return (bool(more) or len(chain) > 1) and self._is_made_of_codes(node)
+
+    def _is_made_of_codes(self, node: fx.Node) -> bool:
+        """Whether a matrix, computed without a product from parameters (from inputs, if the graph names no parameters), is of integers or
+        computed from one that is."""
+        known = self._of_codes.get(node)
+        if known is None:
+            tensor = tensor_of(node)
+            weight = self._param_node.get(node, False) or not self._names_parameters
+            matrix = (
+                weight
+                and self._has_no_product_behind(node)
+                and tensor is not None
+                and tensor.dim() > 1
+                and all(size != 1 for size in tensor.shape)
+            )
+            integers = tensor is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool
+            known = matrix and (integers or any(self._is_made_of_codes(n) for n in node.all_input_nodes))
+            self._of_codes[node] = known
+        return known
 
     def _function_of_norms(self, node: fx.Node) -> VectorValue | None:
         """A vector for which there is no term, made of one with a norm in it by an operator that keeps its shape, such as a guard
@@ -279,7 +312,7 @@ class Lifter:
 
     def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
         # If a node's storage is written, its value depends on when it is read, so no two reads may be taken as equal.
-        key = ("node", self._attribute_of(node) or node) if node not in self.written else None
+        key = ("node", self._identity(node)) if node not in self.written else None
         return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
 
     def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
@@ -289,6 +322,11 @@ class Lifter:
         if self._written_attributes is None:
             self._written_attributes = {attribute_id(n) for n in self.written}
         return ("attribute", identity) if identity is not None and identity not in self._written_attributes else None
+
+    def _identity(self, node: fx.Node) -> Any:
+        """What equal weights have in common: the first node that computes this one's value, or the tensor that it reads."""
+        first = self._equal.first(node)
+        return self._attribute_of(first) or first
 
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
         """The one-hot rows for an embedding's indices. ``options`` decide which rows have a gradient."""
@@ -310,7 +348,7 @@ class Lifter:
             return filters
         node: fx.Node = arg
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
-        key: Any = (layout, self._attribute_of(node) or node) if node not in self.written else None
+        key: Any = (layout, self._identity(node)) if node not in self.written else None
         rounded = self._single(value) if isinstance(value, MatrixValue) else None
         rounds = self.atom_of(rounded.atom).rounds if rounded is not None and not rounded.transposed else None
         if rounds is not None and rounded is not None and key is not None:
@@ -349,7 +387,7 @@ class Lifter:
         if tensor is None or tensor.dim() not in (2, 3) or tensor.dtype not in FLOAT_DTYPES:
             return None
         at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
-        key = ("batch", self._attribute_of(node) or node) if node not in self.written else None
+        key = ("batch", self._identity(node)) if node not in self.written else None
         return self._intern(key, replace(at, kind="batch", sites=[]))
 
     def note_batch(self, node: fx.Node, value: MatrixValue | VectorValue) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from dorafx.graphs.operators import arguments
+from dorafx._compat.tensors import is_wrapper
+from dorafx.graphs.operators import arguments, first_argument
+from dorafx.graphs.tensors import tensor_of
 
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
 _TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
@@ -45,6 +47,13 @@ def quantizes_activations(node: fx.Node, name: str) -> bool:
         return False
     values = (source.meta.get("example_value", source.meta.get("val")) for source in node.all_input_nodes)
     return any(is_torchao(v) and any(getattr(v, a, None) is not None for a in _OF_ACTIVATIONS) for v in values)
+
+
+def dequantizes_by_a_cast(node: fx.Node, name: str) -> bool:
+    """Whether a cast makes a plain tensor of a tensor subclass, as torchao's NF4Tensor does. The result is a value of its own."""
+    source = tensor_of(first_argument(node)) if name == "cast" else None
+    result = tensor_of(node)
+    return source is not None and result is not None and is_wrapper(source) and not is_wrapper(result)
 
 
 def packed_weight(node: fx.Node) -> PackedWeight | str:

@@ -224,6 +224,13 @@ class ReasonKind(Enum):
         "Capture the program with Dynamo or torch.export, or write it without the value of a tensor.",
     )
 
+    TENSOR_SUBCLASS = (
+        "tensor-subclass",
+        "The weight or a factor is of a tensor subclass that does not know dorafx's operators.",
+        "Make a plain tensor of it in the layer, once for the product and once for the norm or once for both: `weight.to(x.dtype)`, or what "
+        "dequantises it. Or have the subclass dispatch operators that it does not know to its plain value.",
+    )
+
     # dorafx itself
     NOT_EMITTED = (
         "not-emitted",

@@ -11,10 +11,12 @@ from torch import fx
 
 import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx._compat.distributed import placements
+from dorafx._compat.tensors import is_wrapper
+from dorafx.errors import in_a_line
 from dorafx.graphs.copying import copy_graph, module_with_graph
 from dorafx.graphs.operators import canonical_name, drops_nothing
 from dorafx.graphs.tensors import tensor_of
-from dorafx.lift import Atom, Expr, Poly, VectorValue
+from dorafx.lift import Atom, Expr, Lifter, Poly, VectorValue
 from dorafx.match import Matches, ReasonKind, forms
 from dorafx.ops.sharding import register_sharding_rules
 from dorafx.plan import CompositionPlan, NormPlan, RewritePlan
@@ -180,7 +182,7 @@ def apply_plan(
                 replacement = laid_out_like(emit, node, placed_like(emit, node, replacement))
                 replacement = memory.of(emit, node, replacement)
         except Exception as reason:
-            raise _refusal(reason, node) from reason
+            raise _refusal(reason, node, emit.lift) from reason
         old.replace_all_uses_with(replacement)
         copied[node] = replacement
         dead.append(old)
@@ -201,7 +203,7 @@ def apply_plan(
                     replacement = placed_like(emit, node, _norm_in_place_of(node, norm, emit))
                 copied[node] = memory.of(emit, node, laid_out_like(emit, node, replacement))
             except Exception as reason:
-                raise _refusal(reason, node) from reason
+                raise _refusal(reason, node, emit.lift) from reason
             old.replace_all_uses_with(copied[node])
         _erase_dead(graph, [old])
     _erase_dead(graph, list(norms.nodes.values()))
@@ -210,18 +212,45 @@ def apply_plan(
     return module_with_graph(gm, graph), {node: copy for node, copy in copied.items() if copy in alive}
 
 
-def _refusal(error: Exception, site: fx.Node) -> CannotEmit:
+def _refusal(error: Exception, site: fx.Node, lift: Lifter) -> CannotEmit:
     """Why a site is left alone: the emitter's reason, or an unforeseen error. Other sites of the graph are rewritten all the same."""
     refusal = error
     if not isinstance(refusal, CannotEmit):
         _logger.debug("%s is left alone", site.format_node(), exc_info=error)
-        text = str(error).strip().splitlines()
-        refusal = CannotEmit(
-            f"its replacement failed ({type(error).__name__}: {text[0] if text else ''}): please report it",
-            ReasonKind.REPLACEMENT_FAILED,
-        )
+        message, _ = in_a_line(error)
+        operand = _of_a_subclass(lift, site)
+        if operand is not None:
+            refusal = CannotEmit(
+                f"{operand.name} is a {type(tensor_of(operand)).__name__}, a tensor subclass that does not know dorafx's operators ({message})",
+                ReasonKind.TENSOR_SUBCLASS,
+            )
+        else:
+            refusal = CannotEmit(f"its replacement failed ({message}): please report it", ReasonKind.REPLACEMENT_FAILED)
     refusal.site = site
     return refusal
+
+
+def _of_a_subclass(lift: Lifter, site: fx.Node) -> fx.Node | None:
+    """An operand of a site that is of a tensor subclass with operators of its own."""
+    value = lift.noted(site)
+    pending: list[Expr | Poly | None] = []
+    if isinstance(value, VectorValue):
+        pending += [value.poly, value.row]
+    elif value is not None:
+        pending.append(value.expr)
+    seen: set[int] = set()
+    while pending:
+        term = pending.pop()
+        for atom in term.atoms() if term is not None else ():
+            if atom.id in seen:
+                continue
+            seen.add(atom.id)
+            info = lift.atom_of(atom)
+            tensor = tensor_of(info.node)
+            if tensor is not None and is_wrapper(tensor) and placements(tensor) is None:
+                return info.node
+            pending += [info.expr, info.poly, *(lift.atom_of(Atom(norm)).expr for norm in info.norms)]
+    return None
 
 
 def _norm_in_place_of(node: fx.Node, norm: NormPlan, emit: Emitter) -> fx.Node:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from negative_programs import NEGATIVES
 from pages import WRITE, is_current
 from programs import Layer, S, lora
+from subclasses import Computing
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from transfer_functions import wrap
@@ -272,6 +273,18 @@ def _(patch: Patch) -> None:
 
     patch.setattr(Emitter, "compose", _fails)
     compiled(layer)
+
+
+@giving(ReasonKind.TENSOR_SUBCLASS)
+def _(patch: Patch) -> None:
+    def program(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        n = (p.W + S * (p.B @ p.A)).norm(dim=1).detach()
+        return p.m / n * (x @ p.W.t() + S * lora(p, x))
+
+    p = Layer()
+    codes, scale = torch.randint(0, 16, (10, 12), dtype=torch.uint8), torch.rand(10, 1).double()
+    p.W = torch.nn.Parameter(Computing(codes, scale), requires_grad=False)
+    torch.compile(lambda x: program(p, x), backend=backend, options={"dorafx.codegen": "eager"})(drawn(2, 12))
 
 
 @giving(ReasonKind.OPERATOR_FAILED)

@@ -1,0 +1,64 @@
+"""The DoRA layers of published packages: values and gradients of the package's own code, and what the log says of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from package_results import PACKAGES, Package
+from pages import is_current
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "examples" / "packages.md"
+HEAD = """# Which DoRA, which result
+
+Layers of published packages, built small, in training (with all gradients) and in inference, with Inductor and with the eager codegen:
+what `torch.compile(…, backend="dorafx")` makes of them. Outputs and gradients agree with the package's own to 1e-5 of the largest entry.
+PEFT's layers are in [the zoo](zoo.md), other spellings in [what is recognised](recognised.md). Written by
+`DORAFX_WRITE_PAGES=1 pytest -m page`; `pytest -m slow tests/packages` installs the packages and measures each line.
+
+| package | layer | how it is written | result |
+|---|---|---|---|
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_layers(package: Package, tmp_path: Path) -> None:
+    beside = tmp_path / "beside"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(beside), *package.requirements]
+    installed = subprocess.run(pip, capture_output=True, text=True)
+    if "No matching distribution" in installed.stderr or "Failed to establish" in installed.stderr:
+        pytest.skip(f"{package.name} cannot be fetched: {installed.stderr.strip().splitlines()[-1]}")
+    assert installed.returncode == 0, installed.stderr[-2000:]
+    paths = [str(beside), str(HERE), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    results = tmp_path / "results.json"
+    command = [sys.executable, "-W", "ignore", str(HERE / package.worker), str(results)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    measured = json.loads(results.read_text())
+    assert measured.keys() == package.layers.keys()
+    for name, layer in package.layers.items():
+        assert measured[name]["error"] < 1e-5, (name, measured[name])
+        said = measured[name]["result"].split(" / ")
+        if layer.patterns:
+            assert set(said) == set(layer.patterns), (name, said)
+        else:
+            assert all(line.startswith("miss: ") and re.search(layer.miss, line) for line in said), (name, said)
+
+
+@pytest.mark.page
+def test_page() -> None:
+    lines = []
+    for package in PACKAGES:
+        for name, layer in package.layers.items():
+            result = f"rewritten whole: {', '.join(layer.patterns)}" if layer.patterns else "left alone"
+            lines.append(f"| {package.name} | {name} | {layer.spelling} | {result} |")
+    is_current(PAGE, HEAD + "\n".join(lines) + "\n")
