@@ -24,12 +24,12 @@ _MODES = frozenset(("set_grad_enabled", "enter_inference_mode", "exit_inference_
 
 
 class _Write(NamedTuple):
-    """Rows ``start`` to ``stop`` get the values of ``source``."""
+    """Rows ``start`` to ``stop`` get the values of ``source``; by ``nodes``, of which the last one writes."""
 
     start: int
     stop: int
     source: fx.Node
-    node: fx.Node
+    nodes: tuple[fx.Node, ...]
 
 
 def without_filled_zeros(graph: fx.Graph) -> bool:
@@ -47,14 +47,39 @@ def without_filled_zeros(graph: fx.Graph) -> bool:
         order = {node: i for i, node in enumerate(graph.nodes)}
         writes = _writes(zeros, order, written_nodes(graph))
         if writes:
-            _concatenate(graph, zeros, writes, max((write.node for write in writes), key=order.__getitem__))
+            _concatenate(graph, zeros, writes, max((write.nodes[-1] for write in writes), key=order.__getitem__))
             changed = True
     return changed
 
 
 def _is_filled(node: fx.Node) -> bool:
-    is_write = (user.target is operator.setitem and user.args[0] is node for user in node.users)
-    return node.op == "call_function" and canonical_name(node) in ZEROS and any(is_write)
+    return canonical_name(node) in ZEROS and any(map(_assignment, node.users))
+
+
+def _assignment(user: fx.Node) -> tuple[Any, Any, tuple[fx.Node, ...]] | None:
+    """For a reader of zeros that writes to some of them, once: the index, what is written, and the nodes that do it. These are
+    ``D[i] = P``, ``D[i] += P``, ``D[i].copy_(P)`` and ``D[i].add_(P)``; what is added to zeros is written."""
+    if user.target is operator.setitem:
+        zeros, index, source = user.args
+        if isinstance(source, fx.Node) and source.target is operator.iadd and isinstance(source.args[0], fx.Node):
+            view = source.args[0]
+            if view.target is operator.getitem and view.args == (zeros, index):
+                return (
+                    (index, source.args[1], (view, source, user))
+                    if _only(view, source) and _only(source, user)
+                    else None
+                )
+        return None if user.users else (index, source, (user,))
+    if user.target is operator.getitem and len(user.users) == 1:
+        (write,) = user.users
+        named = write.op == "call_method" and write.target in ("add_", "copy_") and not write.kwargs
+        if named and len(write.args) == 2 and write.args[0] is user and not write.users:
+            return user.args[1], write.args[1], (user, write)
+    return None
+
+
+def _only(node: fx.Node, user: fx.Node) -> bool:
+    return list(node.users) == [user]
 
 
 def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Node]) -> list[_Write]:
@@ -70,19 +95,19 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
         or not {"dtype", "device"}.issuperset(zeros.kwargs)
     ):
         return []
-    nodes = [user for user in zeros.users if user.target is operator.setitem and user.args[0] is zeros]
-    writes = []
-    for node in nodes:
-        _, index, source = node.args
+    writes: list[_Write] = []
+    nodes: set[fx.Node] = set()
+    for index, source, by in filter(None, map(_assignment, zeros.users)):
         rows = _rows(index, tensor.shape[0])
         value = tensor_of(source)
-        if rows is None or not isinstance(source, fx.Node) or source in written or value is None or node.users:
+        if rows is None or not isinstance(source, fx.Node) or source in written or value is None:
             return []
         if tuple(map(str, value.shape)) != tuple(map(str, (rows[1] - rows[0], *tensor.shape[1:]))):
             return []
         if value.dtype != tensor.dtype or value.device != tensor.device or is_wrapper(value):
             return []
-        writes.append(_Write(*rows, source, node))
+        writes.append(_Write(*rows, source, by))
+        nodes.update(by)
     writes.sort()
     if any(first.stop > second.start for first, second in itertools.pairwise(writes)):
         return []
@@ -107,7 +132,8 @@ def _rows(index: Any, size: int) -> tuple[int, int] | None:
 def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx.Node) -> None:
     tensor, slot = tensor_of(zeros), "example_value" if "example_value" in zeros.meta else "val"
     assert tensor is not None
-    readers = [user for user in zeros.users if user not in {write.node for write in writes}]
+    writers = {node for write in writes for node in write.nodes}
+    readers = [user for user in zeros.users if user not in writers]
 
     def meta(shape: Any, requires_grad: bool) -> dict[str, Any]:
         with under(fake_mode_of(tensor)):
@@ -120,7 +146,7 @@ def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx
     whole.meta = meta(tensor.shape, tensor.requires_grad)
     with graph.inserting_before(whole):
         row = 0
-        for start, stop, source, _ in [*writes, _Write(tensor.shape[0], tensor.shape[0], zeros, zeros)]:
+        for start, stop, source, _ in [*writes, _Write(tensor.shape[0], tensor.shape[0], zeros, (zeros,))]:
             if row < start:
                 shape = [start - row, *tensor.shape[1:]]
                 part = graph.call_function(torch.zeros, (shape,), {"dtype": tensor.dtype, "device": tensor.device})
@@ -132,6 +158,6 @@ def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx
     whole.args = (parts, 0)
     for reader in readers:
         reader.replace_input_with(zeros, whole)
-    for write in writes:
-        graph.erase_node(write.node)
+    for node in sorted(writers, reverse=True):
+        graph.erase_node(node)
     graph.erase_node(zeros)

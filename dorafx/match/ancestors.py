@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.writes import memories
 from dorafx.lift import Lifter, MatrixValue, holds_product
 from dorafx.lift.algebra import count_matrices
 
@@ -24,7 +26,8 @@ class _Behind(NamedTuple):
     added: bool = False
 
 
-_known: WeakKeyDictionary[Lifter, dict[fx.Node, _Behind]] = WeakKeyDictionary()
+_Operands = Callable[[fx.Node], list[fx.Node]]
+_known: WeakKeyDictionary[Lifter, tuple[dict[fx.Node, _Behind], _Operands]] = WeakKeyDictionary()
 
 
 def is_behind(lift: Lifter, node: fx.Node, added: bool, near: int = NEAR) -> bool:
@@ -44,25 +47,39 @@ def is_behind(lift: Lifter, node: fx.Node, added: bool, near: int = NEAR) -> boo
 
 def _behind(lift: Lifter, node: fx.Node) -> _Behind:
     """Each node of a graph is looked at once, whatever asks for it."""
-    known = _known.setdefault(lift, {})
-    stack = [node]
+    if lift not in _known:
+        _known[lift] = {}, _operands_with_writes(lift)
+    known, operands = _known[lift]
+    stack, entered = [node], set()
     while stack:
         at = stack[-1]
-        missing = [argument for argument in at.all_input_nodes if argument not in known]
+        missing = [argument for argument in operands(at) if argument not in known and argument not in entered]
         if at not in known and missing:
+            entered.add(at)
             stack.extend(missing)
             continue
         stack.pop()
         if at not in known:
-            known[at] = _of_arguments(lift, at, known)
+            known[at] = _of_arguments(lift, at, operands(at), known)
     return known[node]
 
 
-def _of_arguments(lift: Lifter, node: fx.Node, known: dict[fx.Node, _Behind]) -> _Behind:
+def _operands_with_writes(lift: Lifter) -> _Operands:
+    """What a node is made of: its operands, and what is written into its memory."""
+    written: dict[fx.Node, list[fx.Node]] = {}
+    for memory in memories(lift.graph) if lift.written else ():
+        if memory.writers:
+            own = set(memory.values)
+            sources = [a for writer in memory.writers for a in writer.all_input_nodes if a not in own]
+            written.update(dict.fromkeys(memory.values, sources))
+    return lambda node: [*node.all_input_nodes, *written.get(node, ())]
+
+
+def _of_arguments(lift: Lifter, node: fx.Node, operands: list[fx.Node], known: dict[fx.Node, _Behind]) -> _Behind:
     nearest: int | None = None
     added = False
-    for argument in node.all_input_nodes:
-        distance, before = known[argument]
+    for argument in operands:
+        distance, before = known.get(argument, _Behind())  # none of its own while a write leads back to it
         value = lift.batches.get(argument) or lift.matrix(argument) or lift.values.get(argument)
         if holds_product(value) and isinstance(value, MatrixValue) and value.layout in ("last", "filter", "batch"):
             distance, before = 0, any(count_matrices(chain) == 1 for (_, chain), _ in value.expr.items)

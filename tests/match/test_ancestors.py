@@ -75,9 +75,11 @@ def test_each_node_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[fx.Node] = []
     of_arguments = ancestors._of_arguments
 
-    def counted(lift: Lifter, node: fx.Node, known: dict[fx.Node, ancestors._Behind]) -> ancestors._Behind:
+    def counted(
+        lift: Lifter, node: fx.Node, operands: list[fx.Node], known: dict[fx.Node, ancestors._Behind]
+    ) -> ancestors._Behind:
         looked.append(node)
-        return of_arguments(lift, node, known)
+        return of_arguments(lift, node, operands, known)
 
     monkeypatch.setattr(ancestors, "_of_arguments", counted)
 

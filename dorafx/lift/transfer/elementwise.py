@@ -55,10 +55,12 @@ def power(lift: Lifter, node: fx.Node) -> Value | None:
 
 @transfer("float_power")
 def float_power(lift: Lifter, node: fx.Node) -> Value | None:
-    """The square of a matrix in fp64, of which every fp32 number is one."""
+    """The squares of a matrix, or the roots of their sums, in fp64, of which every fp32 number is one."""
     args = arguments(node, "input", "exponent")
     tensor, value = tensor_of(args.get("input")), lift.value(args.get("input"))
-    if tensor is None or tensor.dtype not in FLOAT_DTYPES or not isinstance(value, MatrixValue):
+    if tensor is None or tensor.dtype not in FLOAT_DTYPES:
+        return None
+    if not isinstance(value, MatrixValue) and args.get("exponent") not in (0.5, -0.5):
         return None
     return _power(lift, node, args["input"], args.get("exponent"))
 
