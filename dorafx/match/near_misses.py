@@ -251,7 +251,7 @@ def _unknown_norm(lift: Lifter, node: fx.Node) -> Reason | None:
     ):
         return reason
     out, result = tensor_of(node), lift.values.get(node)
-    if out is None or (result is not None and not _is_unknown(lift, result, node)):
+    if out is None or node in lift.batches or (result is not None and not _is_unknown(lift, result, node)):
         return None
     for source in (_moved(lift, argument) for argument in node.all_input_nodes):
         value, before = lift.value(source), tensor_of(source)

@@ -205,6 +205,8 @@ def multiplied(a: Operand, b: Operand) -> Value | None:
             vb = b.vector
         elif a.vector is not None:
             va = a.vector
+            if b.vector is not None and not same_shape(shape, b.shape):  # a column and a row
+                vb = b.vector
         else:
             return None
     elif isinstance(va, VectorValue) and isinstance(vb, MatrixValue):
