@@ -120,9 +120,9 @@ def drawn(count: int, seed: int) -> list[tuple[str, str, str, bool, bool]]:
     return [tuple(chance.choice(options) for options in parts) for _ in range(count)]  # type: ignore[misc]
 
 
-def check_drawn(weight: str, norm: str, layer: str, trained: bool, detached: bool) -> None:
+def check_drawn(weight: str, norm: str, layer: str, trained: bool, detached: bool, codegen: str = "eager") -> None:
     rewrite_log().clear()
-    check_everything(program_of(weight, norm, layer, detached), Experts(trained), tokens())
+    check_everything(program_of(weight, norm, layer, detached), Experts(trained), tokens(), codegen)
     assert [r.status for r in rewrite_log().records] == ["rewritten"], (weight, norm, layer, trained, detached)
 
 
@@ -136,6 +136,13 @@ def test_parts_in_any_combination() -> None:
 def test_parts_in_many_combinations(seed: int) -> None:
     for case in drawn(40, seed):
         check_drawn(*case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(101, 105))
+def test_parts_in_many_combinations_with_inductor(seed: int) -> None:
+    for case in drawn(6, seed):
+        check_drawn(*case, codegen="inductor")
 
 
 @pytest.mark.parametrize(
