@@ -11,6 +11,8 @@ LAYOUT = "soundness/test_memory_layout.py"
 WRITES = "soundness/test_writes.py"
 RESULTS = "soundness/test_results.py"
 CONVOLUTIONS = "spellings/test_convolution_spellings.py"
+DEQUANTISED = "spellings/test_dequantised_twice.py"
+DRAWN = "spellings/test_drawn_layers.py"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,24 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {
+    "what is written in between is equal all the same": Fault(
+        "graphs/equal_values.py", "        if node in self._written:\n", "        if False:\n", (DEQUANTISED,)
+    ),
+    "any operands are equal": Fault(
+        "graphs/equal_values.py",
+        "operands = self._operands((node.args, node.kwargs))",
+        "operands = len(node.args)",
+        (DEQUANTISED,),
+    ),
+    "random numbers are equal": Fault(
+        "_compat/operators.py", "        or torch.Tag.nondeterministic_seeded in overload.tags\n", "", (DEQUANTISED,)
+    ),
+    "rows that are written twice count once": Fault(
+        "graphs/filled.py",
+        "if any(first.stop > second.start for first, second in itertools.pairwise(writes)):",
+        "if False:",
+        (DRAWN,),
+    ),
     "n for 1/n": Fault(
         "rewriter/apply.py",
         "    vector = emit.vector(value.poly)\n",
