@@ -224,7 +224,7 @@ class Lifter:
         return self._function_of_norms(node) or self.atom_value(node)
 
     def _is_dequantised(self, node: fx.Node, name: str, value: Value) -> bool:
-        """Whether a node scales or shifts integer codes to a frozen weight, whatever the axes of its scales. The weight is what the
+        """Whether a node scales or shifts codes (integers, fp8) to a frozen weight, whatever the axes of its scales. The weight is what the
         layer multiplies with, and is one indeterminate; the codes are not."""
         tensor = tensor_of(node)
         if name not in _ARITHMETIC or not isinstance(value, MatrixValue) or tensor is None or tensor.requires_grad:
@@ -233,21 +233,18 @@ class Lifter:
         return (bool(more) or len(chain) > 1) and self._is_made_of_codes(node)
 
     def _is_made_of_codes(self, node: fx.Node) -> bool:
-        """Whether a matrix, computed without a product from parameters (from inputs, if the graph names no parameters), is of integers or
-        computed from one that is."""
+        """Whether a matrix that is computed without a product is of codes, or computed from one that is."""
         known = self._of_codes.get(node)
         if known is None:
             tensor = tensor_of(node)
-            weight = self._param_node.get(node, False) or not self._names_parameters
-            matrix = (
-                weight
-                and self._has_no_product_behind(node)
-                and tensor is not None
-                and tensor.dim() > 1
-                and all(size != 1 for size in tensor.shape)
+            matrix = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
+            stored = tensor is not None and tensor.dtype not in (
+                *FLOAT_DTYPES,
+                torch.bool,
+            )  # integers, or in eight bits
+            known = (matrix and self._has_no_product_behind(node)) and (
+                stored or any(self._is_made_of_codes(n) for n in node.all_input_nodes)
             )
-            integers = tensor is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool
-            known = matrix and (integers or any(self._is_made_of_codes(n) for n in node.all_input_nodes))
             self._of_codes[node] = known
         return known
 

@@ -35,6 +35,7 @@ class Layer(nn.Module):
         self.register_buffer("scale", torch.rand(24, 1).double() / 8)
         self.register_buffer("other", torch.rand(24, 1).double() / 8)
         self.register_buffer("book", torch.linspace(-1, 1, 16).double())
+        self.register_buffer("eight", torch.randn(24, 16).to(torch.float8_e4m3fn))
         self.wrapped = nn.Parameter(Casting(self.codes, self.scale), requires_grad=False)
         self.A = nn.Parameter(torch.randn(3, 16).double())
         self.B = nn.Parameter(torch.randn(24, 3).double())
@@ -56,11 +57,15 @@ def _without_gradients(layer: Layer) -> torch.Tensor:
         return layer.book[layer.codes.long()] * layer.scale
 
 
+CODES = torch.randint(0, 16, (24, 16), dtype=torch.uint8)
+
 TWICE: dict[str, Callable[[Layer], torch.Tensor]] = {
     "affine": lambda p: (p.codes.to(p.scale.dtype) - 8) * p.scale,
     "nibbles": _nibbles,
     "codebook": lambda p: p.book[p.codes.long()] * p.scale,
     "custom operator": lambda p: torch.ops.dorafx_tests.unpack(p.codes, p.scale),
+    "fp8": lambda p: p.eight.to(p.scale.dtype) * p.scale,
+    "without a name": lambda p: (CODES.to(p.scale.dtype) - 8) * p.scale,
     "cast of a subclass": lambda p: p.wrapped.to(torch.float64),
 }
 
