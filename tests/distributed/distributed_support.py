@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -69,7 +70,9 @@ def run(command: list[str], results: Path, timeout: int) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *command], env=environment, capture_output=True, text=True, timeout=timeout
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    said = done.stdout + done.stderr
+    cause = next((line for line in said.splitlines() if re.search(r"\w(Error|Exception)\b|SIG[A-Z]+", line)), "")
+    assert done.returncode == 0, f"{cause}\n{said[-6000:]}"
     found: dict[str, Any] = json.loads(results.read_text())
     return found
 
