@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
 from dorafx._compat.hooks import guard_on_hooks
-from dorafx._compat.inductor import backward_with_forward
 from dorafx.graphs.grad_mode import switches_gradients_on
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
@@ -129,9 +127,7 @@ def _code(
         replace_view_results(gm, program.graph)
     inputs = [*example_inputs, *program.norm_values]
     split = bucket_splitter()
-    # If the codegen fails on a rewritten graph's backward, the original can only be compiled instead while nothing has run.
-    with backward_with_forward() if program.graph is not gm else nullcontext():
-        return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
+    return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:

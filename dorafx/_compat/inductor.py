@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch._functorch.config
 from torch import fx
 
 
@@ -29,12 +28,6 @@ def compile_with_inductor(
     wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
         return wrapper(gm, example_inputs)
-
-
-def backward_with_forward() -> Any:
-    """A context in which AOTAutograd compiles a graph's backward together with its forward. By itself it does so at the first call of
-    the backward, and whoever compiled the graph cannot act on an error then."""
-    return torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
 
 
 def _keyed_pass(inner: Any) -> Any:

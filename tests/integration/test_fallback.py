@@ -151,46 +151,6 @@ def test_original_is_compiled_where_the_codegen_fails(
     assert not any(record.dense_bytes_avoided for record in log.misses)
 
 
-def _first_backward_fails(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Inductor that fails as it lowers the first backward that it is given. Returns of each graph whether it is a backward."""
-    lowered: list[bool] = []
-    lower = GraphLowering.run
-
-    def run(self: Any, *args: Any) -> Any:
-        lowered.append(self.is_backward)
-        if self.is_backward and lowered.count(True) == 1:
-            raise InjectedError("no such backward")
-        return lower(self, *args)
-
-    monkeypatch.setattr(GraphLowering, "run", run)
-    return lowered
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("how", ["backend", "optimize"])
-def test_original_is_compiled_where_the_codegen_fails_on_the_backward(
-    how: str, dynamic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which it compiles with the forward, so that there still is a way back."""
-    model = peft_perceptron().train()
-    x = torch.randn(3, 24)
-    expected = run(model, lambda: model(x))
-    monkeypatch.setattr(dorafx.pipeline, "_warned", set())
-    lowered = _first_backward_fails(monkeypatch)
-    if how == "optimize":
-        compiled: Any = dorafx.optimize(model, dynamic=dynamic)
-    else:
-        compiled = torch.compile(model, backend="dorafx", dynamic=dynamic)
-    with fresh_cache(), pytest.warns(DorafxWarning, match="inductor failed .* no such backward"):
-        assert_same_run(run(model, lambda: compiled(x)), expected, 1e-5)
-    assert lowered.count(True) >= 2  # the original's own
-    assert {record.kind for record in rewrite_log().misses} == {"codegen-failed"}
-    if how == "backend":
-        assert not rewrite_log().rewrites
-    else:  # layers of the other shape are another graph, and are rewritten
-        assert len(rewrite_log().misses) == len(rewrite_log().rewrites) == 1
-
-
 def test_strict_raises_where_the_codegen_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     _refuse_dorafx(monkeypatch, "eager")
     with pytest.raises(Exception, match="no such operator"):
