@@ -17,34 +17,11 @@ from .lookup import name_in_torch
 from .operators import canonical_name
 from .tensors import tensor_of
 
-_PYTHON = frozenset(
-    getattr(operator, name)
-    for name in [
-        "add",
-        "and_",
-        "eq",
-        "floordiv",
-        "ge",
-        "getitem",
-        "gt",
-        "inv",
-        "invert",
-        "le",
-        "lshift",
-        "lt",
-        "mod",
-        "mul",
-        "ne",
-        "neg",
-        "or_",
-        "pos",
-        "pow",
-        "rshift",
-        "sub",
-        "truediv",
-        "xor",
-    ]
-)
+_PYTHON = frozenset((
+    operator.add, operator.and_, operator.eq, operator.floordiv, operator.ge, operator.getitem, operator.gt, operator.inv,
+    operator.invert, operator.le, operator.lshift, operator.lt, operator.mod, operator.mul, operator.ne, operator.neg,
+    operator.or_, operator.pos, operator.pow, operator.rshift, operator.sub, operator.truediv, operator.xor,
+))  # fmt: skip
 """Functions of Python's ``operator`` module that neither write to an operand nor give another result at another time."""
 
 _TO_INTEGERS = frozenset(("bool", "byte", "char", "int", "long", "short"))

@@ -24,7 +24,7 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
-from .quantized import dequantizes_by_a_cast, quantizes_activations
+from .quantized import dequantizes_by_a_cast, quantizes_activations, unpacks
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
@@ -233,18 +233,16 @@ class Lifter:
         return (bool(more) or len(chain) > 1) and self._is_made_of_codes(node)
 
     def _is_made_of_codes(self, node: fx.Node) -> bool:
-        """Whether a matrix that is computed without a product is of codes, or computed from one that is."""
+        """Whether a matrix is of codes that the graph is given, or computed from such without a product."""
         known = self._of_codes.get(node)
         if known is None:
             tensor = tensor_of(node)
-            matrix = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
-            stored = tensor is not None and tensor.dtype not in (
-                *FLOAT_DTYPES,
-                torch.bool,
-            )  # integers, or in eight bits
-            known = (matrix and self._has_no_product_behind(node)) and (
-                stored or any(self._is_made_of_codes(n) for n in node.all_input_nodes)
-            )
+            known = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
+            if _is_leaf(node):
+                known = known and tensor.dtype not in (*FLOAT_DTYPES, torch.bool)  # type: ignore[union-attr]
+            else:
+                known = known and unpacks(node) and self._has_no_product_behind(node)
+                known = known and any(map(self._is_made_of_codes, node.all_input_nodes))
             self._of_codes[node] = known
         return known
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.tensors import is_wrapper
-from dorafx.graphs.operators import arguments, first_argument
+from dorafx.graphs.operators import arguments, canonical_name, first_argument
 from dorafx.graphs.tensors import tensor_of
 
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
@@ -54,6 +54,27 @@ def dequantizes_by_a_cast(node: fx.Node, name: str) -> bool:
     source = tensor_of(first_argument(node)) if name == "cast" else None
     result = tensor_of(node)
     return source is not None and result is not None and is_wrapper(source) and not is_wrapper(result)
+
+
+# Steps from codes to the weight that they stand for: operators by their canonical names, and others by torch's or Python's.
+_UNPACKS = frozenset((
+    "add", "addcdiv", "addcmul", "cast", "cat", "detach", "div", "expand", "getattr", "getitem", "identity", "mul", "neg",
+    "permute", "rsub", "select", "slice", "stack", "sub", "t", "transpose", "view",
+))  # fmt: skip
+_UNPACKS_BY_NAME = frozenset((
+    "and_", "bitwise_and", "bitwise_left_shift", "bitwise_not", "bitwise_or", "bitwise_right_shift", "bitwise_xor", "byte",
+    "char", "floor_divide", "floordiv", "fmod", "gather", "index_select", "int", "ldexp", "long", "lshift", "mod", "or_",
+    "remainder", "repeat", "repeat_interleave", "rshift", "short", "take", "tile", "where", "xor",
+))  # fmt: skip
+
+
+def unpacks(node: fx.Node) -> bool:
+    """Whether an operator may be a step from codes to the weight that they stand for: it moves, looks up, shifts, masks, casts or scales
+    elements. Any other may multiply matrices of codes, as that of an operator library for quantised activations."""
+    if canonical_name(node) in _UNPACKS:
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return str(name).partition(".")[0] in _UNPACKS_BY_NAME
 
 
 def packed_weight(node: fx.Node) -> PackedWeight | str:
