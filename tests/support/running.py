@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+import dorafx.backend  # noqa: F401  (PEFT's polyfills: a collecting backend by itself brings none)
 from dorafx.options import Options
 from dorafx.pipeline import rewrite_graph
 
