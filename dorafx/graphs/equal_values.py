@@ -15,7 +15,7 @@ from dorafx._compat.operators import is_function_of_its_operands, is_higher_orde
 
 from .lookup import name_in_torch
 from .operators import canonical_name
-from .tensors import tensor_of
+from .tensors import may_require_grad, tensor_of
 
 _PYTHON = frozenset((
     operator.add, operator.and_, operator.eq, operator.floordiv, operator.ge, operator.getitem, operator.gt, operator.inv,
@@ -44,7 +44,7 @@ class EqualValues:
         self._written = written
         self._leaf = leaf
         self._first: dict[Hashable, fx.Node] = {}
-        self._number: dict[fx.Node, Hashable] = {}
+        self._first_of: dict[fx.Node, fx.Node] = {}
         self._contexts = 0
 
     def follow(self, node: fx.Node, compare: bool) -> None:
@@ -53,12 +53,11 @@ class EqualValues:
             self._contexts += 1
         key = self._key(node) if compare else None
         if key is not None:
-            self._number[node] = self._first.setdefault(key, node)
+            self._first_of[node] = self._first.setdefault(key, node)
 
     def first(self, node: fx.Node) -> fx.Node:
         """The first node with the value of a node; the node itself if there is no other."""
-        known = self._number.get(node, node)
-        return known if isinstance(known, fx.Node) else node
+        return self._first_of.get(node, node)
 
     def _key(self, node: fx.Node) -> Hashable | None:
         if node in self._written:
@@ -66,7 +65,7 @@ class EqualValues:
         if node.op in ("placeholder", "get_attr"):
             return "leaf", self._leaf(node)
         tensor = tensor_of(node)
-        if tensor is None or tensor.requires_grad or "example_value" not in node.meta or not _is_pure(node):
+        if tensor is None or may_require_grad(node) or not _is_pure(node):
             return None
         try:
             operands = self._operands((node.args, node.kwargs))
@@ -78,9 +77,9 @@ class EqualValues:
 
     def _operands(self, value: Any) -> Hashable:
         if isinstance(value, fx.Node):
-            if value not in self._number:
+            if value not in self._first_of:
                 raise _Unknown
-            return self._number[value]
+            return self._first_of[value]
         if isinstance(value, (tuple, list)):
             return type(value).__name__, tuple(map(self._operands, value))
         if isinstance(value, dict):

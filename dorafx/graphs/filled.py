@@ -60,15 +60,12 @@ def _assignment(user: fx.Node) -> tuple[Any, Any, tuple[fx.Node, ...]] | None:
     """For a reader of zeros that writes to some of them, once: the index, what is written, and the nodes that do it. These are
     ``D[i] = P``, ``D[i] += P``, ``D[i].copy_(P)`` and ``D[i].add_(P)``; what is added to zeros is written."""
     if user.target is operator.setitem:
+        source: Any
         zeros, index, source = user.args
-        if isinstance(source, fx.Node) and source.target is operator.iadd and isinstance(source.args[0], fx.Node):
-            view = source.args[0]
-            if view.target is operator.getitem and view.args == (zeros, index):
-                return (
-                    (index, source.args[1], (view, source, user))
-                    if _only(view, source) and _only(source, user)
-                    else None
-                )
+        if isinstance(source, fx.Node) and source.target is operator.iadd and _reads(source.args[0], zeros, index):
+            view: Any = source.args[0]
+            alone = _only(view, source) and _only(source, user)
+            return (index, source.args[1], (view, source, user)) if alone else None
         return None if user.users else (index, source, (user,))
     if user.target is operator.getitem and len(user.users) == 1:
         (write,) = user.users
@@ -76,6 +73,10 @@ def _assignment(user: fx.Node) -> tuple[Any, Any, tuple[fx.Node, ...]] | None:
         if named and len(write.args) == 2 and write.args[0] is user and not write.users:
             return user.args[1], write.args[1], (user, write)
     return None
+
+
+def _reads(node: Any, zeros: Any, index: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is operator.getitem and node.args == (zeros, index)
 
 
 def _only(node: fx.Node, user: fx.Node) -> bool:

@@ -14,3 +14,9 @@ def tensor_of(node: Any) -> torch.Tensor | None:
         return None
     value = node.meta.get("example_value", node.meta.get("val"))
     return value if isinstance(value, torch.Tensor) else None
+
+
+def may_require_grad(node: fx.Node) -> bool:
+    """Whether a node's tensor requires a gradient, or was left by a tracer whose tensors do not tell."""
+    tensor = tensor_of(node)
+    return tensor is None or tensor.requires_grad or "example_value" not in node.meta

@@ -20,11 +20,11 @@ from dorafx.graphs.equal_values import EqualValues
 from dorafx.graphs.grad_mode import GradMode
 from dorafx.graphs.inputs import attribute_id, looks_like_parameter
 from dorafx.graphs.operators import canonical_name, drops_nothing
-from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.tensors import may_require_grad, tensor_of
 from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
-from .quantized import dequantizes_by_a_cast, quantizes_activations, unpacks
+from .quantized import Codes, dequantizes_by_a_cast, quantizes_activations
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
@@ -36,7 +36,6 @@ E = TypeVar("E", Expr, Poly)
 V = TypeVar("V", bound=MatrixValue | VectorValue)
 
 _CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
-_ARITHMETIC = frozenset({"add", "addcdiv", "addcmul", "div", "mul", "rsub", "sub"})
 _PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
@@ -136,12 +135,12 @@ class Lifter:
         self._param_node: dict[fx.Node, bool] = {}
         self._names_parameters = False
         self._productless: dict[fx.Node, bool] = {}
-        self._of_codes: dict[fx.Node, bool] = {}
         self._lifted: fx.Node | None = None
         self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
         self._inference: set[fx.Node] = set()
         self._grad_mode = GradMode(graph)
+        self._codes = Codes(self._has_no_product_behind)
         self._equal = EqualValues(self.written, lambda node: self._attribute_of(node) or node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
@@ -216,35 +215,12 @@ class Lifter:
                 for read in known.values():
                     value = read(self, node)
                     if value is not None:
-                        return self.atom_value(node) if self._is_dequantised(node, name, value) else value
+                        return self.atom_value(node) if self._codes.are_scaled_by(node, name, value) else value
             except TooComplex:
                 pass
             except Exception as error:
                 self._failed(node, error)
         return self._function_of_norms(node) or self.atom_value(node)
-
-    def _is_dequantised(self, node: fx.Node, name: str, value: Value) -> bool:
-        """Whether a node scales or shifts codes (integers, fp8) to a frozen weight, whatever the axes of its scales. The weight is what the
-        layer multiplies with, and is one indeterminate; the codes are not."""
-        tensor = tensor_of(node)
-        if name not in _ARITHMETIC or not isinstance(value, MatrixValue) or tensor is None or tensor.requires_grad:
-            return False
-        ((_, chain), _), *more = value.expr.items or [((None, ()), None)]
-        return (bool(more) or len(chain) > 1) and self._is_made_of_codes(node)
-
-    def _is_made_of_codes(self, node: fx.Node) -> bool:
-        """Whether a matrix is of codes that the graph is given, or computed from such without a product."""
-        known = self._of_codes.get(node)
-        if known is None:
-            tensor = tensor_of(node)
-            known = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
-            if _is_leaf(node):
-                known = known and tensor.dtype not in (*FLOAT_DTYPES, torch.bool)  # type: ignore[union-attr]
-            else:
-                known = known and unpacks(node) and self._has_no_product_behind(node)
-                known = known and any(map(self._is_made_of_codes, node.all_input_nodes))
-            self._of_codes[node] = known
-        return known
 
     def _function_of_norms(self, node: fx.Node) -> VectorValue | None:
         """A vector for which there is no term, made of one with a norm in it by an operator that keeps its shape, such as a guard
@@ -264,7 +240,7 @@ class Lifter:
                 axes.add(value.axis)
         if not norms or len(axes) != 1:
             return None
-        atom = self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta)
+        atom = self._node_atom(node, may_require_grad(node))
         self.atoms[atom.id] = replace(self.atoms[atom.id], norms=frozenset(norm.id for norm in norms))
         return VectorValue(Poly.var(atom), axes.pop())
 
@@ -298,7 +274,7 @@ class Lifter:
             return None
         if tensor.dtype not in FLOAT_DTYPES:
             return None
-        atom = self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta)
+        atom = self._node_atom(node, may_require_grad(node))
         if tensor.dim() == 0:
             return VectorValue(Poly.var(atom), None)
         if tensor.dim() == 1:
@@ -307,7 +283,7 @@ class Lifter:
 
     def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
         # If a node's storage is written, its value depends on when it is read, so no two reads may be taken as equal.
-        key = ("node", self._identity(node)) if node not in self.written else None
+        key = ("node", self._equal.first(node)) if node not in self.written else None
         return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
 
     def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
@@ -317,11 +293,6 @@ class Lifter:
         if self._written_attributes is None:
             self._written_attributes = {attribute_id(n) for n in self.written}
         return ("attribute", identity) if identity is not None and identity not in self._written_attributes else None
-
-    def _identity(self, node: fx.Node) -> Any:
-        """What equal weights have in common: the first node that computes this one's value, or the tensor that it reads."""
-        first = self._equal.first(node)
-        return self._attribute_of(first) or first
 
     def onehot(self, indices: fx.Node, options: tuple[Any, ...]) -> Atom:
         """The one-hot rows for an embedding's indices. ``options`` decide which rows have a gradient."""
@@ -342,8 +313,8 @@ class Lifter:
         if layout == "filter" and (filters := self._weights_as_filters(arg, value, tensor)) is not None:
             return filters
         node: fx.Node = arg
-        at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
-        key: Any = (layout, self._identity(node)) if node not in self.written else None
+        at = self.atom_of(self._node_atom(node, may_require_grad(node)))
+        key: Any = (layout, self._equal.first(node)) if node not in self.written else None
         rounded = self._single(value) if isinstance(value, MatrixValue) else None
         rounds = self.atom_of(rounded.atom).rounds if rounded is not None and not rounded.transposed else None
         if rounds is not None and rounded is not None and key is not None:
@@ -381,8 +352,8 @@ class Lifter:
         tensor = tensor_of(node)
         if tensor is None or tensor.dim() not in (2, 3) or tensor.dtype not in FLOAT_DTYPES:
             return None
-        at = self.atom_of(self._node_atom(node, tensor.requires_grad or "example_value" not in node.meta))
-        key = ("batch", self._identity(node)) if node not in self.written else None
+        at = self.atom_of(self._node_atom(node, may_require_grad(node)))
+        key = ("batch", self._equal.first(node)) if node not in self.written else None
         return self._intern(key, replace(at, kind="batch", sites=[]))
 
     def note_batch(self, node: fx.Node, value: MatrixValue | VectorValue) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import fx
 from dorafx._compat.tensors import is_wrapper
 from dorafx.graphs.operators import arguments, canonical_name, first_argument
 from dorafx.graphs.tensors import tensor_of
+
+from .values import FLOAT_DTYPES, MatrixValue, Value
 
 # torchao's weights of integers in groups along the rows, whose ``dequantize`` is ``(qdata - zero_point) * scale``.
 _TORCHAO = frozenset(("Int8Tensor", "IntxUnpackedToInt8Tensor"))
@@ -68,7 +71,45 @@ _UNPACKS_BY_NAME = frozenset((
 ))  # fmt: skip
 
 
-def unpacks(node: fx.Node) -> bool:
+_ARITHMETIC = frozenset(("add", "addcdiv", "addcmul", "div", "mul", "rsub", "sub"))
+
+
+class Codes:
+    """The matrices of codes (integers, fp8) that a graph is given, and what it computes from them on the way to a weight.
+
+    Args:
+        is_without_product: whether a node is computed without a product of matrices.
+    """
+
+    def __init__(self, is_without_product: Callable[[fx.Node], bool]) -> None:
+        self._is_without_product = is_without_product
+        self._known: dict[fx.Node, bool] = {}
+
+    def are_scaled_by(self, node: fx.Node, name: str, value: Value) -> bool:
+        """Whether a node scales or shifts codes to a frozen weight, whatever the axes of its scales. The weight is what the layer
+        multiplies with, and is one indeterminate; the codes are not."""
+        tensor = tensor_of(node)
+        if name not in _ARITHMETIC or not isinstance(value, MatrixValue) or tensor is None or tensor.requires_grad:
+            return False
+        items = value.expr.items
+        by_a_number = len(items) <= 1 and all(len(chain) == 1 for (_, chain), _ in items)
+        return not by_a_number and self._are_behind(node)
+
+    def _are_behind(self, node: fx.Node) -> bool:
+        known = self._known.get(node)
+        if known is None:
+            tensor = tensor_of(node)
+            known = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
+            if node.op in ("placeholder", "get_attr"):
+                known = known and tensor.dtype not in (*FLOAT_DTYPES, torch.bool)  # type: ignore[union-attr]
+            else:
+                known = known and _unpacks(node) and self._is_without_product(node)
+                known = known and any(map(self._are_behind, node.all_input_nodes))
+            self._known[node] = known
+        return known
+
+
+def _unpacks(node: fx.Node) -> bool:
     """Whether an operator may be a step from codes to the weight that they stand for: it moves, looks up, shifts, masks, casts or scales
     elements. Any other may multiply matrices of codes, as that of an operator library for quantised activations."""
     if canonical_name(node) in _UNPACKS:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import subprocess
 import sys
 import time
 import traceback
@@ -21,6 +19,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from workers import run_worker
 
 from dorafx import rewrite_log
 from dorafx.runtime import norm_store
@@ -64,17 +63,8 @@ def launch_once(worker: str, factory: pytest.TempPathFactory, *arguments: str) -
 
 
 def run(command: list[str], results: Path, timeout: int) -> dict[str, Any]:
-    paths = [str(HERE), str(HERE.parent / "support"), os.environ.get("PYTHONPATH", "")]
-    loopback = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1"}
-    environment = {**os.environ, **loopback, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", *command], env=environment, capture_output=True, text=True, timeout=timeout
-    )
-    said = done.stdout + done.stderr
-    cause = next((line for line in said.splitlines() if re.search(r"\w(Error|Exception)\b|SIG[A-Z]+", line)), "")
-    assert done.returncode == 0, f"{cause}\n{said[-6000:]}"
-    found: dict[str, Any] = json.loads(results.read_text())
-    return found
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    return run_worker(command, results, [HERE, HERE.parent / "support"], environment, timeout)
 
 
 def check(results: dict[str, Any], name: str) -> dict[str, Any]:

@@ -161,9 +161,8 @@ def _(patch: Patch) -> None:
     dorafx.rewrite(gm)
 
 
-@giving(ReasonKind.PLACEMENTS)
-def _(patch: Patch) -> None:
-    """A norm of a weight that is sharded by columns, which the program returns before the devices add it up."""
+def norm_of_shards(weight: int, b: int | None, a: int | None) -> None:
+    """A program that returns the norm of a weight on one device's mesh; each operand is sharded along an axis, or replicated."""
     if not torch.distributed.is_available():
         pytest.skip("torch is built without torch.distributed")
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -171,13 +170,19 @@ def _(patch: Patch) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh, p = torch.distributed.init_device_mesh("cpu", (1,)), Layer()
-        w, b, a = (
-            distribute_tensor(t.detach(), mesh, [how])
-            for t, how in ((p.W, Shard(1)), (p.B, Replicate()), (p.A, Shard(1)))
+        w, left, right = (
+            distribute_tensor(t.detach(), mesh, [Replicate() if axis is None else Shard(axis)])
+            for t, axis in ((p.W, weight), (p.B, b), (p.A, a))
         )
-        compiled(lambda p, x: (w + b @ a).norm(dim=1))
+        compiled(lambda p, x: (w + left @ right).norm(dim=1))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@giving(ReasonKind.PLACEMENTS)
+def _(patch: Patch) -> None:
+    """A norm of a weight that is sharded by columns, which the program returns before the devices add it up."""
+    norm_of_shards(1, None, 1)
 
 
 @giving(ReasonKind.INFERENCE_TENSOR)
@@ -216,24 +221,27 @@ def _(patch: Patch) -> None:
     compiled(lambda _, x: torch.func.vmap(lambda row: layer(p, row))(x))
 
 
+class Scaled(torch.nn.Module):
+    """A merged weight, normalised; without shapes of its own once it is traced."""
+
+    def __init__(self, scale: torch.Tensor | float) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.randn(4, 6))
+        self.s = scale
+        self.a, self.b = torch.nn.Parameter(torch.randn(2, 6)), torch.nn.Parameter(torch.randn(4, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, F.normalize(torch.addmm(self.w, self.b, self.a, alpha=self.s)))
+
+
 @giving(ReasonKind.UNKNOWN_SHAPES)
 def _(patch: Patch) -> None:
-    class Scaled(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w, self.s = torch.nn.Parameter(torch.randn(4, 6)), torch.nn.Parameter(torch.tensor(0.5))
-            self.s.requires_grad_(False)
-            self.a, self.b = torch.nn.Parameter(torch.randn(2, 6)), torch.nn.Parameter(torch.randn(4, 2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x, F.normalize(torch.addmm(self.w, self.b, self.a, alpha=self.s)))
-
-    dorafx.rewrite(fx.symbolic_trace(Scaled()), torch.randn(3, 6))
+    scale = torch.nn.Parameter(torch.tensor(0.5), requires_grad=False)
+    dorafx.rewrite(fx.symbolic_trace(Scaled(scale)), torch.randn(3, 6))
 
 
-@giving(ReasonKind.FORM)
-def _(patch: Patch) -> None:
-    """A pattern of one's own says no more than a text."""
+def with_own_pattern(patch: Patch) -> None:
+    """Register a pattern of one's own that likes nothing."""
 
     class Own:
         name, spellings = "own", ()
@@ -245,11 +253,17 @@ def _(patch: Patch) -> None:
             raise AssertionError
 
     patch.setitem(registry._FORMS, "own", Own())
+
+
+@giving(ReasonKind.FORM)
+def _(patch: Patch) -> None:
+    """A pattern of one's own says no more than a text."""
+    with_own_pattern(patch)
     compiled(NEGATIVES["output_uses_another_weight"][0])
     assert [r.reason for r in rewrite_log().records] == ["only the norm is rewritten: not as I like it"]
 
 
-def _fails(*args: Any, **kwargs: Any) -> Any:
+def fails(*args: Any, **kwargs: Any) -> Any:
     raise KeyError("a fault that is planted")
 
 
@@ -262,8 +276,8 @@ def _(patch: Patch) -> None:
         n = adapted(p).norm(dim=1, keepdim=True)
         return F.linear(x, F.normalize(adapted(p), dim=0) / n)
 
-    patch.setattr(Emitter, "expression", _fails)
-    patch.setattr(Emitter, "compose", _fails)
+    patch.setattr(Emitter, "expression", fails)
+    patch.setattr(Emitter, "compose", fails)
     compiled(program)
 
 
@@ -271,7 +285,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     from dorafx.rewriter import Emitter
 
-    patch.setattr(Emitter, "compose", _fails)
+    patch.setattr(Emitter, "compose", fails)
     compiled(layer)
 
 
@@ -290,7 +304,7 @@ def _(patch: Patch) -> None:
 @giving(ReasonKind.OPERATOR_FAILED)
 def _(patch: Patch) -> None:
     patch.setattr(Lifter, "_failed", _FAILED)
-    wrap(patch, "norm", lambda transfer: _fails)
+    wrap(patch, "norm", lambda transfer: fails)
     compiled(layer)
 
 
@@ -308,7 +322,7 @@ def _(patch: Patch) -> None:
 @giving(ReasonKind.FORM_FAILED)
 def _(patch: Patch) -> None:
     """Of the forms that are asked, one fails; the others do not know the layer."""
-    patch.setattr(registry._FORMS["linear"], "check", _fails, raising=False)
+    patch.setattr(registry._FORMS["linear"], "check", fails, raising=False)
     compiled(layer)
 
 
@@ -319,7 +333,7 @@ def _(patch: Patch) -> None:
     original = codegen.compile_graph
 
     def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
-        return (_fails if any("dorafx" in str(node.target) for node in gm.graph.nodes) else original)(gm, *rest)
+        return (fails if any("dorafx" in str(node.target) for node in gm.graph.nodes) else original)(gm, *rest)
 
     patch.setattr(codegen, "compile_graph", compile_graph)
     compiled(layer)
@@ -329,7 +343,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     import dorafx.pipeline
 
-    patch.setattr(dorafx.pipeline, "make_plan", _fails)
+    patch.setattr(dorafx.pipeline, "make_plan", fails)
     compiled(layer)
 
 
@@ -346,7 +360,7 @@ def _(patch: Patch) -> None:
 def _(patch: Patch) -> None:
     from dorafx.validation import Region
 
-    patch.setattr(Region, "_run", _fails)
+    patch.setattr(Region, "_run", fails)
     compiled(layer, **{"dorafx.verify": True})
 
 

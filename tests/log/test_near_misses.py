@@ -12,13 +12,25 @@ import torch.nn.functional as F
 from negative_programs import NEGATIVES
 from programs import Layer, S, lora
 from subclasses import Casting
-from test_kinds import Patch, adapted, captured, compiled, drawn, layer
+from test_kinds import (
+    _FAILED,
+    Patch,
+    Scaled,
+    adapted,
+    captured,
+    compiled,
+    drawn,
+    fails,
+    layer,
+    norm_of_shards,
+    with_own_pattern,
+)
 from torch import fx
 
 import dorafx
 from dorafx import rewrite_log
 from dorafx.backend import dorafx as backend
-from dorafx.match import Candidate, Match, Reason, ReasonKind, registry
+from dorafx.match import ReasonKind, registry
 
 WHOLE = "whole"
 """What is said of a layer that is rewritten without a reason."""
@@ -168,17 +180,7 @@ def all_parts_and_a_bias(p: Layer, x: torch.Tensor) -> torch.Tensor:
 @instead(ReasonKind.FORM, WHOLE)
 def _(patch: Patch) -> None:
     """A pattern of one's own has nothing to say where another form knows the layer."""
-
-    class Own:
-        name, spellings = "own", ()
-
-        def check(self, candidate: Candidate) -> Match | Reason:
-            return Reason("not as I like it", candidate.node)
-
-        def rewrite(self, match: Match, plan: Any, emit: Any) -> Any:
-            raise AssertionError
-
-    patch.setitem(registry._FORMS, "own", Own())
+    with_own_pattern(patch)
     compiled(layer)
 
 
@@ -245,20 +247,7 @@ def _(patch: Patch) -> None:
 @instead(ReasonKind.PLACEMENTS, "norm-is-output")
 def _(patch: Patch) -> None:
     """Sharded by rows, each device has whole norms."""
-    if not torch.distributed.is_available():
-        pytest.skip("torch is built without torch.distributed")
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh, p = torch.distributed.init_device_mesh("cpu", (1,)), Layer()
-        w, b, a = (
-            distribute_tensor(t.detach(), mesh, [how])
-            for t, how in ((p.W, Shard(0)), (p.B, Shard(0)), (p.A, Replicate()))
-        )
-        compiled(lambda p, x: (w + b @ a).norm(dim=1))
-    finally:
-        torch.distributed.destroy_process_group()
+    norm_of_shards(0, 0, None)
 
 
 @instead(ReasonKind.ZERO3, WHOLE)
@@ -277,17 +266,7 @@ def _(patch: Patch) -> None:
 @instead(ReasonKind.UNKNOWN_SHAPES, WHOLE)
 def _(patch: Patch) -> None:
     """A graph without shapes that can be found: the numbers in it are Python's."""
-
-    class Scaled(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = torch.nn.Parameter(torch.randn(4, 6))
-            self.a, self.b = torch.nn.Parameter(torch.randn(2, 6)), torch.nn.Parameter(torch.randn(4, 2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.linear(x, F.normalize(torch.addmm(self.w, self.b, self.a, alpha=0.5)))
-
-    dorafx.rewrite(fx.symbolic_trace(Scaled()), torch.randn(3, 6))
+    dorafx.rewrite(fx.symbolic_trace(Scaled(0.5)), torch.randn(3, 6))
 
 
 @instead(ReasonKind.TENSOR_SUBCLASS, WHOLE)
@@ -303,10 +282,6 @@ def _(patch: Patch) -> None:
     torch.compile(program, backend=backend, options={"dorafx.codegen": "eager"})(drawn(2, 12))
 
 
-def _fails(*args: Any, **kwargs: Any) -> Any:
-    raise KeyError("a fault that is planted")
-
-
 @instead(ReasonKind.NOT_EMITTED, "norm-is-output")
 def _(patch: Patch) -> None:
     """Squares of the norm beside it: both are read as vectors."""
@@ -318,27 +293,26 @@ def _(patch: Patch) -> None:
     """What would fail is not asked for: there is no composition."""
     from dorafx.rewriter import Emitter
 
-    patch.setattr(Emitter, "compose", _fails)
+    patch.setattr(Emitter, "compose", fails)
     compiled(NEGATIVES["norm_is_returned"][0])
 
 
 @instead(ReasonKind.OPERATOR_FAILED)
 def _(patch: Patch) -> None:
     """An operator that is read wrongly where there is no DoRA."""
-    from test_kinds import _FAILED
     from transfer_functions import wrap
 
     from dorafx.lift import Lifter
 
     patch.setattr(Lifter, "_failed", _FAILED)
-    wrap(patch, "norm", lambda transfer: _fails)
+    wrap(patch, "norm", lambda transfer: fails)
     compiled(lambda p, x: x.norm(dim=-1))
 
 
 @instead(ReasonKind.FORM_FAILED, WHOLE)
 def _(patch: Patch) -> None:
     """A form that is asked after the one that knows the layer."""
-    patch.setattr(registry._FORMS["embedding"], "check", _fails, raising=False)
+    patch.setattr(registry._FORMS["embedding"], "check", fails, raising=False)
     compiled(layer)
 
 
@@ -352,7 +326,7 @@ def _(patch: Patch) -> None:
     """What cannot be run is no matter where nothing is verified."""
     from dorafx.validation import Region
 
-    patch.setattr(Region, "_run", _fails)
+    patch.setattr(Region, "_run", fails)
     compiled(layer)
 
 
@@ -361,7 +335,7 @@ def _(patch: Patch) -> None:
     """A codegen that fails on the original, too: that is the caller's error."""
     from dorafx import codegen
 
-    patch.setattr(codegen, "compile_graph", _fails)
+    patch.setattr(codegen, "compile_graph", fails)
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a fault that is planted"):
         compiled(lambda p, x: F.linear(x, p.W))
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 from package_results import PACKAGES, Package
 from pages import is_current
+from workers import run_worker
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "examples" / "packages.md"
@@ -37,13 +36,8 @@ def test_layers(package: Package, tmp_path: Path) -> None:
     if "No matching distribution" in installed.stderr or "Failed to establish" in installed.stderr:
         pytest.skip(f"{package.name} cannot be fetched: {installed.stderr.strip().splitlines()[-1]}")
     assert installed.returncode == 0, installed.stderr[-2000:]
-    paths = [str(beside), str(HERE), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
     results = tmp_path / "results.json"
-    command = [sys.executable, "-W", "ignore", str(HERE / package.worker), str(results)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    measured = json.loads(results.read_text())
+    measured = run_worker([str(HERE / package.worker), str(results)], results, [beside, HERE], {"HF_HUB_OFFLINE": "1"})
     assert measured.keys() == package.layers.keys()
     for name, layer in package.layers.items():
         assert measured[name]["error"] < 1e-5, (name, measured[name])

@@ -15,6 +15,16 @@ from same_results import check_everything, defects
 
 from dorafx import rewrite_log
 
+
+def statuses(program: Any, layer: Any, x: torch.Tensor, codegen: str) -> set[str]:
+    """Run a program as it is and through dorafx, compare all that a caller can see, and return what the log says of its sites."""
+    rewrite_log().clear()
+    check_everything(program, layer, x, codegen)
+    records = rewrite_log().records
+    assert not defects(records), records
+    return {r.status for r in records}
+
+
 # -- convolutions -----------------------------------------------------------------------------------------------------
 
 Delta = Callable[[ConvLayer], torch.Tensor]
@@ -100,11 +110,7 @@ def check_convolution(case: Convolution, codegen: str) -> None:
         return CONVOLVED[case.layer](p, x, v, (p.m_in if "input" in case.norm else p.m) / n)
 
     layer = ConvLayer(case.dim, case.kernel, options=OPTIONS[case.options], trained_weight=case.trained)
-    rewrite_log().clear()
-    check_everything(program, layer, layer.x(9, case.channels_last and case.dim == 2), codegen)
-    records = rewrite_log().records
-    assert not defects(records), case
-    assert {r.status for r in records} == {"rewritten"}, (case, records)
+    assert statuses(program, layer, layer.x(9, case.channels_last and case.dim == 2), codegen) == {"rewritten"}, case
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -220,6 +226,10 @@ LINEAR: dict[str, Callable[[Packed, torch.Tensor, torch.Tensor, torch.Tensor], t
 }
 
 
+def tokens() -> torch.Tensor:
+    return torch.randn(2, 5, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
 class Linear(NamedTuple):
     rows: str
     norm: str
@@ -241,12 +251,7 @@ def check_layer(case: Linear, codegen: str) -> None:
         n = GUARDED[case.guard](OF_ROWS[case.norm](v))
         return LINEAR[case.layer](p, x, v, SCALED[case.scaled](p, n))
 
-    x = torch.randn(2, 5, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    rewrite_log().clear()
-    check_everything(program, Packed(case.trained), x, codegen)
-    records = rewrite_log().records
-    assert not defects(records), case
-    assert {r.status for r in records} == {"rewritten"}, (case, records)
+    assert statuses(program, Packed(case.trained), tokens(), codegen) == {"rewritten"}, case
 
 
 def _rows_twice(p: Packed) -> torch.Tensor:
@@ -280,11 +285,7 @@ def test_zeros_that_are_written_otherwise(delta: Callable[[Packed], torch.Tensor
         v = p.W + 0.5 * delta(p)
         return F.linear(x, (p.m / v.norm(dim=1))[:, None] * v)
 
-    x = torch.randn(2, 5, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    rewrite_log().clear()
-    check_everything(program, Packed(False), x, codegen)
-    records = rewrite_log().records
-    assert "missed" in {r.status for r in records} and not defects(records), records
+    assert "missed" in statuses(program, Packed(False), tokens(), codegen)
 
 
 @pytest.mark.parametrize("seed", range(3))
