@@ -17,6 +17,8 @@ from .norm import compute_dtype, gradient_buffer, with_less_memory
 def _at_once(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype, shrink: int) -> int:
     """How many experts fit into a buffer, together with the factors that are cast for them; 0 if not even one does."""
     batch, d_out, d_in = weight.shape
+    if not batch:
+        return 0
     one = d_out * d_in + sum(t.numel() // batch for t in (left, right) if t.dtype != dtype)
     return min(batch, norm.buffer_limit(weight, dtype, shrink) // max(one, 1))
 
