@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from dorafx.graphs.grad_mode import switches_gradients_on
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
-from dorafx.pipeline import Program, refuse, rewrite_graph, without_rewrites
+from dorafx.pipeline import Program, note_failed_backward, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import replace_view_results, reuse_buffers
 from dorafx.runtime import with_prologue
 from dorafx.self_check import announce_untested_versions
@@ -93,11 +94,8 @@ def _compiled(
             program = rewrite_graph(gm, options, graph_id, members, prologue=True, log=log)
         _trace(gm, program)
 
-        def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            return codegen.compile_graph(graph, inputs, options, inductor, mode)
-
         try:
-            compiled = _code(gm, program, example_inputs, options, compile_piece)
+            compiled = _code(gm, program, example_inputs, options, inductor, mode)
         except Exception as error:
             if restarts_tracing(error):
                 log.clear()  # the graph comes again
@@ -105,7 +103,7 @@ def _compiled(
             if program.graph is gm or options.strict:
                 raise
             original = without_rewrites(program, gm, error)
-            compiled = _code(gm, original, example_inputs, options, compile_piece)
+            compiled = _code(gm, original, example_inputs, options, inductor, mode)
             program, log = original, original.log
     finally:
         rewrite_log().extend(log.records, log.drawings, log.seconds)
@@ -118,8 +116,15 @@ def _code(
     program: Program,
     example_inputs: Sequence[Any],
     options: Options,
-    compile_piece: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+    inductor: dict[str, Any],
+    mode: str | None,
 ) -> Callable[..., Any]:
+    rewrites = program.log.rewrites
+    way_back = partial(note_failed_backward, rewrites) if rewrites and not options.strict else None
+
+    def compile_piece(graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return codegen.compile_graph(graph, inputs, options, inductor, mode, way_back)
+
     # Dynamo calls a backend in the gradient mode in which the graph begins, and guards on it.
     if program.graph is not gm and codegen.runs_as_it_stands(program.graph, options.codegen):
         if not torch.is_grad_enabled():

@@ -32,8 +32,15 @@ def compile_graph(
     options: Options,
     inductor_options: dict[str, Any],
     mode: str | None,
+    backward_failed: Callable[[Exception], None] | None = None,
 ) -> Callable[..., Any]:
     """Compile a rewritten graph.
+
+    Args:
+        gm, example_inputs: the graph, and its inputs as Dynamo gives them.
+        options, inductor_options, mode: dorafx's options, and what else the caller gave for Inductor.
+        backward_failed: what to call if Inductor, at the first backward, fails on the graph of the backward; it is run operator by
+            operator then. Without it the error is raised, as it is by other codegens.
 
     Raises:
         ValueError: ``dorafx.codegen`` names no registered backend.
@@ -57,7 +64,9 @@ def compile_graph(
         # the same one is AOTAutograd's task.
         name = "aot_eager"
     if name == "inductor":
-        compiled: Callable[..., Any] = compile_with_inductor(gm, example_inputs, mode, inductor_options, DECOMPOSITIONS)
+        compiled: Callable[..., Any] = compile_with_inductor(
+            gm, example_inputs, mode, inductor_options, DECOMPOSITIONS, backward_failed
+        )
     else:
         compiled = lookup_backend(name)(gm, list(example_inputs))
     return compiled

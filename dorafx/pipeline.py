@@ -8,7 +8,7 @@ import gc
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.filled import without_filled_zeros
 from dorafx.graphs.functional import has_writes, without_private_writes
 from dorafx.graphs.grad_mode import modes_of_bodies
-from dorafx.log import RewriteLog, rewrite_log
+from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import Matches, Reason, ReasonKind, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
@@ -195,6 +195,21 @@ def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> 
         f"dorafx has the original graph compiled, {program.log.records[0].codegen} failed on the rewritten one: {last}"
     )
     return Program(gm, checks=program.checks, log=log, error=error)
+
+
+def note_failed_backward(records: Sequence[Record], error: Exception) -> None:
+    """Report that the backward of a rewritten graph is not compiled: a note in the process's log, and one warning for equal failures.
+
+    Args:
+        records: of what was rewritten in the graph.
+        error: what the compiler raised.
+    """
+    sites = sorted({record.site or "(function)" for record in records})
+    last, where = in_a_line(error)
+    what = f"{records[0].codegen} failed on the backward of a rewritten graph, which runs operator by operator: {last}"
+    shown = ", ".join(sites[:8]) + (", …" if len(sites) > 8 else "")
+    rewrite_log().add_note(f"graph {records[0].graph} ({shown}): {what} ({where})")
+    _warn_once(f"{what}; with dorafx.strict it is raised")
 
 
 def _warn_once(message: str) -> None:

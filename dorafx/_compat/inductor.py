@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.graph import _BoxedCodeGen
+
+from .dynamo import restarts_tracing
 
 
 def compile_with_inductor(
-    gm: Any, example_inputs: Any, mode: str | None, options: dict[str, Any], decompositions: Mapping[Any, Any]
+    gm: Any,
+    example_inputs: Any,
+    mode: str | None,
+    options: dict[str, Any],
+    decompositions: Mapping[Any, Any],
+    backward_failed: Callable[[Exception], None] | None = None,
 ) -> Any:
     """Compile a graph as ``torch.compile(backend="inductor")`` does, with dorafx's digest in the cache keys: the caches do not notice
     that an operator's backward or decomposition changed (pytorch issue 144344).
@@ -19,7 +28,10 @@ def compile_with_inductor(
     Args:
         gm, example_inputs, mode, options: as Inductor takes them.
         decompositions: of dorafx's operators.
+        backward_failed: what to call if Inductor fails on a backward, which then runs operator by operator; without it the error is raised.
     """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
     _register(decompositions)
     wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
     # The tag covers what is compiled now, which is the forward. A backward is compiled at its first call with only Inductor's
@@ -27,7 +39,48 @@ def compile_with_inductor(
     option = "post_grad_custom_pre_pass"
     wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
-        return wrapper(gm, example_inputs)
+        inner = compile_fx_inner if backward_failed is None else with_way_back(compile_fx_inner, backward_failed)
+        return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=wrapper.config)
+
+
+def with_way_back(
+    compile_inner: Callable[..., Any], backward_failed: Callable[[Exception], None]
+) -> Callable[..., Any]:
+    """``compile_inner`` for forwards; for a backward on which it fails, the backward's graph as it came.
+
+    A backward is compiled at its first call, long after the forward: what it is called with are the forward's saved tensors, so that by
+    then only this very graph can be run.
+    """
+
+    def compile_or_run(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        # A cache of whole programs stores what is returned here, and cannot store a plain callable.
+        if not kwargs.get("is_backward") or torch._functorch.config.bundled_autograd_cache:
+            return compile_inner(gm, inputs, *args, **kwargs)
+        original = copy.deepcopy(gm)  # Inductor changes the graph in place
+        try:
+            return compile_inner(gm, inputs, *args, **kwargs)
+        except Exception as error:
+            if restarts_tracing(error):
+                raise
+            backward_failed(error)
+        return _run_by_operators(original)
+
+    return compile_or_run
+
+
+def _run_by_operators(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """A backward's graph as AOTAutograd calls it: with a list of arguments, which is emptied, so that each is freed after its last use."""
+    # Tensors that a compiled forward saved may have other strides than when the graph was traced, with which a view is no view.
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
+    gm.graph.set_codegen(_BoxedCodeGen())
+    gm.recompile()
+
+    def run(arguments: list[Any]) -> Any:
+        return gm.forward(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def _keyed_pass(inner: Any) -> Any:

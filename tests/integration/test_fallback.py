@@ -15,11 +15,14 @@ from integration_support import (
     captured_graph,
     compile_eagerly,
     dora_sites,
+    lora_config,
     peft_model,
     peft_perceptron,
+    randomise,
     run,
     tokens,
 )
+from peft import get_peft_model
 from torch import fx, nn
 from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
@@ -27,6 +30,7 @@ from torch._inductor.utils import fresh_cache
 import dorafx.match.matcher
 import dorafx.pipeline
 from dorafx import DorafxWarning, RewriteMissError, codegen, rewrite_log
+from dorafx._compat.inductor import with_way_back
 from dorafx.lift import Lifter
 from dorafx.options import Options
 
@@ -157,6 +161,122 @@ def test_strict_raises_where_the_codegen_fails(monkeypatch: pytest.MonkeyPatch) 
         _compile(peft_perceptron(), **{"dorafx.strict": True})(torch.randn(3, 24))
 
 
+@pytest.fixture
+def no_backwards(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An Inductor that compiles forwards, and raises deep in its lowering of a backward."""
+    original = GraphLowering.run
+
+    def lower(self: GraphLowering, *args: Any) -> Any:
+        if self.is_backward:
+            raise InjectedError("no backwards")
+        return original(self, *args)
+
+    monkeypatch.setattr(GraphLowering, "run", lower)
+    monkeypatch.setattr(dorafx.pipeline, "_warned", set())
+    with fresh_cache():
+        yield
+
+
+def _convolutions() -> tuple[nn.Module, torch.Tensor]:
+    """Inductor saves activations of convolutions channels last, in strides with which the flattening of positions is no view."""
+
+    class Channels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 16, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.head(torch.relu(self.conv(x)).flatten(1))
+            return y
+
+    torch.manual_seed(0)
+    config = lora_config(target_modules=["conv", "head"], task_type=None)
+    return randomise(get_peft_model(Channels(), config)).eval(), torch.randn(2, 3, 6, 6)
+
+
+@pytest.mark.parametrize("way", ["optimize", "backend", "dynamic", "checkpoint", "bf16", "convolutions"])
+def test_backward_that_is_not_compiled_runs_by_operators(way: str, no_backwards: None) -> None:
+    """More than once, and with its graph retained; what is rewritten stays rewritten, and the log says what happened."""
+    model: Any
+    if way == "convolutions":
+        model, x = _convolutions()
+    else:
+        model, x = peft_perceptron(lora_dropout=0.2 if way == "optimize" else 0.0), torch.randn(3, 24)
+    if way == "bf16":
+        model, x = model.bfloat16(), x.bfloat16()
+
+    def program(x: torch.Tensor) -> torch.Tensor:
+        if way == "checkpoint":
+            out: torch.Tensor = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+            return out
+        return model(x)  # type: ignore[no-any-return]
+
+    expected = run(model, lambda: program(x))
+    other = torch.cat([x, x])
+    expected_other = run(model, lambda: program(other))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if way == "optimize":
+            dorafx.optimize(model)
+            compiled: Any = model
+        else:
+            compiled = torch.compile(program, backend="dorafx", dynamic=True if way == "dynamic" else None)
+        tolerance = 0.05 if way == "bf16" else 1e-5
+        for _ in range(2):
+            assert_same_run(run(model, lambda: compiled(x)), expected, tolerance)
+        assert_same_run(run(model, lambda: compiled(other)), expected_other, tolerance)
+        if way != "dynamic":  # stock torch retains no graph there, nor one of a backward whose first call did not
+            torch._dynamo.reset()
+            leaf = x.clone().requires_grad_()
+            loss = compiled(leaf).square().sum()
+            first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(first, second)
+    log = rewrite_log()
+    assert log.rewrites and not log.misses
+    messages = _dorafx_warnings(caught)
+    assert len(messages) == 1 and "no backwards" in messages[0] and "operator by operator" in messages[0]
+    notes = [note for note in log.notes if "no backwards" in note]
+    assert notes and all(note.startswith("graph ") for note in notes)
+    assert any(record.site in notes[0] for record in log.rewrites)
+
+
+def test_a_backward_run_by_operators_takes_saved_tensors_in_any_strides() -> None:
+    """A compiled forward saves a tensor in other strides than it was traced with, so that a view of it may be none; and it hands over its
+    arguments in a list, for them to be freed."""
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise InjectedError("not today")
+
+    graph = fx.Graph()
+    saved = graph.placeholder("saved")
+    graph.output([graph.call_function(torch.ops.aten.view.default, (saved, [2, 12]))])
+    gm = fx.GraphModule({}, graph)
+    errors: list[Exception] = []
+    compile_or_run = with_way_back(fail, errors.append)
+    arguments = [torch.randn(2, 4, 3).mT]
+    (expected,) = (t.reshape(2, 12) for t in arguments)
+    (out,) = compile_or_run(gm, arguments, is_backward=True)(arguments)
+    assert torch.equal(out, expected)
+    assert not arguments
+    assert [str(error) for error in errors] == ["not today"]
+    with pytest.raises(InjectedError):
+        compile_or_run(gm, [expected], is_backward=False)
+
+
+def test_strict_raises_where_a_backward_is_not_compiled(no_backwards: None) -> None:
+    compiled = torch.compile(peft_perceptron(), backend="dorafx", options={"dorafx.strict": True})
+    y = compiled(torch.randn(3, 24))
+    with pytest.raises(Exception, match="no backwards"):
+        y.sum().backward()
+
+
+def test_backward_of_a_graph_without_rewrites_raises_its_own_error(no_backwards: None) -> None:
+    y = torch.compile(nn.Linear(24, 8), backend="dorafx")(torch.randn(3, 24))
+    with pytest.raises(Exception, match="no backwards"):
+        y.sum().backward()
+    assert not [note for note in rewrite_log().notes if "no backwards" in note]
+
+
 def test_a_program_that_no_compiler_takes_raises_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_graph(gm: fx.GraphModule, *rest: Any) -> Any:
         raise InjectedError("dorafx" if any("dorafx" in str(n.target) for n in gm.graph.nodes) else "the user's own")
@@ -273,7 +393,7 @@ def test_wrong_option(wrong: dict[str, Any], named: list[str]) -> None:
 def test_inductors_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[tuple[str | None, dict[str, Any]]] = []
 
-    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], _: Any) -> Any:
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], *_: Any) -> Any:
         received.append((mode, options))
         return gm.forward
 
@@ -291,7 +411,7 @@ def test_inductors_options_pass_through(monkeypatch: pytest.MonkeyPatch) -> None
 def test_inductors_mode_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     received: list[str | None] = []
 
-    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], _: Any) -> Any:
+    def compile_with_inductor(gm: Any, inputs: Any, mode: str | None, options: dict[str, Any], *_: Any) -> Any:
         received.append(mode)
         return gm.forward
 

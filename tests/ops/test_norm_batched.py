@@ -11,7 +11,16 @@ import dorafx.ops  # noqa: F401
 from dorafx.ops import batched
 
 row_norm_batched = torch.ops.dorafx.row_norm_batched
-SHAPES = [(3, 24, 40, 5), (40, 8, 9, 2), (1, 16, 7, 3), (5, 4, 4, 0), (2, 1, 1, 1), (0, 4, 5, 2), (2, 0, 4, 2), (2, 4, 0, 2)]
+SHAPES = [
+    (3, 24, 40, 5),
+    (40, 8, 9, 2),
+    (1, 16, 7, 3),
+    (5, 4, 4, 0),
+    (2, 1, 1, 1),
+    (0, 4, 5, 2),
+    (2, 0, 4, 2),
+    (2, 4, 0, 2),
+]
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 4e-3}
 
 
