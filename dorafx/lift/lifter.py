@@ -565,7 +565,7 @@ class Lifter:
 
         A sum that depends on activations enters as an atom: its expansion would grow from layer to layer, and the input of a DoRA
         layer is one value, however it was computed. A sum of parameters is a weight that is being computed, and enters expanded; so is
-        a sum of inputs of the graph if ``weight`` is set, for the second operand of a product.
+        a sum of inputs of the graph if ``weight`` is set, for the second operand of a product, or if it is divided by its norm.
         """
         value = self.matrix(arg)
         if value is None and isinstance(self.value(arg), VectorValue):
@@ -573,7 +573,7 @@ class Lifter:
             value = atom if isinstance(atom, MatrixValue) else None
         if value is None:
             return None
-        accepts = self._has_no_product_behind if weight else _refuses
+        accepts = self._has_no_product_behind if weight or self.norms_in(value.expr) else _refuses
         if len(value.expr.items) > 1 and not all(self._is_weight_like(a, accepts) for a in value.expr.atoms()):
             sealed = self.atom_value(arg)
             self._unrounded.discard(arg)
@@ -587,12 +587,19 @@ class Lifter:
         return info.parameter or (info.node is not None and self._has_no_product_behind(info.node))
 
     def _has_no_product_behind(self, node: fx.Node) -> bool:
+        """Whether a node is computed without products but those in norms of weights, of which the terms are known."""
         if node not in self._productless:
-            inputs = node.all_input_nodes
             self._productless[node] = canonical_name(node) not in _PRODUCTS and all(
-                self._productless.get(argument, False) for argument in inputs
+                self._productless.get(argument, False) or self._has_norms_of_weights(argument)
+                for argument in node.all_input_nodes
             )
         return self._productless[node]
+
+    def _has_norms_of_weights(self, node: fx.Node) -> bool:
+        value = self.values.get(node)
+        if not isinstance(value, VectorValue) or not self.norms_in(value.poly):
+            return False
+        return all(self._is_weight_like(a, self._has_no_product_behind) for a in value.poly.atoms())
 
     def _is_weight_like(self, atom: Atom, accepts: Callable[[fx.Node], bool]) -> bool:
         """Whether an indeterminate is computed from parameters and accepted nodes only."""

@@ -40,6 +40,22 @@ def test_spelling_is_rewritten_and_exact(name: str) -> None:
     assert [(r.status, r.pattern, r.reason) for r in log.records] == expected
 
 
+@pytest.mark.parametrize("name", sorted(SPELLINGS))
+def test_spelling_without_parameters_is_rewritten_and_exact(name: str) -> None:
+    """No module owns these tensors, so the graph does not tell weights from activations."""
+    layer = Layer()
+    for of, tensor in vars(layer).items():
+        if isinstance(tensor, torch.nn.Parameter):
+            setattr(layer, of, tensor.detach().clone().requires_grad_(tensor.requires_grad))
+    check_same(SPELLINGS[name], layer, torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True), tolerance=1e-11)
+    found = [(r.status, r.pattern, r.kind) for r in rewrite_log().records]
+    if name in ("one_row_repeated", "one_row_repeated_and_transposed"):
+        # A product with a row that is repeated is taken for one with an activation.
+        assert found == [("rewritten", "norm_only", "other-parts")]
+    else:
+        assert found == [("rewritten", form, "") for form in FORMS.get(name, ["linear"])]
+
+
 @pytest.mark.slow
 def test_one_kernel_serves_what_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every spelling under ``dorafx.compose="triton_linear"``, planned as for a CUDA device: exact, whichever operator each

@@ -163,8 +163,12 @@ def diagonal_of_gram(lift: Lifter, node: fx.Node, product: Any) -> Value | None:
     if whole is None or lift.name_of(product) != "matmul" or out is None or out.dim() != 1:
         return None
     args = arguments(product, "input", "other")
-    left, right = lift.matrix(args.get("input")), lift.matrix(args.get("other", args.get("mat2")))
-    if left is None or right is None or right.expr != left.expr.transposed() or whole.expr != left.expr @ right.expr:
+    first, second = args.get("input"), args.get("other", args.get("mat2"))
+    left, right = lift.matrix(first), lift.matrix(second)
+    if left is None or right is None or right.expr != left.expr.transposed():
+        return None
+    factors = lift.operand(first), lift.operand(second, weight=True)
+    if factors[0] is None or factors[1] is None or whole.expr != factors[0] @ factors[1]:
         return None
     tensor = tensor_of(args["input"])
     if tensor is None or tensor.dtype != out.dtype:
