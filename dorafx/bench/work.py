@@ -56,6 +56,10 @@ def _layers(size: Size) -> list[tuple[int, int]]:
     return [shape for shape in preset.linears().values() for _ in range(size.layers)]
 
 
+PARTS = 4
+"""Into how many micro-batches the tokens of a training step are also divided."""
+
+
 def model_work(
     size: Size, itemsize: int, checkpointing: bool, micro_batches: int, loss_tokens: int = 0
 ) -> dict[str, Work]:
@@ -69,9 +73,12 @@ def model_work(
         weights += itemsize * (d_out * d_in + size.rank * (d_out + d_in))
     head = 2.0 * (loss_tokens or size.tokens) * VOCABULARY * size.hidden
     weights += itemsize * VOCABULARY * size.hidden
+    prefill, training = Work(forward + head, weights), step + 2 * head
     return {
-        "prefill": Work(forward + head, weights),
-        "training step": Work(micro_batches * (step + 2 * head), micro_batches * 2 * weights),
+        "prefill": prefill,
+        "first prefill": prefill,
+        "training step": Work(micro_batches * training, micro_batches * 2 * weights),
+        f"step of {PARTS} micro-batches": Work(training, PARTS * 2 * weights),
     }
 
 

@@ -17,6 +17,7 @@ from dorafx.ops.norm import compute_dtype, row_squares
 from dorafx.rewriter import HoistedNorm
 from dorafx.rewriter.closures import TRANSPOSES, makes_memory
 
+from .content import Contents, NormsByContent
 from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
 from .streams import Streams
@@ -40,9 +41,10 @@ def with_prologue(
     Args:
         compiled: the main graph, whose last inputs are the norms.
         norms: how each is computed.
-        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse norms in calls of few tokens that record no
-            gradients, where computing a norm would cost more than all the rest, and when a checkpointed region is recomputed.
-            ``"step"``: reuse norms also while gradients are recorded, until the optimizer steps.
+        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse norms of the same contents, where these can be read;
+            norms of tensors that did not change in calls of few tokens that record no gradients, where computing a norm would cost more
+            than all the rest, and when a checkpointed region is recomputed. ``"step"``: reuse norms of tensors that did not change also
+            while gradients are recorded, until the optimizer steps.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
         records: whether the graph records gradients even if the caller has disabled them.
@@ -63,6 +65,7 @@ def with_prologue(
     placed = [placements(norm.value) for norm in norms]
     escaping = [i for i, norm in enumerate(norms) if norm.escapes]
     together = Together(kept_in)
+    by_content = reuse != "never"
     inputs_of = _inputs([(inputs, scalars, apart) for _, inputs, scalars, _, apart in prologue])
 
     def one_by_one(
@@ -106,6 +109,7 @@ def with_prologue(
                 together.remember(*inputs, sources)
         if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
+        computed = 0
         if missing:
             keeps_for = "none" if captured else _keeps_for(reuse, recording)
             # Observed before the norms are computed, so that a write in between is noticed later.
@@ -113,9 +117,8 @@ def with_prologue(
                 None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
                 for _, _, signature, watched in missing
             ]
-            squares = kept_in if reuse != "never" else None
-            computed = _compute([computation for _, computation, *_ in missing], squares)
-            for (i, _, signature, watched), state, norm in zip(missing, observed, computed):
+            found, computed = _by_content(missing, kept_in.by_content if by_content and not captured else None)
+            for (i, _, signature, watched), state, norm in zip(missing, observed, found):
                 values[i] = norm
                 if recording and keeps_for != "any":
                     kept_in.drop(signature, watched)
@@ -124,7 +127,7 @@ def with_prologue(
             with torch.inference_mode(False), torch.no_grad():
                 for i in escaping:
                     values[i] = values[i].clone()
-        kept_in.counters.count(computed=len(missing), reused=len(prologue) - len(missing))
+        kept_in.counters.count(computed=computed, reused=len(prologue) - computed)
         return compiled(*args, *values)
 
     return run
@@ -261,12 +264,60 @@ def _recipe(norm: HoistedNorm) -> _Recipe:
     return _RECIPES[norm.signature]
 
 
-def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[torch.Tensor]:
+def _by_content(missing: Sequence[_Missing], kept: NormsByContent | None) -> tuple[list[torch.Tensor], int]:
+    """Norms that are not kept for these tensors: those that are kept for their contents, and the others computed.
+
+    Returns:
+        The norms, and how many of them were computed.
+    """
+    if kept is None:
+        return _compute([norm.computation for norm in missing]), len(missing)
+    reading = Contents()
+    contents = [None if n.computation.placements else reading.of(n.watched) for n in missing]
+    places = [(n.signature, *map(id, n.watched)) for n in missing]
+    norms: list[Any] = [
+        None if content is None else kept.get(place, content) for place, content in zip(places, contents)
+    ]
+    rest = [k for k, norm in enumerate(norms) if norm is None]
+    if not rest:
+        return norms, 0
+    for k, norm in zip(rest, _compute([missing[k].computation for k in rest], _Squares(kept, reading))):
+        norms[k], content = norm, contents[k]
+        if content is not None:
+            kept.keep(places[k], content, norm)
+    return norms, len(rest)
+
+
+@dataclass(frozen=True)
+class _Squares:
+    """The squared row norms of frozen weights, which the factored algorithm starts from, by the contents of the weights."""
+
+    kept: NormsByContent
+    contents: Contents
+
+    def of(self, recipe: _Recipe, inputs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor | None:
+        """The squares, kept or computed and kept; None if the weight is trained, or its content is not known."""
+        if recipe.frozen is None or inputs[recipe.frozen[0]].requires_grad:
+            return None
+        position, transposed = recipe.frozen
+        weight = inputs[position]
+        content = self.contents.of([weight])
+        if content is None:
+            return None
+        place = "squares", transposed, dtype, id(weight)
+        squares = self.kept.get(place, content)
+        if squares is None:
+            squares = row_squares(weight.t() if transposed else weight, dtype)
+            self.kept.keep(place, content, squares)
+        return squares
+
+
+def _compute(norms: Sequence[_Computation], squares: _Squares | None = None) -> list[torch.Tensor]:
     """Compute norms, in one operator call for each algorithm; the operator launches those of equal shapes together. Norms whose
     operands are computed here, instead of being parameters, get a call each, so that only one layer's operands are in memory.
 
     Args:
-        squares: the store for the squared norms of frozen weights, which the factored algorithm starts from.
+        squares: those that are kept.
     """
     computed: list[Any] = [None] * len(norms)
     placed: list[Any] = [None] * len(norms)
@@ -283,8 +334,8 @@ def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[t
             local = [local_operands(*norms[i].recipe.operands(*norms[i].tensors, *norms[i].numbers)) for i in group]
             operands = [tensors for tensors, _ in local]
             kept = [
-                _squares(norms[i].recipe, norms[i].tensors, compute_dtype(*tensors), squares)
-                if algorithm == "factored"
+                squares.of(norms[i].recipe, norms[i].tensors, compute_dtype(*tensors))
+                if squares is not None and algorithm == "factored"
                 else None
                 for i, tensors in zip(group, operands)
             ]
@@ -297,14 +348,3 @@ def _compute(norms: Sequence[_Computation], squares: NormStore | None) -> list[t
     # In the mode of the graph that reads them: inference mode cannot detach a DTensor that was created outside of it.
     with torch.no_grad():
         return placed_norms(computed, placed, [n.placements for n in norms])
-
-
-def _squares(
-    recipe: _Recipe, inputs: list[torch.Tensor], dtype: torch.dtype, store: NormStore | None
-) -> torch.Tensor | None:
-    if recipe.frozen is None or store is None:
-        return None
-    position, transposed = recipe.frozen
-    return store.squares(
-        inputs[position], transposed, dtype, lambda weight: row_squares(weight.t() if transposed else weight, dtype)
-    )

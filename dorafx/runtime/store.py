@@ -18,15 +18,14 @@ A stream that reads what another one computes waits for it (:mod:`dorafx.runtime
 
 The tensor of a kept norm is never returned to a program: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
 
-The squared row norms of weights that are not trained are kept by the same rules, except that recorded gradients do not count, and
-only a step of an optimizer that has the weight does. They serve forwards that compute their norms, and are kept only where samples are
-read.
+These rules serve decoding, which has no time to read a weight, and a GPU. Where a norm would be computed, on a CPU, contents decide
+(:mod:`dorafx.runtime.content`), as they do for the squared row norms of frozen weights, which the factored algorithm starts from.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,12 +33,11 @@ import torch
 
 from dorafx.log import NormCounters, rewrite_log
 
+from .content import NormsByContent
 from .streams import Ready, Streams
-from .watch import SAMPLES, Watch, parts, watchable, without_tensor
+from .watch import Watch, parts, watchable, without_tensor
 
 _RECORDED = "a forward recorded gradients"
-# Squares serve forwards that would otherwise read the whole weight, so there is time to compare more of it.
-_SQUARE_SAMPLES = 4096
 # With fewer entries than this, dead ones are not searched for.
 _FEW_ENTRIES = 64
 
@@ -80,12 +78,13 @@ class NormStore:
 
     Attributes:
         optimizer_steps: how many steps any optimizers have made. A norm from before the last one is stale.
+        by_content: norms, and squared norms of frozen weights, by what they were computed from.
     """
 
     def __init__(self, counters: NormCounters) -> None:
         self.counters = counters
+        self.by_content = NormsByContent()
         self._entries: dict[Any, Entry] = {}
-        self._squares: dict[Any, Entry] = {}
         # By the id of a tensor: the keys of the norms that read it and serve any forward, perhaps also of norms that are gone.
         self._readers: dict[int, set[Any]] = {}
         self._lock = threading.RLock()
@@ -152,7 +151,14 @@ class NormStore:
         if not watchable(tensors):
             return None
         key = (signature, *map(id, tensors))
-        return Observed(key, _watch(self._entries, key, tensors), self.optimizer_steps, recorded)
+
+        def forget(_: Any) -> None:
+            """The memory of one of the tensors is gone."""
+            entry = self._entries.get(key)
+            if entry is not None:
+                entry.norm = None
+
+        return Observed(key, Watch(tensors, forget), self.optimizer_steps, recorded)
 
     def keep(self, observed: Observed | None, norm: torch.Tensor, streams: Streams | None = None) -> None:
         """Keep a norm that was computed after :meth:`observe`; does nothing if its tensors cannot be watched.
@@ -185,51 +191,18 @@ class NormStore:
 
     def _purge(self) -> None:
         """Remove the entries of tensors that are gone, whenever there are twice as many entries as after the last time."""
-        if len(self._entries) + len(self._squares) < self._purge_at:
+        if len(self._entries) < self._purge_at:
             return
-        for entries in (self._entries, self._squares):
-            known = list(entries.items())
-            dead = [key for key, entry in known if entry.norm is None]
-            for key in (*dead, *without_tensor([(key, entry.watch) for key, entry in known])):
-                entry = entries.pop(key, None)
-                if entry is not None:
-                    entry.norm = None
+        known = list(self._entries.items())
+        dead = [key for key, entry in known if entry.norm is None]
+        for key in (*dead, *without_tensor([(key, entry.watch) for key, entry in known])):
+            self._end(key)
         readers: dict[int, set[Any]] = {}
         for key, entry in list(self._entries.items()):
             for tensor in () if entry.recorded else key[1:]:
                 readers.setdefault(tensor, set()).add(key)
         self._readers = readers
-        self._purge_at = max(_FEW_ENTRIES, 2 * (len(self._entries) + len(self._squares)))
-
-    def squares(
-        self,
-        weight: torch.Tensor,
-        transposed: bool,
-        dtype: torch.dtype,
-        compute: Callable[[torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor | None:
-        """The squared row norms of a weight, kept or computed and kept; None if it is trained, or if a write could go unnoticed.
-
-        Args:
-            weight: the parameter ``[d_out, d_in]``, or its transpose.
-            transposed: whether its columns are the rows of the norm.
-            dtype: the dtype of the squares.
-            compute: computes the ``[d_out]`` squares.
-        """
-        key = (transposed, id(weight), dtype)
-        if weight.requires_grad or weight.device.type != "cpu" or not watchable([weight]):
-            self._squares.pop(key, None)
-            return None
-        entry = self._squares.get(key)
-        if entry is not None and entry.norm is not None and not entry.watch.change([weight]):
-            return entry.norm
-        self._watch_optimizers()
-        watch = _watch(self._squares, key, [weight], _SQUARE_SAMPLES)
-        entry = Entry(compute(weight), watch, 0)
-        with self._lock:
-            self._purge()
-            self._squares[key] = entry
-        return entry.norm
+        self._purge_at = max(_FEW_ENTRIES, 2 * len(self._entries))
 
     def recorded(self, values: Sequence[Any]) -> None:
         """Remove the norms that read one of a graph's inputs, except those kept for a recomputation. To be called when a forward of the
@@ -265,8 +238,7 @@ class NormStore:
         forgotten = sum(entry.norm is not None for entry in kept)
         for key in stale:
             self._end(key)
-        for square in [key for key in list(self._squares) if key[1] in ids]:
-            self._squares.pop(square, None)
+        self.by_content.clear()  # also those that have the same content: the user does not trust them
         if forgotten:
             self.counters.count_invalidated("the user invalidated it", forgotten)
         return forgotten
@@ -276,8 +248,8 @@ class NormStore:
         with self._lock:
             for key in list(self._entries):
                 self._end(key)
-            self._squares.clear()
             self._readers.clear()
+        self.by_content.clear()
 
     def __len__(self) -> int:
         """The number of kept norms."""
@@ -289,27 +261,10 @@ class NormStore:
         self._watching = True
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
-        def stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        def stepped(*_: Any) -> None:
             self.optimizer_steps += 1
-            if self._squares:
-                written = {id(p) for group in optimizer.param_groups for p in group["params"]}
-                for key in [key for key in list(self._squares) if key[1] in written]:
-                    self._squares.pop(key, None)
 
         register_optimizer_step_post_hook(stepped)
-
-
-def _watch(
-    entries: dict[Any, Entry], key: tuple[Any, ...], tensors: Sequence[torch.Tensor], samples: int = SAMPLES
-) -> Watch:
-    """A watch of the tensors; the norm of their entry is removed when the memory of one of them is gone."""
-
-    def forget(_: Any) -> None:
-        entry = entries.get(key)
-        if entry is not None:
-            entry.norm = None
-
-    return Watch(tensors, forget, samples)
 
 
 _PROCESS_STORE = NormStore(rewrite_log().norms)

@@ -264,10 +264,10 @@ def watchable(tensors: Sequence[torch.Tensor]) -> bool:
     matters because norms of shared weights need all of them."""
     if fully_sharded_process():
         return False
-    return not any(t.is_inference() or not _owns_its_memory(type(t)) for t in tensors)
+    return not any(t.is_inference() or not owns_its_memory(type(t)) for t in tensors)
 
 
-def _owns_its_memory(kind: type) -> bool:
+def owns_its_memory(kind: type) -> bool:
     """Whether tensors of this class have their data in their own storage. bitsandbytes' parameters do: they only have attributes in
     addition."""
     if kind.__module__.startswith("bitsandbytes."):

@@ -30,7 +30,7 @@ FIGURES = {
     "norm": {"time", "largest allocation", "temporaries", "error"},
     "compose": {"forward", "forward + backward"},
     "layer": {"forward", "training step"},
-    "model": {"prefill", "training step"},
+    "model": {"prefill", "first prefill", "training step", "step of 4 micro-batches"},
     "decode": {"one token"},
     "generate": {"a token, dynamic cache", "a token, static cache"},
     "memory": {"saved", "temporaries", "peak"},

@@ -16,7 +16,22 @@ from dorafx import rewrite_log
 from dorafx.runtime import norm_store
 
 
-def test_decoding_reuses_and_prefill_computes() -> None:
+@pytest.fixture
+def no_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the host cannot read what is in memory."""
+    monkeypatch.setattr("dorafx.runtime.content._content", lambda tensor: None)
+
+
+def test_decoding_and_prefill_reuse() -> None:
+    decoder = Decoder().warm()
+    assert counts() == (LAYERS, LAYERS)
+    decoder.step(prompt())
+    decoder.step(prompt())
+    decoder.step()
+    assert counts() == (LAYERS, 4 * LAYERS)
+
+
+def test_prefill_computes_without_contents(no_contents: None) -> None:
     decoder = Decoder().warm()
     assert counts() == (LAYERS, LAYERS)
     decoder.step(prompt())
@@ -35,7 +50,7 @@ def test_one_token_a_sequence_is_decoding(batch: int) -> None:
     assert counts() == (LAYERS, LAYERS)
 
 
-def test_recorded_gradients_compute_every_norm() -> None:
+def test_recorded_gradients_compute_every_norm_without_contents(no_contents: None) -> None:
     decoder = Decoder().warm()
     for _ in range(2):
         decoder.compiled(one_token()).sum().backward()
@@ -219,7 +234,7 @@ def test_a_recomputation_sees_what_was_written_since_its_forward(changed: bool) 
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_was_kept_for_a_recomputation_serves_nothing_else(use_reentrant: bool) -> None:
+def test_what_was_kept_for_a_recomputation_serves_nothing_else(use_reentrant: bool, no_contents: None) -> None:
     """A decoding step after training computes its norms, whatever wrote the parameters meanwhile."""
     model = peft_perceptron().train()
     compiled = compile_eagerly(model)

@@ -12,6 +12,7 @@ from ..allocations import peak_bytes
 from ..implementations import Figures, Task, build_model
 from ..models import VOCABULARY, Size
 from ..steps import Step, time_steps
+from ..work import PARTS
 
 
 def token_ids(task: Task, tokens: int) -> torch.Tensor:
@@ -37,10 +38,12 @@ def captured_graph(model: Any, **inputs: Any) -> tuple[fx.GraphModule, list[Any]
 
 
 class TrainingStep:
-    """Forward and backward of as many micro-batches as the task has, then a step of AdamW."""
+    """Forward and backward of some micro-batches (as many as the task has, if no number is given), then a step of AdamW."""
 
-    def __init__(self, task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor) -> None:
-        self.micro_batches = task.micro_batches
+    def __init__(
+        self, task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor, micro_batches: int = 0
+    ) -> None:
+        self.micro_batches = micro_batches or task.micro_batches
         self.loss = _loss(task, call, ids)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -81,13 +84,27 @@ def _prefill(task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of a prefill without gradients, and of a training step."""
+    """Seconds of a prefill without gradients, repeated and with adapters that were written just before, and of a training step, with
+    its tokens as one batch and as several micro-batches."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     call, ids = task.compiled(model), token_ids(task, size.tokens)
-    steps = [Step("prefill", _prefill(task, model, call, ids), model.eval)]
-    if task.name != "merged":  # nothing to train
+    prefill = _prefill(task, model, call, ids)
+    steps = [Step("prefill", prefill, model.eval)]
+    if task.name != "merged":  # nothing to write or to train
+        part = ids[:, : max(1, size.tokens // PARTS)]
+        in_parts = TrainingStep(task, model, call, part, PARTS)
+
+        def change() -> None:
+            model.eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(1.001)
+
+        steps.append(Step("first prefill", prefill, change))
         steps.append(Step("training step", TrainingStep(task, model, call, ids), model.train))
+        steps.append(Step(f"step of {PARTS} micro-batches", in_parts, model.train))
     return time_steps(task, steps)
 
 
