@@ -56,8 +56,8 @@ def _layers(size: Size) -> list[tuple[int, int]]:
     return [shape for shape in preset.linears().values() for _ in range(size.layers)]
 
 
-PARTS = 4
-"""Into how many micro-batches the tokens of a training step are also divided."""
+MICRO_BATCHES = 4
+"""Of a training step that accumulates gradients, which is measured beside that of one batch."""
 
 
 def model_work(
@@ -78,7 +78,7 @@ def model_work(
         "prefill": prefill,
         "first prefill": prefill,
         "training step": Work(micro_batches * training, micro_batches * 2 * weights),
-        f"step of {PARTS} micro-batches": Work(training, PARTS * 2 * weights),
+        f"step of {MICRO_BATCHES} micro-batches": Work(MICRO_BATCHES * training, MICRO_BATCHES * 2 * weights),
     }
 
 

@@ -153,7 +153,7 @@ CPU: dict[str, tuple[str, Callable[[Files], Verdict]]] = {
         "at most 1.05x",
         lambda f: ratio(f, "model", "training step", "lora", 1.05),
     ),
-    "the same tokens in 4 micro-batches": (
+    "a step of 4 such micro-batches": (
         "at most 1.02x",
         lambda f: ratio(f, "model", "step of 4 micro-batches", "lora", 1.02),
     ),

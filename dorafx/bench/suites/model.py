@@ -12,7 +12,7 @@ from ..allocations import peak_bytes
 from ..implementations import Figures, Task, build_model
 from ..models import VOCABULARY, Size
 from ..steps import Step, time_steps
-from ..work import PARTS
+from ..work import MICRO_BATCHES
 
 
 def token_ids(task: Task, tokens: int) -> torch.Tensor:
@@ -84,16 +84,14 @@ def _prefill(task: Task, model: Any, call: Callable[..., Any], ids: torch.Tensor
 
 
 def measure(task: Task) -> Figures:
-    """Seconds of a prefill without gradients, repeated and with adapters that were written just before, and of a training step, with
-    its tokens as one batch and as several micro-batches."""
+    """Seconds of a prefill without gradients, repeated and with adapters that were written just before, and of a training step of one
+    batch and of several micro-batches."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size)
     call, ids = task.compiled(model), token_ids(task, size.tokens)
     prefill = _prefill(task, model, call, ids)
     steps = [Step("prefill", prefill, model.eval)]
     if task.name != "merged":  # nothing to write or to train
-        part = ids[:, : max(1, size.tokens // PARTS)]
-        in_parts = TrainingStep(task, model, call, part, PARTS)
 
         def change() -> None:
             model.eval()
@@ -104,7 +102,8 @@ def measure(task: Task) -> Figures:
 
         steps.append(Step("first prefill", prefill, change))
         steps.append(Step("training step", TrainingStep(task, model, call, ids), model.train))
-        steps.append(Step(f"step of {PARTS} micro-batches", in_parts, model.train))
+        accumulating = TrainingStep(task, model, call, ids, MICRO_BATCHES)
+        steps.append(Step(f"step of {MICRO_BATCHES} micro-batches", accumulating, model.train, warm_up=1))
     return time_steps(task, steps)
 
 
