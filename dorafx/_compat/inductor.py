@@ -56,7 +56,10 @@ def with_way_back(
         # A cache of whole programs stores what is returned here, and cannot store a plain callable.
         if not kwargs.get("is_backward") or torch._functorch.config.bundled_autograd_cache:
             return compile_inner(gm, inputs, *args, **kwargs)
-        original = copy.deepcopy(gm)  # Inductor changes the graph in place
+        try:
+            original = copy.deepcopy(gm)  # Inductor changes the graph in place
+        except Exception:  # some constant cannot be copied
+            return compile_inner(gm, inputs, *args, **kwargs)
         try:
             return compile_inner(gm, inputs, *args, **kwargs)
         except Exception as error:

@@ -98,7 +98,12 @@ def _content(tensor: torch.Tensor) -> Content | None:
         return None
     size, strides = tensor.element_size(), tensor.stride()
     span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
-    if span > _GAPS * tensor.numel():
+    try:
+        there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
+    except (RuntimeError, NotImplementedError):  # a tensor of a transform has no storage
+        return None
+    # Wrappers for several processes free a parameter's memory by resizing its storage.
+    if span > _GAPS * tensor.numel() or span * size > there:
         return None
     memory = (ctypes.c_char * (span * size)).from_address(tensor.data_ptr()) if span else b""
     return tensor.shape, strides, tensor.dtype, tensor.is_neg(), tensor.is_conj(), xxhash.xxh3_128_digest(memory)

@@ -203,8 +203,12 @@ def test_what_has_no_content() -> None:
     class Subclass(torch.nn.Parameter):
         pass
 
-    few = torch.randn(100, 100)[:, :1]
-    for tensor in (few, torch.randn(2, device="meta"), Subclass(torch.randn(2)), torch.eye(3).to_sparse()):
+    few, freed = torch.randn(100, 100)[:, :1], torch.randn(8)
+    freed.untyped_storage().resize_(0)
+    seen: list[Any] = []
+    torch.vmap(lambda t: (seen.append(Contents().of([t])), t)[1])(torch.randn(2, 3))
+    assert seen == [None]
+    for tensor in (few, freed, torch.randn(2, device="meta"), Subclass(torch.randn(2)), torch.eye(3).to_sparse()):
         assert Contents().of([torch.randn(2), tensor]) is None
     positive = torch.randn(3)
     negative = torch._neg_view(positive)
