@@ -102,12 +102,21 @@ FAULTS: dict[str, Fault] = {
         "runtime/watch.py", "if version_of(tensor) != self.version:", "if False:", ("runtime", FUZZ)
     ),
     "optimizers are not watched": Fault(
-        "runtime/store.py", "            self.optimizer_steps += 1\n", "", ("runtime", FUZZ)
+        "runtime/store.py", "            self.optimizer_steps += 1\n", "            pass\n", ("runtime", FUZZ)
     ),
     "a forward that records drops nothing": Fault(
         "runtime/prologue.py",
         "            if records or torch.is_grad_enabled():\n                kept_in.recorded(args)\n",
         "",
+        ("runtime", FUZZ),
+    ),
+    "contents are not compared": Fault(
+        "runtime/content.py", "if kept is None or kept[0] != content:", "if kept is None:", ("runtime", FUZZ)
+    ),
+    "contents are compared without strides": Fault(
+        "runtime/content.py",
+        "return tensor.shape, strides, tensor.dtype,",
+        "return tensor.shape, tensor.dtype,",
         ("runtime", FUZZ),
     ),
     "strides change": Fault(
