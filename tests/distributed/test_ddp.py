@@ -48,7 +48,7 @@ def test_ddp(quick: dict[str, Any]) -> None:
     decoding = check(quick, "decode")
     assert decoding["before"] < 1e-5 and decoding["reused_before"] == SITES
     assert decoding["after"] < 1e-5
-    assert decoding["computed"] == 3 * SITES and decoding["reused"] == 2 * SITES
+    assert decoding["computed"] == 2 * SITES and decoding["reused"] == 3 * SITES
 
 
 @pytest.mark.slow

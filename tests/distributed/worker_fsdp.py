@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import dorafx
-from dorafx.runtime import watch
+from dorafx.runtime import content, watch
 
 
 def sharded(adapted: Any, **options: Any) -> Any:
@@ -89,9 +89,10 @@ def checkpointed(prepare: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def stale(wrap: Callable[[Any], Any], norm_reuse: str = "auto") -> dict[str, Any]:
-    """Decoding steps between writes of every kind, against stock PEFT under the same wrapper. No elements are sampled, as on
-    a device where that would make the host wait: what is left to see are objects, storages and version counters."""
+    """Decoding steps between writes of every kind, against stock PEFT under the same wrapper. No elements are sampled and no contents
+    read, as on a device where that would make the host wait: what is left to see are objects, storages and version counters."""
     views, watch._views = watch._views, lambda tensor, samples: []
+    read, content._content = content._content, lambda tensor: None
     stock, adapted = model().eval(), model().eval()
     dorafx.optimize(adapted, codegen="eager", norm_reuse=norm_reuse)
     twins = [(stock, wrap(stock)), (adapted, wrap(adapted))]
@@ -116,7 +117,7 @@ def stale(wrap: Callable[[Any], Any], norm_reuse: str = "auto") -> dict[str, Any
         write("fused optimizer", _trained)
         write("other", _loaded)
     finally:
-        watch._views = views
+        watch._views, content._content = views, read
     return {**found, **seen()}
 
 
