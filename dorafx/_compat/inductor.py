@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -53,17 +54,15 @@ def with_way_back(
     """
 
     def compile_or_run(gm: fx.GraphModule, inputs: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        original = None
         # A cache of whole programs stores what is returned here, and cannot store a plain callable.
-        if not kwargs.get("is_backward") or torch._functorch.config.bundled_autograd_cache:
-            return compile_inner(gm, inputs, *args, **kwargs)
-        try:
-            original = copy.deepcopy(gm)  # Inductor changes the graph in place
-        except Exception:  # some constant cannot be copied
-            return compile_inner(gm, inputs, *args, **kwargs)
+        if kwargs.get("is_backward") and not torch._functorch.config.bundled_autograd_cache:
+            with contextlib.suppress(Exception):  # some constant cannot be copied
+                original = copy.deepcopy(gm)  # Inductor changes the graph in place
         try:
             return compile_inner(gm, inputs, *args, **kwargs)
         except Exception as error:
-            if restarts_tracing(error):
+            if original is None or restarts_tracing(error):
                 raise
             backward_failed(error)
         return _run_by_operators(original)

@@ -28,20 +28,21 @@ class Geometry:
     __slots__ = ("_check", "_exact")
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._exact = list(map(_geometry, tensors))
+        self._exact = list(map(geometry, tensors))
         self._check = _geometry_check(tensors)
 
     def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the geometry of the tensors is unchanged."""
         if self._check is not None and self._check(*tensors):
             return True
-        if list(map(_geometry, tensors)) != self._exact:
+        if list(map(geometry, tensors)) != self._exact:
             return False
         self._check = _geometry_check(tensors)
         return True
 
 
-def _geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """How a tensor reads its memory, but for where it begins: equal for tensors that make the same values of the same bytes."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.is_neg(), tensor.is_conj()
 
 

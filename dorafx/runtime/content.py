@@ -7,7 +7,6 @@ gradient mode. What can go wrong is a collision of two 128-bit hashes (XXH3), wh
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,13 +15,15 @@ from typing import Any
 import torch
 import xxhash
 
-from .watch import owns_its_memory
+from dorafx._compat.tensors import geometry
+
+from .watch import memory, owns_its_memory
 
 # Memory between the elements of a slice is hashed with them, up to this many times their own.
 _GAPS = 4
 
 Content = tuple[Any, ...]
-"""Of some tensors: shape, strides, dtype, lazy negation and conjugation, and a hash of the bytes of each."""
+"""Of some tensors: the geometry, and a hash of the bytes of each."""
 
 
 class Contents:
@@ -96,8 +97,10 @@ class NormsByContent:
 def _content(tensor: torch.Tensor) -> Content | None:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided or not owns_its_memory(type(tensor)):
         return None
-    size, strides = tensor.element_size(), tensor.stride()
-    span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, strides)) if tensor.numel() else 0
+    if not tensor.numel():
+        return geometry(tensor), b""
+    size = tensor.element_size()
+    span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
     try:
         there = tensor.untyped_storage().nbytes() - tensor.storage_offset() * size
     except (RuntimeError, NotImplementedError):  # a tensor of a transform has no storage
@@ -105,5 +108,4 @@ def _content(tensor: torch.Tensor) -> Content | None:
     # Wrappers for several processes free a parameter's memory by resizing its storage.
     if span > _GAPS * tensor.numel() or span * size > there:
         return None
-    memory = (ctypes.c_char * (span * size)).from_address(tensor.data_ptr()) if span else b""
-    return tensor.shape, strides, tensor.dtype, tensor.is_neg(), tensor.is_conj(), xxhash.xxh3_128_digest(memory)
+    return geometry(tensor), xxhash.xxh3_128_digest(memory(tensor.data_ptr(), span * size))

@@ -65,7 +65,6 @@ def with_prologue(
     placed = [placements(norm.value) for norm in norms]
     escaping = [i for i, norm in enumerate(norms) if norm.escapes]
     together = Together(kept_in)
-    by_content = reuse != "never"
     inputs_of = _inputs([(inputs, scalars, apart) for _, inputs, scalars, _, apart in prologue])
 
     def one_by_one(
@@ -117,7 +116,7 @@ def with_prologue(
                 None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
                 for _, _, signature, watched in missing
             ]
-            found, computed = _by_content(missing, kept_in.by_content if by_content and not captured else None)
+            found, computed = _by_content(missing, None if captured or reuse == "never" else kept_in.by_content)
             for (i, _, signature, watched), state, norm in zip(missing, observed, found):
                 values[i] = norm
                 if recording and keeps_for != "any":

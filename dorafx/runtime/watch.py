@@ -17,6 +17,7 @@ from dorafx._compat.distributed import fully_sharded_process
 from dorafx._compat.tensors import Geometry, is_wrapper, version_of, weak_storage, wrapped
 
 SAMPLES = 8
+"""The least number of elements of a tensor that are compared."""
 
 
 class TensorState:
@@ -38,7 +39,7 @@ class TensorState:
 
     __slots__ = ("attributes", "pointer", "reference", "samples", "storage", "storage_size", "version")
 
-    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None], samples: int = SAMPLES) -> None:
+    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None]) -> None:
         self.attributes: dict[str, Any] | None = None
         self.reference: weakref.ref[torch.Tensor] | None = None
         if any(map(gc.is_tracked, tensor.__dict__.values())):
@@ -49,7 +50,7 @@ class TensorState:
         self.pointer = tensor.data_ptr()
         self.storage = weak_storage(tensor, on_death)
         self.storage_size = tensor.untyped_storage().nbytes()
-        self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, samples)]
+        self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, SAMPLES)]
 
     def change(self, tensor: torch.Tensor) -> str:
         """What has changed, apart from the geometry; empty if nothing has."""
@@ -72,16 +73,13 @@ class Watch:
 
     __slots__ = ("geometry", "states")
 
-    def __init__(
-        self, tensors: Sequence[torch.Tensor], on_death: Callable[[Any], None], samples: int = SAMPLES
-    ) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], on_death: Callable[[Any], None]) -> None:
         """
         Args:
             tensors: tensors that are :func:`watchable`.
             on_death: called when the memory of one of them is gone.
-            samples: the least number of elements of each that are compared.
         """
-        self.states = [TensorState(t, on_death, samples) for t in tensors]
+        self.states = [TensorState(t, on_death) for t in tensors]
         self.geometry = Geometry(tensors)
 
     def change(self, tensors: Sequence[torch.Tensor]) -> str:
@@ -236,7 +234,12 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _memory(address: int, count: int, size: int) -> memoryview[int]:
-    return _of((ctypes.c_byte * (count * size)).from_address(address), size)
+    return _of(memory(address, count * size), size)
+
+
+def memory(address: int, size: int) -> ctypes.Array[ctypes.c_byte]:
+    """``size`` bytes of a CPU's memory, which this does not own."""
+    return (ctypes.c_byte * size).from_address(address)
 
 
 def _of(buffer: Any, size: int) -> memoryview[int]:

@@ -78,8 +78,6 @@ def test_a_truncated_rank_and_a_transposed_square() -> None:
             of.data = of.data[:2] if of.shape[0] < of.shape[1] else of.data[:, :2]
     decoder.step(prompt())
     weight = torch.randn(24, 24)
-    square = peft_perceptron()
-    square.base_model.model.first.base_layer = torch.nn.Linear(24, 24, bias=False)
     assert Contents().of([weight]) != Contents().of([weight.t()])
     assert Contents().of([weight]) != Contents().of([weight.t().contiguous()])
 
