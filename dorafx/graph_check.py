@@ -23,6 +23,7 @@ from dorafx._compat.autograd import below_autocast
 from dorafx._compat.distributed import placements
 from dorafx._compat.operators import body_operands_start, takes_operands_for_body
 from dorafx._compat.tensors import flattened, is_wrapper, size_hint, storage_id
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_arguments
@@ -302,7 +303,7 @@ def _bounds(gm: fx.GraphModule) -> list[float]:
 
 
 def _low_precision(gm: fx.GraphModule) -> bool:
-    tensors = [tensor_of(node) for node in gm.graph.nodes if node.op in ("placeholder", "get_attr")]
+    tensors = [tensor_of(node) for node in gm.graph.nodes if is_leaf(node)]
     return any(
         t is not None and t.dtype in FLOAT_DTYPES and torch.finfo(t.dtype).eps > torch.finfo(torch.float32).eps
         for t in tensors
@@ -314,7 +315,7 @@ def _factor_width(gm: fx.GraphModule) -> float:
     sides = [
         min(int(size_hint(size)) for size in tensor.shape)
         for node in gm.graph.nodes
-        if node.op in ("placeholder", "get_attr") and (tensor := tensor_of(node)) is not None and tensor.dim() >= 2
+        if is_leaf(node) and (tensor := tensor_of(node)) is not None and tensor.dim() >= 2
     ]
     return math.sqrt(max(min(sides), 1) * max(sides)) if sides else 0.0
 

@@ -21,6 +21,7 @@ from torch import fx
 from dorafx._compat.autograd import below_autocast
 from dorafx._compat.tensors import size_hint
 from dorafx.graph_check import TOLERANCE, GraphCheck, Run, compare_calls, crosses_dtensors, in_double
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.provenance import site_of
 from dorafx.graphs.tensors import tensor_of
@@ -332,7 +333,7 @@ class Region:
             if node not in needed:
                 continue
             source = original(node)
-            if node.op in ("placeholder", "get_attr") or (source is not None and source in self.leaves):
+            if is_leaf(node) or (source is not None and source in self.leaves):
                 assert source is not None
                 value = self._value(source)
                 values[node] = value.to(_dtype_of(source)) if self.native and isinstance(value, torch.Tensor) else value

@@ -13,6 +13,7 @@ from torch import fx
 
 from dorafx._compat.operators import is_function_of_its_operands, is_higher_order
 
+from .inputs import is_leaf
 from .lookup import name_in_torch
 from .operators import canonical_name
 from .tensors import may_require_grad, tensor_of
@@ -62,7 +63,7 @@ class EqualValues:
     def _key(self, node: fx.Node) -> Hashable | None:
         if node in self._written:
             return None
-        if node.op in ("placeholder", "get_attr"):
+        if is_leaf(node):
             return "leaf", self._leaf(node)
         tensor = tensor_of(node)
         if tensor is None or may_require_grad(node) or not _is_pure(node):

@@ -8,6 +8,11 @@ from torch import fx
 from .writes import attribute_of
 
 
+def is_leaf(node: fx.Node) -> bool:
+    """Whether a node is an input or an attribute of the graph."""
+    return node.op in ("placeholder", "get_attr")
+
+
 def attribute_id(node: fx.Node) -> int | None:
     """Which tensor a ``get_attr`` node reads; None for any other node."""
     value = attribute_of(node) if node.op == "get_attr" else None

@@ -18,7 +18,7 @@ from dorafx._compat.graphs import is_inference_input
 from dorafx.errors import in_a_line
 from dorafx.graphs.equal_values import EqualValues
 from dorafx.graphs.grad_mode import GradMode
-from dorafx.graphs.inputs import attribute_id, looks_like_parameter
+from dorafx.graphs.inputs import attribute_id, is_leaf
 from dorafx.graphs.operators import canonical_name, drops_nothing
 from dorafx.graphs.tensors import may_require_grad, tensor_of
 from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
@@ -26,6 +26,7 @@ from dorafx.graphs.writes import attribute_of, storage_of, written_nodes
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Poly, TooComplex, transpose_chain
 from .quantized import Codes, dequantizes_by_a_cast, quantizes_activations
 from .values import FLOAT_DTYPES, AtomInfo, Gemm, MatrixValue, Patches, Value, VectorValue, loses_accuracy, vector_axis
+from .weights import Weights
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -34,9 +35,6 @@ Transfer = Callable[["Lifter", fx.Node], "Value | None"]
 T = TypeVar("T")
 E = TypeVar("E", Expr, Poly)
 V = TypeVar("V", bound=MatrixValue | VectorValue)
-
-_CONSTANTS = frozenset({"arange", "eye", "full", "ones", "tensor", "zeros"})
-_PRODUCTS = frozenset({"matmul", "bmm", "linear", "addmm", "einsum", "embedding", "multi_dot", "conv", "convolution"})
 
 
 class Reading(IntEnum):
@@ -104,9 +102,9 @@ class Lifter:
     ) -> None:
         self.graph = graph
         self.observer = observer
-        self.is_parameter = is_parameter or looks_like_parameter
         self.atoms: list[AtomInfo] = [AtomInfo("ones", requires_grad=False, parameter=True)]
         self.values: dict[fx.Node, Value | None] = {}
+        self.weights = Weights(self.values, self.atom_of, self.norms_in, is_parameter)
         self.nodes: dict[Expr | Poly, list[fx.Node]] = {}
         """The nodes that hold a given term, in graph order, which can be reused as operands."""
         self.gemms: dict[Expr, list[Gemm]] = {}
@@ -132,24 +130,21 @@ class Lifter:
         self._written_attributes: set[int | None] | None = None
         self._interned: dict[Any, Atom] = {}
         self._no_grad_ids: set[int] = {ONES.id}
-        self._param_node: dict[fx.Node, bool] = {}
-        self._names_parameters = False
-        self._productless: dict[fx.Node, bool] = {}
         self._lifted: fx.Node | None = None
         self._unrounded: set[fx.Node] = set()
         self.unrecorded: set[fx.Node] = set()
         self._inference: set[fx.Node] = set()
         self._grad_mode = GradMode(graph)
-        self._codes = Codes(self._has_no_product_behind)
+        self._codes = Codes(self.weights.has_no_product_behind)
         self._equal = EqualValues(self.written, lambda node: self._attribute_of(node) or node)
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
     def run(self) -> Lifter:
         for node in self.graph.nodes:
-            self._param_node[node] = self._depends_on_parameters_only(node)
-            self._names_parameters |= self._param_node[node] and _is_leaf(node) and _may_be_parameter(node)
-            self._equal.follow(node, compare=self._has_no_product_behind(node) or self._param_node[node])
+            self.weights.follow(node)
+            of_parameters = self.weights.depends_on_parameters_only(node)
+            self._equal.follow(node, compare=self.weights.has_no_product_behind(node) or of_parameters)
             value = self.values[node] = self._lift_here(node)
             if value is None:
                 continue
@@ -196,7 +191,7 @@ class Lifter:
         if self._unrounded and (value != self.atom_value(node) or any(node in table for table in aside)):
             dtypes = {self.roundings[argument] for argument in self._unrounded}
             self.roundings[node] = max({*dtypes, self.roundings.get(node, torch.float64)}, key=_spacing)
-        if self.records_gradients or _is_leaf(node) or _hands_back(node):
+        if self.records_gradients or is_leaf(node) or _hands_back(node):
             return value
         self.unrecorded.add(node)
         return self.detach(value) if value is not None else None
@@ -235,7 +230,7 @@ class Lifter:
             if not isinstance(value, VectorValue) or value.axis is None or value.row is not None or before is None:
                 continue
             same_shape = tuple(map(str, before.shape)) == tuple(map(str, tensor.shape))
-            if same_shape and all(self._is_weight_like(a, self._has_no_product_behind) for a in value.poly.atoms()):
+            if same_shape and self.weights.is_weight_like(value.poly, self.weights.has_no_product_behind):
                 norms |= self.norms_in(value.poly)
                 axes.add(value.axis)
         if not norms or len(axes) != 1:
@@ -251,14 +246,6 @@ class Lifter:
         message, where = in_a_line(error)
         self.failures[node] = f"{message} ({where})"
 
-    def _depends_on_parameters_only(self, node: fx.Node) -> bool:
-        if node.op in ("placeholder", "get_attr"):
-            return self.is_parameter(node)
-        inputs = node.all_input_nodes
-        if not inputs:
-            return canonical_name(node) in _CONSTANTS
-        return all(self._param_node.get(n, False) for n in inputs)
-
     # -- atoms --------------------------------------------------------------------------------------------------------
 
     def atom_value(self, node: fx.Node) -> Value | None:
@@ -268,7 +255,7 @@ class Lifter:
             example = node.meta.get("example_value", node.meta.get("val"))
             if isinstance(example, (torch.SymFloat, torch.SymInt)):
                 return VectorValue(Poly.var(self._node_atom(node, False)), None)
-            if type(example) is int and self._param_node.get(node):
+            if type(example) is int and self.weights.depends_on_parameters_only(node):
                 # A size of a parameter is constant; that of an activation may change from call to call.
                 return VectorValue(Poly.const(example), None)
             return None
@@ -284,7 +271,7 @@ class Lifter:
     def _node_atom(self, node: fx.Node, requires_grad: bool) -> Atom:
         # If a node's storage is written, its value depends on when it is read, so no two reads may be taken as equal.
         key = ("node", self._equal.first(node)) if node not in self.written else None
-        return self._intern(key, AtomInfo("node", requires_grad, self._param_node.get(node, False), node))
+        return self._intern(key, AtomInfo("node", requires_grad, self.weights.depends_on_parameters_only(node), node))
 
     def _attribute_of(self, node: fx.Node) -> tuple[str, int] | None:
         """The identity of what a ``get_attr`` node reads. Tracers create such a node for each use, and under several names for a tied
@@ -306,9 +293,9 @@ class Lifter:
         if tensor is None or tensor.dim() < 3 or tensor.dtype not in FLOAT_DTYPES:
             return None
         if isinstance(value, MatrixValue) and value.layout == layout and not value.squared:
-            accepts = self._has_no_product_behind if layout == "filter" else _refuses
+            accepts = self.weights.has_no_product_behind if layout == "filter" else _refuses
             expr = value.expr
-            if len(expr.items) == 1 or all(self._is_weight_like(a, accepts) for a in expr.atoms()):
+            if len(expr.items) == 1 or self.weights.is_weight_like(expr, accepts):
                 return expr
         if layout == "filter" and (filters := self._weights_as_filters(arg, value, tensor)) is not None:
             return filters
@@ -334,7 +321,7 @@ class Lifter:
         if node in nodes or node in self.written or self._is_new_leaf(node):
             return None
         filters = self.as_filters(value.expr, tensor)
-        return filters if filters is not None and self.is_made_of_weights(filters) else None
+        return filters if filters is not None and self.weights.is_made_of_weights(filters) else None
 
     def is_convolved(self, expr: Expr) -> bool:
         """Whether all products in a term, if any, have a convolution's input for their first factor; biases do not count."""
@@ -408,7 +395,7 @@ class Lifter:
         self, kind: Literal["norm", "sumsq"], expr: Expr, side: Literal["row", "col"], double: bool, span: int = 1
     ) -> Atom:
         """The norms, or sums of squares, of the rows or columns of a matrix."""
-        grad, parameter = self.requires_grad(expr), self.is_parameter_term(expr)
+        grad, parameter = self.requires_grad(expr), self.weights.is_parameter_term(expr)
         return self.intern(AtomInfo(kind, grad, parameter, expr=expr, side=side, span=span, double=double))
 
     def intern(self, info: AtomInfo) -> Atom:
@@ -472,7 +459,9 @@ class Lifter:
         constant = poly.constant
         if constant is not None:
             return Poly.const(float(torch.tensor(constant, dtype=dtype)))
-        info = AtomInfo("rounded", self.requires_grad(poly), self.is_parameter_term(poly), poly=poly, dtype=dtype)
+        info = AtomInfo(
+            "rounded", self.requires_grad(poly), self.weights.is_parameter_term(poly), poly=poly, dtype=dtype
+        )
         return Poly.var(self.intern(info))
 
     def unrounded(self, mat: Mat) -> Mat:
@@ -551,7 +540,7 @@ class Lifter:
         if scalars or c != 1.0 or len(chain) != 1 or not isinstance(chain[0], Mat):
             return None
         # The activations of a single token have this shape too, but are no magnitude: they stay operands of products.
-        axis = vector_axis(tensor.shape) if self._is_weight_like(chain[0].atom, _is_leaf) else None
+        axis = vector_axis(tensor.shape) if self.weights.is_weight_like(Expr.mat(chain[0].atom), is_leaf) else None
         if axis is None:
             return None
         return VectorValue(Poly.var(chain[0].atom), axis)
@@ -573,43 +562,12 @@ class Lifter:
             value = atom if isinstance(atom, MatrixValue) else None
         if value is None:
             return None
-        accepts = self._has_no_product_behind if weight or self.norms_in(value.expr) else _refuses
-        if len(value.expr.items) > 1 and not all(self._is_weight_like(a, accepts) for a in value.expr.atoms()):
+        accepts = self.weights.has_no_product_behind if weight or self.norms_in(value.expr) else _refuses
+        if len(value.expr.items) > 1 and not self.weights.is_weight_like(value.expr, accepts):
             sealed = self.atom_value(arg)
             self._unrounded.discard(arg)
             return sealed.expr if isinstance(sealed, MatrixValue) else None
         return value.expr
-
-    def is_weight(self, atom: Atom) -> bool:
-        """Whether an indeterminate is a parameter, or is computed from parameters, or from inputs of the graph without any product.
-        Activations are computed with products."""
-        info = self.atom_of(atom)
-        return info.parameter or (info.node is not None and self._has_no_product_behind(info.node))
-
-    def _has_no_product_behind(self, node: fx.Node) -> bool:
-        """Whether a node is computed without products but those in norms of weights, of which the terms are known."""
-        if node not in self._productless:
-            self._productless[node] = canonical_name(node) not in _PRODUCTS and all(
-                self._productless.get(argument, False) or self._has_norms_of_weights(argument)
-                for argument in node.all_input_nodes
-            )
-        return self._productless[node]
-
-    def _has_norms_of_weights(self, node: fx.Node) -> bool:
-        value = self.values.get(node)
-        if not isinstance(value, VectorValue) or not self.norms_in(value.poly):
-            return False
-        return all(self._is_weight_like(a, self._has_no_product_behind) for a in value.poly.atoms())
-
-    def _is_weight_like(self, atom: Atom, accepts: Callable[[fx.Node], bool]) -> bool:
-        """Whether an indeterminate is computed from parameters and accepted nodes only."""
-        info = self.atom_of(atom)
-        if info.parameter or info.kind in ("onehot", "unfold"):
-            return info.parameter
-        if info.node is not None:
-            return accepts(info.node)
-        terms = [t for t in (info.expr, info.poly) if t is not None]
-        return all(self._is_weight_like(a, accepts) for t in terms for a in t.atoms())
 
     @property
     def records_gradients(self) -> bool:
@@ -684,22 +642,8 @@ class Lifter:
         (((_, factors), _),) = value.expr.items
         return _either_way(factors)
 
-    def depends_on_parameters_only(self, node: fx.Node) -> bool:
-        """Whether a node is computed only from parameters and buffers that the graph names, and constants."""
-        return self._param_node.get(node, False)
-
-    def is_made_of_weights(self, expr: Expr) -> bool:
-        """Whether a term contains no activations. If the graph names its parameters, a term of parameters contains none; otherwise a
-        term of values that are computed without products."""
-        if self._names_parameters:
-            return self.is_parameter_term(expr)
-        return all(self._is_weight_like(a, self._has_no_product_behind) for a in expr.atoms())
-
     def requires_grad(self, term: Expr | Poly) -> bool:
         return any(self.atom_of(a).requires_grad and not a.detached for a in term.atoms())
-
-    def is_parameter_term(self, term: Expr | Poly) -> bool:
-        return all(self.atom_of(a).parameter for a in term.atoms())
 
     def norms_in(self, term: Expr | Poly) -> set[Atom]:
         """The norm atoms in a term, at any depth."""
@@ -726,11 +670,6 @@ def _either_way(chain: Chain) -> frozenset[Any]:
     return frozenset(tuple(map(key, c)) for c in (chain, transpose_chain(chain)))
 
 
-def _may_be_parameter(node: fx.Node) -> bool:
-    """Whether an attribute may be a parameter, and not a constant of indices or a number, which tracers also turn into attributes."""
-    return (tensor := tensor_of(node)) is None or (tensor.dtype in FLOAT_DTYPES and tensor.dim() > 0)
-
-
 def _hands_back(node: fx.Node) -> bool:
     """Whether an operator returns its argument itself, as ``contiguous`` and ``to`` may. While no gradients are recorded, such a result
     still requires a gradient if the argument does; a computed result does not."""
@@ -738,10 +677,6 @@ def _hands_back(node: fx.Node) -> bool:
         return True  # a fake dropout returns another tensor
     result = tensor_of(node)
     return result is not None and any(tensor_of(argument) is result for argument in node.all_input_nodes)
-
-
-def _is_leaf(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
 
 
 def _refuses(_: fx.Node) -> bool:

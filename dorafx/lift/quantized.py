@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.tensors import is_wrapper
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.operators import arguments, canonical_name, first_argument
 from dorafx.graphs.tensors import tensor_of
 
@@ -100,7 +101,7 @@ class Codes:
         if known is None:
             tensor = tensor_of(node)
             known = tensor is not None and tensor.dim() > 1 and all(size != 1 for size in tensor.shape)
-            if node.op in ("placeholder", "get_attr"):
+            if is_leaf(node):
                 known = known and tensor.dtype not in (*FLOAT_DTYPES, torch.bool)  # type: ignore[union-attr]
             else:
                 known = known and _unpacks(node) and self._is_without_product(node)

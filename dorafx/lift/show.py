@@ -33,6 +33,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.operators import aten_name, is_overload
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.provenance import input_path
 
 from .algebra import ONES, Atom, Chain, Diag, Expr, Mat, Mono, Poly, Vanished, count_matrices
@@ -290,11 +291,11 @@ class Notation:
         """A node by its operator. ``atom``: the indeterminate that stands for the node, even if its term is known."""
         if node is None:
             return "unknown"
-        if _is_leaf(node):
+        if is_leaf(node):
             return self._leaves.setdefault(node, chr(_LEAF + len(self._leaves)))
         if depth >= _DEPTH:
             return _UNNAMED + node.name
-        of_weights = atom is not None and self._lift.is_made_of_weights(Expr.mat(atom))
+        of_weights = atom is not None and self._lift.weights.is_made_of_weights(Expr.mat(atom))
         value = self._lift.values.get(node)
         is_one = value is None or any(self._lift.atom_of(a).node is node for a in self._read(value).atoms())
         if atom is not None and not is_one:  # a sum that is one indeterminate in a product
@@ -350,10 +351,6 @@ def _number(value: float) -> str:
 
 def _dtype(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _is_leaf(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
 
 
 def _operator(node: fx.Node) -> str:

@@ -42,7 +42,7 @@ def is_behind(lift: Lifter, node: fx.Node, added: bool, near: int = NEAR) -> boo
     behind = _behind(lift, node)
     if behind.distance is None:
         return False
-    return behind.distance <= near or ((added or behind.added) and lift.depends_on_parameters_only(node))
+    return behind.distance <= near or ((added or behind.added) and lift.weights.depends_on_parameters_only(node))
 
 
 def _behind(lift: Lifter, node: fx.Node) -> _Behind:

@@ -80,7 +80,7 @@ def _composed(lift: Lifter, reason: Reason) -> Iterator[fx.Node]:
 
 def _is_of_layer(lift: Lifter, node: fx.Node, atom_id: int) -> bool:
     """Whether a node is computed from a layer's parameters or its norm, and not from its input alone."""
-    if lift.depends_on_parameters_only(node):
+    if lift.weights.depends_on_parameters_only(node):
         return True
     expr = lift.atoms[atom_id].expr
     assert expr is not None
@@ -102,7 +102,7 @@ def _read_by(lift: Lifter, node: fx.Node) -> list[Expr | Poly]:
 def _hides_norm(matches: Matches, node: fx.Node) -> bool:
     """Whether a node is on the way to a norm of a weight plus a low-rank product that has no match and no miss."""
     lift = matches.lift
-    if not lift.depends_on_parameters_only(node):
+    if not lift.weights.depends_on_parameters_only(node):
         return False
     behind, ahead = list(_walk(lift, node, back=True)), list(_walk(lift, node, back=False))
     if not any(_is_product(lift, n) for n in behind) or not any(canonical_name(n) in _SUMS for n in (*behind, *ahead)):
@@ -127,7 +127,7 @@ def _walk(lift: Lifter, start: fx.Node, back: bool) -> Iterator[fx.Node]:
     stack, seen = [start], set()
     while stack:
         node = stack.pop()
-        if node in seen or not lift.depends_on_parameters_only(node):
+        if node in seen or not lift.weights.depends_on_parameters_only(node):
             continue
         seen.add(node)
         yield node

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.operators import CONVOLUTIONS, arguments, canonical_name
 from dorafx.graphs.provenance import operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
@@ -48,7 +49,7 @@ def _at(node: fx.Node) -> str:
 
 def described(node: fx.Node) -> str:
     """An operand as a person would find it: an input by its name, a value by its operator and where it is made."""
-    return f"`{node.name}`" if _is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
+    return f"`{node.name}`" if is_leaf(node) else f"{operator_name(node)} at {_at(node)}"
 
 
 def operator_at(node: fx.Node) -> str:
@@ -176,7 +177,7 @@ def _leaves(node: fx.Node) -> set[fx.Node]:
         if current in seen:
             continue
         seen.add(current)
-        if _is_leaf(current):
+        if is_leaf(current):
             leaves.add(current)
         stack.extend(current.all_input_nodes)
     return leaves
@@ -393,11 +394,11 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
         return None
     shape = list(map(str, total.shape[-2:]))  # sizes may be symbols: no guard on them
     sides = [(n, t) for n in inputs if (t := tensor_of(n)) is not None and list(map(str, t.shape[-2:])) == shape]
-    weights = [n for n, t in sides if t.dim() == 2 and (_is_leaf(n) or lift.depends_on_parameters_only(n))]
+    weights = [n for n, t in sides if t.dim() == 2 and (is_leaf(n) or lift.weights.depends_on_parameters_only(n))]
     products = [n for n, t in sides if t.dim() > 2 and _is_product(n)]
     if not weights or not products:
         return None
-    if all(map(lift.depends_on_parameters_only, products)):
+    if all(map(lift.weights.depends_on_parameters_only, products)):
         return Reason(
             f"the delta added to the weight at {_at(source)} is a batch (its shape is {list(total.shape)}), and the weight has no such "
             "axis: expand it to the delta's shape",
@@ -410,10 +411,6 @@ def _delta_of_each_token(lift: Lifter, node: fx.Node, source: fx.Node) -> Reason
         node,
         kind=ReasonKind.DELTA_PER_TOKEN,
     )
-
-
-def _is_leaf(node: fx.Node) -> bool:
-    return node.op in ("placeholder", "get_attr")
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -445,7 +442,7 @@ def _is_adapted(lift: Lifter, expr: Expr) -> bool:
     if len(expr.items) < 2:
         return False
     lengths = [count_matrices(chain) for (_, chain), _ in expr.items]
-    return 1 in lengths and max(lengths) > 1 and lift.is_parameter_term(expr)
+    return 1 in lengths and max(lengths) > 1 and lift.weights.is_parameter_term(expr)
 
 
 def _is_vector_of(shape: Iterable[object], matrix: Iterable[object]) -> bool:

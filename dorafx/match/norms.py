@@ -77,7 +77,7 @@ def _size(lift: Lifter, mat: Mat) -> tuple[int, int] | None:
         rows, cols = (int(size) for size in tensor.shape[1:])
         return (cols, rows) if mat.transposed else (rows, cols)
     cut = 1 if info.kind == "filter" else tensor.dim() - 1
-    if cut > 1 and not lift.is_weight(mat.atom):
+    if cut > 1 and not lift.weights.is_weight(mat.atom):
         return None  # activations
     rows, cols = (math.prod(int(s) for s in part) for part in (tensor.shape[:cut], tensor.shape[cut:]))
     return (cols, rows) if mat.transposed else (rows, cols)
@@ -96,8 +96,8 @@ def _is_of_a_weight(lift: Lifter, atom: Atom) -> bool:
     expr = lift.atom_of(atom).expr
     assert expr is not None
     alone = (chain[0] for (_, chain), _ in expr.items if len(chain) == 1)
-    return lift.is_made_of_weights(expr) or any(
-        isinstance(f, Mat) and lift.is_made_of_weights(Expr.mat(f.atom)) for f in alone
+    return lift.weights.is_made_of_weights(expr) or any(
+        isinstance(f, Mat) and lift.weights.is_made_of_weights(Expr.mat(f.atom)) for f in alone
     )
 
 
@@ -107,12 +107,14 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     expr = info.expr if info.side == "row" else info.expr.transposed()
     if expr.vanished:
         adapted = (
-            expr.items and lift.is_parameter_term(expr) and all(lift.atom_of(v.atom).parameter for v in expr.vanished)
+            expr.items
+            and lift.weights.is_parameter_term(expr)
+            and all(lift.atom_of(v.atom).parameter for v in expr.vanished)
         )
         return vanished(lift, expr.vanished, _site(info)) if adapted else None
     if len(expr.items) < 2:
         chains: list[Chain] = [chain for (_, chain), _ in expr.items if len(chain) == 1]
-        return hidden_delta(lift, info, chains) if lift.is_parameter_term(expr) else None
+        return hidden_delta(lift, info, chains) if lift.weights.is_parameter_term(expr) else None
     dense: list[tuple[Chain, float]] = []
     delta: list[LowRank] = []
     for (scalars, chain), c in expr.items:
@@ -147,7 +149,7 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     if not delta:
         chains = [chain for chain, _ in dense]
         hidden = hidden_delta(lift, info, chains)
-        return hidden or (unknown_delta(lift, chains) if lift.is_made_of_weights(expr) else None)
+        return hidden or (unknown_delta(lift, chains) if lift.weights.is_made_of_weights(expr) else None)
     if len(dense) != 1:
         operands = _operand_names(lift, [chain for chain, _ in dense])
         what = f"{len(dense)} dense matrices ({operands})" if dense else "no dense weight"
@@ -166,7 +168,7 @@ def _split(lift: Lifter, atom: Atom) -> NormFactors | Reason | None:
     if size is None:
         what = "the weight inside the norm has a symbolic shape or is not a matrix"
         return Reason(what, _site(info), kind=ReasonKind.SYMBOLIC_SHAPE)
-    if sum(part.rank for part in delta) >= min(size) and not lift.is_weight(mat.atom):
+    if sum(part.rank for part in delta) >= min(size) and not lift.weights.is_weight(mat.atom):
         return None  # activations: a residual stream plus a layer's output, normalised
     at = lift.atom_of(mat.atom)
     batch = tensor_of(at.node) if at.kind == "batch" else None

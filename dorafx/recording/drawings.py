@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.provenance import input_path, operator_name, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, leaves_of
@@ -88,7 +89,7 @@ def _activations(lift: Lifter) -> set[fx.Node]:
     activations = set()
     for gemm in (gemm for gemms in lift.gemms.values() for gemm in gemms):
         value = lift.matrix(gemm.lhs) if isinstance(gemm.lhs, fx.Node) else None
-        if value is None or lift.is_parameter_term(value.expr):
+        if value is None or lift.weights.is_parameter_term(value.expr):
             continue
         if not value.expr.holds_product:
             activations.add(gemm.lhs)
@@ -138,7 +139,7 @@ def _side(
     return tuple(
         DrawnNode(
             name=node.name[:_CHARACTERS],
-            operator="input" if node.op in ("placeholder", "get_attr") else operator_name(node)[:_CHARACTERS],
+            operator="input" if is_leaf(node) else operator_name(node)[:_CHARACTERS],
             label=input_path(node)[-_CHARACTERS:],
             shape=_shape(node),
             dtype=dtype_name(tensor_of(node)),

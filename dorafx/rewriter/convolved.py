@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.operators import canonical_name
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
@@ -167,4 +168,4 @@ def _is_input(node: fx.Node) -> bool:
     """Whether a node is an input of the graph, or one that was cast or detached."""
     while canonical_name(node) in ("cast", "detach", "data") and node.all_input_nodes:
         node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr")
+    return is_leaf(node)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from dorafx._compat.distributed import placements
+from dorafx.graphs.inputs import is_leaf
 from dorafx.graphs.shapes import sizes_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.uses import dies
@@ -244,7 +245,7 @@ def _uncast_weight(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node | None:
         return None
     node, lift = emit.lift.atom_of(last.atom).node, emit.lift
     weight, cast = tensor_of(node) if node is not None else None, tensor_of(gemm.rhs)
-    if node is None or node.op not in ("placeholder", "get_attr") or weight is None or cast is None:
+    if node is None or not is_leaf(node) or weight is None or cast is None:
         return None
     if weight.dim() != 2 or weight.requires_grad or is_torchao(weight) or placements(weight) is not None:
         return None

@@ -281,7 +281,7 @@ def inverse_of(lift: Lifter, v: VectorValue) -> VectorValue | None:
         return None
     inverse = v.poly.reciprocal()
     if inverse is None:
-        info = AtomInfo("reciprocal", lift.requires_grad(v.poly), lift.is_parameter_term(v.poly), poly=v.poly)
+        info = AtomInfo("reciprocal", lift.requires_grad(v.poly), lift.weights.is_parameter_term(v.poly), poly=v.poly)
         inverse = Poly.var(lift.intern(info))
     return VectorValue(inverse, v.axis)
 

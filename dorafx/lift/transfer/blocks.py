@@ -89,7 +89,7 @@ def _is_zero(lift: Lifter, part: Any) -> bool:
 def _put_together(lift: Lifter, blocks: Sequence[_Block], total: int) -> Expr | None:
     """``Σ Sᵢ·Pᵢ``; None where no block has a product in it, or one is a dense matrix that is no part of a weight cut into blocks."""
     exprs = [block.expr for block in blocks]
-    if not all(lift.is_made_of_weights(expr) for expr in exprs):
+    if not all(lift.weights.is_made_of_weights(expr) for expr in exprs):
         return None
     if not any(expr.holds_product for expr in exprs):
         return None

@@ -141,7 +141,9 @@ def at_least(
     lift: Lifter, value: VectorValue, low: float, kind: Literal["clamp_min", "maximum"] = "clamp_min"
 ) -> VectorValue:
     """``max(value, low)`` by element; the gradients of the two kinds differ where value and bound are equal."""
-    info = AtomInfo(kind, lift.requires_grad(value.poly), lift.is_parameter_term(value.poly), eps=low, poly=value.poly)
+    info = AtomInfo(
+        kind, lift.requires_grad(value.poly), lift.weights.is_parameter_term(value.poly), eps=low, poly=value.poly
+    )
     return VectorValue(Poly.var(lift.intern(info)), value.axis)
 
 

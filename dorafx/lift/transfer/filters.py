@@ -40,7 +40,7 @@ def swapped(lift: Lifter, node: fx.Node) -> MatrixValue | None:
 def multiplies_weights(lift: Lifter, expr: Expr) -> bool:
     """Whether all matrices in a term are weights, whatever they are scaled by."""
     return all(
-        lift.is_made_of_weights(Expr.mat(factor.atom))
+        lift.weights.is_made_of_weights(Expr.mat(factor.atom))
         for (_, chain), _ in expr.items
         for factor in chain
         if isinstance(factor, Mat)

@@ -423,7 +423,12 @@ def _along(
     lift: Lifter, node: fx.Node, kind: Literal["norm", "sumsq"], arg: Any, dim: Any, keepdim: Any
 ) -> VectorValue | None:
     value, side = matrices(lift, arg), _side(dim)
-    if kind == "norm" and arg in lift.written and lift.depends_on_parameters_only(arg) and len(_shape(arg) or ()) == 3:
+    if (
+        kind == "norm"
+        and arg in lift.written
+        and lift.weights.depends_on_parameters_only(arg)
+        and len(_shape(arg) or ()) == 3
+    ):
         unknown = lift.batch_atom(arg)  # of which the norm has to be recorded, too
         value = MatrixValue(Expr.mat(unknown), layout="batch") if unknown is not None else None
     if value is None or side is None:
