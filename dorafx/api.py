@@ -16,22 +16,16 @@ import torch
 from torch import fx
 
 from dorafx import capture
-from dorafx._compat.dynamo import (
-    fresh_compile,
-    graph_breaks,
-    group_compiler,
-    restore_compiled_call,
-    set_compiled_call,
-    whole_graphs,
-)
+from dorafx._compat.dynamo import fresh_compile, graph_breaks, restore_compiled_call, whole_graphs
 from dorafx._compat.graphs import exported_program_with_graph
+from dorafx.capture.in_place import compile_in_place
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import adapted_modules, entry_modules, module_groups, resolve_scope
+from dorafx.scope import groups_of, resolve_scope
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
@@ -61,7 +55,7 @@ def optimize(
     dynamic: bool | None = None,
     mode: str | None = None,
 ) -> M:
-    """Compile a model's DoRA layers in place.
+    """Compile a model's DoRA layers in place, by themselves or with the blocks that they are in.
 
     Only the way the model is called changes; object, class, parameters, ``state_dict`` keys, hooks and training mode stay the same, so
     ``Trainer``, ``generate`` and ``save_pretrained`` keep working. Hooks that are registered later run too, as the module's code is
@@ -70,11 +64,13 @@ def optimize(
 
     Args:
         model: any ``nn.Module``.
-        scope: ``"modules"`` compiles each adapter layer by itself; layers of one shape share their graphs, so the
-            compile time does not grow with depth, and it works under gradient checkpointing, data-parallel wrappers and
-            ``generate``'s changing cache. ``"model"`` compiles the whole forward as one graph, which fuses more; ``generate``
-            of a PEFT model sees it too.
-            ``"auto"``: ``"modules"`` where the model has PEFT adapter layers, else ``"model"``.
+        scope: ``"blocks"`` compiles the blocks that a model repeats (decoder layers, transformer blocks), and adapter layers outside
+            of them by themselves. Equal blocks share their graphs, so the compile time does not grow with depth; a block leaves its
+            graph for ``generate``'s changing cache. ``"modules"`` compiles each adapter layer by itself: less to compile, and nothing
+            else of the model is touched, but each layer is a call. ``"model"`` compiles the whole forward as one graph: the least cost
+            for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
+            checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks,
+            ``"modules"`` where they are elsewhere, else ``"model"``.
         codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
             (``dorafx.options.Options``) describes them.
         dynamic: as for ``torch.compile``.
@@ -99,7 +95,7 @@ def optimize(
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
     from dorafx.backend import dorafx as dorafx_backend
 
-    chosen = resolve_scope(model, scope)
+    resolved = resolve_scope(model, scope)
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
         "dorafx.norm": norm,
@@ -111,12 +107,9 @@ def optimize(
     Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
-    groups = [[entry] for entry in entry_modules(model)] if chosen == "model" else module_groups(adapted_modules(model))
-    for members in groups:
-        backend = functools.partial(dorafx_backend, options=options, mode=mode, members=tuple(n for n, _ in members))
-        compile_one = group_compiler(backend, dynamic)
-        for _, module in members:
-            undo.append((module, set_compiled_call(module, compile_one)))
+    for group in groups_of(model, resolved):
+        backend = functools.partial(dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner)
+        undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
     model.__dict__[_ATTRIBUTE] = undo
     return model
 

@@ -16,6 +16,7 @@ from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, 
 from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
 from dorafx._compat.hooks import guard_on_hooks
 from dorafx.graphs.grad_mode import switches_gradients_on
+from dorafx.graphs.provenance import frame_path
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
@@ -45,6 +46,7 @@ def dorafx(
     options: dict[str, Any] | None = None,
     mode: str | None = None,
     members: tuple[str, ...] = ("",),
+    inner: frozenset[str] = frozenset(),
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="dorafx", mode=…, options={…})``.
 
@@ -54,6 +56,7 @@ def dorafx(
         options: ``dorafx.*`` keys are dorafx's own (see :class:`dorafx.options.Options`), the rest go to Inductor.
         mode: Inductor's mode.
         members: where the graph is that of a part of a model: the names of the modules that it serves.
+        inner: the names of the modules inside of each, where the graph may be that of one of these.
 
     Returns:
         The compiled callable.
@@ -70,7 +73,9 @@ def dorafx(
     capture.install()
     guard_on_hooks()
     announce_untested_versions()
-    program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, members)
+    path = frame_path(gm.graph, inner) if inner else ""
+    served = tuple(f"{member}.{path}" for member in members) if path else members
+    program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
     records = switches_gradients_on(program.graph)
     return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-SCOPES = ("auto", "model", "modules")
+SCOPES = ("auto", "model", "blocks", "modules")
+
+Named = list[tuple[str, torch.nn.Module]]
+"""Modules and their names."""
+
+_LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+_PLAIN = (bool, float, str, bytes, type(None), torch.dtype)
 
 
-def adapted_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def adapted_modules(model: torch.nn.Module) -> Named:
     """The modules whose forward holds a DoRA computation and nothing else: adapter layers with a magnitude vector."""
     adapted = []
     for name, module in model.named_modules():
@@ -20,24 +28,111 @@ def adapted_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]
 
 
 def resolve_scope(model: torch.nn.Module, scope: str) -> str:
-    """``auto`` is ``modules`` where the model has adapter layers that can be compiled one by one, else ``model``.
+    """``auto`` is ``blocks`` where the model has adapter layers inside of repeated blocks, ``modules`` where it has others, else
+    ``model``.
 
     Raises:
-        ValueError: an unknown scope, or ``modules`` for a model without such layers.
+        ValueError: an unknown scope; ``modules`` or ``blocks`` for a model without such layers; ``blocks`` for one without
+            blocks that contain them.
     """
     if scope not in SCOPES:
         raise ValueError(f"scope: {scope!r} is not one of {', '.join(map(repr, SCOPES))}")
-    has_adapters = bool(adapted_modules(model))
-    if scope == "modules" and not has_adapters:
+    if scope == "model":
+        return scope
+    if not adapted_modules(model):
+        if scope == "auto":
+            return "model"
         raise ValueError(
-            'scope="modules" needs adapter layers with a lora_magnitude_vector, and the model has none; use scope="model"'
+            f'scope="{scope}" needs adapter layers with a lora_magnitude_vector, and the model has none; use scope="model"'
         )
+    if scope == "modules" or repeated_blocks(model):
+        return "modules" if scope == "modules" else "blocks"
     if scope == "auto":
-        return "modules" if has_adapters else "model"
-    return scope
+        return "modules"
+    raise ValueError(
+        'scope="blocks" needs adapter layers inside of repeated blocks (modules of one class in a ModuleList or Sequential, or '
+        'of a class that the model names in _repeated_blocks or _no_split_modules), and the model has none; use scope="modules"'
+    )
 
 
-def entry_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+@dataclass(frozen=True)
+class Group:
+    """Modules that share their graphs.
+
+    Attributes:
+        members: the modules and their names.
+        blocks: whether they are blocks, that is contain adapter layers among other things.
+    """
+
+    members: Named
+    blocks: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the modules."""
+        return tuple(name for name, _ in self.members)
+
+    @property
+    def inner(self) -> frozenset[str]:
+        """The names of the modules inside of each block; empty if they are no blocks."""
+        return frozenset(name for name, _ in self.members[0][1].named_modules()) if self.blocks else frozenset()
+
+
+def groups_of(model: torch.nn.Module, scope: str, adapters: Named | None = None) -> list[Group]:
+    """What to compile in a model.
+
+    Args:
+        model: the model.
+        scope: as resolved.
+        adapters: its adapter layers; those of :func:`adapted_modules` by default.
+    """
+    if scope == "model":
+        return [Group([entry]) for entry in entry_modules(model)]
+    adapted = adapted_modules(model) if adapters is None else adapters
+    # Also those inside of blocks: where a block runs as it is, they are compiled.
+    groups = [Group(members) for members in module_groups(adapted)]
+    if scope == "blocks":
+        groups += [Group(members, True) for members in module_groups(repeated_blocks(model, adapted))]
+    return groups
+
+
+def repeated_blocks(model: torch.nn.Module, adapters: Named | None = None) -> Named:
+    """The outermost modules that a model repeats, and that contain adapter layers: decoder layers, transformer blocks.
+
+    Modules of one class in a ``ModuleList`` or ``Sequential`` are repeated, and so is a module of a class that the model names in
+    ``_no_split_modules`` (transformers). Where a model has ``_repeated_blocks`` (diffusers), only the classes named there are.
+
+    Args:
+        model: the model.
+        adapters: its adapter layers; those of :func:`adapted_modules` by default.
+    """
+    adapted = {id(module) for _, module in (adapted_modules(model) if adapters is None else adapters)}
+    holds = {id(m): any(id(inner) in adapted for inner in m.modules() if inner is not m) for m in model.modules()}
+    blocks: Named = []
+    seen: set[int] = set()
+
+    def walk(name: str, parent: torch.nn.Module, named: frozenset[str], only: frozenset[str] | None) -> None:
+        named |= frozenset(getattr(parent, "_no_split_modules", None) or ())
+        own = getattr(parent, "_repeated_blocks", None)
+        only = frozenset(own) if own else only
+        classes = Counter(map(type, parent.children())) if isinstance(parent, _LISTS) else {}
+        for child_name, child in parent.named_children():
+            path = f"{name}.{child_name}" if name else child_name
+            if id(child) in seen or not holds[id(child)] or id(child) in adapted:
+                continue
+            seen.add(id(child))
+            kind = type(child)
+            repeated = kind.__name__ in only if only is not None else classes.get(kind, 0) > 1 or kind.__name__ in named
+            if repeated and not isinstance(child, _LISTS):
+                blocks.append((path, child))
+            else:
+                walk(path, child, named, only)
+
+    walk("", model, frozenset(), None)
+    return blocks
+
+
+def entry_modules(model: torch.nn.Module) -> Named:
     """The modules through which callers enter a model: itself, and the model inside a PEFT wrapper, whose ``generate`` the
     wrapper calls without passing through its own forward."""
     entries = [("", model)]
@@ -48,14 +143,20 @@ def entry_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
     return entries
 
 
-def module_groups(modules: list[tuple[str, torch.nn.Module]]) -> list[list[tuple[str, torch.nn.Module]]]:
-    """Modules that a compiler can serve with one graph: same class, same parameter names, shapes, dtypes, devices."""
-    groups: dict[Any, list[tuple[str, torch.nn.Module]]] = {}
+def module_groups(modules: Named) -> list[Named]:
+    """Modules that a compiler can serve with one graph: same class, same parameter names, shapes, dtypes, devices, and the same
+    switches in all that they contain. Numbers do not count: layers are numbered."""
+    groups: dict[Any, Named] = {}
     for name, module in modules:
         key = (
             type(module),
             tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters()),
             tuple((n, tuple(b.shape), b.dtype, b.device) for n, b in module.named_buffers()),
+            tuple((n, type(m), _switches(m)) for n, m in module.named_modules()),
         )
         groups.setdefault(key, []).append((name, module))
     return list(groups.values())
+
+
+def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
+    return tuple((name, value) for name, value in vars(module).items() if type(value) in _PLAIN)

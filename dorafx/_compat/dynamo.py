@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 
 _group_numbers = itertools.count()
+# Variants of a block: training or not, with gradients or not, few tokens or many, one length or any, and each adapter.
+_BLOCK_VARIANTS = 32
 
 
 def lookup_backend(name: str) -> Any:
@@ -37,14 +40,50 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     object for all modules of a process, so with more shapes than the limit (8) it would fall back to eager permanently. A code
     object for each group of equal modules gives each group its own cache and limit.
     """
+    return _compiled(_new_call("group"), backend, dynamic)
+
+
+def block_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
+    """As :func:`group_compiler`, for blocks of a model, which read their own number (``layer_idx``) where they fill a cache.
+
+    An integer of a module is a constant for Dynamo, so that each layer would be compiled by itself; here it is a variable. And what the
+    blocks call may be compiled in parts, where a graph breaks: from torch 2.13 on the parts have a cache and a limit of their own, too.
+    """
+    from torch._dynamo.eval_frame import OptimizeContext, _optimize
+
+    known = inspect.signature(_optimize).parameters
+    isolated: dict[str, Any] = {}
+    if "isolate_recompiles" in known:
+        isolated = {"isolate_recompiles": True, "recompile_limit": _BLOCK_VARIANTS}
+    context = torch._dynamo.optimize(backend=KnownBackend(backend), dynamic=dynamic, **isolated)
+    if isinstance(context, OptimizeContext):  # it is not where compilation is switched off
+        callback: Any = context.callback
+        callback.__class__ = _numbers_as_variables(callback.__class__)
+    compiled: Callable[..., Any] = context(_new_call("blocks"))
+    return compiled
+
+
+@functools.cache
+def _numbers_as_variables(kind: Any) -> Any:
+    """The class of Dynamo's callback that compiles a frame, with integers of modules as variables. The setting is process-wide, so it is
+    made while a frame is compiled only."""
+
+    class Callback(kind):  # type: ignore[misc]
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+                return super().__call__(*args, **kwargs)
+
+    return Callback
+
+
+def _new_call(name: str) -> Callable[..., Any]:
+    """A function that calls a module, with a code object of its own."""
 
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    function = types.FunctionType(
-        call.__code__.replace(co_name=f"dorafx_group_{next(_group_numbers)}"), call.__globals__, "dorafx_group"
-    )
-    return _compiled(function, backend, dynamic)
+    code = call.__code__.replace(co_name=f"dorafx_{name}_{next(_group_numbers)}")
+    return types.FunctionType(code, call.__globals__, f"dorafx_{name}")
 
 
 def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:
@@ -87,6 +126,11 @@ def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
         module.__dict__.pop("_compiled_call_impl", None)
     else:
         module._compiled_call_impl = previous
+
+
+def call_as_it_is(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A call of a module, with its hooks, as if it were not compiled."""
+    return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def fresh_compile(model: Callable[..., Any], backend: Any) -> Callable[..., Any]:

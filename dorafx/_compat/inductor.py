@@ -147,6 +147,12 @@ def load_inductor() -> None:
     import torch._inductor.utils  # noqa: F401
 
 
+def inductor_backend(mode: str | None) -> Callable[..., Any]:
+    """Inductor as a Dynamo backend, as ``torch.compile(mode=mode)`` makes it."""
+    backend: Callable[..., Any] = torch._TorchCompileInductorWrapper(mode or "default", None, None)  # type: ignore[no-untyped-call]
+    return backend
+
+
 def mode_options(mode: str) -> dict[str, Any]:
     """Inductor's options that a mode of ``torch.compile`` stands for."""
     return dict(torch._inductor.list_mode_options(mode))

@@ -78,7 +78,8 @@ def add_arguments(bench: argparse.ArgumentParser) -> None:
     bench.add_argument(
         "--scope",
         default="model",
-        help="what dorafx compiles as one graph: model (default), or auto, its adapter layers",
+        help="what is compiled as one graph: model (default), blocks, modules (adapter layers), or auto, as dorafx.optimize chooses "
+        "(generate: always in parts)",
     )
     bench.add_argument("--weights", default="dense", help=f"the suite norm's: {', '.join(WEIGHTS)} (default dense)")
     bench.add_argument(

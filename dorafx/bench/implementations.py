@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import dorafx
-from dorafx._compat.inductor import mode_options
+from dorafx._compat.inductor import inductor_backend, mode_options
+from dorafx.capture.in_place import compile_in_place
+from dorafx.scope import Named, groups_of
 
 from .clock import Clock
 from .models import Size, build, move_off_initial_values
@@ -57,8 +59,8 @@ class Task:
     done: Callable[[Figures], None] = lambda figures: None
 
     def compiled(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """``call``, compiled if this implementation is compiled (by dorafx one adapter layer after the other, depending on
-        ``scope``), and under autocast if the task is."""
+        """``call``, compiled if this implementation is compiled (as one graph, or the parts that ``scope`` names), and under autocast if
+        the task is."""
         return self.under_autocast(self._compiled(call))
 
     def under_autocast(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,16 +107,19 @@ class Task:
         return stepped
 
     def compile_in_place(self, model: torch.nn.Module, dynamic: bool | None = None) -> None:
-        """Compile a model's adapter layers one by one, if this implementation is compiled."""
+        """Compile the parts of a model that ``scope`` names, if this implementation is compiled: with ``"model"`` those that
+        :func:`dorafx.optimize` chooses by itself. Plain LoRA is compiled by the same parts, in the same way."""
         mode = None if self.mode == "default" else self.mode
+        scope = "auto" if self.scope == "model" else self.scope
         if self.name == "dorafx":
-            dorafx.optimize(model, codegen=self.codegen, compose=self.compose, dynamic=dynamic, mode=mode)
+            dorafx.optimize(model, scope=scope, codegen=self.codegen, compose=self.compose, dynamic=dynamic, mode=mode)
         elif self.name in COMPILED:
             from peft.tuners.lora import LoraLayer
 
-            for layer in model.modules():
-                if isinstance(layer, LoraLayer):
-                    layer.compile(backend=COMPILED[self.name], dynamic=dynamic, mode=mode)
+            adapters: Named = [named for named in model.named_modules() if isinstance(named[1], LoraLayer)]
+            backend = inductor_backend(mode)
+            for group in groups_of(model, "blocks" if scope == "auto" else scope, adapters):
+                compile_in_place([layer for _, layer in group.members], backend, dynamic, group.blocks)
 
     def random(self, *shape: int) -> torch.Tensor:
         """Standard normal values in the task's dtype. The worker seeds the generator, so they are equal in every process."""

@@ -11,6 +11,7 @@ import torch
 
 from dorafx.codegen import check_name
 from dorafx.options import COMPOSE
+from dorafx.scope import SCOPES
 
 from . import work
 from .models import Size
@@ -98,8 +99,8 @@ SUITES = {
 _COMPOSED = tuple(name for name in SUITES if name not in ("norm", "pass"))
 _TRAINED_MODELS = ("model", "memory", "compile")
 _SERVED = {
-    # Suites that compile a whole model can also compile it layer by layer.
-    "scope": ("model", "decode", "compile"),
+    # Suites that compile a whole model can also compile it in parts.
+    "scope": ("model", "decode", "compile", "generate"),
     "compose": _COMPOSED,
     "codegen": _COMPOSED,
     "mode": tuple(name for name in SUITES if name != "pass"),
@@ -173,7 +174,7 @@ class Settings:
                 f"--mode is Inductor's, and --codegen {self.codegen} leaves Inductor out; give one of them"
             )
         check_name(self.codegen)
-        _one_of("--scope", self.scope, ("model", "auto"))
+        _one_of("--scope", self.scope, SCOPES)
         defaults = {known.name: known.default for known in fields(self)}
         for name, served in _SERVED.items():
             unsupported = [suite for suite in self.suites if suite not in served]
@@ -242,7 +243,11 @@ def cases_of(suite: str, settings: Settings) -> list[Case]:
         size = Size(hidden=64, layers=HOST_LAYERS, rank=8, tokens=1)
         return [
             Case(suite, f"{HOST_LAYERS} layers, {label}", {"size": asdict(size), "scope": scope})
-            for scope, label in (("model", "one graph"), ("auto", "adapter layer by adapter layer"))
+            for scope, label in (
+                ("model", "one graph"),
+                ("blocks", "block by block"),
+                ("modules", "adapter layer by adapter layer"),
+            )
         ]
     cases = []
     for name, size in _models(suite, settings):

@@ -4,6 +4,7 @@ name of the operator."""
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from torch import fx
 
@@ -36,6 +37,24 @@ def site_of(node: fx.Node) -> str:
     for access, _cls in stack.values():
         path = module_path(str(access))
     return path
+
+
+def frame_path(graph: fx.Graph, modules: Collection[str]) -> str:
+    """Where in a compiled module a graph's frame is: after a graph break Dynamo compiles the forwards of inner modules by themselves, and
+    names what is in them relative to these.
+
+    Args:
+        graph: one graph of the compiled module.
+        modules: the names of all modules in it.
+
+    Returns:
+        The name of the inner module; empty for the compiled module itself, and where several modules have what the graph names.
+    """
+    sites = {site_of(node) for node in graph.nodes} - {""}
+    if sites <= set(modules):
+        return ""
+    paths = [path for path in modules if all(f"{path}.{site}" in modules for site in sites)]
+    return paths[0] if len(paths) == 1 else ""
 
 
 def input_path(node: fx.Node) -> str:

@@ -40,7 +40,8 @@ for part in "${parts[@]}"; do
         compile)
             small=(--hidden 256 --rank 16 --tokens 64 --rounds 1 --seconds 0.1)
             bench compile compile --layers 4 --against lora "${small[@]}"
-            bench compile-scope-auto compile --scope auto --layers 4 16 64 --against none "${small[@]}"
+            bench compile-scope-modules compile --scope modules --layers 4 16 64 --against none "${small[@]}"
+            bench compile-scope-blocks compile --scope blocks --layers 4 16 64 --against none "${small[@]}"
             ;;
         host) bench host host --rounds 4 --seconds 1 ;;
         pass) bench pass pass --rounds 1 ;;

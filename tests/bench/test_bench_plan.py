@@ -120,8 +120,8 @@ def test_shapes_by_hand() -> None:
         (["norm", "--codegen", "eager"], "--codegen eager goes with the suites compose, layer"),
         (["pass", "--mode", "max-autotune"], "--mode max-autotune goes with the suites norm, compose"),
         (
-            ["generate", "--scope", "auto"],
-            "--scope auto goes with the suites model, decode, compile, not with generate",
+            ["norm", "--scope", "auto"],
+            "--scope auto goes with the suites model, decode, compile, generate, not with norm",
         ),
         (["compose", "--compose", "triton_linear"], "which has no products; allowed are auto, triton"),
         (["layer", "--compose", "triton", "--device", "cpu"], "--compose triton needs a CUDA device"),

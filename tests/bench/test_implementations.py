@@ -172,4 +172,4 @@ def test_options_reach_layers_that_are_compiled_in_place(monkeypatch: pytest.Mon
     Task("dorafx", {}, Clock("cpu", 0, least=1), torch.float32, codegen="eager", compose="epilogue").compile_in_place(
         torch.nn.Linear(2, 2)
     )
-    assert given == {"codegen": "eager", "compose": "epilogue", "dynamic": None, "mode": None}
+    assert given == {"scope": "auto", "codegen": "eager", "compose": "epilogue", "dynamic": None, "mode": None}

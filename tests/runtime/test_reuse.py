@@ -176,12 +176,14 @@ def test_accumulation_sees_writes_between_micro_batches() -> None:
     assert counts() == (2 * LAYERS, 2 * LAYERS)
 
 
-@pytest.mark.default_cases("False-auto-2-2")
+@pytest.mark.default_cases("False-modules-2-2", "False-blocks-2-2")
 @pytest.mark.parametrize(
     ("use_reentrant", "scope", "blocks", "steps"),
     [
-        (False, "auto", 2, 2),
-        (True, "auto", 2, 2),
+        (False, "modules", 2, 2),
+        (True, "modules", 2, 2),
+        (False, "blocks", 2, 2),
+        (True, "blocks", 2, 2),
         (False, "model", 1, 1),
         pytest.param(True, "model", 1, 1, marks=pytest.mark.slow),
     ],
@@ -203,7 +205,7 @@ def test_checkpointing_does_not_compute_norms_again(use_reentrant: bool, scope: 
                 p.data.sub_(0.1 * stock.grad)
             ours.grad = stock.grad = None
         computed = 7 * blocks * (step + 1)
-        assert counts() == (computed, computed if scope == "auto" else 0), "seven layers in each block, once a step"
+        assert counts() == (computed, computed if scope == "modules" else 0), "seven layers in each block, once a step"
     assert {r.norm_placement for r in rewrite_log().rewrites} == {"prologue"}
 
 

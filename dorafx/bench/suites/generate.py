@@ -17,9 +17,8 @@ _WARM_UP = 8
 
 
 def measure(task: Task) -> Figures:
-    """Seconds from one new token to the next after a prompt of ``size.tokens``. Compiled implementations are compiled in place, one
-    adapter layer at a time, as by ``dorafx.optimize``: ``generate`` of a PEFT model does not call a whole model that ``torch.compile``
-    returns."""
+    """Seconds from one new token to the next after a prompt of ``size.tokens``. Compiled implementations are compiled in place, as by
+    ``dorafx.optimize``: ``generate`` of a PEFT model does not call a whole model that ``torch.compile`` returns."""
     size = Size(**task.parameters["size"])
     model = build_model(task, size).eval()
     task.compile_in_place(model)
