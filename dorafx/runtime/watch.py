@@ -12,19 +12,24 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+import xxhash
 
 from dorafx._compat.distributed import fully_sharded_process
 from dorafx._compat.tensors import Geometry, is_wrapper, version_of, weak_storage, wrapped
 
 SAMPLES = 8
 """The least number of elements of a tensor that are compared."""
+_WHOLE_BYTES = 2**16
+_WHOLE_SHARE = 128
+"""A tensor is compared whole if it has at most ``_WHOLE_BYTES``, or this part of the bytes of all that a norm is computed from: then it
+is a factor of low rank, and reading it costs a hundredth of the decoding step that reads all of them."""
 
 
 class TensorState:
     """The state of a tensor when a norm was computed from it. Keeps neither the tensor nor its memory alive.
 
     It is checked for every layer before every decoding step, when the previous step has just evicted the CPU's caches. So the check
-    touches few objects, and compares samples in place.
+    touches few objects, and compares in place: a hash of small tensors (64-bit XXH3), samples of large ones.
 
     A version counter says that nothing was written through *this* tensor and its views, so it must be the same tensor: another
     object on the same memory (``nn.Parameter(p.data)``) has a counter of its own, which may have the same value, and it may get the
@@ -37,9 +42,19 @@ class TensorState:
     is anything that can refer to other objects (bitsandbytes' ``quant_state``).
     """
 
-    __slots__ = ("attributes", "pointer", "reference", "samples", "storage", "storage_size", "version")
+    __slots__ = (
+        "attributes",
+        "bytes",
+        "digest",
+        "pointer",
+        "reference",
+        "samples",
+        "storage",
+        "storage_size",
+        "version",
+    )
 
-    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None]) -> None:
+    def __init__(self, tensor: torch.Tensor, on_death: Callable[[Any], None], whole: bool = False) -> None:
         self.attributes: dict[str, Any] | None = None
         self.reference: weakref.ref[torch.Tensor] | None = None
         if any(map(gc.is_tracked, tensor.__dict__.values())):
@@ -50,7 +65,10 @@ class TensorState:
         self.pointer = tensor.data_ptr()
         self.storage = weak_storage(tensor, on_death)
         self.storage_size = tensor.untyped_storage().nbytes()
-        self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in _views(tensor, SAMPLES)]
+        views = _views(tensor, SAMPLES)
+        self.bytes = memory(tensor.data_ptr(), tensor.nbytes) if whole and views and _is_dense(tensor) else b""
+        self.digest = xxhash.xxh3_64_intdigest(self.bytes)
+        self.samples = [] if self.bytes else [(view, _of(bytes(view), tensor.element_size())) for view in views]
 
     def change(self, tensor: torch.Tensor) -> str:
         """What has changed, apart from the geometry; empty if nothing has."""
@@ -62,6 +80,8 @@ class TensorState:
         if self.storage() is not storage or tensor.data_ptr() != self.pointer or storage.nbytes() != self.storage_size:
             return "a parameter's data was replaced"
         # Only now is it safe to read the samples: the memory is known to be still the tensor's.
+        if self.bytes and xxhash.xxh3_64_intdigest(self.bytes) != self.digest:
+            return "a parameter's data was overwritten"
         for view, sample in self.samples:
             if view != sample:
                 return "a parameter's data was overwritten"
@@ -79,7 +99,8 @@ class Watch:
             tensors: tensors that are :func:`watchable`.
             on_death: called when the memory of one of them is gone.
         """
-        self.states = [TensorState(t, on_death) for t in tensors]
+        most = max(_WHOLE_BYTES, sum(t.nbytes for t in tensors) // _WHOLE_SHARE)
+        self.states = [TensorState(t, on_death, t.nbytes <= most) for t in tensors]
         self.geometry = Geometry(tensors)
 
     def change(self, tensors: Sequence[torch.Tensor]) -> str:
@@ -111,6 +132,8 @@ class WatchedTogether:
 
     __slots__ = (
         "_alike",
+        "_bytes",
+        "_digests",
         "_geometry",
         "_pointers",
         "_referenced",
@@ -131,6 +154,9 @@ class WatchedTogether:
         self._versions = [state.version for state in states]
         self._pointers = [state.pointer for state in states]
         self._storages = [id(state.storage()) for state in states]
+        whole = [state for state in states if state.bytes]
+        self._bytes = [state.bytes for state in whole]
+        self._digests = [state.digest for state in whole]
         self._views = [view for state in states for view, _ in state.samples]
         self._samples = [sample for state in states for _, sample in state.samples]
 
@@ -155,7 +181,9 @@ class WatchedTogether:
         if list(map(id, map(torch.Tensor.untyped_storage, tensors))) != self._storages:
             return False
         # Only now is it safe to read the samples: the memory is known to be still the tensors'.
-        return self._views == self._samples and self._geometry.holds(tensors)
+        if list(map(xxhash.xxh3_64_intdigest, self._bytes)) != self._digests or self._views != self._samples:
+            return False
+        return self._geometry.holds(tensors)
 
 
 class _Alone:

@@ -69,6 +69,17 @@ def test_change_between_prefills(change: Callable[[Any], None], record: bool) ->
     assert counts()[0] == computed
 
 
+@pytest.mark.parametrize("change", [*CHANGES, *UNSEEN], ids=lambda f: f.__name__.strip("_"))
+def test_change_between_tokens(change: Callable[[Any], None]) -> None:
+    """A token looks at the parameters that it was given before, and compares small ones whole."""
+    decoder = Decoder()
+    for _ in range(3):
+        decoder.step(one_token())
+    assert counts() == (LAYERS, 2 * LAYERS)
+    change(decoder.model)
+    decoder.step(one_token())
+
+
 def test_a_truncated_rank_and_a_transposed_square() -> None:
     decoder = Decoder()
     decoder.step(prompt())

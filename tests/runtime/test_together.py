@@ -21,6 +21,7 @@ from dorafx.log import NormCounters
 from dorafx.runtime import NormStore, norm_store, streams
 from dorafx.runtime.streams import Streams
 from dorafx.runtime.together import Together
+from dorafx.runtime.watch import Watch
 
 RUNTIME = str(Path(dorafx.__file__).parent / "runtime")
 
@@ -132,6 +133,46 @@ def test_what_ends_in_the_store_ends_here() -> None:
         assert one.taken()
         way(one)
         assert not one.taken(), number
+
+
+LARGE = (640, 512)
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_each_element_of_a_small_factor_is_compared(rows: int, dtype: torch.dtype, transposed: bool) -> None:
+    right = torch.randn(rows, LARGE[1]).to(dtype)
+    if transposed:
+        right = right.t().contiguous().t()
+    one = Kept(torch.randn(LARGE).to(dtype), torch.randn(LARGE[0], rows).to(dtype), right)
+    assert one.taken()
+    for tensor in one.tensors[1:]:
+        for row, column in ((0, 0), (1, 2), (3, 1), (-1, -1), (tensor.shape[0] // 2, tensor.shape[1] // 3)):
+            before = tensor.data[row, column].clone()
+            tensor.data[row, column] += 1
+            assert not one.taken(), (row, column)
+            tensor.data[row, column] = before
+            assert one.taken()
+            tensor.data[row, column] += 1
+            assert one.store.kept("n", one.tensors) is None, (row, column)
+            tensor.data[row, column] = before
+            one = Kept(*one.tensors)
+    # Two of its rows exchanged are another factor.
+    one.tensors[2].data[[0, 1]] = one.tensors[2].data[[1, 0]].clone()
+    assert not one.taken()
+
+
+def test_what_is_compared_whole() -> None:
+    """At most 64 KiB, or a 128th of all that the norm is computed from; so a step reads at most a few hundredths more."""
+
+    def whole(*shapes: tuple[int, ...]) -> list[bool]:
+        tensors = [torch.zeros(shape) for shape in shapes]
+        return [bool(state.bytes) for state in Watch(tensors, print).states]
+
+    assert whole((128, 128), (128, 129), (8, 8)) == [True, False, True]
+    assert whole((2048, 2048), (2048, 16), (16, 2048)) == [False, True, True]
+    assert whole((2048, 2048), (2048, 17), (17, 2048)) == [False, False, False]
 
 
 def test_numbers_and_missing_norms() -> None:

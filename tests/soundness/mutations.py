@@ -119,6 +119,15 @@ FAULTS: dict[str, Fault] = {
         "return (tensor.shape, tensor.dtype), xxhash",
         ("runtime", FUZZ),
     ),
+    "factors are sampled while decoding": Fault(
+        "runtime/watch.py", "if whole and views and _is_dense(tensor) else", "if False else", ("runtime",)
+    ),
+    "factors are compared one by one, but not together": Fault(
+        "runtime/watch.py",
+        "if list(map(xxhash.xxh3_64_intdigest, self._bytes)) != self._digests or self._views",
+        "if self._views",
+        ("runtime",),
+    ),
     "strides change": Fault(
         "rewriter/memory.py",
         "    if _is_empty(expected) or _strides_of(expected) == _strides_of(actual):",
