@@ -147,6 +147,7 @@ def test_a_model_without_blocks_is_an_error() -> None:
 # -- the same results -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("False-eager", "True-inductor")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("train", [False, True])
 def test_same_result_and_one_graph_for_all_layers(train: bool, codegen: str) -> None:
@@ -171,6 +172,7 @@ def test_same_result_and_one_graph_for_all_layers(train: bool, codegen: str) -> 
     assert counts[1] <= 2
 
 
+@pytest.mark.default_cases("True-eager", "False-inductor")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing(reentrant: bool, codegen: str) -> None:
@@ -205,6 +207,33 @@ def test_adapters_of_a_block_without_a_graph_are_compiled_by_themselves() -> Non
     assert set(rewritten_sites()) == set(dora_sites(model))
 
 
+def test_a_diffusion_transformer() -> None:
+    """Two kinds of blocks, which its class names."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=[4, 4, 8],
+    )  # fmt: skip
+    model.add_adapter(LoraConfig(r=4, use_dora=True, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    randomise(model).eval()
+    assert [len(members) for members in module_groups(repeated_blocks(model))] == [2, 3]
+    inputs = {
+        "hidden_states": torch.randn(1, 8, 4),
+        "encoder_hidden_states": torch.randn(1, 6, 32),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.tensor([1.0]),
+        "img_ids": torch.zeros(8, 3),
+        "txt_ids": torch.zeros(6, 3),
+    }
+    expected = run(model, lambda: model(**inputs).sample)
+    _optimize(model)
+    assert_same_run(run(model, lambda: model(**inputs).sample), expected)
+    assert set(rewritten_sites()) == set(dora_sites(model))
+    # Each kind without gradients of its input, as the first of them has it, and with.
+    assert graphs_in_log() <= 4
+
+
 # -- caches of keys and values ----------------------------------------------------------------------------------------
 
 SETTINGS: dict[str, Any] = {
@@ -223,6 +252,7 @@ def _compare_generations(actual: Any, expected: Any) -> None:
         assert_close(ours, stock, 1e-4)
 
 
+@pytest.mark.default_cases("static-eager", "dynamic-inductor")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate_with_more_layers_than_dynamo_recompiles(cache: str, codegen: str) -> None:
@@ -243,6 +273,7 @@ def test_generate_with_more_layers_than_dynamo_recompiles(cache: str, codegen: s
     assert graphs_in_log() == before
 
 
+@pytest.mark.default_cases("eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 def test_the_callers_cache_is_filled_and_returned(codegen: str) -> None:
     model = peft_model(layers=3)
@@ -313,6 +344,7 @@ def test_a_cache_of_caches() -> None:
 # -- what users do with a model ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.default_cases("eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 def test_hidden_states_and_attentions(codegen: str) -> None:
     model = peft_model(layers=3)
@@ -357,6 +389,7 @@ def _second_adapter(model: Any) -> None:
     model.set_adapter("second")
 
 
+@pytest.mark.default_cases("adapter-eager", "disabled-eager", "bf16-eager", "fewer layers-eager", "merged-eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize(
     "change",
