@@ -25,8 +25,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # 256 KiB to 4 MiB with examples/benchmarks/norm.py). On accelerators few launches matter more.
 _CPU_BLOCK_BYTES = 4 << 20
 _DEVICE_BLOCK_BYTES = 16 << 20
-# A buffer is at most a ninth of the weight's size: below one eighth.
-_SHARE = 9
+# Every buffer is smaller than the weight divided by this.
+_SHARE = 8
+# MKL takes longer for a product over fewer columns than for one over so many.
+_FEWEST = 16
 # What the operator of one weight and that of a batch are called, what they take, the axis in front, and how many there are.
 _SINGLE = ("row_norm", "matrices", "", 2)
 _BATCHED = ("row_norm_batched", "batches of matrices", "batch, ", 3)
@@ -120,13 +122,15 @@ def _limits(weight: torch.Tensor, dtype: torch.dtype, shrink: int) -> tuple[int,
     """How many elements of ``dtype`` are one eighth of the weight's size, and how many stay in the cache."""
     size = 8 if dtype == torch.float64 else 4
     block = _CPU_BLOCK_BYTES if weight.device.type == "cpu" else _DEVICE_BLOCK_BYTES
-    return weight.numel() * weight.element_size() // (_SHARE * size * shrink), block // (size * shrink)
+    below = max(0, weight.numel() * weight.element_size() - 1)
+    return below // (_SHARE * size * shrink), block // (size * shrink)
 
 
 def _block(
     weight: torch.Tensor, rank: int, dtype: torch.dtype, casts_right: bool, beside: int = 0, shrink: int = 1
 ) -> tuple[int, int]:
-    """Rows and columns of a block that fits into the cache and keeps every buffer below one eighth of the weight's size.
+    """Rows and columns of a block that fits into the cache and keeps every buffer below one eighth of the weight's size; blocks are of
+    about equal height.
 
     ``beside``: columns of another buffer with as many rows (the product with a factor, or rows of a factor that is cast).
     ``shrink``: by how much the buffers are to be smaller than usual."""
@@ -135,7 +139,7 @@ def _block(
     # If a weight has few rows, even one row is a large share of it.
     columns = max(1, min(d_in, limit // rank if casts_right and rank else limit))
     rows = max(1, min(d_out, min(limit, max(target, columns)) // max(columns, beside)))
-    return rows, columns
+    return (-(-d_out // -(-d_out // rows)) if d_out else rows), columns
 
 
 def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float, shrink: int = 1) -> torch.Tensor:
@@ -149,25 +153,28 @@ def tiled(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: 
     norms = torch.empty(d_out, dtype=dtype, device=weight.device)
     if d_in == 0 or d_out == 0:
         return norms.zero_()
+    few = 0 < rank < _FEWEST and weight.device.type == "cpu" and dtype == torch.float32
+    if few and _FEWEST * max(d_out, columns) <= buffer_limit(weight, dtype, shrink):
+        left, rank = torch.nn.functional.pad(left.to(dtype), (0, _FEWEST - rank)), _FEWEST
     buffer = torch.empty(rows, columns, dtype=dtype, device=weight.device)
     single = columns >= d_in
     for start in range(0, d_in, columns):
-        width = min(columns, d_in - start)
-        part = right[:, start : start + width].to(dtype) if rank else None
+        part = right[:, start : start + columns].to(dtype)
+        if len(part) < rank:
+            part = torch.nn.functional.pad(part, (0, 0, 0, rank - len(part)))
         for first in range(0, d_out, rows):
-            height = min(rows, d_out - first)
-            block = buffer[:height, :width]
-            block.copy_(weight[first : first + height, start : start + width])
-            if part is not None:
-                block.addmm_(left[first : first + height].to(dtype), part, alpha=scale)
-            target = norms[first : first + height]
+            some = slice(first, first + rows)
+            block, side, target = weight[some, start : start + columns], left[some], norms[some]
+            formed = buffer[: block.shape[0], : block.shape[1]].copy_(block)
+            if rank:
+                formed.addmm_(side.to(dtype), part, alpha=scale)
             if single:
-                torch.linalg.vector_norm(block, dim=1, out=target)
+                torch.linalg.vector_norm(formed, dim=1, out=target)
             elif start == 0:
-                target.copy_(torch.linalg.vector_norm(block, dim=1))
+                target.copy_(torch.linalg.vector_norm(formed, dim=1))
             else:
                 # hypot of the chunks' norms: squares of large entries do not overflow.
-                torch.hypot(target, torch.linalg.vector_norm(block, dim=1), out=target)
+                torch.hypot(target, torch.linalg.vector_norm(formed, dim=1), out=target)
     return norms
 
 
