@@ -12,6 +12,7 @@ from torch import fx
 from dorafx._compat.dynamo import lookup_backend
 from dorafx._compat.inductor import compile_with_inductor, has_cpp_compiler
 from dorafx.errors import DorafxWarning
+from dorafx.graphs.writes import written_nodes
 from dorafx.ops.register import DECOMPOSITIONS
 from dorafx.options import Options
 
@@ -64,8 +65,9 @@ def compile_graph(
         # the same one is AOTAutograd's task.
         name = "aot_eager"
     if name == "inductor":
+        writes_inputs = any(node.op in ("placeholder", "get_attr") for node in written_nodes(gm.graph))
         compiled: Callable[..., Any] = compile_with_inductor(
-            gm, example_inputs, mode, inductor_options, DECOMPOSITIONS, backward_failed
+            gm, example_inputs, mode, inductor_options, DECOMPOSITIONS, backward_failed, writes_inputs
         )
     else:
         compiled = lookup_backend(name)(gm, list(example_inputs))

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.utils.checkpoint import CheckpointPolicy
 
 
 def differentiates_by_itself(tensor: torch.Tensor) -> bool:
@@ -47,15 +45,3 @@ def below_autocast() -> Any:
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is active (``torch.autograd.forward_ad.dual_level``, ``torch.func.jvp``)."""
     return int(torch.autograd.forward_ad._current_level) >= 0
-
-
-def save_for_backward(tensor: torch.Tensor) -> None:
-    """While a joint graph of forward and backward is traced: make its partitioner save this tensor instead of what it is computed
-    from. No effect outside of tracing, nor in a checkpointed region, which has its own policy for every node."""
-    mode = get_proxy_mode()
-    if mode is None:
-        return
-    inner = torch._from_functional_tensor(tensor.elem) if hasattr(tensor, "elem") else tensor
-    slot = get_proxy_slot(inner, mode.tracer, None)
-    if slot is not None:
-        slot.proxy.node.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)

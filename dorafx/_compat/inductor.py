@@ -13,6 +13,7 @@ from torch import fx
 from torch.fx.graph import _BoxedCodeGen
 
 from .dynamo import restarts_tracing
+from .partitioner import recompute_from_read
 
 
 def compile_with_inductor(
@@ -22,6 +23,7 @@ def compile_with_inductor(
     options: dict[str, Any],
     decompositions: Mapping[Any, Any],
     backward_failed: Callable[[Exception], None] | None = None,
+    writes_inputs: bool = True,
 ) -> Any:
     """Compile a graph as ``torch.compile(backend="inductor")`` does, with dorafx's digest in the cache keys: the caches do not notice
     that an operator's backward or decomposition changed (pytorch issue 144344).
@@ -30,6 +32,7 @@ def compile_with_inductor(
         gm, example_inputs, mode, options: as Inductor takes them.
         decompositions: of dorafx's operators.
         backward_failed: what to call if Inductor fails on a backward, which then runs operator by operator; without it the error is raised.
+        writes_inputs: whether the graph may write to its inputs; then the partitioner alone decides what the backward computes again.
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -37,8 +40,11 @@ def compile_with_inductor(
     wrapper = torch._TorchCompileInductorWrapper(mode, options, None)  # type: ignore[no-untyped-call]
     # The tag covers what is compiled now, which is the forward. A backward is compiled at its first call with only Inductor's
     # options, so one of them must hold the digest too.
-    option = "post_grad_custom_pre_pass"
-    wrapper.config[option] = _keyed_pass(wrapper.config.get(option) or getattr(torch._inductor.config, option))
+    passes: dict[str, Callable[[fx.Graph], None]] = {"post_grad_custom_pre_pass": split_scaled_sums}
+    if not writes_inputs:
+        passes["joint_custom_post_pass"] = recompute_from_read
+    for option, own in passes.items():
+        wrapper.config[option] = _keyed_pass(own, wrapper.config.get(option) or getattr(torch._inductor.config, option))
     with torch.compiler.config.patch(cache_key_tag=f"{torch.compiler.config.cache_key_tag}dorafx-{source_hash()}"):  # type: ignore[attr-defined]
         inner = compile_fx_inner if backward_failed is None else with_way_back(compile_fx_inner, backward_failed)
         return compile_fx(gm, example_inputs, inner_compile=inner, config_patches=wrapper.config)
@@ -85,8 +91,8 @@ def _run_by_operators(gm: fx.GraphModule) -> Callable[[list[Any]], Any]:
     return run
 
 
-def _keyed_pass(inner: Any) -> Any:
-    """A graph pass that splits scaled sums, runs ``inner`` (if not None), and adds dorafx's digest to the cache keys."""
+def _keyed_pass(own: Callable[[fx.Graph], None], inner: Any) -> Any:
+    """A graph pass that runs dorafx's ``own`` and ``inner`` (if not None), and adds dorafx's digest to the cache keys."""
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
     if inner is not None and not isinstance(inner, CustomGraphPass):
@@ -94,7 +100,7 @@ def _keyed_pass(inner: Any) -> Any:
 
     class KeyedPass(CustomGraphPass):
         def __call__(self, graph: Any) -> None:
-            split_scaled_sums(graph)
+            own(graph)
             if inner is not None:
                 inner(graph)
 

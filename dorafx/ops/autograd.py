@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from dorafx._compat.autograd import below_autograd, forward_mode, save_for_backward
+from dorafx._compat.autograd import below_autograd, forward_mode
+from dorafx._compat.partitioner import is_traced, mark_read, save_for_backward
 
 from . import composition, dispatch, layout, linear
 
@@ -127,15 +128,22 @@ class Compose(torch.autograd.Function):
         fused: bool,
     ) -> torch.Tensor:
         kept = composition.kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
-        forward = torch.ops.dorafx.compose_forward.default if fused else composition.forward_math
-        y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
+        total: torch.Tensor | None
+        unscale: torch.Tensor | None = None
+        if not fused and is_traced() and composition.keeps_scaled(result, bias, out_dtype, kept):
+            y, total, unscale = composition.scaled_forward_math(base, lora, g, scale, out_dtype)
+        else:
+            forward = torch.ops.dorafx.compose_forward.default if fused else composition.forward_math
+            y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
         y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
             # Marked as saved, since saving both products instead looks cheap to the partitioner: they exist anyway.
             save_for_backward(total)
         else:
             total = base if ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(g, total)
+            if total is not None:
+                mark_read(total)
+        ctx.save_for_backward(g, total, unscale)
         ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
         ctx.bias_shape = () if bias is None else tuple(bias.shape)
@@ -144,14 +152,15 @@ class Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_second_derivative("compose_delta" if ctx.delta else "compose")
-        g, total = ctx.saved_tensors
+        g, total, unscale = ctx.saved_tensors
         needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
         d_result = grad.to(ctx.dtypes[0]) if needs_result else None
         needs = (needs_base, needs_lora, needs_bias)
         base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
+        kept = () if unscale is None else (unscale,)
         gradients = backward(
-            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape, *kept
         )
         needed = (needs_base, needs_lora, needs_g, needs_bias)
         return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)

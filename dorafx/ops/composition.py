@@ -192,6 +192,39 @@ def forward_math(
     return y if into is None else into.copy_(y), total
 
 
+_EXACT_SCALES = 2.0**-10, 2.0**10
+"""Between these a product with g neither leaves bf16's range nor loses digits in it, for sums from ``2**-116`` to ``2**117``."""
+
+
+def keeps_scaled(
+    result: torch.Tensor | None, bias: torch.Tensor | None, out_dtype: torch.dtype, kept: torch.dtype | None
+) -> bool:
+    """Whether :func:`scaled_forward_math` serves a composition: the sum would be kept in bf16, and be rounded before the output could be
+    computed from it again. In fp16 the output may overflow where the sum does not; a bias would cancel."""
+    return result is None and bias is None and kept == out_dtype == torch.bfloat16
+
+
+def scaled_forward_math(
+    base: torch.Tensor, lora: torch.Tensor, g: torch.Tensor, scale: float, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A composition that keeps ``y = g ⊙ z`` in place of the sum ``z = base + s·lora``, from which a backward can have both: ``y`` to the
+    bit, and ``z = y / g`` as exactly as ``z`` rounded to bf16, as rounding is relative. Where ``g`` is not well between zero and
+    infinity it keeps ``z`` itself, and ``y`` is that, scaled: 0 where ``g`` is 0, and NaN where it is.
+
+    Returns:
+        The value; what to keep (in ``out_dtype``), ``f ⊙ z``; and by what to multiply the sum of the products with it for the gradient
+        of g, ``1 / f``, like g in fp32.
+    """
+    wide = _wide(out_dtype, base, lora)
+    size = g.to(wide).abs()
+    exact = (size >= _EXACT_SCALES[0]) & (size <= _EXACT_SCALES[1])  # of each row of the weight; False for NaN
+    scaled = torch.where(exact, g.to(wide), 1.0)
+    kept = (_sum(base, lora, scale, wide) * scaled).to(out_dtype)
+    # Promoted by the factor, not cast: see :func:`backward_math`.
+    y = (kept * torch.where(exact, 1.0, g.to(wide))).to(out_dtype)
+    return y, kept, 1.0 / scaled
+
+
 def _sum_to(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """The gradient of an operand of this shape: summed over the dimensions along which it was broadcast."""
     # Without ``flatten``: vmap (``is_grads_batched``) has no rule for it.
@@ -213,9 +246,10 @@ def backward_math(
     needs_g: bool,
     bias_dtype: torch.dtype | None,
     bias_shape: Sequence[int],
+    unscale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of base, lora, g and bias; None where the dtype is None. Those of base and lora have the shape of ``grad`` even if
-    the operand was broadcast."""
+    the operand was broadcast. ``unscale``: the last result of :func:`scaled_forward_math`, if ``total`` is what that keeps."""
     wide = _wide(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
@@ -230,7 +264,8 @@ def backward_math(
         assert total is not None
         # The product promotes ``total``, without rounding. A cast here instead would undo, for Inductor of torch 2.11, the forward's
         # cast of the sum, which is marked as saved; it would then save both products.
-        d_g = _sum_to(dy * total, g.shape).to(g.dtype)
+        d_g = _sum_to(dy * total, g.shape)
+        d_g = (d_g if unscale is None else d_g * unscale).to(g.dtype)
     if bias_dtype is not None:
         d_bias = layout.owned(_sum_to(dy, bias_shape).to(bias_dtype), grad)
     return d_base, d_lora, d_g, d_bias

@@ -199,3 +199,16 @@ def test_model(codegen: str, trained: bool) -> None:
     found, allowed = model_bytes(trained, codegen)
     assert found["dorafx"] <= found["lora"] + allowed, found
     assert found["dorafx"] < found["stock"], found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_no_more_than_lora_where_the_graph_holds_what_follows(dtype: torch.dtype) -> None:
+    """The sums for the gradients of the magnitudes are saved in place of what the backward computes from them, not besides."""
+    ids, found = tokens(2, 24), {}
+    for name, backend in (("lora", "inductor"), ("dorafx", "dorafx")):
+        plain = name == "lora"
+        model = get_peft_model(base_model("llama", 2), lora_config(use_dora=False)) if plain else peft_model(layers=2)
+        model = model.to(dtype).train()
+        call = compiled(model, backend, "inductor")
+        found[name] = saved(model, lambda call=call: call(input_ids=ids, labels=ids).loss)
+    assert found["dorafx"] <= 1.02 * found["lora"], found
