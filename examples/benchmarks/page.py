@@ -135,6 +135,12 @@ def of_the_host(files: Files, scope: str, most: float) -> Verdict:
     return Verdict(f"{max(found):.2f}x", max(found) <= most) if found else UNMEASURED
 
 
+def of_memory(files: Files, metric: str, most: float) -> Verdict:
+    """Bytes of a model's training step over plain LoRA's."""
+    found = [r for case, r in ratios(files, "memory", metric, "lora").items() if case.startswith("hidden ")]
+    return Verdict(f"{max(found):.2f}x", max(found) <= most) if found else UNMEASURED
+
+
 def default_scope(files: Files, most: float) -> Verdict:
     """The same in the scope that ``optimize`` chooses, over the fastest scope."""
     found = {
@@ -196,6 +202,11 @@ CPU: dict[str, tuple[str, Callable[[Files], Verdict]]] = {
         lambda f: ratio(f, "decode", "one token", "lora", 1.05),
     ),
     "the same, faster than stock PEFT": ("at least 10x", lambda f: ratio(f, "decode", "one token", "peft", 0, 10)),
+    "bytes saved for the backward, two layers as one graph, against plain LoRA": (
+        "at most 1.12x",
+        lambda f: of_memory(f, "saved", 1.12),
+    ),
+    "peak of the same step": ("at most 1.05x", lambda f: of_memory(f, "peak", 1.05)),
     "largest single allocation made for a norm": ("less than 1/8 of the weight", largest_allocation),
     "extra FLOPs over LoRA where norms are computed; where reused": (
         "2·d_out·d_in·r a module; none",
