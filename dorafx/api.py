@@ -69,8 +69,8 @@ def optimize(
             graph for ``generate``'s changing cache. ``"modules"`` compiles each adapter layer by itself: less to compile, and nothing
             else of the model is touched, but each layer is a call. ``"model"`` compiles the whole forward as one graph: the least cost
             for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
-            checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks,
-            ``"modules"`` where they are elsewhere, else ``"model"``.
+            checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
+            most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
         codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
             (``dorafx.options.Options``) describes them.
         dynamic: as for ``torch.compile``.

@@ -14,6 +14,8 @@ Named = list[tuple[str, torch.nn.Module]]
 """Modules and their names."""
 
 _LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
+# With more kinds of blocks the time of compilation would grow with depth: each with a rank, or a probability to be dropped, of its own.
+_MOST_KINDS = 8
 _PLAIN = (bool, float, str, bytes, type(None), torch.dtype)
 
 
@@ -28,8 +30,8 @@ def adapted_modules(model: torch.nn.Module) -> Named:
 
 
 def resolve_scope(model: torch.nn.Module, scope: str) -> str:
-    """``auto`` is ``blocks`` where the model has adapter layers inside of repeated blocks, ``modules`` where it has others, else
-    ``model``.
+    """``auto`` is ``blocks`` where the model has adapter layers inside of repeated blocks of at most eight kinds, ``modules`` where it
+    has others, else ``model``.
 
     Raises:
         ValueError: an unknown scope; ``modules`` or ``blocks`` for a model without such layers; ``blocks`` for one without
@@ -45,10 +47,13 @@ def resolve_scope(model: torch.nn.Module, scope: str) -> str:
         raise ValueError(
             f'scope="{scope}" needs adapter layers with a lora_magnitude_vector, and the model has none; use scope="model"'
         )
-    if scope == "modules" or repeated_blocks(model):
-        return "modules" if scope == "modules" else "blocks"
+    if scope == "modules":
+        return scope
+    blocks = repeated_blocks(model)
     if scope == "auto":
-        return "modules"
+        return "blocks" if blocks and len(module_groups(blocks)) <= _MOST_KINDS else "modules"
+    if blocks:
+        return scope
     raise ValueError(
         'scope="blocks" needs adapter layers inside of repeated blocks (modules of one class in a ModuleList or Sequential, or '
         'of a class that the model names in _repeated_blocks or _no_split_modules), and the model has none; use scope="modules"'

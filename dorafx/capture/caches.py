@@ -7,6 +7,7 @@ leaves the graph for the cache: it is given a stand-in, whose methods Dynamo cal
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -27,8 +28,14 @@ def with_caches_outside(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = _cache_class()
-        if kind is None or not (
-            any(isinstance(value, kind) for value in kwargs.values()) or any(isinstance(value, kind) for value in args)
+        # Where somebody compiles more than the block, the cache is theirs to trace.
+        if (
+            kind is None
+            or torch.compiler.is_compiling()
+            or not (
+                any(isinstance(value, kind) for value in kwargs.values())
+                or any(isinstance(value, kind) for value in args)
+            )
         ):
             return compiled(module, *args, **kwargs)
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, kind)]
@@ -76,7 +83,9 @@ def _methods_outside(kind: type) -> type:
     methods = {
         name: torch.compiler.disable(method)  # type: ignore[no-untyped-call]
         for name in dir(kind)
-        if not name.startswith("__") and isinstance(method := getattr(kind, name), types.FunctionType)
+        if not name.startswith("__")
+        # Not static methods, which would become methods of the instance.
+        and isinstance(method := inspect.getattr_static(kind, name), types.FunctionType)
     }
     return type(kind.__name__, (kind,), {**methods, "__module__": kind.__module__, "__qualname__": kind.__qualname__})
 

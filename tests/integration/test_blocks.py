@@ -32,7 +32,7 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 
 import dorafx
 from dorafx import rewrite_log
-from dorafx.scope import module_groups, repeated_blocks
+from dorafx.scope import module_groups, repeated_blocks, resolve_scope
 
 CODEGENS = ["eager", "inductor"]
 
@@ -133,6 +133,15 @@ def test_blocks_are_grouped_by_what_a_graph_depends_on() -> None:
     model = peft_model(layers=4)
     model.base_model.model.model.layers[2].self_attn.is_causal = False
     assert groups(model) == [3, 1]
+
+
+def test_what_auto_is() -> None:
+    assert resolve_scope(peft_model(layers=2), "auto") == "blocks"
+    assert resolve_scope(peft_perceptron(), "auto") == "modules"
+    assert resolve_scope(nn.Linear(3, 3), "auto") == "model"
+    for kinds, scope in ((8, "blocks"), (9, "modules")):
+        widths = tuple(8 * (k + 1) for k in range(kinds))
+        assert resolve_scope(_adapted(Stages(widths, depth=2), ["up"]), "auto") == scope
 
 
 def test_a_model_without_blocks_is_an_error() -> None:
@@ -303,6 +312,42 @@ def test_training_with_a_cache() -> None:
     _optimize(model)
     assert_same_run(run(model, forward), expected)
     assert set(rewritten_sites()) == set(dora_sites(model))
+
+
+class Named(DynamicCache):
+    """A cache of the user's own, with a static method and an attribute that it counts in."""
+
+    calls = 0
+
+    @staticmethod
+    def named(number: int) -> str:
+        return f"layer {number}"
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        assert self.named(3) == "layer 3"
+        return super().update(*args, **kwargs)
+
+
+def test_a_cache_of_a_class_of_the_users_own() -> None:
+    model = peft_model(layers=3)
+    expected = call(model, model)
+    _optimize(model)
+    cache = Named(config=model.config)
+    with torch.no_grad():
+        assert_close(model(input_ids=tokens(), past_key_values=cache).logits, expected, 1e-5)
+    assert cache.calls == 3
+    assert cache.get_seq_length() == tokens().shape[1]
+
+
+def test_a_compilation_of_the_whole_model_traces_its_blocks() -> None:
+    """The user's own ``torch.compile`` of an optimized model, also where a hook makes it trace the blocks' compiled calls."""
+    model = peft_model(layers=2)
+    model.base_model.model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+    expected = call(model, model)
+    _optimize(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert_close(call(compiled, model), expected, 1e-5)
 
 
 class Returning(nn.Module):
