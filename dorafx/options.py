@@ -27,9 +27,9 @@ class Options:
             same by a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is).
             ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU, fp64)
             is computed as by ``"epilogue"``, and the log says why. ``"auto"`` chooses.
-        norm_reuse: when a kept norm is used again. ``"auto"``: on a CPU wherever the bytes are the same that it was computed from; on
-            any device in forwards of few tokens (decoding) that record no gradients, as long as its tensors do not change. ``"step"``:
-            also in training on a GPU, until the optimizer steps (gradient accumulation). ``"never"``: it is computed at every forward.
+        norm_reuse: when a kept norm is used again. ``"auto"``: where the bytes are the same that it was computed from, if comparing
+            them costs less than the norm (:mod:`dorafx.runtime`). ``"never"``: it is computed at every forward. ``"step"`` is another
+            name of ``"auto"``.
         verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
             random data, forward and backward, compare all that a caller can see, and leave alone what differs.
         strict: raise where something is not rewritten or dorafx fails, instead of falling back.

@@ -159,6 +159,7 @@ def row_norm_source(
     layout: str = "rows",
     left: str = "",
     aligned: bool = True,
+    guarded: bool = False,
 ) -> ASTSource:
     """The dense kernel as the launcher specialises it.
 
@@ -167,6 +168,7 @@ def row_norm_source(
         layout: a name in :data:`LAYOUTS`.
         left: the left factor's dtype, if it differs from the right one's.
         aligned: whether addresses are multiples of 16.
+        guarded: whether flags say which norms are computed.
     """
     constants = {
         **dict.fromkeys(LAYOUTS[layout], 1),  # the launcher specialises strides of one
@@ -176,8 +178,10 @@ def row_norm_source(
         "RIGHT": DTYPES[factor],
         "ALIGNED": aligned,
         **block_constants(config, rank, DTYPES[operand or factor]),
+        **({} if guarded else {"changed": None}),
     }
-    types: dict[str, Any] = {"addresses": ("i64",) * (3 * GROUP), "out": "*fp32"}
+    flags = {"changed": "*i32"} if guarded else {}
+    types: dict[str, Any] = {**flags, "addresses": ("i64",) * (3 * GROUP), "out": "*fp32"}
     divisible = {(0, i) for i in range(3 * GROUP)} if aligned else set()
     return _source(row_norm_kernel, types, constants, divisible | {(1,)})
 

@@ -13,6 +13,7 @@ class NormCounters:
     Attributes:
         computed: norms computed.
         reused: norms taken from the store instead.
+        compared: norms left to a device, which compares the contents and computes those that changed. The host does not learn which.
         invalidated: norms that were removed from the store, by reason.
     """
 
@@ -22,22 +23,24 @@ class NormCounters:
 
     def clear(self) -> None:
         with self._lock:
-            self.computed = self.reused = 0
+            self.computed = self.reused = self.compared = 0
             self.invalidated: Counter[str] = Counter()
 
-    def count(self, computed: int = 0, reused: int = 0) -> None:
+    def count(self, computed: int = 0, reused: int = 0, compared: int = 0) -> None:
         with self._lock:
             self.computed += computed
             self.reused += reused
+            self.compared += compared
 
     def count_invalidated(self, reason: str, number: int = 1) -> None:
         with self._lock:
             self.invalidated[reason] += number
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"computed": int, "reused": int, "invalidated": {reason: int}}``."""
+        """``{"computed": int, "reused": int, "compared": int, "invalidated": {reason: int}}``."""
         with self._lock:
-            return {"computed": self.computed, "reused": self.reused, "invalidated": dict(self.invalidated)}
+            counts = {"computed": self.computed, "reused": self.reused, "compared": self.compared}
+            return {**counts, "invalidated": dict(self.invalidated)}
 
     @staticmethod
     def from_dict(values: Any) -> NormCounters:
@@ -49,11 +52,11 @@ class NormCounters:
         counters = NormCounters()
         reasons = values.get("invalidated", {}) if isinstance(values, dict) else None
         if not isinstance(reasons, dict):
-            raise ValueError("dorafx log: 'norms' must be an object with computed, reused and invalidated")
-        numbers = [values.get("computed", 0), values.get("reused", 0), *reasons.values()]
+            raise ValueError("dorafx log: 'norms' must be an object with computed, reused, compared and invalidated")
+        numbers = [*(values.get(name, 0) for name in ("computed", "reused", "compared")), *reasons.values()]
         if any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError("dorafx log: the counts in 'norms' must be whole numbers from 0")
-        counters.count(numbers[0], numbers[1])
+        counters.count(*numbers[:3])
         for reason, number in reasons.items():
             counters.count_invalidated(str(reason), number)
         return counters
@@ -61,5 +64,7 @@ class NormCounters:
     def __str__(self) -> str:
         counts = self.to_dict()
         text = f"norms: {counts['computed']} computed, {counts['reused']} reused"
+        if counts["compared"]:
+            text += f", {counts['compared']} left to the device, which computes them if they changed"
         reasons = ", ".join(f"{n} because {why}" for why, n in sorted(counts["invalidated"].items()))
         return f"{text}; kept ones thrown away: {reasons}" if reasons else text

@@ -90,7 +90,7 @@ def renderable(log: LogContent) -> RenderableType:
     if log.dropped:
         summary.append(f"; {log.dropped} oldest records dropped")
     parts.append(summary)
-    if log.norms.computed or log.norms.reused:
+    if log.norms.computed or log.norms.reused or log.norms.compared:
         parts.append(Text(printable(str(log.norms))))
     return Group(*parts)
 

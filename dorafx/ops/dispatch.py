@@ -12,7 +12,7 @@ import torch
 from dorafx._compat.autograd import below_autocast
 from dorafx.ops import batched, composition, layout, linear, norm, quantized
 
-_DEVICES = ("cuda",)
+_DEVICES: tuple[str, ...] = ("cuda",)
 _HALF_TO_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -25,6 +25,11 @@ def being_captured() -> bool:
 def available() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+def serves(device: torch.device) -> bool:
+    """Whether there are kernels for a device."""
+    return device.type in _DEVICES and available()
 
 
 def takes(*tensors: torch.Tensor) -> bool:
@@ -91,6 +96,31 @@ def _launched(
         return [launch_group([operands], scale, 1, operand=factor_dtype)[0] for operands in group]
 
     return norm.with_less_memory(compute)
+
+
+def row_norms_where(
+    changed: torch.Tensor,
+    out: torch.Tensor,
+    group: Sequence[tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    scale: float,
+    factor_dtype: torch.dtype | None,
+) -> list[torch.Tensor]:
+    """The norms of one :func:`group_key` by the kernels, computed where a flag on the device says so.
+
+    Args:
+        changed: an int32 for each norm; those where it is zero are left as they are.
+        out: the norms of before one after another, fp32, which is overwritten.
+        group: weight, left and right of each, which the kernels take (:func:`takes`).
+
+    Returns:
+        Views of ``out``.
+    """
+    from dorafx.ops.triton.row_norm import Guard, launch_group
+
+    guard = Guard(changed, out)
+    return norm.with_less_memory(
+        lambda shrink: launch_group(group, scale, None if shrink == 1 else 1, operand=factor_dtype, guard=guard)
+    )
 
 
 def row_norm_batched(

@@ -94,11 +94,13 @@ class NormsByContent:
         return len(self._norms)
 
 
-def _content(tensor: torch.Tensor) -> Content | None:
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or not owns_its_memory(type(tensor)):
+def span_of(tensor: torch.Tensor) -> tuple[int, int] | None:
+    """The address and the number of the bytes that hold a tensor's elements, with those in between; None if its data is anywhere but in
+    its own memory, or much of what is in between is not its own."""
+    if tensor.layout != torch.strided or not owns_its_memory(type(tensor)):
         return None
     if not tensor.numel():
-        return geometry(tensor), b""
+        return 0, 0
     size = tensor.element_size()
     span = 1 + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride()))
     try:
@@ -108,4 +110,9 @@ def _content(tensor: torch.Tensor) -> Content | None:
     # Wrappers for several processes free a parameter's memory by resizing its storage.
     if span > _GAPS * tensor.numel() or span * size > there:
         return None
-    return geometry(tensor), xxhash.xxh3_128_digest(memory(tensor.data_ptr(), span * size))
+    return tensor.data_ptr(), span * size
+
+
+def _content(tensor: torch.Tensor) -> Content | None:
+    span = span_of(tensor) if tensor.device.type == "cpu" else None
+    return None if span is None else (geometry(tensor), xxhash.xxh3_128_digest(memory(*span)))

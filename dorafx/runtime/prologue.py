@@ -11,13 +11,16 @@ from torch import fx
 
 from dorafx._compat.autograd import below_autocast, forward_mode, in_backward, saved_tensors_are_packed
 from dorafx._compat.distributed import placements
+from dorafx._compat.tensors import fake_mode_of
+from dorafx.ops import dispatch
 from dorafx.ops.autograd import refuse_forward_mode
 from dorafx.ops.dispatch import being_captured
 from dorafx.ops.norm import compute_dtype, row_squares
 from dorafx.rewriter import HoistedNorm
 from dorafx.rewriter.closures import TRANSPOSES, makes_memory
 
-from .content import Contents, NormsByContent
+from .content import Contents, NormsByContent, span_of
+from .on_device import NormsOnDevice, Source
 from .sharded import local_operands, placed_norms
 from .store import NormStore, norm_store
 from .streams import Streams
@@ -41,17 +44,16 @@ def with_prologue(
     Args:
         compiled: the main graph, whose last inputs are the norms.
         norms: how each is computed.
-        reuse: ``"never"``: compute every norm at every call. ``"auto"``: reuse norms of the same contents, where these can be read;
-            norms of tensors that did not change in calls of few tokens that record no gradients, where computing a norm would cost more
-            than all the rest, and when a checkpointed region is recomputed. ``"step"``: reuse norms of tensors that did not change also
-            while gradients are recorded, until the optimizer steps.
+        reuse: ``"never"``: compute every norm at every call. Anything else: reuse norms of the same contents, where these can be
+            compared; norms of tensors that did not change in calls of few tokens that record no gradients, where computing a norm would
+            cost more than all the rest, and when a checkpointed region is recomputed.
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
         records: whether the graph records gradients even if the caller has disabled them.
     """
     kept_in = norm_store() if store is None else store
     if not norms:
-        if reuse == "step" or not (records or torch.is_grad_enabled()):
+        if not (records or torch.is_grad_enabled()):
             return compiled
 
         def run_without_norms(*args: Any) -> Any:
@@ -64,7 +66,7 @@ def with_prologue(
     recipes = [_recipe(norm) for norm in norms]
     placed = [placements(norm.value) for norm in norms]
     escaping = [i for i, norm in enumerate(norms) if norm.escapes]
-    together = Together(kept_in)
+    together, on_device = Together(kept_in), NormsOnDevice(few_tokens)
     inputs_of = _inputs([(inputs, scalars, apart) for _, inputs, scalars, _, apart in prologue])
 
     def one_by_one(
@@ -89,44 +91,85 @@ def with_prologue(
                 values[i] = norm
         return values, missing, sources
 
+    def computations(args: Sequence[Any], places: Iterable[int]) -> list[_Computation]:
+        return [
+            _Computation(
+                recipes[i],
+                [args[k] for k in prologue[i][1]],
+                _numbers(args[k] for k in prologue[i][2]),
+                placed[i],
+            )
+            for i in places
+        ]
+
+    def sources(args: Sequence[Any]) -> list[Source | None]:
+        return [
+            _source(computation, parts(computation.tensors) if apart else computation.tensors)
+            for computation, (*_, apart) in zip(computations(args, range(len(prologue))), prologue)
+        ]
+
     def run(*args: Any) -> Any:
         recording = records or torch.is_grad_enabled()
         if forward_mode():  # checked first, so that a decoding step does not walk over all of its inputs
             # The compiled graph has no forward-mode derivative; here the error can explain it.
             refuse_forward_mode("optimize", *(a for a in args if isinstance(a, torch.Tensor)))
-        # A CUDA graph repeats at every replay what it captures. So norms are computed here: a kept one would be read from its present
-        # memory at every replay, even if the parameters changed. The result is in the graph's own memory, so it is not kept either.
+        first = [args[k] for k in prologue[0][1]]
+        compares = reuse != "never" and _on_device(first)
+        # A CUDA graph repeats at every replay what it captures. So norms are computed here, unless kernels compare the contents: a kept
+        # norm would be read from its present memory at every replay, even if the parameters changed. The result is in the graph's own
+        # memory, so it is not kept either.
         captured = being_captured()
-        may_read = "none" if captured else _may_read(reuse, few_tokens, recording)
+        may_read = _may_read(reuse, few_tokens, recording)
         streams = Streams()
-        inputs = inputs_of(args) if may_read == "any" else None
-        values = together.norms(*inputs, streams) if inputs is not None else None
+        inputs = inputs_of(args) if may_read == "any" and (compares or not captured) else None
+        taken = together.taken(*inputs) if inputs is not None else None
+        entries = None if taken is None else taken.entries
         missing: list[_Missing] = []
-        if values is None:
-            values, missing, sources = one_by_one(args, may_read, streams)
+        if taken is not None and not captured:
+            values = list(taken.read(streams))
+        else:
+            values, missing, of_norms = one_by_one(args, "none" if captured else may_read, streams)
             if inputs is not None and not missing:
-                together.remember(*inputs, sources)
-        if recording and reuse != "step":  # only now, since a recomputation has taken the norms that were kept for it
+                together.remember(*inputs, of_norms)
+                entries = kept_in.entries(of_norms)
+        if recording:  # only now, since a recomputation has taken the norms that were kept for it
             kept_in.recorded(args)
         computed = 0
-        if missing:
-            keeps_for = "none" if captured else _keeps_for(reuse, recording)
-            # Observed before the norms are computed, so that a write in between is noticed later.
-            observed = [
-                None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
-                for _, _, signature, watched in missing
-            ]
-            found, computed = _by_content(missing, None if captured or reuse == "never" else kept_in.by_content)
-            for (i, _, signature, watched), state, norm in zip(missing, observed, found):
+        keeps_for = "none" if captured else _keeps_for(reuse, recording)
+        # Observed before the norms are computed, so that a write in between is noticed later.
+        observed = [
+            None if keeps_for == "none" else kept_in.observe(signature, watched, keeps_for == "recomputed")
+            for _, _, signature, watched in missing
+        ]
+        compared: dict[int, torch.Tensor] = {}
+        if compares and may_read != "recomputed":
+
+            def compute(places: list[int]) -> list[torch.Tensor]:
+                nonlocal computed
+                computed += len(places)
+                return _compute(computations(args, places))
+
+            compared = on_device.norms(first, lambda: sources(args), compute, entries, may_read == "any", captured)
+            for i, norm in compared.items():
                 values[i] = norm
-                if recording and keeps_for != "any":
+        left = len(compared) - computed
+        if missing:
+            rest = [norm for norm in missing if norm.place not in compared]
+            found, computed_now = _by_content(rest, None if captured or reuse == "never" else kept_in.by_content)
+            computed += computed_now
+            for norm_of_rest, norm in zip(rest, found):
+                values[norm_of_rest.place] = norm
+            for (i, _, signature, watched), state in zip(missing, observed):
+                if recording:
                     kept_in.drop(signature, watched)
-                kept_in.keep(state, norm, streams)
+                kept_in.keep(state, values[i], streams)
+            if compared and may_read == "any" and not captured:
+                on_device.keep(first, kept_in.entries(of_norms))
         if escaping:
             with torch.inference_mode(False), torch.no_grad():
                 for i in escaping:
                     values[i] = values[i].clone()
-        kept_in.counters.count(computed=computed, reused=len(prologue) - computed)
+        kept_in.counters.count(computed, len(prologue) - computed - left, left)
         return compiled(*args, *values)
 
     return run
@@ -137,18 +180,20 @@ _Read = Literal["none", "any", "recomputed"]
 
 
 def _may_read(reuse: str, few_tokens: bool, recording: bool) -> _Read:
-    if reuse == "step":
-        return "any"
-    if reuse == "auto" and recording and in_backward():
+    if reuse == "never":
+        return "none"
+    if recording and in_backward():
         return "recomputed"  # a forward that records gradients within a backward recomputes a checkpointed region
-    return "any" if reuse == "auto" and few_tokens and not recording else "none"
+    return "any" if few_tokens and not recording else "none"
 
 
 def _keeps_for(reuse: str, recording: bool) -> Literal["none", "any", "recomputed"]:
     """Which later calls may take the norms that this call computes: none, any, or the one that recomputes this forward."""
-    if reuse == "step" or (reuse == "auto" and not recording):
+    if reuse == "never":
+        return "none"
+    if not recording:
         return "any"
-    return "recomputed" if reuse == "auto" and saved_tensors_are_packed() else "none"
+    return "recomputed" if saved_tensors_are_packed() else "none"
 
 
 def _inputs(
@@ -230,6 +275,25 @@ class _Missing(NamedTuple):
     computation: _Computation
     signature: str
     watched: list[torch.Tensor]
+
+
+def _on_device(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether there are kernels that compare the contents of these."""
+    return bool(tensors) and dispatch.serves(tensors[0].device) and fake_mode_of(tensors[0]) is None
+
+
+def _source(computation: _Computation, tensors: list[torch.Tensor]) -> Source | None:
+    """What kernels compare, and compute the norm from; None if it is not all in memory of the first tensor's device."""
+    recipe = computation.recipe
+    device = tensors[0].device
+    if computation.placements or any(t.device != device or span_of(t) is None for t in tensors):
+        return None
+    operands = None
+    if recipe.whole is None and not recipe.makes and recipe.algorithm in ("auto", "tiled"):
+        operands = recipe.operands(*computation.tensors, *computation.numbers)
+        if not dispatch.takes(*operands):
+            operands = None
+    return Source(tensors, computation.numbers, operands, recipe.scale, recipe.factor_dtype)
 
 
 _RECIPES: dict[str, _Recipe] = {}

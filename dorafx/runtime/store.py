@@ -7,8 +7,8 @@ A norm is reused only if all of this is still true for every tensor that it was 
 - It reads the storage in the same way: with the same offset, shape, strides, dtype and sign (``p.data = p.data.t()``).
 - Its version counter is the same (in-place operators, ``load_state_dict`` and most optimizers increment it).
 - No ``torch.optim`` optimizer has made a step since (``fused=True`` writes without incrementing the counter).
-- Sampled elements are the same, bit for bit (``p.data.copy_(…)`` writes without incrementing the counter). Samples are read only
-  where that costs next to nothing: on a CPU. On a GPU the host would have to wait.
+- Small factors are the same by a hash, and sampled elements of larger tensors, bit for bit (``p.data.copy_(…)`` writes without
+  incrementing the counter). The host reads them where that costs next to nothing: on a CPU.
 - No graph that has the tensor as an input has recorded gradients since, whether or not that graph computes the norm: a program that
   trains writes the parameters next, and not every optimizer can be noticed.
 - The norm is used for what it was kept for: a norm of a forward that recorded gradients serves only the recomputation of that
@@ -18,8 +18,9 @@ A stream that reads what another one computes waits for it (:mod:`dorafx.runtime
 
 The tensor of a kept norm is never returned to a program: a graph copies what could reach an output (:mod:`dorafx.rewriter.escapes`).
 
-These rules serve decoding, which has no time to read a weight, and a GPU. Where a norm would be computed, on a CPU, contents decide
-(:mod:`dorafx.runtime.content`), as they do for the squared row norms of frozen weights, which the factored algorithm starts from.
+These rules serve decoding, which has no time to read a weight. Where a norm would be computed, on a CPU, contents decide
+(:mod:`dorafx.runtime.content`), as they do for the squared row norms of frozen weights, which the factored algorithm starts from. On a
+device kernels compare contents in every call (:mod:`dorafx.runtime.on_device`), and these rules only say how many of them.
 """
 
 from __future__ import annotations

@@ -69,6 +69,11 @@ def _current_stream(device: torch.device) -> Any:
     return torch.accelerator.current_stream(device)
 
 
+def current_stream(device: torch.device) -> Any:
+    """The stream that this thread computes on; None on a device without streams."""
+    return _current_stream(device) if device.type in _WITH_STREAMS else None
+
+
 def _hold(tensor: torch.Tensor, stream: Any) -> None:
     """Keep the allocator from reusing the tensor's memory before the stream has finished the work queued so far."""
     tensor.record_stream(stream)

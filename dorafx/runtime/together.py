@@ -7,7 +7,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,22 @@ class _Seen:
     streams: list[list[tuple[int, Ready]]]
 
 
+class Taken(NamedTuple):
+    """What a call may take from the store: the norms, their entries, and the streams that computed them (see :class:`_Seen`)."""
+
+    norms: list[Any]
+    entries: list[Entry]
+    computed: list[list[tuple[int, Ready]]]
+
+    def read(self, streams: Streams) -> list[Any]:
+        """The norms, for reading them on the streams of a call."""
+        for computed in self.computed:
+            if not streams.computes(self.norms[computed[0][0]], computed[0][1]):
+                for k, ready in computed:
+                    streams.read(self.norms[k], ready)
+        return self.norms
+
+
 class Together:
     """What calls of one graph took from the store. A graph may serve several equal layers, so there is a record for each of them.
 
@@ -43,16 +59,15 @@ class Together:
 
     def __init__(self, store: NormStore) -> None:
         self._store = store
-        self._seen: dict[int, _Seen] = {}
+        self._seen: dict[tuple[int, ...], _Seen] = {}
 
-    def norms(self, tensors: Sequence[torch.Tensor], numbers: list[Any], streams: Streams) -> list[Any] | None:
-        """All of the graph's norms, if an earlier call took them from the store and none can have become stale since. Else None; then
+    def taken(self, tensors: Sequence[torch.Tensor], numbers: list[Any]) -> Taken | None:
+        """All of the graph's norms, if an earlier call took them from the store and the host has seen no change since. Else None; then
         use :meth:`NormStore.kept` for each norm. The caller counts what it reuses.
 
         Args:
             tensors: what the norms are computed from, always in the same order.
             numbers: the numbers they are also computed from.
-            streams: the streams of the call.
         """
         seen = self._seen.get(_first(tensors))
         if seen is None or seen.optimizer_steps != self._store.optimizer_steps or seen.numbers != numbers:
@@ -62,11 +77,7 @@ class Together:
         norms: list[Any] = list(map(_norm_of, seen.entries))
         if any(map(operator.is_, norms, itertools.repeat(None))):
             return None
-        for computed in seen.streams:
-            if not streams.computes(norms[computed[0][0]], computed[0][1]):
-                for k, ready in computed:
-                    streams.read(norms[k], ready)
-        return norms
+        return Taken(norms, seen.entries, seen.streams)
 
     def remember(
         self,
@@ -105,5 +116,6 @@ class Together:
                 self._seen.pop(key, None)
 
 
-def _first(tensors: Sequence[torch.Tensor]) -> int:
-    return id(tensors[0]) if tensors else 0
+def _first(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Of the tensors of the first norm, at least of some: replicated layers share a weight."""
+    return tuple(map(id, tensors[:3]))

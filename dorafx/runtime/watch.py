@@ -65,10 +65,11 @@ class TensorState:
         self.pointer = tensor.data_ptr()
         self.storage = weak_storage(tensor, on_death)
         self.storage_size = tensor.untyped_storage().nbytes()
-        views = _views(tensor, SAMPLES)
-        self.bytes = memory(tensor.data_ptr(), tensor.nbytes) if whole and views and _is_dense(tensor) else b""
+        whole = whole and is_read(tensor) and _is_dense(tensor)
+        self.bytes = memory(tensor.data_ptr(), tensor.nbytes) if whole else b""
         self.digest = xxhash.xxh3_64_intdigest(self.bytes)
-        self.samples = [] if self.bytes else [(view, _of(bytes(view), tensor.element_size())) for view in views]
+        views = [] if self.bytes else _views(tensor, SAMPLES)
+        self.samples = [(view, _of(bytes(view), tensor.element_size())) for view in views]
 
     def change(self, tensor: torch.Tensor) -> str:
         """What has changed, apart from the geometry; empty if nothing has."""
@@ -215,12 +216,17 @@ def without_tensor(watches: Iterable[tuple[Any, Watch]]) -> list[Any]:
     ]
 
 
+def is_read(tensor: torch.Tensor) -> bool:
+    """Whether the host reads elements of a tensor. On a device it would have to wait for them."""
+    return tensor.device.type == "cpu"
+
+
 _INTEGERS: dict[int, Literal["b", "h", "i", "q"]] = {1: "b", 2: "h", 4: "i", 8: "q"}
 
 
 def _views(tensor: torch.Tensor, samples: int) -> list[memoryview[int]]:
     """Elements spread over a CPU tensor, viewed as integers (so that NaN equals itself). The views do not own the memory."""
-    if tensor.device.type != "cpu" or not tensor.numel() or tensor.element_size() not in _INTEGERS:
+    if not is_read(tensor) or not tensor.numel() or tensor.element_size() not in _INTEGERS:
         return []
     numel, size, start = tensor.numel(), tensor.element_size(), tensor.data_ptr()
     if _is_dense(tensor):

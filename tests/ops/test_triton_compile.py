@@ -13,13 +13,14 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import triton.language as tl  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from dorafx.bench import ahead  # noqa: E402
 from dorafx.bench.ahead import CARDS, compiled, quantized_source, row_norm_source  # noqa: E402
-from dorafx.ops.triton import configs  # noqa: E402
-from dorafx.ops.triton.tiles import finish_kernel  # noqa: E402
+from dorafx.ops.triton import checksums, configs  # noqa: E402
+from dorafx.ops.triton.tiles import finish_kernel, precision_of  # noqa: E402
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(600)]
 
@@ -81,6 +82,7 @@ def _compile(
     factor: str,
     operand: str,
     layout: str = "rows",
+    guarded: bool = False,
 ) -> None:
     """Where the configuration is what the card is given for these dtypes, it takes no more than it was given for."""
     size = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -89,7 +91,7 @@ def _compile(
         pytest.skip("the card has another configuration for it")
     if size[operand] < size[factor] and rank > configs.WIDEST_CONVERTED_RANK:
         pytest.skip("factors of such a rank are converted before the launch")
-    source = row_norm_source(config, rank, weight, factor, operand, layout=layout)
+    source = row_norm_source(config, rank, weight, factor, operand, layout=layout, guarded=guarded)
     _fits(architecture, config, source, config.shared_bytes(problem, architecture))
 
 
@@ -106,6 +108,16 @@ def test_row_norm(architecture: int, config: configs.RowNormConfig, rank: int) -
             return
     # A smaller row, which cards of less shared memory take for some factors only.
     _compile(architecture, config, rank, "fp32", "fp32", factor)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "rank"),
+    [pytest.param(*case.values, id=case.id, marks=() if case.values[0] == 90 else slow) for case in SHIPPED],
+)
+def test_row_norm_where_flags_say_so(architecture: int, config: configs.RowNormConfig, rank: int) -> None:
+    """The same with the flags of norms by content, in no more registers than there are."""
+    factor = NAMED[config.factor_bytes]
+    _compile(architecture, config, rank, factor, factor, factor, guarded=True)
 
 
 @slow
@@ -192,9 +204,65 @@ def test_row_norm_of_a_quantized_weight(architecture: int, format: str, rank: in
 
 @pytest.mark.parametrize("architecture", CARDS)
 def test_finish(architecture: int) -> None:
-    signature = {"partial": "*fp32", "out": "*fp32", "d_out": "i32", "parts": "i32", "ROWS": "constexpr"}
-    source = ASTSource(finish_kernel, signature, {(4,): 256})
-    assert compiled(architecture, source, 4, 3).spilled == 0
+    sizes = {"d_out": "i32", "parts": "i32", "ROWS": "constexpr"}
+    for flags in ("*i32", "constexpr"):
+        constants = {(5,): 256} if flags == "*i32" else {(2,): None, (5,): 256}
+        source = ASTSource(finish_kernel, {"partial": "*fp32", "out": "*fp32", "changed": flags, **sizes}, constants)
+        assert compiled(architecture, source, 4, 3).spilled == 0
+
+
+def _pointers(kernel: Any, pointers: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    """A kernel of pointers, each aligned, and constants."""
+    names = kernel.arg_names
+    types = {**pointers, **dict.fromkeys(constants, "constexpr")}
+    return ASTSource(
+        kernel,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in pointers},
+    )
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("unit", [tl.uint32, tl.uint16, tl.uint8], ids=str)
+@pytest.mark.parametrize("architecture", CARDS)
+def test_checksums(architecture: int, unit: tl.dtype, sampled: bool) -> None:
+    """With room for several programs on each multiprocessor: it is bound by memory."""
+    integers = dict.fromkeys(("memories", "kept", "fresh", "phase"), "*i64")
+    constants = {"UNIT": unit, "WORDS": checksums.WORDS, "EVERY": checksums.EVERY, "COMPARED": True, "SAMPLED": sampled}
+    source = _pointers(checksums.checksum_kernel, {**integers, "changed": "*i32"}, constants)
+    found = compiled(architecture, source, 8, 3)
+    assert found.spilled == 0
+    assert found.registers <= 64
+    assert found.shared <= 1024
+
+
+@pytest.mark.parametrize(
+    ("weight", "factor", "operand"),
+    [
+        ("bf16", "bf16", "bf16"),
+        ("bf16", "fp32", "bf16"),
+        ("fp32", "fp32", "fp32"),
+        pytest.param("fp32", "bf16", "bf16", marks=slow),
+        pytest.param("bf16", "fp32", "fp32", marks=slow),
+        pytest.param("fp16", "fp16", "fp16", marks=slow),
+    ],
+)
+@pytest.mark.parametrize("architecture", CARDS)
+def test_guarded_norms(architecture: int, weight: str, factor: str, operand: str) -> None:
+    """One kernel for every shape, rank and layout, on every card."""
+    pointers = {
+        "norms": "*i64",
+        "phase": "*i64",
+        "changed": "*i32",
+        **dict.fromkeys(("scales", "kept", "out"), "*fp32"),
+    }
+    types = {"WEIGHT": weight, "LEFT": factor, "RIGHT": factor, "OPERAND": operand}
+    constants = {name: ahead.DTYPES[dtype] for name, dtype in types.items()}
+    constants |= {"PRECISION": precision_of(constants["OPERAND"]), **checksums.GUARDED_BLOCKS}
+    found = compiled(architecture, _pointers(checksums.guarded_norm_kernel, pointers, constants), 4, 3)
+    assert found.spilled == 0
+    assert found.shared <= CARDS[architecture].gpu.block_bytes
 
 
 @pytest.mark.parametrize("architecture", CARDS)

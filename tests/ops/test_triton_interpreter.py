@@ -36,7 +36,7 @@ def interpreted(*arguments: str, timeout: float = 280, **environment: str) -> No
     assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_composition.py"])
+@pytest.mark.parametrize("name", ["interpreted.py", "interpreted_composition.py", "interpreted_checksums.py"])
 def test_kernels_in_the_interpreter(name: str) -> None:
     interpreted(str(Path(__file__).with_name(name)))
 

@@ -102,11 +102,10 @@ def graphs() -> Iterator[list[Captured]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw fused", "adamw foreach"])
-@pytest.mark.parametrize("reuse", ["auto", "step"])
-def test_training(optimizer: str, reuse: str, graphs: list[Captured]) -> None:
+def test_training(optimizer: str, graphs: list[Captured]) -> None:
     model = peft_perceptron().train()
     twin = copy.deepcopy(model)
-    compiled = compile_eagerly(model, **CODEGEN, **{"dorafx.norm_reuse": reuse})
+    compiled = compile_eagerly(model, **CODEGEN)
     ours, stock = (OPTIMIZERS[optimizer](parameters(m)) for m in (model, twin))
     for _ in range(4):
         got, expected = run(model, lambda: call(compiled, model)), run(twin, lambda: call(twin, twin))
@@ -193,7 +192,7 @@ def test_graphs_that_share_parameters() -> None:
     norm_store().clear()
     rewrite_log().clear()
     torch._dynamo.reset()
-    options = {"dorafx.codegen": "eager", "dorafx.norm_reuse": "step"}
+    options = {"dorafx.codegen": "eager"}
     compiled = torch.compile(broken, backend="dorafx", options=options)
     optimizer = torch.optim.SGD(parameters(model), lr=0.1, fused=True)
     for _ in range(2):

@@ -18,7 +18,7 @@ from dorafx.runtime import norm_store, watch
 @pytest.fixture(params=["samples", "no samples"])
 def sampling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "no samples":
-        monkeypatch.setattr(watch, "_views", lambda tensor, samples: [])
+        monkeypatch.setattr(watch, "is_read", lambda tensor: False)
 
 
 def _truncated(layer: Layer) -> None:
@@ -138,7 +138,7 @@ def test_modes_do_not_look_like_changes() -> None:
 def test_another_object_in_the_place_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """``p = nn.Parameter(p.data.mul_(2))``: the same memory, a counter of its own that stands where the first one's did, and, after
     one that came between, often the same address."""
-    monkeypatch.setattr(watch, "_views", lambda tensor, samples: [])
+    monkeypatch.setattr(watch, "is_read", lambda tensor: False)
     layer = Layer()
     call, x = compiled(layer), one_row()
     addresses = set()

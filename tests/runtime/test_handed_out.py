@@ -142,7 +142,7 @@ def test_a_checkpointed_gradient(inside: bool, codegen: str) -> None:
 
 def test_accumulation() -> None:
     layer, x = Telling(lambda n: n.view(2, 5)), one_row()
-    call = compiled(layer, norm_reuse="step")
+    call = compiled(layer)
     for _ in range(3):
         y, told = call(x)
         assert_close(y, layer(x)[0], 1e-12)
@@ -160,7 +160,7 @@ def test_an_operand_of_a_region_is_handed_out_by_the_region(codegen: str) -> Non
         y, told = checkpoint(lambda x, n: (layer.composed(x, n), n.view(-1, 1)), x, norm, use_reentrant=False)
         return y, told
 
-    call = compiled(program, codegen, norm_reuse="step")
+    call = compiled(program, codegen)
     for _ in range(3):
         y, told = call(x)
         assert_close(y, layer(x), 1e-12)

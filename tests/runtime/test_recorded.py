@@ -24,7 +24,7 @@ from dorafx.runtime import watch
 
 @pytest.fixture(autouse=True)
 def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(watch, "_views", lambda tensor, samples: [])
+    monkeypatch.setattr(watch, "is_read", lambda tensor: False)
 
 
 def unseen_step(parameters: Iterable[nn.Parameter]) -> None:

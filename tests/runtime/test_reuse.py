@@ -140,7 +140,7 @@ def test_inference_mode_then_gradients() -> None:
 def test_gradient_accumulation_computes_norms_once_a_step(name: str) -> None:
     model = peft_perceptron().train()
     twin = copy.deepcopy(model)
-    compiled = compile_eagerly(model, **{"dorafx.norm_reuse": "step"})
+    compiled = compile_eagerly(model, **{"dorafx.norm_reuse": "step"})  # another name of "auto"
     optimizers = [OPTIMIZERS[name](parameters(m)) for m in (model, twin)]
     for group in (g for optimizer in optimizers for g in optimizer.param_groups):
         group["lr"] = 1e-2
@@ -158,9 +158,9 @@ def test_gradient_accumulation_computes_norms_once_a_step(name: str) -> None:
 
 
 def test_accumulation_sees_writes_between_micro_batches() -> None:
-    """Nothing but the optimizer may write within a step, and still nothing is stale where somebody does."""
+    """Nothing but the optimizer writes within a step, as a rule, and still nothing is stale where somebody does."""
     model = peft_perceptron().train()
-    compiled = compile_eagerly(model, **{"dorafx.norm_reuse": "step"})
+    compiled = compile_eagerly(model)
     x = torch.randn((8, 24), generator=torch.Generator().manual_seed(1))
     for change in (None, None, overwrite, None):
         if change is not None:

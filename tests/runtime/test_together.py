@@ -109,7 +109,8 @@ class Kept:
         self.together.remember(self.tensors, [], [("n", self.tensors)])
 
     def taken(self) -> bool:
-        norms = self.together.norms(self.tensors, [], Streams())
+        taken = self.together.taken(self.tensors, [])
+        norms = None if taken is None else taken.read(Streams())
         assert norms is None or norms[0] is self.norm
         return norms is not None
 
@@ -177,7 +178,7 @@ def test_what_is_compared_whole() -> None:
 
 def test_numbers_and_missing_norms() -> None:
     one = kept()
-    assert one.together.norms(one.tensors, [1.0], Streams()) is None
+    assert one.together.taken(one.tensors, [1.0]) is None
     one.together.remember(one.tensors, [], [("n", one.tensors), ("another", one.tensors)])
     assert one.taken(), "what is not kept is not remembered"
 
@@ -200,7 +201,7 @@ def test_layers_that_come_and_go_do_not_pile_up() -> None:
             store.keep(store.observe("n", [tensor]), torch.randn(4))
             together.remember([tensor], [], [("n", [tensor])])
     assert len(together._seen) <= 8
-    assert together.norms(alive[:1], [], Streams()) is not None
+    assert together.taken(alive[:1], []) is not None
 
 
 @pytest.mark.parametrize("position", [0, 1, 2])
@@ -212,7 +213,7 @@ def test_an_attribute_that_may_refer_to_others(position: int) -> None:
         one = Kept(*tensors)
         assert one.taken()
         one.tensors[other] = nn.Parameter(one.tensors[other].detach(), requires_grad=False)
-        assert one.together.norms([*one.tensors], [], Streams()) is None
+        assert one.together.taken([*one.tensors], []) is None
         one.tensors[other] = tensors[other]
         assert one.taken()
         with torch.no_grad():
@@ -260,7 +261,9 @@ def test_each_norm_waits_for_its_own_event(monkeypatch: pytest.MonkeyPatch) -> N
     for stream, expected in ((main, ["side1", "side2"]), (side, ["main1"])):
         current[0] = stream
         noted.clear()
-        assert together.norms(tensors, [], Streams()) is not None
+        taken = together.taken(tensors, [])
+        assert taken is not None
+        taken.read(Streams())
         assert noted == expected
 
 

@@ -130,13 +130,13 @@ def sampled(samples: bool) -> Any:
     """Without samples a kept norm is watched as it is on a GPU."""
     from dorafx.runtime import watch
 
-    previous = watch._views
+    previous = watch.is_read
     if not samples:
-        watch._views = lambda tensor, samples: []
+        watch.is_read = lambda tensor: False
     try:
         yield
     finally:
-        watch._views = previous
+        watch.is_read = previous
 
 
 @contextlib.contextmanager

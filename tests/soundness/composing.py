@@ -715,7 +715,7 @@ class _Composer:
             codegen=self.rng.choices(("eager", "aot_eager"), (85, 15))[0],
             dynamic=self.chance(0.8 if getattr(self, "symbolic", False) else 0.12),
             norm=norm,
-            norm_reuse=self.rng.choices(("auto", "never", "step"), (85, 5, 10))[0],
+            norm_reuse=self.rng.choices(("auto", "never"), (90, 10))[0],
             samples=self.chance(0.75),
             tolerance=tolerance,
         )

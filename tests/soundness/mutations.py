@@ -13,6 +13,7 @@ RESULTS = "soundness/test_results.py"
 CONVOLUTIONS = "spellings/test_convolution_spellings.py"
 DEQUANTISED = "spellings/test_dequantised_twice.py"
 DRAWN = "spellings/test_drawn_layers.py"
+ON_DEVICE = "runtime/test_on_device.py"
 KEPT = "ops/test_kept_for_the_backward.py"
 
 
@@ -116,18 +117,48 @@ FAULTS: dict[str, Fault] = {
     ),
     "contents are compared without strides": Fault(
         "runtime/content.py",
-        "return geometry(tensor), xxhash",
-        "return (tensor.shape, tensor.dtype), xxhash",
+        "(geometry(tensor), xxhash",
+        "((tensor.shape, tensor.dtype), xxhash",
         ("runtime", FUZZ),
     ),
     "factors are sampled while decoding": Fault(
-        "runtime/watch.py", "if whole and views and _is_dense(tensor) else", "if False else", ("runtime",)
+        "runtime/watch.py",
+        "        self.bytes = memory(tensor.data_ptr(), tensor.nbytes) if whole else",
+        "        self.bytes = b'' if whole else",
+        ("runtime",),
     ),
     "factors are compared one by one, but not together": Fault(
         "runtime/watch.py",
         "if list(map(xxhash.xxh3_64_intdigest, self._bytes)) != self._digests or self._views",
         "if self._views",
         ("runtime",),
+    ),
+    "positions do not count on a device": Fault(
+        "ops/triton/checksums.py",
+        "x = (positions.to(tl.uint64) << 32) | words.to(tl.uint64)",
+        "x = words.to(tl.uint64)",
+        (ON_DEVICE,),
+    ),
+    "a device's norms are trusted for another watch": Fault(
+        "runtime/on_device.py", " and record.entries == entries", "", (ON_DEVICE,)
+    ),
+    "a device's norms are kept for other strides": Fault(
+        "runtime/on_device.py",
+        "if record is not None and record.layout.contents != layout.contents:",
+        "if False:",
+        (ON_DEVICE,),
+    ),
+    "what a device keeps is written": Fault(
+        "runtime/on_device.py",
+        "flat, norms, place = before.flat.clone(), [], 0",
+        "flat, norms, place = before.flat, [], 0",
+        (ON_DEVICE,),
+    ),
+    "a weight is always sampled on a device": Fault(
+        "ops/triton/checksums.py",
+        "        sampled = sampled and kept is not None\n",
+        "        sampled = kept is not None\n",
+        (ON_DEVICE,),
     ),
     "strides change": Fault(
         "rewriter/memory.py",

@@ -13,6 +13,7 @@ the graph stores the addresses itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -32,6 +33,19 @@ from .tiles import (
 )
 
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Guard(NamedTuple):
+    """What decides, on the device, which norms of a group are computed.
+
+    Attributes:
+        changed: an int32 for each norm, not zero where it is to be computed.
+        out: ``[norms, d_out]`` fp32, which holds the norms of before, and is overwritten where they are computed.
+    """
+
+    changed: torch.Tensor
+    out: torch.Tensor
+
 
 GROUP = 8
 """The most norms of a launch. Their addresses are arguments of the kernel, and the host takes longer for more arguments."""
@@ -141,6 +155,7 @@ def row_norm_kernel(
     stride_lr,
     stride_rr,
     stride_ri,
+    changed,
     GROUP: tl.constexpr,
     WEIGHT: tl.constexpr,
     LEFT: tl.constexpr,
@@ -154,6 +169,9 @@ def row_norm_kernel(
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    if changed is not None:  # a flag for each norm: without it the norm is left as it is
+        if tl.load(changed + tl.program_id(2)) == 0:
+            return
     weight = _addressed(addresses, 0, GROUP, WEIGHT, ALIGNED)
     left = _addressed(addresses, 1, GROUP, LEFT, ALIGNED)
     right = _addressed(addresses, 2, GROUP, RIGHT, ALIGNED)
@@ -190,9 +208,14 @@ def launch_group(
     parts: int | None = None,
     config: configs.RowNormConfig | None = None,
     operand: torch.dtype | None = None,
+    guard: Guard | None = None,
 ) -> list[torch.Tensor]:
     """Norms of ``(weight, left, right)`` that agree in shapes, dtypes, strides and alignment: ``GROUP`` norms a launch, and one more
-    launch if d_in is divided. Otherwise as :func:`launch`."""
+    launch if d_in is divided. Otherwise as :func:`launch`.
+
+    Args:
+        guard: to compute only those that have changed, into given memory; views of that are returned.
+    """
     norms = [(weight, *loadable(left, right, operand)) for weight, left, right in norms]
     weight, left, right = norms[0]
     device, (d_out, d_in), rank = weight.device, weight.shape, right.shape[0]
@@ -208,7 +231,10 @@ def launch_group(
     if config is None:
         config = configs.row_norm_config(problem, gpu)
     row_blocks, parts, part = configs.division(config, problem, gpu, weight.shape, min(len(norms), GROUP), parts)
-    out = torch.empty((len(norms), d_out) if len(norms) > 1 else d_out, dtype=torch.float32, device=device)
+    if guard is not None:
+        out = guard.out
+    else:
+        out = torch.empty((len(norms), d_out) if len(norms) > 1 else d_out, dtype=torch.float32, device=device)
     sums = (
         torch.empty(len(norms), parts, d_out, dtype=torch.float32, device=device)
         if parts > 1
@@ -229,8 +255,13 @@ def launch_group(
             some = norms[start : start + GROUP]
             addresses = [t.data_ptr() for operands in some for t in operands]
             addresses += addresses[:3] * (GROUP - len(some))
-            row_norm_kernel[(row_blocks, parts, len(some))](tuple(addresses), sums[start:], *sizes, **constants)
-        finish(sums, out)
+            changed = None if guard is None else guard.changed[start:]
+            row_norm_kernel[(row_blocks, parts, len(some))](
+                tuple(addresses), sums[start:], *sizes, changed, **constants
+            )
+        finish(sums, out, None if guard is None else guard.changed)
+    if guard is not None:
+        return list(out.view(len(norms), d_out))
     # Copies, because results of an operator must not share memory, and one that is kept would keep the others alive.
     return [row.clone() for row in out] if len(norms) > 1 else [out]
 

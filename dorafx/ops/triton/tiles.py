@@ -75,9 +75,12 @@ def store_norms(squares, out, row, d_out, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["d_out", "parts"])
-def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
-    """The roots of the sums over all parts, which are added in a fixed order."""
+def finish_kernel(partial, out, changed, d_out, parts, ROWS: tl.constexpr):
+    """The roots of the sums over all parts, which are added in a fixed order; of those norms that have changed, if there are flags."""
     index = tl.program_id(1).to(tl.int64)
+    if changed is not None:
+        if tl.load(changed + index) == 0:
+            return
     partial += index * parts * d_out
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < d_out
@@ -87,7 +90,7 @@ def finish_kernel(partial, out, d_out, parts, ROWS: tl.constexpr):
     tl.store(out + index * d_out + rows, tl.sqrt_rn(total), mask=mask)
 
 
-def finish(sums: torch.Tensor, out: torch.Tensor) -> None:
+def finish(sums: torch.Tensor, out: torch.Tensor, changed: torch.Tensor | None = None) -> None:
     """Launch :func:`finish_kernel` for the sums ``[norms, parts, d_out]``, if there are several parts.
 
     The first call on a device launches it in any case, which loads the kernel. The number of parts depends on how many norms are
@@ -96,7 +99,7 @@ def finish(sums: torch.Tensor, out: torch.Tensor) -> None:
     if parts > 1 or sums.device not in _FINISHES:
         _FINISHES.add(sums.device)
         grid = (triton.cdiv(d_out, 256), norms) if parts > 1 else (1, 1)
-        finish_kernel[grid](sums, out, d_out if parts > 1 else 0, parts, ROWS=256, num_warps=4)
+        finish_kernel[grid](sums, out, changed, d_out if parts > 1 else 0, parts, ROWS=256, num_warps=4)
 
 
 _FINISHES: set[torch.device] = set()
