@@ -33,6 +33,15 @@ def norm_work(
     return Work(2.0 * d_out * d_in * rank, weight + factors + 4.0 * d_out)
 
 
+def comparison_work(d_out: int, d_in: int, rank: int, itemsize: int) -> dict[str, Work]:
+    """Contents that did not change: every operand read once; or, in decoding, the factors and a 128th of the weight."""
+    factors = itemsize * rank * (d_out + d_in)
+    return {
+        "all compared": Work(0, factors + itemsize * d_out * d_in),
+        "compared in decoding": Work(0, factors + itemsize * d_out * d_in / 128),
+    }
+
+
 def compose_work(tokens: int, d_out: int, itemsize: int) -> dict[str, Work]:
     """Forward: two ``[tokens, d_out]`` tensors read, one written. With the backward: one more saved, and in the backward two read and
     two written."""

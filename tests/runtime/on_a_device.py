@@ -15,6 +15,8 @@ from test_content import UNSEEN
 from test_staleness import CHANGES
 
 from dorafx import rewrite_log
+from dorafx.bench.clock import Clock
+from dorafx.bench.suites.norm import unchanged
 from dorafx.ops import dispatch
 from dorafx.ops.triton import checksums
 from dorafx.plan import cost
@@ -351,6 +353,13 @@ def test_nothing_is_kept_of_what_is_gone() -> None:
     norms.layers = []
     gc.collect()
     assert not norms.on_device._records
+
+
+def test_the_benchmark_of_unchanged_norms() -> None:
+    weight, left, right = torch.randn(64, 96), torch.randn(64, 4), torch.randn(4, 96)
+    clock = Clock("cpu", 0.01)
+    assert unchanged(clock, weight, left, right).keys() == {"all compared", "compared in decoding"}
+    assert not unchanged(clock, weight.double(), left, right)
 
 
 # -- captures --------------------------------------------------------------------------------------------------------------

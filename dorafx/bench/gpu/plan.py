@@ -148,6 +148,8 @@ def _items(sizes: Sizes, cuda: bool, peers: Mapping[str, Path]) -> list[Item]:
         small = shape is sizes.norms[1] and cuda and "axolotl" in peers
         for name in ("dorafx", *others, *(("axolotl",) if small else ())):
             metrics = {"time": work.norm_work(shape.d_out, shape.d_in, shape.rank, itemsize)}
+            if name == "dorafx":
+                metrics |= work.comparison_work(shape.d_out, shape.d_in, shape.rank, itemsize)
             items.append(_norm(shape, name, metrics))
     for shape in sizes.fp32_norms:
         for name in ("dorafx", "dense", PRODUCT):

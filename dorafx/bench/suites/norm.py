@@ -7,8 +7,11 @@ from collections.abc import Callable
 import torch
 
 import dorafx.ops  # noqa: F401  (registers the operators)
+from dorafx.ops import dispatch
+from dorafx.runtime.on_device import NormsOnDevice, Source
 
 from ..allocations import allocations
+from ..clock import Clock
 from ..implementations import Figures, Task
 from ..norms import NORMS, PRODUCT, Norm, largest_error, product
 from ..plan import DTYPES
@@ -50,6 +53,27 @@ def measure(task: Task) -> Figures:
     figures["temporaries"] = ("B", [memory.peak])
     if weight is not None and task.name != PRODUCT:
         figures["error"] = ("ratio", [largest_error(step(), weight, left, right, _SCALE)])
+    if weight is not None and task.name == "dorafx":
+        figures |= unchanged(task.clock, weight, left, right)
+    return figures
+
+
+def unchanged(clock: Clock, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> Figures:
+    """On a device whose kernels compare contents: seconds of a call that finds nothing changed, in a long forward that compares all
+    bytes (if that is worth it for these), and in decoding."""
+    figures: Figures = {}
+    operands = (weight, left, right)
+    source = Source([*operands], [], operands, _SCALE, None)
+    if not dispatch.serves(weight.device) or not dispatch.takes(*operands):
+        return figures
+    for name, few_tokens in (("all compared", False), ("compared in decoding", True)):
+        norms = NormsOnDevice(few_tokens)
+
+        def call(norms: NormsOnDevice = norms) -> object:
+            return norms.norms(operands, lambda: [source], lambda _: [torch.ops.dorafx.row_norm(*operands, _SCALE)], [])
+
+        if few_tokens or source.worth_comparing():
+            figures |= clock.figures(name, call, cold=True, warm_up=3)
     return figures
 
 
