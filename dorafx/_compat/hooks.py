@@ -1,4 +1,4 @@
-"""Hooks of modules in compiled graphs."""
+"""Hooks and children of modules in compiled graphs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ Tree = tuple[Callable[[Any], tuple[Any, ...]] | None, tuple[tuple[bool, Any, Any
 def has_forward_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module alone runs hooks besides its forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def has_child(module: torch.nn.Module, name: str) -> bool:
+    """Whether a module has a child of this name. To be traced: Dynamo guards on it by one look into a dict."""
+    return name in module._modules
 
 
 def guard_on_hooks() -> None:

@@ -224,6 +224,8 @@ def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
         return False  # DTensor would reduce partial sums before it accumulates into them
     if tensor is None:
         return False
+    if serves_few_tokens(tensor):
+        return False  # the sum is nothing to compute, and a product that reads one costs the host more than one that does not
     # Under autocast the result may be fp32 while the products are bf16, and fp64 adapters may stand on an fp32 weight; the
     # narrowest dtype on the way decides.
     dtypes = {tensor.dtype, *(t.dtype for a in _near(match.node, 8) if (t := tensor_of(a)) is not None)}

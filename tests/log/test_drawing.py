@@ -31,7 +31,7 @@ def lost(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: 
 
 
 def drawing_of(program: Any) -> Drawing:
-    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    operands = [torch.randn(s) for s in ((12, 6), (8, 6), (2, 6), (8, 2), (8,))]
     log = explain(program, *operands).log
     (record,) = log.records
     return log.drawings[record.drawing]
@@ -120,7 +120,7 @@ def test_a_large_region_is_cut() -> None:
             made = made.sin()
         return torch.erf(m / (made + b @ a).norm(dim=1).detach()) * F.linear(x, w)
 
-    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    operands = [torch.randn(s) for s in ((12, 6), (8, 6), (2, 6), (8, 2), (8,))]
     log = explain(long, *operands).log
     (drawing,) = log.drawings.values()
     assert len(drawing.before) == MAX_NODES
@@ -130,7 +130,7 @@ def test_a_large_region_is_cut() -> None:
 def test_a_stream_holds_each_drawing_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "log.jsonl"
     monkeypatch.setenv("DORAFX_LOG", str(path))
-    operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+    operands = [torch.randn(s) for s in ((12, 6), (8, 6), (2, 6), (8, 2), (8,))]
     for _ in range(2):
         torch._dynamo.reset()
         torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})(*operands)

@@ -40,7 +40,7 @@ def squashed(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor,
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log with a layer that is rewritten, one that is missed, 32 folded ones, and hostile names wherever a name can be."""
-    operands = [torch.randn(s) for s in ((5, 64), (96, 64), (4, 64), (96, 4), (96,))]
+    operands = [torch.randn(s) for s in ((12, 64), (96, 64), (4, 64), (96, 4), (96,))]
     log = RewriteLog()
     for program in (good, squashed):
         found = explain(program, *operands).log
@@ -175,7 +175,7 @@ def test_a_layer_opens_and_its_nodes_explain_themselves(browser: Any, page: Path
     assert layer.find_elements("css selector", "svg.before .node.shown")
     compose.click()
     details = layer.find_element("css selector", ".details").text
-    for text in ("compose.default", "[5, 96] float32", "test_report_page.py:", "new", "in place of 5 nodes"):
+    for text in ("compose.default", "[12, 96] float32", "test_report_page.py:", "new", "in place of 5 nodes"):
         assert text in details
     fills = {
         fate: layer.find_element("css selector", f".node.{fate} rect").value_of_css_property("fill")

@@ -214,6 +214,7 @@ def compared(
     dynamic: bool = False,
     norm: str = "auto",
     norm_reuse: str = "auto",
+    compose: str = "auto",
     samples: bool = True,
     tolerance: float = 1e-9,
     gradients: float = 0.0,
@@ -222,10 +223,10 @@ def compared(
 
     Args:
         space: what the program's source defines: ``Model`` and ``drive``.
-        capture, codegen, dynamic, norm, norm_reuse, samples, tolerance, gradients: see ``How``.
+        capture, codegen, dynamic, norm, norm_reuse, compose, samples, tolerance, gradients: see ``How``.
     """
     how = {"capture": capture, "codegen": codegen, "dynamic": dynamic}
-    options = {"dorafx.norm": norm, "dorafx.norm_reuse": norm_reuse}
+    options = {"dorafx.norm": norm, "dorafx.norm_reuse": norm_reuse, "dorafx.compose": compose}
     try:
         wanted = ran(space, "original", how)
     except Exception as error:  # the original fails, or what changes its parameters between calls

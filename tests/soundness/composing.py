@@ -707,7 +707,9 @@ class _Composer:
         if norm == "factored":
             tolerance = max(tolerance, 1e-7)
         if self.inductor:
-            return How(codegen="inductor", dynamic=self.chance(0.2), norm=norm, tolerance=max(tolerance, 1e-8))
+            dynamic = self.chance(0.2)
+            compose = self.composition(text)
+            return How(codegen="inductor", dynamic=dynamic, norm=norm, compose=compose, tolerance=max(tolerance, 1e-8))
         capture = self.rng.choices(("dynamo", "make_fx", "export", "symbolic_trace"), (68, 16, 8, 8))[0]
         if capture != "dynamo":
             return How(capture, tolerance=tolerance)
@@ -716,9 +718,17 @@ class _Composer:
             dynamic=self.chance(0.8 if getattr(self, "symbolic", False) else 0.12),
             norm=norm,
             norm_reuse=self.rng.choices(("auto", "never"), (90, 10))[0],
+            compose=self.composition(text),
             samples=self.chance(0.75),
             tolerance=tolerance,
         )
+
+    def composition(self, text: str) -> str:
+        """These programs have few tokens, for which nothing is accumulated in a product unless it is asked for. In a narrow dtype the sum
+        would be rounded."""
+        if self.dtype not in ("float64", "float32") or self.autocast or re.search(r"float|half", text):
+            return "auto"
+        return self.rng.choices(("auto", "accumulated", "epilogue"), (50, 40, 10))[0]
 
     def tolerance_of_early_products(self, p: Program) -> float:
         """What is multiplied before it is cast has few digits in the original, and may have more of them in the rewrite."""

@@ -79,7 +79,7 @@ class How:
         capture: ``"dynamo"``, ``"make_fx"``, ``"export"`` or ``"symbolic_trace"``.
         codegen: of Dynamo's graphs: ``"eager"``, ``"aot_eager"`` or ``"inductor"``.
         dynamic: sizes are symbols.
-        norm, norm_reuse: options of dorafx.
+        norm, norm_reuse, compose: options of dorafx.
         samples: whether kept norms are watched by samples of the parameters, as on a CPU, or not, as on a GPU.
         tolerance: of values and gradients, relative to the largest.
         gradients: the tolerance of gradients, where a cast rounds them.
@@ -90,6 +90,7 @@ class How:
     dynamic: bool = False
     norm: str = "auto"
     norm_reuse: str = "auto"
+    compose: str = "auto"
     samples: bool = True
     tolerance: float = 1e-9
     gradients: float = 0.0
@@ -214,6 +215,7 @@ def _smaller(p: Program) -> Iterator[Program]:
         replace(how, dynamic=False),
         replace(how, norm="auto"),
         replace(how, norm_reuse="auto"),
+        replace(how, compose="auto"),
         replace(how, samples=True),
     ):
         if simpler != how:
