@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 from capture_support import Graphs, mlp
+from peft import LoraConfig
+from peft.tuners import lora
 from peft.tuners.lora import dora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import integrations, other
 from torch import nn
 
@@ -22,6 +25,7 @@ from dorafx.capture.polyfills import (
     POLYFILLS,
     make_cache_clear,
     make_dequantize_module_weight,
+    make_get_base_layer,
     make_transpose,
 )
 
@@ -239,6 +243,41 @@ def test_dora_caching_means_under_compile_what_it_means_in_eager(monkeypatch: py
         compiled(x)
         assert not any(m._dora_cache for m in magnitudes)
         same()
+
+
+def _adapted(base: nn.Module) -> lora.Linear:
+    return lora.Linear(base, "default", config=LoraConfig(r=2, use_dora=True), r=2)
+
+
+def test_base_layers_are_the_originals() -> None:
+    polyfill = make_get_base_layer(BaseTunerLayer.get_base_layer)
+    plain = nn.Linear(4, 4)
+    once = _adapted(plain)
+    with_child = nn.Linear(4, 4)
+    with_child.base_layer = nn.Linear(4, 4)
+    unknown = Plain(torch.zeros(1))
+    unknown.base_layer = plain
+    for layer in (once, _adapted(with_child), types.SimpleNamespace(base_layer=unknown), _adapted(nn.Linear(3, 5))):
+        assert polyfill(layer) is BaseTunerLayer.get_base_layer(layer)  # type: ignore[arg-type]
+
+
+def test_a_call_asks_no_plain_layer_for_what_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's guards on absent attributes would."""
+    model, x, asked = mlp().eval(), torch.randn(3, 32), []
+    compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+    with torch.no_grad():
+        expected = compiled(x)
+        ask = nn.Module.__getattr__
+        monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: asked.append(name) or ask(self, name))
+        compiled(x)
+        assert not {"W_q", "base_layer"} & set(asked)
+        monkeypatch.undo()
+        # A child of that name is seen all the same.
+        layer = next(m for m in model.modules() if isinstance(m, lora.Linear))
+        inner = layer.base_layer
+        inner.base_layer = nn.Linear(inner.in_features, inner.out_features)
+        assert not torch.allclose(compiled(x), expected)
+        torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_fingerprints_are_of_what_a_function_does(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
