@@ -15,6 +15,7 @@ from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Expr, Lifter, Mat, PackedWeight, packed_weight
 from dorafx.lift.algebra import ONES, count_matrices, transpose_chain
 from dorafx.match import CompositionPlan, Match, Matches, NormFactors, Reason, ReasonKind
+from dorafx.ops.norm import fastest
 from dorafx.options import Options
 
 from .accounting import dense_bytes, merging, norm_closure
@@ -198,15 +199,21 @@ def _norm_plan(lift: Lifter, factors: NormFactors, options: Options) -> NormPlan
             packed = "it is a batch of matrices"
     if isinstance(packed, str):
         formed = f"the dequantised weight is formed: {packed}" if packed else ""
-        return NormPlan(factors, _norm_algorithm(options), None, formed)
+        return NormPlan(factors, _norm_algorithm(lift, factors, options), None, formed)
     # The factored algorithm would dequantise the weight once for each of its terms.
     return NormPlan(factors, "tiled", packed)
 
 
-def _norm_algorithm(options: Options) -> Literal["tiled", "factored"]:
-    # Measured on a CPU and on the paper's H200 numbers: the tiled form reads W once, has no cancellation and costs the
-    # same FLOPs; the factored form wins only where ‖W‖² is kept between calls.
-    return "factored" if options.norm == "factored" else "tiled"
+def _norm_algorithm(lift: Lifter, factors: NormFactors, options: Options) -> Literal["tiled", "factored"]:
+    if options.norm != "auto" or factors.batch is not None or factors.info.double:
+        return "factored" if options.norm == "factored" else "tiled"
+    matrices = (m for part in factors.delta for m in (*part.left, *part.right) if isinstance(m, Mat) and m.atom != ONES)
+    nodes = [lift.atom_of(m.atom).node for m in (factors.weight, *matrices)]
+    tensors = [tensor_of(node) for node in nodes if node is not None]
+    known = [t for t in tensors if t is not None]
+    if len(known) < len(nodes) or any(placements(t) is not None for t in known):
+        return "tiled"
+    return fastest(factors.d_out, factors.d_in, factors.rank, known)
 
 
 def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
