@@ -77,13 +77,9 @@ def _numbers_as_variables(kind: Any) -> Any:
 
 
 def _new_call(name: str) -> Callable[..., Any]:
-    """A function that calls a module, with a code object of its own."""
-
-    def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    code = call.__code__.replace(co_name=f"dorafx_{name}_{next(_group_numbers)}")
-    return types.FunctionType(code, call.__globals__, f"dorafx_{name}")
+    """:func:`call_as_it_is` with a code object of its own."""
+    code = call_as_it_is.__code__.replace(co_name=f"dorafx_{name}_{next(_group_numbers)}")
+    return types.FunctionType(code, call_as_it_is.__globals__, f"dorafx_{name}")
 
 
 def _compiled(function: Callable[..., Any], backend: Any, dynamic: bool | None = None) -> Callable[..., Any]:

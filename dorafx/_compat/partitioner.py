@@ -13,6 +13,8 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .tensors import size_hint
+
 _TAG = "recompute"
 _READ = "dorafx_read_in_backward"
 """On a node whose value the backward reads in any case."""
@@ -162,10 +164,4 @@ def _elements(node: fx.Node) -> Any:
     """The number of elements of what a node gives, at a hint of symbolic sizes; 0 for numbers."""
     value = node.meta.get("val")
     values = value if isinstance(value, (list, tuple)) else [value]
-    return sum(math.prod(map(_hint, v.shape)) for v in values if isinstance(v, torch.Tensor))
-
-
-def _hint(size: Any) -> int:
-    from .tensors import size_hint
-
-    return size if isinstance(size, int) else int(size_hint(size))
+    return sum(math.prod(map(size_hint, v.shape)) for v in values if isinstance(v, torch.Tensor))

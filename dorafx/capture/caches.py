@@ -29,16 +29,11 @@ def with_caches_outside(compiled: Callable[..., Any]) -> Callable[..., Any]:
     def call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         kind = _cache_class()
         # Where somebody compiles more than the block, the cache is theirs to trace.
-        if (
-            kind is None
-            or torch.compiler.is_compiling()
-            or not (
-                any(isinstance(value, kind) for value in kwargs.values())
-                or any(isinstance(value, kind) for value in args)
-            )
-        ):
+        if kind is None or torch.compiler.is_compiling():
             return compiled(module, *args, **kwargs)
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, kind)]
+        if not caches:
+            return compiled(module, *args, **kwargs)
         if not all(_is_plain(cache, kind) for cache in caches):
             return call_as_it_is(module, *args, **kwargs)
         originals: dict[int, tuple[Any, Any]] = {}
