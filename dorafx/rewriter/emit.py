@@ -72,6 +72,10 @@ class Emitter(TermEmitter):
         right = self.cast(self.matrix(last.atom), dtype)
         right = self.method("t", right) if last.transposed else right
         flat_base, flat_left = self.flat(base), self.cast(self.flat(left), dtype)
+        if alpha != 1.0 and dtype in (torch.float32, torch.float64):
+            # The gradients of a product with a factor are multiplied by it one by one, that of the last matrix in another layout; the
+            # gradient of this is one product ``[tokens, r]``. In half precision it would be rounded.
+            flat_left, alpha = self.call(torch.mul, flat_left, alpha), 1.0
         out = self.call(torch.addmm, flat_base, flat_left, right, alpha=alpha)
         return out if flat_base is base else self.method("reshape_as", out, base)
 
