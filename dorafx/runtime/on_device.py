@@ -52,15 +52,16 @@ class Source(NamedTuple):
     factor_dtype: torch.dtype | None
 
     def worth_comparing(self) -> bool:
-        """Whether the products of the norm take at least twice as long as reading its operands: then a comparison pays off in half of
-        the calls. Products of fp32 are three of tf32, each of half the rate."""
+        """Whether the products of the norm take at least 1.5 times as long as reading its operands. A norm takes up to twice as long as
+        its products; so a comparison, which reads, pays off if a third of the calls find nothing changed. Products of fp32 are three of
+        tf32, each of half the rate."""
         if self.operands is None:
             return False
         weight, left, right = self.operands
         factors = self.factor_dtype or torch.promote_types(left.dtype, right.dtype)
         products = 6 if factors == torch.float32 else 1
         flops = products * 2 * weight.numel() * right.shape[0]
-        return flops > 2 * BALANCE["cuda"] * sum(t.nbytes for t in self.operands)
+        return flops > 1.5 * BALANCE["cuda"] * sum(t.nbytes for t in self.operands)
 
 
 class _Layout:
@@ -129,7 +130,7 @@ class _Record:
         norms: all norms, in the layout's order.
         entries: the store's, whose watches tell whether the host has seen a change since; None if there are none.
         loaded: whether a call that trusted the host has run, so that a capture of the same loads no kernel.
-        storages: of the first norm's tensors; the end of one is the record's.
+        storages: of the first compared norm's tensors; the end of one is the record's.
     """
 
     layout: _Layout
@@ -176,15 +177,14 @@ class NormsOnDevice:
         decodes = decodes and self._few_tokens
 
         def forget(_: Any) -> None:
-            """The memory of one of the first norm's tensors is gone."""
+            """The memory of a tensor is gone."""
             self._records.pop(key, None)
 
         with self._lock, torch.inference_mode(False), torch.no_grad():
             device, key = first[0].device, _key(first)
             record = self._records.get(key)
-            if (
-                captured and record is None
-            ):  # a capture has a stream of its own, and begins when all others have finished
+            if captured and record is None:
+                # A capture has a stream of its own, and begins when all others have finished.
                 record = next((r for (ids, _), r in self._records.items() if ids == key[0]), None)
             trusted = decodes and record is not None and entries is not None and record.entries == entries
             if captured and not (trusted and record is not None and record.loaded):
@@ -210,7 +210,10 @@ class NormsOnDevice:
             if captured and record is not None:
                 self._captured.append(record)  # every replay reads its memory
             else:
-                storages = [weak_storage(t, forget) for t in first]
+                storages = [] if record is None else record.storages
+                if record is None:
+                    tensors = next(s.tensors for s in given if s is not None)
+                    storages = [weak_storage(t, forget) for t in tensors]
                 loaded = record is not None and (record.loaded or trusted)
                 self._records[key] = _Record(layout, sums, flat, norms, entries, loaded, storages)
             return dict(zip(layout.order, norms))

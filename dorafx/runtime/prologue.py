@@ -126,7 +126,7 @@ def with_prologue(
         entries = None if taken is None else taken.entries
         missing: list[_Missing] = []
         if taken is not None and not captured:
-            values = list(taken.read(streams))
+            values = taken.read(streams)
         else:
             values, missing, of_norms = one_by_one(args, "none" if captured else may_read, streams)
             if inputs is not None and not missing:

@@ -309,6 +309,22 @@ def test_norms_that_the_kernels_do_not_compute() -> None:
     assert norms.record.layout.phase.item() == phase + 1, "samples go on"
 
 
+def test_what_is_worth_comparing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the ceilings of an H200: the largest rank of the paper in bf16, that of this project's own measurements in fp32."""
+    monkeypatch.setitem(cost.BALANCE, "cuda", 184.0)
+
+    def worth(rank: int, weight: torch.dtype, factors: torch.dtype, rounded: torch.dtype | None = None) -> bool:
+        w = torch.empty(8192, 8192, dtype=weight, device="meta")
+        left, right = (torch.empty(s, dtype=factors, device="meta") for s in ((8192, rank), (rank, 8192)))
+        return Source([w, left, right], [], (w, left, right), 1.0, rounded).worth_comparing()
+
+    half, single = torch.bfloat16, torch.float32
+    assert worth(384, half, half) and not worth(256, half, half)
+    assert worth(128, single, single) and not worth(64, single, single)
+    assert worth(64, half, single) and not worth(64, half, single, half)
+    assert not Source([], [], None, 1.0, None).worth_comparing()
+
+
 @pytest.mark.usefixtures("sampled")
 def test_without_trust_all_of_a_weight_is_compared() -> None:
     norms = Norms()
