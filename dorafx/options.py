@@ -28,7 +28,7 @@ class Options:
             ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU, fp64)
             is computed as by ``"epilogue"``, and the log says why. ``"auto"`` chooses.
         norm_reuse: when a kept norm is used again. ``"auto"``: where the bytes are the same that it was computed from, if comparing
-            them costs less than the norm (:mod:`dorafx.runtime`). ``"never"``: it is computed at every forward. ``"step"`` is another
+            them costs less than the norm. ``"never"``: it is computed at every forward. ``"step"`` is another
             name of ``"auto"``.
         verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
             random data, forward and backward, compare all that a caller can see, and leave alone what differs.
