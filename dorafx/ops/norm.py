@@ -29,6 +29,13 @@ _DEVICE_BLOCK_BYTES = 16 << 20
 _SHARE = 8
 # MKL takes longer for a product over fewer columns than for one over so many.
 _FEWEST = 16
+# Of the factored norm of fp32 operands on a CPU: the fewest columns of a weight that it serves, the elements that are added up for each row
+# of a block, and the largest rank whose Gram matrix is summed in fp64.
+_FEW_COLUMNS = 128
+_BESIDE = 12
+_EXACT_GRAM = 32
+# Terms that together are more than so many times their sum lose digits that the tiled norm keeps.
+_CANCELLED = 1.25
 # What the operator of one weight and that of a batch are called, what they take, the axis in front, and how many there are.
 _SINGLE = ("row_norm", "matrices", "", 2)
 _BATCHED = ("row_norm_batched", "batches of matrices", "batch, ", 3)
@@ -273,21 +280,13 @@ def fastest(d_out: int, d_in: int, rank: int, operands: Sequence[torch.Tensor]) 
     """The algorithm that is fastest for a weight ``[d_out, d_in]`` and factors of a rank.
 
     Fitted on two cores of an AMD EPYC with torch 2.13, fp32, from 256x256 to 8192x8192 with ranks from 8 to 384, without kept ``‖W‖²``:
-    where the rank is at most 64 (128 for weights of up to 16 MiB) and an eighth of d_in, the factored algorithm takes 0.5 to 1.08 of the
+    where the rank is at most 64 (128 for weights of up to 16 MiB) and an eighth of d_in, the factored algorithm takes 0.5 to 1.17 of the
     time of the tiled one. For other dtypes, which it would cast, and on other devices it reads the weight more than once.
     """
     in_cache = d_out * d_in <= 2**22
     if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands) or d_out * d_in < 2**16:
         return "tiled"
     return "factored" if 0 < rank <= min(128 if in_cache else 64, d_in // 8) else "tiled"
-
-
-_FEW_COLUMNS = 128
-_BESIDE = 12
-"""As many elements are added up for each row of a block."""
-_EXACT_GRAM = 32
-_CANCELLED = 1.25
-"""Terms that together are more than so many times their sum lose digits that :func:`tiled` keeps."""
 
 
 def _squares(block: torch.Tensor) -> torch.Tensor:
@@ -363,10 +362,10 @@ def row_norm_unrolled(
 
 def row_squares(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``‖W‖²`` by row: ``[d_out]`` in fp32, or in fp64 if the weight or ``dtype`` is fp64."""
-    if dtype == torch.float32 and _is_expanded(weight):
-        return _squares(weight).float()
     left, right = weight.new_empty(weight.shape[0], 0, dtype=dtype), weight.new_empty(0, weight.shape[1])
     with below_autocast():
+        if dtype == torch.float32 and _is_expanded(weight):
+            return _squares(weight).float()
         return with_less_memory(lambda shrink: tiled(weight, left, right, 0.0, shrink)).square_()
 
 

@@ -69,43 +69,36 @@ def with_prologue(
     together, on_device = Together(kept_in), NormsOnDevice(few_tokens)
     inputs_of = _inputs([(inputs, scalars, apart) for _, inputs, scalars, _, apart in prologue])
 
+    def computation_of(args: Sequence[Any], i: int) -> _Computation:
+        _, inputs, scalars, _, _ = prologue[i]
+        return _Computation(recipes[i], [args[k] for k in inputs], _numbers(args[k] for k in scalars), placed[i])
+
     def one_by_one(
         args: Sequence[Any], may_read: _Read, streams: Streams
     ) -> tuple[list[Any], list[_Missing], list[tuple[str, list[torch.Tensor]]]]:
         """The kept norms (None where there is none), the missing ones, and each norm's signature and tensors."""
         values: list[Any] = [None] * len(prologue)
         missing, sources = [], []
-        for i, inputs, scalars, signature, takes_apart in prologue:
-            tensors = [args[k] for k in inputs]
-            numbers = _numbers(args[k] for k in scalars)
+        for i, _, scalars, signature, takes_apart in prologue:
+            computation = computation_of(args, i)
             if scalars:
-                signature = f"{signature}{numbers}"
-            watched = parts(tensors) if takes_apart else tensors
+                signature = f"{signature}{computation.numbers}"
+            watched = parts(computation.tensors) if takes_apart else computation.tensors
             sources.append((signature, watched))
             norm = None
             if may_read != "none":
                 norm = kept_in.kept(signature, watched, may_read == "recomputed", streams)
             if norm is None:
-                missing.append(_Missing(i, _Computation(recipes[i], tensors, numbers, placed[i]), signature, watched))
+                missing.append(_Missing(i, computation, signature, watched))
             else:
                 values[i] = norm
         return values, missing, sources
 
-    def computations(args: Sequence[Any], places: Iterable[int]) -> list[_Computation]:
-        return [
-            _Computation(
-                recipes[i],
-                [args[k] for k in prologue[i][1]],
-                _numbers(args[k] for k in prologue[i][2]),
-                placed[i],
-            )
-            for i in places
-        ]
-
     def sources(args: Sequence[Any]) -> list[Source | None]:
+        computations = [computation_of(args, i) for i in range(len(prologue))]
         return [
             _source(computation, parts(computation.tensors) if apart else computation.tensors)
-            for computation, (*_, apart) in zip(computations(args, range(len(prologue))), prologue)
+            for computation, (*_, apart) in zip(computations, prologue)
         ]
 
     def run(*args: Any) -> Any:
@@ -147,7 +140,7 @@ def with_prologue(
             def compute(places: list[int]) -> list[torch.Tensor]:
                 nonlocal computed
                 computed += len(places)
-                return _compute(computations(args, places))
+                return _compute([computation_of(args, i) for i in places])
 
             compared = on_device.norms(first, lambda: sources(args), compute, entries, may_read == "any", captured)
             for i, norm in compared.items():

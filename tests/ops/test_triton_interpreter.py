@@ -2,38 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy
 import pytest
 
-from dorafx.versions import minor
+pytest.importorskip("triton")
 
-triton = pytest.importorskip("triton")
+from interpreter import MARKS, interpreted
 
-
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        minor(triton.__version__) <= (3, 6) and minor(numpy.__version__) >= (2, 4),
-        reason="the interpreter of Triton 3.6 does not run with numpy 2.4 or newer",
-    ),
-]
-
-
-def interpreted(*arguments: str, timeout: float = 280, **environment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        env={**os.environ, "TRITON_INTERPRET": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+pytestmark = MARKS
 
 
 @pytest.mark.parametrize("name", ["interpreted.py", "interpreted_composition.py", "interpreted_checksums.py"])

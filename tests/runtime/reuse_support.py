@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from integration_support import assert_close, compile_eagerly, peft_perceptron
+from integration_support import assert_close, compile_eagerly, peft_perceptron, run
 
 from dorafx import rewrite_log
 
@@ -36,6 +36,16 @@ class Decoder:
         x = one_token() if x is None else x
         with torch.no_grad():
             assert_close(self.compiled(x), self.model(x), tolerance)
+
+    def prefill(self, record: bool) -> None:
+        """A prompt; with ``record`` forward and backward."""
+        if not record:
+            return self.step(prompt())
+        expected = run(self.model, lambda: self.model(prompt()))
+        actual = run(self.model, lambda: self.compiled(prompt()))
+        assert_close(actual.output, expected.output, 1e-5)
+        for name, gradient in expected.gradients.items():
+            assert_close(actual.gradients[name], gradient, 1e-4, name)
 
     def warm(self) -> Decoder:
         """Two steps: the second reuses every norm."""

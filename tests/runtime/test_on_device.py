@@ -2,59 +2,39 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
-from integration_support import assert_close, peft_perceptron
-from reuse_support import Decoder, one_token, parameters, prompt
+from integration_support import peft_perceptron
+from reuse_support import Decoder, one_token, prompt
 from test_content import UNSEEN
 from test_staleness import CHANGES
 
 from dorafx.ops import dispatch
 from dorafx.runtime.on_device import NormsOnDevice, Source
-from dorafx.versions import minor
 
 triton = pytest.importorskip("triton")
 
 from driver_in_place import Device  # noqa: E402
+from interpreter import MARKS, interpreted  # noqa: E402
 from triton.runtime.driver import driver  # noqa: E402
 
 from dorafx.ops.triton import configs  # noqa: E402
-
-interpreter = [
-    pytest.mark.triton,
-    pytest.mark.skipif(
-        minor(triton.__version__) <= (3, 6) and minor(numpy.__version__) >= (2, 4),
-        reason="the interpreter of Triton 3.6 does not run with numpy 2.4 or newer",
-    ),
-]
 
 
 @pytest.mark.parametrize(
     "chosen",
     [
-        pytest.param("not slow", marks=interpreter),
-        pytest.param("slow", marks=[*interpreter, pytest.mark.slow]),
+        pytest.param("not slow", marks=MARKS),
+        pytest.param("slow", marks=[*MARKS, pytest.mark.slow]),
     ],
 )
 def test_in_the_interpreter(chosen: str) -> None:
     file = str(Path(__file__).with_name("on_a_device.py"))
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", chosen, "-p", "no:cacheprovider", file],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    interpreted("-n", "0", "-m", chosen, file)
 
 
 @pytest.fixture
@@ -116,26 +96,3 @@ def test_change_between_tokens_and_prefills_on_a_gpu(change: Callable[[Any], Non
     for _ in range(2):
         decoder.step(x, 1e-3)
         decoder.step(xs, 1e-3)
-
-
-@pytest.mark.parametrize("codegen", [pytest.param(codegen, marks=on_gpu) for codegen in ("eager", "inductor")])
-def test_a_cuda_graph_of_the_user_on_a_gpu(codegen: str) -> None:
-    model = peft_perceptron().cuda()
-    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": codegen})
-    x = one_token().cuda()
-    with torch.no_grad():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(4):
-                compiled(x)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            y = compiled(x)
-        for factor in (1.0, 1.5, 1.0, 0.5):
-            for p in parameters(model):
-                p.data.mul_(factor)
-            for _ in range(2):
-                graph.replay()
-                assert_close(y, model(x), 1e-3)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .row_norm import norm_of_rows
-from .tiles import operand_type, precision_of
+from .tiles import launched_on, operand_type, precision_of
 
 WORDS = 4096
 """Words of a chunk: the contents of a tensor are kept as a checksum of each chunk."""
@@ -213,7 +213,7 @@ class Checksums:
         else:
             fresh = kept.clone()
         changed = (torch.ones if kept is None else torch.zeros)(self.norms, dtype=torch.int32, device=self.device)
-        with on(self.device):
+        with launched_on(self.device):
             for unit, table, tensors, programs, sampling in self._launches:
                 checksum_kernel[(sampling if sampled else programs, tensors)](
                     table,
@@ -302,7 +302,7 @@ class GuardedNorms:
         if not self._launches:
             phase.add_(1)
         out = torch.empty(sum(self.sizes), dtype=torch.float32, device=self.device)
-        with on(self.device):
+        with launched_on(self.device):
             for k, (grid, table, scales, constants) in enumerate(self._launches):
                 guarded_norm_kernel[grid](
                     table, scales, changed, kept, out, None if k else phase, **constants, num_warps=4
@@ -318,8 +318,3 @@ def on_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -
     """A tensor of some numbers, copied without waiting for the device."""
     tensor = torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def on(device: torch.device) -> Any:
-    """A context in which kernels are launched on a device."""
-    return torch.accelerator.device_index(device.index if device.type == "cuda" else None)

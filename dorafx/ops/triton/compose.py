@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .tiles import launched_on
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def launch_forward(
     outer, rows, columns, strides, operands = _planes(out, [result, base, lora])
     config = configs.compose_config(columns, _along_rows(strides[0]), configs.architecture(out.device)).forward
     row_blocks, column_blocks = triton.cdiv(rows, config.rows), triton.cdiv(columns, config.columns)
-    with torch.accelerator.device_index(out.device.index if out.device.type == "cuda" else None):
+    with launched_on(out.device):
         compose_kernel[(outer * row_blocks * column_blocks,)](
             *operands,
             g.contiguous(),
@@ -270,7 +271,7 @@ def launch_backward(
         vector if vector is None or parts == 1 else torch.empty(parts, columns, dtype=torch.float32, device=grad.device)
         for vector in vectors
     ]
-    with torch.accelerator.device_index(grad.device.index if grad.device.type == "cuda" else None):
+    with launched_on(grad.device):
         compose_backward_kernel[(parts * column_blocks,)](
             operands[0],
             g.contiguous(),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from . import configs
-from .tiles import operand_type, precision_of
+from .tiles import launched_on, operand_type, precision_of
 
 
 @triton.jit
@@ -149,7 +149,7 @@ def launch(
         config = configs.linear_config(width, tokens, configs.architecture(x.device))
     row_blocks, column_blocks = triton.cdiv(tokens, config.rows), triton.cdiv(d_out, config.columns)
     strides = (*x.stride(), *weight.stride(), *h.stride(), *left.stride())
-    with torch.accelerator.device_index(x.device.index if x.device.type == "cuda" else None):
+    with launched_on(x.device):
         dora_linear_kernel[(row_blocks * column_blocks,)](
             x,
             weight,

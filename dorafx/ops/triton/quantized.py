@@ -13,7 +13,7 @@ from dorafx.ops.quantized import TABLES, Packed
 
 from . import configs
 from .row_norm import loadable, norm_of_rows
-from .tiles import block_constants, finish, operand_type
+from .tiles import block_constants, finish, launched_on, operand_type
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def launch(
     out = torch.empty(d_out, dtype=torch.float32, device=device)
     sums = torch.empty(1, parts, d_out, dtype=torch.float32, device=device) if parts > 1 else out.view(1, 1, d_out)
     codes = weight.packed.reshape(-1).view(torch.uint8 if weight.format in TABLES else torch.int8)
-    with torch.accelerator.device_index(device.index if device.type == "cuda" else None):
+    with launched_on(device):
         quantized_row_norm_kernel[(row_blocks, parts)](
             codes,
             weight.scales,

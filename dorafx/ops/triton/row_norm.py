@@ -26,6 +26,7 @@ from .tiles import (
     chunks,
     converted,
     finish,
+    launched_on,
     operand_type,
     resident_product,
     store_norms,
@@ -250,7 +251,7 @@ def launch_group(
         **block_constants(config, rank, multiplied),
         "num_warps": config.num_warps,
     }
-    with torch.accelerator.device_index(device.index if device.type == "cuda" else None):
+    with launched_on(device):
         for start in range(0, len(norms), GROUP):
             some = norms[start : start + GROUP]
             addresses = [t.data_ptr() for operands in some for t in operands]

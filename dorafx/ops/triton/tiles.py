@@ -105,6 +105,11 @@ def finish(sums: torch.Tensor, out: torch.Tensor, changed: torch.Tensor | None =
 _FINISHES: set[torch.device] = set()
 
 
+def launched_on(device: torch.device) -> Any:
+    """A context in which kernels are launched on a device."""
+    return torch.accelerator.device_index(device.index if device.type == "cuda" else None)
+
+
 def operand_type(
     left: torch.dtype, right: torch.dtype, interpreted: bool = False, requested: torch.dtype | None = None
 ) -> tl.dtype:
