@@ -77,9 +77,12 @@ def checksum_kernel(
     pointer = address.to(tl.pointer_type(UNIT))
     inside = tl.arange(0, WORDS)
     for chunk in tl.range(first, tl.cdiv(words, WORDS), step):
-        positions = chunk * WORDS + inside
-        mask = positions < words
-        mixed = _mixed(tl.load(pointer + positions, mask=mask, other=0), positions)
+        # Within a chunk 32 bits are enough: a thread holds sixteen words, and wider positions take the registers of some cards.
+        begin = chunk * WORDS
+        mask = inside < tl.minimum(words - begin, WORDS).to(tl.int32)
+        mixed = _mixed(
+            tl.load(pointer + begin + inside, mask=mask, other=0), begin.to(tl.uint32) + inside.to(tl.uint32)
+        )
         total = tl.sum(tl.where(mask, mixed, 0), axis=0).to(tl.int64, bitcast=True)
         if COMPARED:
             if tl.load(kept + into + chunk) != total:
