@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +17,14 @@ import torch
 from torch import fx
 
 from dorafx import capture
-from dorafx._compat.dynamo import fresh_compile, graph_breaks, restore_compiled_call, whole_graphs
+from dorafx._compat.dynamo import (
+    fresh_compile,
+    graph_breaks,
+    is_compiled,
+    module_of_frame,
+    restore_compiled_call,
+    whole_graphs,
+)
 from dorafx._compat.graphs import exported_program_with_graph
 from dorafx.capture.in_place import compile_in_place
 from dorafx.errors import DorafxError
@@ -25,7 +33,7 @@ from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import groups_of, resolve_scope
+from dorafx.scope import Group, adapted_modules, groups_of, resolve_scope
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
@@ -35,8 +43,10 @@ _ATTRIBUTE = "_dorafx_restore"
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
-    """What :func:`restore` puts back. Copied and pickled as an empty plain list: a copy of a model has no compiled calls to undo, and a
-    pickle must load where dorafx is not installed."""
+    """What :func:`restore` puts back, and what ends the record of layers outside of graphs. Copied and pickled as an empty plain list: a
+    copy of a model has no compiled calls to undo, and a pickle must load where dorafx is not installed."""
+
+    end: Callable[[], None]
 
     def __reduce__(self) -> Any:
         return list, ()
@@ -107,9 +117,27 @@ def optimize(
     Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
-    for group in groups_of(model, resolved):
-        backend = functools.partial(dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner)
-        undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
+
+    def compile_groups(groups: list[Group], undo: _Undo) -> None:
+        for group in groups:
+            backend = functools.partial(
+                dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner
+            )
+            undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
+
+    reference = weakref.ref(model)
+
+    def compile_added() -> int:
+        model = reference()
+        undo = None if model is None else model.__dict__.get(_ATTRIBUTE)
+        if model is None or not isinstance(undo, _Undo):
+            return 0
+        added = [(name, module) for name, module in adapted_modules(model) if not is_compiled(module)]
+        compile_groups(groups_of(model, "modules", added), undo)
+        return len(added)
+
+    compile_groups(groups_of(model, resolved), undo)
+    undo.end = capture.serve(model, strict, None if resolved == "model" else compile_added)
     model.__dict__[_ATTRIBUTE] = undo
     return model
 
@@ -126,7 +154,10 @@ def restore(model: M) -> M:
     >>> dorafx.restore(dorafx.optimize(layer)) is layer
     True
     """
-    for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
+    undo = model.__dict__.pop(_ATTRIBUTE, ())
+    if isinstance(undo, _Undo):
+        undo.end()
+    for module, previous in undo:
         restore_compiled_call(module, previous)
     return model
 
@@ -227,7 +258,7 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
             report.checks.append(Check("", "whole graph", math.inf, failure, ReasonKind.INTERNAL_FAILURE))
         return gm.forward
 
-    with torch.random.fork_rng(), whole_graphs():
+    with torch.random.fork_rng(), whole_graphs(), capture.explained(model, report.log):
         fresh_compile(model, collect)(*args, **kwargs)
     return report
 
@@ -268,12 +299,15 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        terms.extend(rewrite_graph(gm, Options(), graphs, log=log, terms=True).terms)
+        # Where the model's graph breaks, what it calls is compiled by itself.
+        members = (capture.name_in_served_model(module_of_frame()),)
+        terms.extend(rewrite_graph(gm, Options(), graphs, members, log=log, terms=True).terms)
         return gm.forward
 
-    with torch.random.fork_rng(), whole_graphs(), graph_breaks() as breaks:
+    with torch.random.fork_rng(), whole_graphs(), graph_breaks() as breaks, capture.explained(model, log):
         fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, graph_breaks_of(breaks), log, terms)
+    layers = [name for name, _ in adapted_modules(model)] if isinstance(model, torch.nn.Module) else []
+    return Explanation(graphs, graph_breaks_of(breaks), log, terms, layers)
 
 
 def _check_callable(name: str, model: Any) -> None:

@@ -13,7 +13,13 @@ from torch import fx
 
 from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
-from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
+from dorafx._compat.dynamo import (
+    allow_variants,
+    module_of_frame,
+    restarts_tracing,
+    through_dynamo,
+    trace_artifact,
+)
 from dorafx._compat.hooks import guard_on_hooks
 from dorafx.graphs.grad_mode import switches_gradients_on
 from dorafx.graphs.provenance import frame_path
@@ -75,7 +81,12 @@ def dorafx(
     announce_untested_versions()
     path = frame_path(gm.graph, inner) if inner else ""
     served = tuple(f"{member}.{path}" for member in members) if path else members
+    if members == ("",):  # it is the user's own function that is compiled, of which this is the only sight
+        capture.serve_compiled()
+        served = (capture.name_in_served_model(module_of_frame()),)
     program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
+    if program.graph is not gm:
+        allow_variants()
     records = switches_gradients_on(program.graph)
     return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
 

@@ -92,6 +92,7 @@ class Explanation:
         log: the records.
         terms: what each site computes, as a formula, and for a near miss the form that it is closest to; :mod:`dorafx.lift.show`
             explains the notation.
+        layers: the names of the model's adapter layers with a magnitude.
 
     >>> def noisy(x):
     ...     print("once a forward")
@@ -106,6 +107,14 @@ class Explanation:
     breaks: list[GraphBreak] = field(default_factory=list)
     log: RewriteLog = field(default_factory=RewriteLog)
     terms: list[SiteTerms] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+    @property
+    def layers_outside(self) -> list[str]:
+        """The names of the adapter layers that are in no graph of this call: those with a record that says why, and those that computed no
+        norm in it (merged, disabled, cached, of an adapter that is not active, or not called), or shared the graph of an equal layer."""
+        inside = {record.site for record in self.log.records if record.graph}
+        return [name for name in self.layers if name not in inside]
 
     @property
     def graph_break_count(self) -> int:
@@ -151,6 +160,22 @@ class Explanation:
             self.log.__rich__(),
             *(b.__rich__() for b in self.breaks),
         ]
+        outside = self.layers_outside
+        if outside:
+            parts.append(
+                Text(f"{len(self.layers) - len(outside)} of {_counted(len(self.layers), 'DoRA layer')} are in graphs")
+            )
+            recorded = {record.site for record in self.log.records}
+            idle = [name for name in outside if name not in recorded]
+            if idle:
+                named = ", ".join(map(printable, idle[:3])) + (" and others" if len(idle) > 3 else "")
+                parts.append(
+                    Text(
+                        f"{_counted(len(idle), 'layer')} without a record of {'its' if len(idle) == 1 else 'their'} own, which shared an "
+                        "equal layer's graph or computed no DoRA norm in this call (disabled, merged, cached, not active or not called): "
+                        + named
+                    )
+                )
         if not self.log.records:
             parts.append(Text("no DoRA computation was found in this call"))
         return Group(*parts)

@@ -6,15 +6,18 @@ import contextlib
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _group_numbers = itertools.count()
-# Variants of a block: training or not, with gradients or not, few tokens or many, one length or any, and each adapter.
-_BLOCK_VARIANTS = 32
+# Graphs of a function: training or not, with gradients or not, few tokens or many, one length or any, with and without a cache, and all
+# of it for each adapter, and for none. Dynamo's default is reached by a prompt, tokens, and `disable_adapter`.
+_VARIANTS = 32
+_DYNAMO_VARIANTS = 8
 
 
 def lookup_backend(name: str) -> Any:
@@ -40,7 +43,9 @@ def group_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     object for all modules of a process, so with more shapes than the limit (8) it would fall back to eager permanently. A code
     object for each group of equal modules gives each group its own cache and limit.
     """
-    return _compiled(_new_call("group"), backend, dynamic)
+    context = torch._dynamo.optimize(backend=KnownBackend(backend), dynamic=dynamic)
+    compiled: Callable[..., Any] = _with_variants(context, numbers=False)(_new_call("group"))
+    return compiled
 
 
 def block_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
@@ -49,31 +54,56 @@ def block_compiler(backend: Any, dynamic: bool | None) -> Callable[..., Any]:
     An integer of a module is a constant for Dynamo, so that each layer would be compiled by itself; here it is a variable. And what the
     blocks call may be compiled in parts, where a graph breaks: from torch 2.13 on the parts have a cache and a limit of their own, too.
     """
-    from torch._dynamo.eval_frame import OptimizeContext, _optimize
+    from torch._dynamo.eval_frame import _optimize
 
-    known = inspect.signature(_optimize).parameters
-    isolated: dict[str, Any] = {}
-    if "isolate_recompiles" in known:
-        isolated = {"isolate_recompiles": True, "recompile_limit": _BLOCK_VARIANTS}
+    isolated = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(_optimize).parameters else {}
     context = torch._dynamo.optimize(backend=KnownBackend(backend), dynamic=dynamic, **isolated)
-    if isinstance(context, OptimizeContext):  # it is not where compilation is switched off
-        callback: Any = context.callback
-        callback.__class__ = _numbers_as_variables(callback.__class__)
-    compiled: Callable[..., Any] = context(_new_call("blocks"))
+    compiled: Callable[..., Any] = _with_variants(context, numbers=True)(_new_call("blocks"))
     return compiled
 
 
+def _with_variants(context: Any, numbers: bool) -> Any:
+    """A compiler of Dynamo's that makes more graphs of one function; with ``numbers`` also with integers of modules as variables."""
+    from torch._dynamo.eval_frame import OptimizeContext
+
+    if isinstance(context, OptimizeContext):  # it is not where compilation is switched off
+        callback: Any = context.callback
+        callback.__class__ = _callback_class(callback.__class__, numbers)
+    return context
+
+
 @functools.cache
-def _numbers_as_variables(kind: Any) -> Any:
-    """The class of Dynamo's callback that compiles a frame, with integers of modules as variables. The setting is process-wide, so it is
-    made while a frame is compiled only."""
+def _callback_class(kind: Any, numbers: bool) -> Any:
+    """The class of Dynamo's callback that compiles a frame, with other settings. These are process-wide, so they are made while a frame is
+    compiled only; a limit that the user has set stays."""
 
     class Callback(kind):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            settings: dict[str, Any] = {"allow_unspec_int_on_nn_module": True} if numbers else {}
+            if torch._dynamo.config.recompile_limit == _DYNAMO_VARIANTS:
+                settings["recompile_limit"] = _VARIANTS
+            with torch._dynamo.config.patch(**settings) if settings else contextlib.nullcontext():
                 return super().__call__(*args, **kwargs)
 
+    Callback.has_variants = True
     return Callback
+
+
+def allow_variants() -> None:
+    """While Dynamo compiles a function that a user passed to ``torch.compile``: let it have more graphs than Dynamo's default. Beyond the
+    limit all of a model would run as it is written."""
+    from torch._dynamo.convert_frame import CatchErrorsWrapper
+
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(
+            callback := frame.f_locals.get("self"), CatchErrorsWrapper
+        ):
+            kind: Any = type(callback)
+            if not hasattr(kind, "has_variants"):
+                callback.__class__ = _callback_class(kind, False)
+            return
+        frame = frame.f_back
 
 
 def _new_call(name: str) -> Callable[..., Any]:
@@ -113,6 +143,147 @@ def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> 
     previous = module._compiled_call_impl
     module._compiled_call_impl = functools.partial(compiled, module)
     return previous
+
+
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether calls of a module go through a compiled function of its own."""
+    return module._compiled_call_impl is not None
+
+
+def watch_native_calls(
+    kind: type[torch.nn.Module], watcher: Callable[[torch.nn.Module, tuple[Any, ...]], None]
+) -> bool:
+    """Call ``watcher(module, args)`` before a module of a class runs as it is written, outside of all compiled code. What Dynamo traces
+    does not come here: it goes straight to what a call does, past the attribute that ``Module.compile`` sets.
+
+    Returns:
+        Whether this torch has the attribute, and nobody else uses it.
+    """
+    if getattr(kind, "_compiled_call_impl", False) is not None:
+        return False
+
+    from torch._dynamo.eval_frame import skip_code
+
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        # With a callback Dynamo is about to compile what this function calls. Under global hooks it traces this function too.
+        if not torch.compiler.is_compiling() and not callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
+            watcher(module, args)
+        return module._call_impl(*args, **kwargs)
+
+    # Not the function itself, but what it calls. `torch.compiler.disable(recursive=False)` does that too, and refuses to be exported.
+    skip_code(call.__code__)
+    kind._compiled_call_impl = call
+    return True
+
+
+class Outside(NamedTuple):
+    """Why a function runs outside of compiled code.
+
+    Attributes:
+        cause: ``"stance"``, ``"switched off"``, ``"limit"``, ``"disabled"``, ``"not compiled"``.
+        function: the name of the function that is concerned.
+        detail: the stance, or the reason that whoever disabled it gave.
+    """
+
+    cause: str
+    function: str = ""
+    detail: str = ""
+
+
+def why_outside() -> Outside:
+    """Why the calling function runs outside of compiled code, where it does."""
+    from torch._dynamo import eval_frame
+
+    stance = str(eval_frame._stance.stance)
+    if torch._dynamo.config.disable:
+        return Outside("switched off")
+    for values in _compiled_calls(sys._getframe(1)):
+        if isinstance(values.get("self"), eval_frame.DisableContext):
+            return Outside("disabled", _called(values), str(getattr(values["self"], "msg", None) or ""))
+        return Outside("limit" if stance == "default" else "stance", _called(values), stance)
+    return Outside("not compiled")
+
+
+def _compiled_calls(frame: types.FrameType | None) -> Iterator[dict[str, Any]]:
+    """The variables of Dynamo's frames that call a compiled or a disabled function, innermost first."""
+    from torch._dynamo import eval_frame
+
+    contexts = (eval_frame.OptimizeContext, eval_frame.DisableContext)
+    while frame is not None:
+        if frame.f_code.co_filename == eval_frame.__file__ and frame.f_code.co_name in ("_fn", "compile_wrapper"):
+            values = frame.f_locals
+            if isinstance(values.get("self"), contexts):
+                yield values
+        frame = frame.f_back
+
+
+def _called(values: dict[str, Any]) -> str:
+    """The name of the function that such a frame calls: of a module's call, its class."""
+    function = values.get("fn")
+    name = str(getattr(function, "__qualname__", "") or type(function).__name__)
+    owner = getattr(function, "__self__", None)
+    if owner is None and name == call_as_it_is.__qualname__ and values.get("args"):
+        owner = values["args"][0]
+    if owner is None:
+        return name
+    last = name.rpartition(".")[2]
+    calls_all = last in ("_call_impl", "_wrapped_call_impl", call_as_it_is.__qualname__)
+    return type(owner).__name__ if calls_all else f"{type(owner).__name__}.{last}"
+
+
+def compiled_modules(package: str) -> tuple[list[torch.nn.Module], dict[str, Any]]:
+    """What is being compiled, or called, by a backend of a package.
+
+    Returns:
+        The modules that the outermost function that it compiles is a method of, that it was called with, or that it names, and the options
+        that ``torch.compile`` was given for it.
+    """
+    from torch._dynamo.eval_frame import DisableContext, innermost_backend
+
+    outermost: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    for variables in _compiled_calls(sys._getframe(1)):
+        callback = variables["self"].callback
+        if isinstance(variables["self"], DisableContext) or not callable(callback):
+            continue
+        wrapper: Any = innermost_backend(callback)
+        backend = getattr(wrapper, "compiler_fn", wrapper)
+        backend = getattr(backend, "func", backend)  # of a functools.partial
+        module = getattr(backend, "__module__", None) or type(backend).__module__
+        if module.partition(".")[0] == package:
+            outermost, options = variables, getattr(wrapper, "kwargs", {}).get("options") or {}
+    function = outermost.get("fn")
+    values = [getattr(function, "__self__", None), *outermost.get("args", ()), *outermost.get("kwargs", {}).values()]
+    code = getattr(function, "__code__", None)
+    values += [getattr(function, "__globals__", {}).get(name) for name in getattr(code, "co_names", ())]
+    for cell in getattr(function, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            values.append(cell.cell_contents)
+    values += [getattr(value, "__self__", None) for value in values]
+    return [value for value in values if isinstance(value, torch.nn.Module)], options
+
+
+def module_of_frame() -> torch.nn.Module | None:
+    """While Dynamo compiles a frame: the module whose method it is."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    if getattr(tls, "current_tx", None) is None:
+        return None
+    variables: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
+    candidates = [variables.get(name) for name in ("self", "module", "mod", "fn")]
+    args = variables.get("args")
+    candidates += args[:1] if isinstance(args, tuple) else ()
+    return next((value for value in candidates if isinstance(value, torch.nn.Module)), None)
+
+
+def is_traced(value: torch.Tensor) -> bool:
+    """Whether a call with this tensor is traced, or watched by a mode that sees every operator, not simply run."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch._is_functional_tensor(value)
+        or isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
+    )
 
 
 def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from dorafx._compat.dynamo import trace_instead
+from dorafx._compat.dynamo import trace_instead, watch_native_calls
 from dorafx.errors import DorafxWarning
 
 from .fingerprint import fingerprint
 from .late import after_import
+from .outside import note_outside
 from .polyfills import POLYFILLS, Polyfill
 from .status import CaptureStatus
 
@@ -75,6 +76,9 @@ def _install(peft: types.ModuleType) -> CaptureStatus:
             status.installed.append(polyfill.qualified)
         elif reason and not polyfill.only_faster:
             status.skipped.append((polyfill.qualified, reason))
+    layers = getattr(sys.modules.get("peft.tuners.lora.dora"), "DoraLinearLayer", None)  # the class of all others
+    if isinstance(layers, type) and issubclass(layers, torch.nn.Module):
+        watch_native_calls(layers, note_outside)
     return status
 
 

@@ -231,6 +231,36 @@ class ReasonKind(Enum):
         "dequantises it. Or have the subclass dispatch operators that it does not know to its plain value.",
     )
 
+    # No graph
+    RECOMPILE_LIMIT = (
+        "recompile-limit",
+        "Dynamo compiled a function for as many kinds of inputs as it may, and runs it as it is written from then on.",
+        'Raise torch._dynamo.config.recompile_limit, or pass `dynamic=True`; TORCH_LOGS="recompiles" says what differs between the calls.',
+    )
+    COMPILER_DISABLED = (
+        "compiler-disabled",
+        "The layer is called by a function that `torch.compiler.disable` keeps out of compiled code.",
+        'Disable less: only the part that cannot be compiled. Or `dorafx.optimize(model)`, whose scopes "blocks" and "modules" compile '
+        "what is called by such a function.",
+    )
+    STANCE = (
+        "stance",
+        "torch is told to run compiled functions as they are written (`torch.compiler.set_stance`, `torch._dynamo.config.disable`).",
+        'Nothing, if it is meant: the layers are rewritten again under the stance "default".',
+    )
+    ADDED_LATER = (
+        "added-later",
+        "The layer was added to the model after `dorafx.optimize`.",
+        "Nothing: it is compiled from its next call on. To have the blocks that contain it compiled too, call `dorafx.restore(model)` and "
+        "`dorafx.optimize(model)` after adding adapters.",
+    )
+    NOT_COMPILED = (
+        "not-compiled",
+        "The layer was called past the function that is compiled.",
+        "Call what `torch.compile` returned. Methods of a compiled model, such as `generate`, call the model as it was: use "
+        "`dorafx.optimize(model)`, which compiles the model in place.",
+    )
+
     # dorafx itself
     NOT_EMITTED = (
         "not-emitted",

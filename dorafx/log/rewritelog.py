@@ -45,6 +45,7 @@ class RewriteLog:
         norms: how often norms were computed and reused at run time (of the process's log; zeros elsewhere).
         dropped: how many records were dropped.
         seconds: that dorafx spent on all graphs, by stage, in the order of the pipeline.
+        generation: how often the log was cleared.
 
     >>> log = dorafx.RewriteLog()
     >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
@@ -62,6 +63,7 @@ class RewriteLog:
         self._lock = threading.Lock()
         self._stream_failed = False
         self.dropped = 0
+        self.generation = 0
         self.norms = NormCounters()
         self.seconds: dict[str, float] = {}
 
@@ -105,6 +107,7 @@ class RewriteLog:
             self._drawings.clear()
             self.seconds.clear()
             self.dropped = 0
+            self.generation += 1
 
     @property
     def records(self) -> list[Record]:

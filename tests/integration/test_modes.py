@@ -165,7 +165,9 @@ def test_reduce_overhead_reaches_inductor(way: str, monkeypatch: pytest.MonkeyPa
                 config._compile_all_devices = True
                 decoder.generate(input_ids=tokens(), compile_config=config, **settings)
             assert asked == [True, True]
-            assert len(rewrite_log().rewrites) == 2 * len(dora_sites(decoder)) and not rewrite_log().misses
+            assert len(rewrite_log().rewrites) == 2 * len(dora_sites(decoder))
+            # ``generate`` compiles the steps of one token; the prompt runs as the model is written, and the log says so.
+            assert {record.kind for record in rewrite_log().misses} == {"not-compiled"}
             return
         model, x = peft_perceptron(), torch.randn(1, 24)
         expected = model(x)
