@@ -50,6 +50,7 @@ def optimize(
     norm: str = "auto",
     compose: str = "auto",
     norm_reuse: str = "auto",
+    zero_rows: str = "peft",
     verify: bool = False,
     strict: bool = False,
     dynamic: bool | None = None,
@@ -71,7 +72,7 @@ def optimize(
             for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
             checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
             most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
-        codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
+        codegen, norm, compose, norm_reuse, zero_rows, verify, strict: the options of these names, as the table of options in the README
             (``dorafx.options.Options``) describes them.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
@@ -101,6 +102,7 @@ def optimize(
         "dorafx.norm": norm,
         "dorafx.compose": compose,
         "dorafx.norm_reuse": norm_reuse,
+        "dorafx.zero_rows": zero_rows,
         "dorafx.verify": verify,
         "dorafx.strict": strict,
     }

@@ -27,7 +27,7 @@ from dorafx.match import Matches, Reason, ReasonKind, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
 from dorafx.recording import Recorder, SiteTerms
-from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, hoist_norms, norms_inside
+from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, guard_zero_norms, hoist_norms, norms_inside
 
 if TYPE_CHECKING:
     from dorafx.validation import Check, Validation
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _warned: set[str] = set()
 
-STAGES = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist")
+STAGES = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist", "zero rows")
 """The stages in the order in which a graph passes them; the log has the seconds that each took."""
 
 
@@ -245,6 +245,10 @@ class _Pipeline:
             norms = self._hoisted(new) if prologue and new is not gm else ()
             if norms and self.options.verify:
                 new, norms = self._verified(gm, new, norms)
+            if self.options.zero_rows == "finite" and new is not gm:
+                # After the verification, for which the difference, which is intended, would be one.
+                with self._stage("zero rows"):
+                    guard_zero_norms(new)
         log = self.recorder.log(norms_inside(new) if new is not gm else {}, self.seconds)
         return Program(
             new,

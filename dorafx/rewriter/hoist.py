@@ -35,6 +35,9 @@ KEY = "dorafx_norm_key"
 NormKey = tuple[str, int]
 """A norm of a graph: the name of the body that it is in (empty for the outermost graph), and the number of its atom there."""
 
+# On an input of a graph or body: it is a norm that has left it.
+NORM_INPUT = "dorafx_norm_input"
+
 # On a norm's node: why it cannot leave the graph.
 _KEPT = "dorafx_kept"
 
@@ -193,6 +196,7 @@ def _become_input(placeholder: fx.Node, norm: fx.Node) -> None:
     for key in ("nn_module_stack", "stack_trace"):
         if key in norm.meta:
             placeholder.meta[key] = norm.meta[key]
+    placeholder.meta[NORM_INPUT] = True
     mark_new_input(placeholder)
 
 
