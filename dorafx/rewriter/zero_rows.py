@@ -11,6 +11,7 @@ program divides by it (a norm of ``1e-8`` is 0 in fp16), and a norm that the pro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -160,7 +161,11 @@ def _guarded(graph: fx.Graph, divisor: fx.Node, fake_values: FakeValues) -> fx.N
         value = divisor.meta.get(slot)
         mode = fake_mode_of(value)
         if mode is not None:
-            args = fx.node.map_arg(node.args, lambda n, slot=slot: n.meta.get(slot))
+            args = fx.node.map_arg(node.args, _value_in(slot))
             with gradients_as_of(value):
                 node.meta[slot] = fake_values(target, args, {}, mode)
     return guarded
+
+
+def _value_in(slot: str) -> Callable[[fx.Node], Any]:
+    return lambda node: node.meta.get(slot)
