@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
+_OF_A_LAYER = re.compile(r"\.lora_magnitude_vector(\..*)?$")
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
@@ -261,21 +263,35 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     total       1                                          48 KiB      49.2 k  49.2 k
     1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
+    from dorafx.rewriter import hoist_norms
+    from dorafx.runtime import zero_rows
+
     _check_callable("explain", model)
     capture.install()
     log = RewriteLog()
     graphs = 0
     terms: list[SiteTerms] = []
+    zeros: dict[str, int] = {}
 
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
-        terms.extend(rewrite_graph(gm, Options(), graphs, log=log, terms=True).terms)
-        return gm.forward
+        program = rewrite_graph(gm, Options(), graphs, log=log, terms=True)
+        terms.extend(program.terms)
+        if program.graph is gm:
+            return gm.forward
+        norms = hoist_norms(program.graph)
+
+        def run(*inputs: Any) -> Any:
+            # PEFT computes a norm in a module of its own inside of the layer.
+            zeros.update({_OF_A_LAYER.sub("", s): count for s, count in zero_rows(norms, inputs).items()})
+            return gm.forward(*inputs)
+
+        return run
 
     with torch.random.fork_rng(), whole_graphs(), graph_breaks() as breaks:
         fresh_compile(model, collect)(*args, **kwargs)
-    return Explanation(graphs, graph_breaks_of(breaks), log, terms)
+    return Explanation(graphs, graph_breaks_of(breaks), log, terms, zeros)
 
 
 def _check_callable(name: str, model: Any) -> None:

@@ -27,7 +27,6 @@ from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
 
-
 _DTYPES = ("float16", "bfloat16", "float32")
 
 

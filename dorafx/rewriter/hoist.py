@@ -16,6 +16,7 @@ from torch import fx
 
 from dorafx._compat.graphs import mark_new_input
 from dorafx._compat.operators import body_operands_start, takes_operands_for_body
+from dorafx.graphs.provenance import site_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_nodes
 
@@ -55,6 +56,7 @@ class HoistedNorm:
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
         escapes: whether the graph may hand it out, so that it must be given what nobody else has.
+        site: the module that it is of; empty for a plain function.
     """
 
     inputs: tuple[int, ...]
@@ -63,6 +65,7 @@ class HoistedNorm:
     signature: str
     value: torch.Tensor | None
     escapes: bool = False
+    site: str = ""
 
 
 def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
@@ -176,7 +179,7 @@ def _extracted(
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
     graph.output(copies[norm])
     tensors, scalars = (tuple(position[node] for node in group) for group in (inputs, numbers.values()))
-    return HoistedNorm(tensors, scalars, graph, str(graph), value)
+    return HoistedNorm(tensors, scalars, graph, str(graph), value, site=site_of(norm))
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
