@@ -138,7 +138,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        """What to do."""
+        """What to do about it."""
         return KINDS[self.kind][1]
 
     @property

@@ -103,6 +103,11 @@ def _keeps_zeros(node: fx.Node, reached: set[fx.Node]) -> bool:
         return exponent is not None and exponent > 0
     if name == "mul":
         return all(n in reached for n in inputs)
+    if name == "where":  # one norm or another
+        return len(node.args) == 3 and all(isinstance(a, fx.Node) and a in reached for a in node.args[1:])
+    if name == "clamp_max":
+        bound = _number(node, 1, "max")
+        return bound is not None and bound > 0 and node.args[0] in reached
     # Sizes, and a tensor whose shape or dtype is taken, may be other inputs.
     return name in (*_KEEP_ZEROS, _REPEAT) and bool(node.args) and node.args[0] in reached
 
