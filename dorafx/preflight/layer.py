@@ -71,7 +71,7 @@ class Layer:
     def d_out(self) -> int:
         """How many norms there are."""
         assert self.left is not None and self.right is not None
-        return int(self.right.shape[1] if self.by_input else self.left.shape[0])
+        return int(self.right.shape[1] if self.by_input else self.left.shape[0] * self.groups)
 
 
 def examine(layer: Layer) -> tuple[list[Finding], bool]:
@@ -200,7 +200,8 @@ def _of_the_norms(layer: Layer, norms: torch.Tensor, finite: bool) -> Iterator[F
     name = str(dtype).removeprefix("torch.")
     limits = torch.finfo(dtype)
     rounded = norms.to(dtype)
-    zero, exactly = rounded == 0, norms == 0
+    zero = rounded == 0
+    exactly = (norms == 0) & (dtype == layer.weight.dtype)
     kind = "zero-norm-with-epsilon" if layer.epsilon else "zero-norm"
     yield from _masked(layer, kind, "rows of W + s·B·A have a norm of zero", zero & exactly)
     yield from _masked(layer, kind, f"rows of W + s·B·A have a norm that is zero in {name}", zero & ~exactly)
