@@ -82,6 +82,8 @@ def open_file(path: Path) -> Any:
         return safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None
+    except RuntimeError as error:  # a single file that is larger than the memory
+        raise ValueError(f"{path} cannot be mapped ({error}): save the base in several files") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
