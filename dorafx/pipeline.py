@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 _warned: set[str] = set()
 
-STAGES = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist", "zero rows")
+STAGES = ("functional copy", "lift and match", "plan", "rewrite", "verify", "record", "hoist")
 """The stages in the order in which a graph passes them; the log has the seconds that each took."""
 
 
@@ -247,7 +247,7 @@ class _Pipeline:
                 new, norms = self._verified(gm, new, norms)
             if self.options.zero_rows == "finite" and new is not gm:
                 # After the verification, for which the difference, which is intended, would be one.
-                with self._stage("zero rows"):
+                with self._stage("rewrite"):
                     guard_zero_norms(new)
         log = self.recorder.log(norms_inside(new) if new is not gm else {}, self.seconds)
         return Program(
