@@ -321,3 +321,32 @@ def test_explain_says_it() -> None:
     torch._dynamo.reset()
     clean = dorafx.explain(Layer(direct, zeros=False), torch.randn(3, 12))
     assert clean.zero_rows == {} and "zero" not in str(clean)
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_batches_of_weights(differentiable: bool) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            g = torch.Generator().manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(3, 10, 12, generator=g), requires_grad=False)
+            self.a, self.b = (nn.Parameter(torch.randn(3, *s, generator=g)) for s in ((4, 12), (10, 4)))
+            self.m = nn.Parameter(torch.rand(3, 10, generator=g) + 0.5)
+            with torch.no_grad():
+                self.weight[1, ROW], self.b[1, ROW] = 0, 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            n = (self.weight + self.b @ self.a).norm(dim=2)
+            n = n if differentiable else n.detach()
+            y = torch.bmm(x, self.weight.mT) + torch.bmm(torch.bmm(x, self.a.mT), self.b.mT)
+            return (self.m / n).unsqueeze(1) * y
+
+    layer, x = Experts(), torch.randn(3, 5, 12)
+    dorafx.rewrite_log().clear()
+    y, stock = compiled(layer, "eager", strict=True)(x), layer(x)
+    known = stock.isfinite()
+    assert not known.all() and y.isfinite().all() and not y[1, :, ROW].any()
+    torch.testing.assert_close(y[known], stock[known])
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
+    assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
