@@ -118,7 +118,8 @@ def _of_the_adapter(layer: Layer) -> Iterator[Finding]:
             "magnitude-axis",
             f"its magnitude {tuple(m.shape)} is one for each input, where PEFT has one for each output",
         )
-    if layer.left is not None and layer.right is not None and m.numel() != layer.d_out:
+    matrices = layer.left is not None and layer.right is not None and layer.left.dim() == layer.right.dim() == 2
+    if layer.left is not None and layer.right is not None and matrices and m.numel() != layer.d_out:
         d_in = int(layer.right.shape[1])
         if m.numel() == d_in:
             what = f"its magnitude {tuple(m.shape)} has an entry for each of {d_in} inputs, not for each of {layer.d_out} outputs"

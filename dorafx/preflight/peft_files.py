@@ -149,16 +149,16 @@ def _layer(
             unread = found + (f" ({base.quantization})" if base.quantization else "")
         else:
             weight = found
-    left, right = (None if factor is None else factor.flatten(1) for factor in (b, a))
+    left, right = (t if t is None or t.dim() < 2 else t.flatten(1) for t in (b, a))
     transposed = embedding or bool((settings or {}).get("fan_in_fan_out"))
     if weight is not None and left is not None and right is not None:
-        if len(weight.shape) > 2:
+        if len(weight.shape) > 2 and left.dim() == right.dim() == 2:
             transposed = False
             # PEFT's second factor has as many groups as the convolution, and views it with the whole rank.
             if left.shape[1] != right.shape[0] and right.shape[0] % max(1, left.shape[1]) == 0:
                 groups = right.shape[0] // left.shape[1]
                 left = left.reshape(-1, right.shape[0])
-        elif not embedding:
+        elif not embedding and left.dim() == right.dim() == 2:
             transposed = _is_transposed(weight.shape, left, right, transposed)
         found_dtypes = {
             "the factors": {t.dtype for t in (a, b) if t is not None},

@@ -21,6 +21,15 @@ _HEADS = ("lm_head", "embed_out", "output_projection")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 
 
+# Parts of a model beside its text model, as they are called in names of modules; layers of different parts have the same names.
+_TOWERS = {"vision": "vision", "visual": "vision", "image": "vision", "audio": "audio", "speech": "audio",
+           "encoder": "encoder", "decoder": "decoder", "text_encoder_2": "second", "text_encoder_3": "third"}  # fmt: skip
+
+
+def _towers(module: str) -> frozenset[str]:
+    return frozenset(tower for word, tower in _TOWERS.items() if word in module)
+
+
 class Tensors:
     """The tensors of safetensors files, opened when one is read.
 
@@ -52,7 +61,7 @@ class Tensors:
     def read(self, name: str) -> torch.Tensor:
         """A whole tensor."""
         tensor: torch.Tensor = self._slice(name)[...]
-        return tensor
+        return tensor if tensor.dtype in _DTYPES.values() else tensor.float()
 
     def dtype_of(self, name: str) -> str:
         """The dtype as the file names it: ``"BF16"``, ``"U8"``."""
@@ -147,25 +156,29 @@ class Base:
         self._endings: dict[str, list[str]] = {}
         for module in self.modules:
             parts = module.split(".")
-            for start in range(1, len(parts)):
+            for start in range(len(parts)):
                 self._endings.setdefault(".".join(parts[start:]), []).append(module)
-        self._first = {name.split(".", 1)[0] for name in files}
 
     def module(self, site: str) -> str | None:
         """The name under which the base stores a module; None if it has none.
 
-        A checkpoint may have one part of the name more, or less, than the model in memory: the body of a model is saved without its head, and
-        loaded into one with it.
+        Names in front of the layers may differ: the body of a model is saved without its head, and loaded into one with it; and
+        transformers renames the parts of a model that reads images and text when it loads it.
         """
         if site in self.modules:
             return site
-        longer = self._endings.get(site, [])
-        if len(longer) == 1:
-            return longer[0]
-        head, _, rest = site.partition(".")
-        if head not in self._first and rest in self.modules:
-            return rest
-        if not longer and site.rsplit(".", 1)[-1] in _HEADS and self._is_tied:
+        parts = site.split(".")
+        # The number of a layer, and what follows it, are the same in both.
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        last = number - 1 if number else max(0, len(parts) - (1 if parts[-1] in (*_HEADS, *_EMBEDDINGS) else 2))
+        for start in range(last + 1):
+            ending = ".".join(parts[start:])
+            alike = [m for m in self._endings.get(ending, []) if _towers(m) == _towers(site)]
+            if len(alike) == 1:
+                return alike[0]
+            if alike:
+                return None
+        if parts[-1] in _HEADS and self._is_tied:
             tied = [m for m in self.modules if m.rsplit(".", 1)[-1] in _EMBEDDINGS]
             return tied[0] if len(tied) == 1 else None
         return None

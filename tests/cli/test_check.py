@@ -145,6 +145,7 @@ PLANTED: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "no dora": (option("use_dora", False), "ignored-magnitude", Q, "use_dora is not true"),
     "lora_bias": (option("lora_bias", True), "refused", "", "lora_bias"),
     "alora": (option("alora_invocation_tokens", [1, 2]), "refused", "", "aLoRA"),
+    "a vector": (reshaped(Q, "lora_A.weight", 32), "shape", Q, "no matrices"),
     "other tensors": (lambda t, c: t.update({"extra": torch.ones(1)}), "unknown-tensor", "", "extra"),
 }  # fmt: skip
 
@@ -295,6 +296,19 @@ def test_other_names_in_the_base(saved: Path, tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         save_file(renamed, tmp_path / name / "model.safetensors")
         assert check_files(saved / "adapter", tmp_path / name).findings == []
+    # As checkpoints of Qwen2-VL, and the model that transformers makes of one, call the layers.
+    renamed = {
+        k.replace("model.layers", "model.language_model.layers"): v
+        for k, v in load_file(saved / "adapter" / "adapter_model.safetensors").items()
+    }
+    save_file(renamed, tmp_path / "images.safetensors")
+    seeing = {k.replace("model.", "model.visual."): v + 1 for k, v in tensors.items() if k != "lm_head.weight"}
+    save_file({**tensors, **seeing}, tmp_path / "base.safetensors")
+    report = check_files(tmp_path / "images.safetensors", tmp_path / "base.safetensors")
+    assert report.checked == 6 and report.findings == []
+    save_file(seeing, tmp_path / "other.safetensors")
+    report = check_files(tmp_path / "images.safetensors", tmp_path / "other.safetensors")
+    assert report.checked == 0 and {f.kind for f in report.findings} == {"missing-target"}
     tied = llama(tie_word_embeddings=True)
     tied.save_pretrained(tmp_path / "tied")
     model = adapted(tied, target_modules=["lm_head"])
