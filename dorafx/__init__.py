@@ -26,17 +26,21 @@ from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
 from dorafx.explanation import Explanation
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
+from dorafx.preflight import CheckReport, Finding, check
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckReport",
     "DorafxError",
     "DorafxWarning",
     "Explanation",
+    "Finding",
     "Record",
     "RewriteLog",
     "RewriteMissError",
     "VerifyReport",
+    "check",
     "explain",
     "invalidate",
     "optimize",

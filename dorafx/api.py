@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=torch.nn.Module)
 _ATTRIBUTE = "_dorafx_restore"
+_OF_A_LAYER = re.compile(r"\.lora_magnitude_vector(\..*)?$")
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
@@ -60,6 +62,7 @@ def optimize(
     norm: str = "auto",
     compose: str = "auto",
     norm_reuse: str = "auto",
+    zero_rows: str = "peft",
     verify: bool = False,
     strict: bool = False,
     dynamic: bool | None = None,
@@ -81,7 +84,7 @@ def optimize(
             for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
             checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
             most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
-        codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
+        codegen, norm, compose, norm_reuse, zero_rows, verify, strict: the options of these names, as the table of options in the README
             (``dorafx.options.Options``) describes them.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
@@ -111,6 +114,7 @@ def optimize(
         "dorafx.norm": norm,
         "dorafx.compose": compose,
         "dorafx.norm_reuse": norm_reuse,
+        "dorafx.zero_rows": zero_rows,
         "dorafx.verify": verify,
         "dorafx.strict": strict,
     }
@@ -290,24 +294,39 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     total       1                                          48 KiB      49.2 k  49.2 k
     1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
+    from dorafx.rewriter import hoist_norms
+    from dorafx.runtime import zero_rows
+
     _check_callable("explain", model)
     capture.install()
     log = RewriteLog()
     graphs = 0
     terms: list[SiteTerms] = []
+    zeros: dict[str, int] = {}
 
     def collect(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         nonlocal graphs
         graphs += 1
         # Where the model's graph breaks, what it calls is compiled by itself.
         members = (capture.name_in_served_model(module_of_frame()),)
-        terms.extend(rewrite_graph(gm, Options(), graphs, members, log=log, terms=True).terms)
-        return gm.forward
+        program = rewrite_graph(gm, Options(), graphs, members, log=log, terms=True)
+        terms.extend(program.terms)
+        if program.graph is gm:
+            return gm.forward
+        norms = hoist_norms(program.graph)
+
+        def run(*inputs: Any) -> Any:
+            # PEFT computes a norm in a module of its own inside of the layer.
+            for site, count in zero_rows(norms, inputs).items():
+                zeros[".".join(filter(None, (members[0], _OF_A_LAYER.sub("", site))))] = count
+            return gm.forward(*inputs)
+
+        return run
 
     with torch.random.fork_rng(), whole_graphs(), graph_breaks() as breaks, capture.explained(model, log):
         fresh_compile(model, collect)(*args, **kwargs)
     layers = [name for name, _ in adapted_modules(model)] if isinstance(model, torch.nn.Module) else []
-    return Explanation(graphs, graph_breaks_of(breaks), log, terms, layers)
+    return Explanation(graphs, graph_breaks_of(breaks), log, terms, layers, zeros)
 
 
 def _check_callable(name: str, model: Any) -> None:

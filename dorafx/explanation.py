@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -93,6 +93,8 @@ class Explanation:
         terms: what each site computes, as a formula, and for a near miss the form that it is closest to; :mod:`dorafx.lift.show`
             explains the notation.
         layers: the names of the model's adapter layers with a magnitude.
+        zero_rows: site -> how many rows of its adapted weight have a norm of zero, of sites that have such rows. ``m / 0`` makes them
+            NaN or infinite, in the original too. Norms that gradients flow through are not looked at.
 
     >>> def noisy(x):
     ...     print("once a forward")
@@ -108,6 +110,7 @@ class Explanation:
     log: RewriteLog = field(default_factory=RewriteLog)
     terms: list[SiteTerms] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
+    zero_rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def layers_outside(self) -> list[str]:
@@ -147,11 +150,12 @@ class Explanation:
             show(_shown(self.terms), file)
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"graphs": int, "graph_breaks": int, "breaks": [break]}``; the log has its own JSON."""
+        """``{"graphs": int, "graph_breaks": int, "breaks": [break], "zero_rows": {site: int}}``; the log has its own JSON."""
         return {
             "graphs": self.graph_count,
             "graph_breaks": self.graph_break_count,
             "breaks": [asdict(b) for b in self.breaks],
+            "zero_rows": dict(self.zero_rows),
         }
 
     def __rich__(self) -> RenderableType:
@@ -159,6 +163,7 @@ class Explanation:
             Text(f"{_counted(self.graph_count, 'graph')}, {_counted(self.graph_break_count, 'graph break')}", "bold"),
             self.log.__rich__(),
             *(b.__rich__() for b in self.breaks),
+            *_shown_zeros(self.zero_rows),
         ]
         outside = self.layers_outside
         if outside:
@@ -182,6 +187,22 @@ class Explanation:
 
     def __str__(self) -> str:
         return as_text(self)
+
+
+def _shown_zeros(zero_rows: Mapping[str, int]) -> Iterable[Text]:
+    folds: dict[tuple[str, int], int] = {}
+    for site, count in zero_rows.items():
+        key = folded_site(site) or "(function)", count
+        folds[key] = folds.get(key, 0) + 1
+    for (site, count), times in folds.items():
+        what = f"{site}{f' x {times}' if times > 1 else ''}: {_counted(count, 'row')} with a norm of zero: NaN or infinite, in the original too"
+        yield finding(
+            "zero norm",
+            "bold yellow",
+            what,
+            "",
+            'with zero_rows="finite" they give 0; dorafx.check(model) names the rows',
+        )
 
 
 def _counted(number: int, noun: str) -> str:

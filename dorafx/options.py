@@ -12,6 +12,7 @@ _CHOICES = {
     "norm": ("auto", "tiled", "factored"),
     "compose": COMPOSE,
     "norm_reuse": ("auto", "never", "step"),
+    "zero_rows": ("peft", "finite"),
 }
 
 
@@ -30,6 +31,10 @@ class Options:
         norm_reuse: when a kept norm is used again. ``"auto"``: where the bytes are the same that it was computed from, if comparing
             them costs less than the norm. ``"never"``: it is computed at every forward. ``"step"`` is another
             name of ``"auto"``.
+        zero_rows: what a row of the adapted weight with a norm of zero gives. ``"peft"``: what the program computes, ``m / 0``, which
+            is NaN or an infinity. ``"finite"``: 0 (and the bias), with gradients of 0: wherever something is divided by a norm that
+            dorafx computes, a norm of zero, in the dtype that it is divided in, counts as infinite. Layers that are not
+            rewritten stay as they are.
         verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
             random data, forward and backward, compare all that a caller can see, and leave alone what differs.
         strict: raise where something is not rewritten or dorafx fails, instead of falling back.
@@ -39,6 +44,7 @@ class Options:
     norm: str = "auto"
     compose: str = "auto"
     norm_reuse: str = "auto"
+    zero_rows: str = "peft"
     verify: bool = False
     strict: bool = False
 

@@ -24,10 +24,11 @@ def test_split() -> None:
     [
         (
             {"dorafx.nrom": "tiled"},
-            "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.verify, dorafx.strict",
+            "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.zero_rows, dorafx.verify, dorafx.strict",
         ),
         ({"dorafx.norm": "fast"}, "'auto', 'tiled', 'factored'"),
         ({"dorafx.compose": 3}, "'auto', 'accumulated', 'epilogue'"),
+        ({"dorafx.zero_rows": "nan"}, "'peft', 'finite'"),
         ({"dorafx.strict": 1}, "True or False"),
         ({"dorafx.codegen": ""}, "'inductor', 'eager'"),
     ],

@@ -1,6 +1,6 @@
-"""The command line: ``dorafx {demo, explain, bench, report, doctor}``.
+"""The command line: ``dorafx {demo, explain, check, bench, report, doctor}``.
 
-Exit codes: 0 success; 1 it ran, with a negative result (``explain`` found misses, ``doctor`` found a failure, a configuration of
+Exit codes: 0 success; 1 it ran, with a negative result (``explain`` found misses, ``check`` problems, ``doctor`` a failure, a configuration of
 ``bench`` failed); 2 it could not run (wrong input, or the user's code failed); 130 interrupted.
 """
 
@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from rich.text import Text
 
 import dorafx
@@ -25,6 +26,8 @@ from dorafx._compat.dynamo import quiet_tracing_errors
 from dorafx.bench.command import add_arguments, run_command
 from dorafx.errors import DorafxError
 from dorafx.quiet import quiet_imports
+
+_DTYPES = ("float16", "bfloat16", "float32")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +115,22 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", type=Path, help="also write the report, with a picture of each distinct layer")
     explain.set_defaults(run=_explain)
 
+    check = commands.add_parser("check", parents=[common], help="check a DoRA adapter on disk against its base")
+    check.add_argument(
+        "adapter",
+        type=Path,
+        help="folder that PEFT saved, or a safetensors file of PEFT, diffusers, sd-scripts or LyCORIS",
+    )
+    check.add_argument(
+        "--base",
+        type=Path,
+        help="the base's folder or safetensors file (default: what adapter_config.json names, if it is a folder)",
+    )
+    check.add_argument(
+        "--dtype", choices=_DTYPES, help="in which the layers will compute (default: that of the base's weights)"
+    )
+    check.set_defaults(run=_check)
+
     bench = commands.add_parser(
         "bench", parents=[common], help="measure dorafx beside PEFT, dense and factored norms, LoRA and merged weights"
     )
@@ -165,6 +184,18 @@ def _explain(options: argparse.Namespace) -> int:
     if target.note:
         print(f"note: {target.note}", file=sys.stderr)
     return 1 if explanation.misses else 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from dorafx.preflight import check_files
+
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    report = check_files(options.adapter, options.base, dtype)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=1))
+    else:
+        report.print()
+    return 0 if report.clean else 1
 
 
 def _report(options: argparse.Namespace) -> int:

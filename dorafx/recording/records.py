@@ -66,6 +66,9 @@ class Recorder:
         self, options: Options, graph_id: int = 0, members: tuple[str, ...] = ("",), terms: bool = False
     ) -> None:
         self.members = members
+        self._zero_rows = ""
+        if options.zero_rows == "finite":
+            self._zero_rows = 'zero_rows="finite": what is divided by this norm is 0 where the norm is 0'
         self._common = {"codegen": options.codegen, "graph": graph_id}
         self._drafts: list[_Draft] = []
         self._drawings: dict[str, Drawing] = {}
@@ -89,7 +92,7 @@ class Recorder:
         for atom_id, norm in plan.norms.items():
             match, miss = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
             fields = _rewritten(lift, norm, match, miss, flops)
-            fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
+            fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed, self._zero_rows)))
             candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id)))
         candidates += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}

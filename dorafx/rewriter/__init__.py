@@ -6,6 +6,7 @@ from .hoist import HoistedNorm, NormKey, hoist_norms, norms_inside
 from .in_place import reuse_buffers
 from .nodes import CannotEmit
 from .results import replace_view_results
+from .zero_rows import guard_zero_norms
 
 __all__ = [
     "CannotEmit",
@@ -13,6 +14,7 @@ __all__ = [
     "HoistedNorm",
     "NormKey",
     "apply_plan",
+    "guard_zero_norms",
     "hoist_norms",
     "norms_inside",
     "replace_view_results",

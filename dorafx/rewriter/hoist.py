@@ -16,6 +16,7 @@ from torch import fx
 
 from dorafx._compat.graphs import mark_new_input
 from dorafx._compat.operators import body_operands_start, takes_operands_for_body
+from dorafx.graphs.provenance import site_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_nodes
 
@@ -35,6 +36,9 @@ KEY = "dorafx_norm_key"
 NormKey = tuple[str, int]
 """A norm of a graph: the name of the body that it is in (empty for the outermost graph), and the number of its atom there."""
 
+# On an input of a graph or body: it is a norm that has left it.
+NORM_INPUT = "dorafx_norm_input"
+
 # On a norm's node: why it cannot leave the graph.
 _KEPT = "dorafx_kept"
 
@@ -52,6 +56,7 @@ class HoistedNorm:
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
         escapes: whether the graph may hand it out, so that it must be given what nobody else has.
+        site: the module that it is of; empty for a plain function.
     """
 
     inputs: tuple[int, ...]
@@ -60,6 +65,7 @@ class HoistedNorm:
     signature: str
     value: torch.Tensor | None
     escapes: bool = False
+    site: str = ""
 
 
 def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
@@ -173,7 +179,7 @@ def _extracted(
             copies[node] = graph.create_node(node.op, node.target, args, kwargs)
     graph.output(copies[norm])
     tensors, scalars = (tuple(position[node] for node in group) for group in (inputs, numbers.values()))
-    return HoistedNorm(tensors, scalars, graph, str(graph), value)
+    return HoistedNorm(tensors, scalars, graph, str(graph), value, site=site_of(norm))
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
@@ -193,6 +199,7 @@ def _become_input(placeholder: fx.Node, norm: fx.Node) -> None:
     for key in ("nn_module_stack", "stack_trace"):
         if key in norm.meta:
             placeholder.meta[key] = norm.meta[key]
+    placeholder.meta[NORM_INPUT] = True
     mark_new_input(placeholder)
 
 

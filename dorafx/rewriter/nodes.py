@@ -39,13 +39,13 @@ class CannotEmit(Exception):
 
 
 @functools.cache  # FakeValues tells functions by identity
-def _method(name: str) -> Callable[..., Any]:
+def tensor_method(name: str) -> Callable[..., Any]:
     """Calls the method of the tensor's own class: ``torch.Tensor.dequantize`` is not what a torchao weight has."""
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
 @contextmanager
-def _gradients_as_of(value: Any) -> Iterator[None]:
+def gradients_as_of(value: Any) -> Iterator[None]:
     """Record gradients where they are recorded for a value of the graph, also if the graph is called with them switched off and switches
     them on itself."""
     off = not torch.is_grad_enabled() or torch.is_inference_mode_enabled()
@@ -77,7 +77,7 @@ class NodeEmitter:
         return self._created(self.graph.call_function(target, args, kwargs), target)
 
     def method(self, name: str, *args: Any, **kwargs: Any) -> fx.Node:
-        return self._created(self.graph.call_method(name, args, kwargs), _method(name))
+        return self._created(self.graph.call_method(name, args, kwargs), tensor_method(name))
 
     def _created(self, node: fx.Node, target: Callable[..., Any]) -> fx.Node:
         """Give a new node the provenance of the site and a fake value, as a tracer would have."""
@@ -90,7 +90,7 @@ class NodeEmitter:
         mode = fake_mode_of(value)
         if mode is not None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-            with _gradients_as_of(value):
+            with gradients_as_of(value):
                 node.meta[slot] = self._fake_values(target, args, kwargs, mode)
         return node
 

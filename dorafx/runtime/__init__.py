@@ -1,6 +1,6 @@
 """What runs with a rewritten graph: the prologue that computes its norms, and the store that keeps them."""
 
-from .prologue import with_prologue
+from .prologue import with_prologue, zero_rows
 from .store import NormStore, norm_store
 
-__all__ = ["NormStore", "norm_store", "with_prologue"]
+__all__ = ["NormStore", "norm_store", "with_prologue", "zero_rows"]

@@ -368,6 +368,28 @@ class _Squares:
         return squares
 
 
+def zero_rows(norms: Sequence[HoistedNorm], args: Sequence[Any]) -> dict[str, int]:
+    """How many rows of each site's weight have a norm of zero, which the host waits for; sites without such rows are left out. Norms of
+    tensors without data or that are sharded over devices are not computed.
+
+    Args:
+        norms: how each is computed.
+        args: the inputs of the graph.
+    """
+    counts: dict[str, int] = {}
+    for norm in norms:
+        tensors = [args[k] for k in norm.inputs]
+        if placements(norm.value) is not None or any(
+            t.device.type == "meta" or fake_mode_of(t) is not None or placements(t) is not None for t in tensors
+        ):
+            continue
+        computation = _Computation(_recipe(norm), tensors, _numbers(args[k] for k in norm.scalars), None)
+        zeros = int((_compute([computation])[0] == 0).sum())
+        if zeros:
+            counts[norm.site] = max(zeros, counts.get(norm.site, 0))
+    return counts
+
+
 def _compute(norms: Sequence[_Computation], squares: _Squares | None = None) -> list[torch.Tensor]:
     """Compute norms, in one operator call for each algorithm; the operator launches those of equal shapes together. Norms whose
     operands are computed here, instead of being parameters, get a call each, so that only one layer's operands are in memory.
