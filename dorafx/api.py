@@ -25,7 +25,7 @@ from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import groups_of, resolve_scope
+from dorafx.scope import check_scope, groups_of, resolve_scope
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
@@ -95,16 +95,10 @@ def optimize(
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
     from dorafx.backend import dorafx as dorafx_backend
 
+    # A wrong value fails here, not at the first forward.
+    switches = {"norm": norm, "compose": compose, "norm_reuse": norm_reuse, "verify": verify, "strict": strict}
+    options = checked_options(scope, codegen=codegen, **switches)
     resolved = resolve_scope(model, scope)
-    options: dict[str, Any] = {
-        "dorafx.codegen": codegen,
-        "dorafx.norm": norm,
-        "dorafx.compose": compose,
-        "dorafx.norm_reuse": norm_reuse,
-        "dorafx.verify": verify,
-        "dorafx.strict": strict,
-    }
-    Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
     for group in groups_of(model, resolved):
@@ -112,6 +106,23 @@ def optimize(
         undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
     model.__dict__[_ATTRIBUTE] = undo
     return model
+
+
+def checked_options(scope: str, **options: Any) -> dict[str, Any]:
+    """Options of :func:`optimize` as ``torch.compile`` takes them.
+
+    Raises:
+        ValueError: an unknown scope or option value.
+    """
+    check_scope(scope)
+    named = {f"dorafx.{name}": value for name, value in options.items()}
+    Options.split(named)
+    return named
+
+
+def is_optimized(model: torch.nn.Module) -> bool:
+    """Whether a model, or a part of it, has been passed to :func:`optimize` and not to :func:`restore` since."""
+    return any(module.__dict__.get(_ATTRIBUTE) for module in model.modules())
 
 
 def restore(model: M) -> M:
