@@ -31,6 +31,7 @@ from dorafx.explanation import Explanation
 from dorafx.integrations.dynamo_backend import make_known_to_accelerate
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
+from dorafx.serving import apply_scales, export_scales
 
 if typing.TYPE_CHECKING:
     from dorafx.integrations.trainer import TrainerCallback as TrainerCallback
@@ -45,7 +46,9 @@ __all__ = [
     "RewriteLog",
     "RewriteMissError",
     "VerifyReport",
+    "apply_scales",
     "explain",
+    "export_scales",
     "invalidate",
     "optimize",
     "pattern",

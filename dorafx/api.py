@@ -18,7 +18,7 @@ from torch import fx
 from dorafx import capture
 from dorafx._compat.dynamo import fresh_compile, graph_breaks, restore_compiled_call, whole_graphs
 from dorafx._compat.graphs import exported_program_with_graph
-from dorafx.capture.in_place import compile_in_place
+from dorafx.capture.in_place import OPTIMIZED, compile_in_place
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
@@ -26,12 +26,12 @@ from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
 from dorafx.scope import check_scope, groups_of, resolve_scope
+from dorafx.serving import remove_scales, scaled_adapters
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
 
 M = TypeVar("M", bound=torch.nn.Module)
-_ATTRIBUTE = "_dorafx_restore"
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
@@ -82,7 +82,7 @@ def optimize(
     Raises:
         ValueError: an unknown scope or option value.
         TypeError: ``model`` is no ``nn.Module``.
-        DorafxError: the model is optimized already.
+        DorafxError: the model is optimized already, or has scales of :func:`apply_scales`.
 
     >>> dorafx.optimize(layer, codegen="eager") is layer
     True
@@ -91,8 +91,10 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
-    if model.__dict__.get(_ATTRIBUTE):
+    if model.__dict__.get(OPTIMIZED):
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
+    if scaled_adapters(model):
+        raise DorafxError("scales are applied to this model; call dorafx.restore(model) first")
     from dorafx.backend import dorafx as dorafx_backend
 
     # A wrong value fails here, not at the first forward.
@@ -104,7 +106,7 @@ def optimize(
     for group in groups_of(model, resolved):
         backend = functools.partial(dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner)
         undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
-    model.__dict__[_ATTRIBUTE] = undo
+    model.__dict__[OPTIMIZED] = undo
     return model
 
 
@@ -120,16 +122,11 @@ def checked_options(scope: str, **options: Any) -> dict[str, Any]:
     return named
 
 
-def is_optimized(model: torch.nn.Module) -> bool:
-    """Whether a model, or a part of it, has been passed to :func:`optimize` and not to :func:`restore` since."""
-    return any(module.__dict__.get(_ATTRIBUTE) for module in model.modules())
-
-
 def restore(model: M) -> M:
-    """Undo :func:`optimize`: every module is called as it was before. A model that is not optimized is left alone.
+    """Undo :func:`optimize` and :func:`apply_scales`: every module is called as it was before. Any other model is left alone.
 
     Args:
-        model: the model that was passed to ``optimize``.
+        model: the model that was passed to either.
 
     Returns:
         The same ``model``.
@@ -137,8 +134,9 @@ def restore(model: M) -> M:
     >>> dorafx.restore(dorafx.optimize(layer)) is layer
     True
     """
-    for module, previous in model.__dict__.pop(_ATTRIBUTE, ()):
+    for module, previous in model.__dict__.pop(OPTIMIZED, ()):
         restore_compiled_call(module, previous)
+    remove_scales(model)
     return model
 
 

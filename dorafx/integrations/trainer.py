@@ -8,7 +8,8 @@ import torch
 from transformers.trainer_callback import TrainerCallback as _TrainerCallback
 from transformers.utils import logging
 
-from dorafx.api import checked_options, is_optimized, optimize, restore
+from dorafx.api import checked_options, optimize, restore
+from dorafx.capture.in_place import is_optimized
 from dorafx.log import Record, rewrite_log
 from dorafx.scope import adapted_modules
 

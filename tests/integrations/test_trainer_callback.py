@@ -32,7 +32,7 @@ from transformers.trainer_callback import TrainerCallback as Callback
 
 import dorafx
 from dorafx import rewrite_log
-from dorafx.api import is_optimized
+from dorafx.capture.in_place import is_optimized
 
 pytest.importorskip("accelerate")
 ROWS = torch.randint(1, VOCABULARY, (16, 9), generator=torch.Generator().manual_seed(2))
