@@ -57,6 +57,9 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
         DorafxError: the file is not of this model and adapter; the model is in training mode; the adapter has scales already.
 
     >>> import tempfile
+    >>> from peft import LoraConfig, get_peft_model
+    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+    >>> served = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"])).eval()
     >>> folder = tempfile.mkdtemp()
     >>> _ = dorafx.export_scales(served, folder)
     >>> dorafx.apply_scales(served, folder) is served

@@ -47,8 +47,8 @@ def export_scales(
 
     >>> from peft import LoraConfig, get_peft_model
     >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> served = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"])).eval()
-    >>> {name: tuple(g.shape) for name, g in dorafx.export_scales(served).items()}
+    >>> adapted = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"]))
+    >>> {name: tuple(g.shape) for name, g in dorafx.export_scales(adapted).items()}
     {'base_model.model.0': (6,)}
     """
     name, layers = dora_layers(model, adapter, "export_scales")
