@@ -21,12 +21,21 @@ The examples of the functions below use this layer, one spelling of DoRA among m
 >>> layer, x = DoraLinear(64, 96, rank=4), torch.randn(8, 64)
 """
 
+from __future__ import annotations
+
+import typing
+
 from dorafx.api import VerifyReport, explain, invalidate, optimize, restore, rewrite, verify
 from dorafx.errors import DorafxError, DorafxWarning, RewriteMissError
 from dorafx.explanation import Explanation
+from dorafx.integrations.dynamo_backend import make_known_to_accelerate
 from dorafx.log import Record, RewriteLog, rewrite_log
 from dorafx.match import pattern
 from dorafx.preflight import CheckReport, Finding, check
+from dorafx.serving import apply_scales, export_scales
+
+if typing.TYPE_CHECKING:
+    from dorafx.integrations.trainer import TrainerCallback as TrainerCallback
 
 __version__ = "0.1.0"
 
@@ -40,8 +49,10 @@ __all__ = [
     "RewriteLog",
     "RewriteMissError",
     "VerifyReport",
+    "apply_scales",
     "check",
     "explain",
+    "export_scales",
     "invalidate",
     "optimize",
     "pattern",
@@ -50,3 +61,21 @@ __all__ = [
     "rewrite_log",
     "verify",
 ]
+
+_LAZY = {"TrainerCallback": "dorafx.integrations.trainer"}
+"""Public names whose modules import another library. They are not in ``__all__``: ``from dorafx import *`` must not import it."""
+
+
+def __getattr__(name: str) -> typing.Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
+make_known_to_accelerate()

@@ -27,20 +27,20 @@ from dorafx._compat.dynamo import (
     whole_graphs,
 )
 from dorafx._compat.graphs import exported_program_with_graph
-from dorafx.capture.in_place import compile_in_place
+from dorafx.capture.in_place import OPTIMIZED, compile_in_place
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import Group, adapted_modules, groups_of, resolve_scope
+from dorafx.scope import Group, adapted_modules, check_scope, groups_of, resolve_scope
+from dorafx.serving import remove_scales, scaled_adapters
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
 
 M = TypeVar("M", bound=torch.nn.Module)
-_ATTRIBUTE = "_dorafx_restore"
 _OF_A_LAYER = re.compile(r"\.lora_magnitude_vector(\..*)?$")
 
 
@@ -95,7 +95,7 @@ def optimize(
     Raises:
         ValueError: an unknown scope or option value.
         TypeError: ``model`` is no ``nn.Module``.
-        DorafxError: the model is optimized already.
+        DorafxError: the model is optimized already, or has scales of :func:`apply_scales`.
 
     >>> dorafx.optimize(layer, codegen="eager") is layer
     True
@@ -104,21 +104,24 @@ def optimize(
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
-    if model.__dict__.get(_ATTRIBUTE):
+    if model.__dict__.get(OPTIMIZED):
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
+    if scaled_adapters(model):
+        raise DorafxError("scales are applied to this model; call dorafx.restore(model) first")
     from dorafx.backend import dorafx as dorafx_backend
 
+    # A wrong value fails here, not at the first forward.
+    options = checked_options(
+        scope,
+        codegen=codegen,
+        norm=norm,
+        compose=compose,
+        norm_reuse=norm_reuse,
+        zero_rows=zero_rows,
+        verify=verify,
+        strict=strict,
+    )
     resolved = resolve_scope(model, scope)
-    options: dict[str, Any] = {
-        "dorafx.codegen": codegen,
-        "dorafx.norm": norm,
-        "dorafx.compose": compose,
-        "dorafx.norm_reuse": norm_reuse,
-        "dorafx.zero_rows": zero_rows,
-        "dorafx.verify": verify,
-        "dorafx.strict": strict,
-    }
-    Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
 
@@ -133,7 +136,7 @@ def optimize(
 
     def compile_added() -> int:
         model = reference()
-        undo = None if model is None else model.__dict__.get(_ATTRIBUTE)
+        undo = None if model is None else model.__dict__.get(OPTIMIZED)
         if model is None or not isinstance(undo, _Undo):
             return 0
         added = [(name, module) for name, module in adapted_modules(model) if not is_compiled(module)]
@@ -142,15 +145,27 @@ def optimize(
 
     compile_groups(groups_of(model, resolved), undo)
     undo.end = capture.serve(model, strict, None if resolved == "model" else compile_added)
-    model.__dict__[_ATTRIBUTE] = undo
+    model.__dict__[OPTIMIZED] = undo
     return model
 
 
+def checked_options(scope: str, **options: Any) -> dict[str, Any]:
+    """Options of :func:`optimize` as ``torch.compile`` takes them.
+
+    Raises:
+        ValueError: an unknown scope or option value.
+    """
+    check_scope(scope)
+    named = {f"dorafx.{name}": value for name, value in options.items()}
+    Options.split(named)
+    return named
+
+
 def restore(model: M) -> M:
-    """Undo :func:`optimize`: every module is called as it was before. A model that is not optimized is left alone.
+    """Undo :func:`optimize` and :func:`apply_scales`: every module is called as it was before. Any other model is left alone.
 
     Args:
-        model: the model that was passed to ``optimize``.
+        model: the model that was passed to either.
 
     Returns:
         The same ``model``.
@@ -158,11 +173,12 @@ def restore(model: M) -> M:
     >>> dorafx.restore(dorafx.optimize(layer)) is layer
     True
     """
-    undo = model.__dict__.pop(_ATTRIBUTE, ())
+    undo = model.__dict__.pop(OPTIMIZED, ())
     if isinstance(undo, _Undo):
         undo.end()
     for module, previous in undo:
         restore_compiled_call(module, previous)
+    remove_scales(model)
     return model
 
 

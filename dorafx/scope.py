@@ -29,6 +29,13 @@ def adapted_modules(model: torch.nn.Module) -> Named:
     return adapted
 
 
+def check_scope(scope: str) -> None:
+    """Raises:
+    ValueError: an unknown scope."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope: {scope!r} is not one of {', '.join(map(repr, SCOPES))}")
+
+
 def resolve_scope(model: torch.nn.Module, scope: str) -> str:
     """``auto`` is ``blocks`` where the model has adapter layers inside of repeated blocks of at most eight kinds, ``modules`` where it
     has others, else ``model``.
@@ -37,8 +44,7 @@ def resolve_scope(model: torch.nn.Module, scope: str) -> str:
         ValueError: an unknown scope; ``modules`` or ``blocks`` for a model without such layers; ``blocks`` for one without
             blocks that contain them.
     """
-    if scope not in SCOPES:
-        raise ValueError(f"scope: {scope!r} is not one of {', '.join(map(repr, SCOPES))}")
+    check_scope(scope)
     if scope == "model":
         return scope
     if not adapted_modules(model):

@@ -36,7 +36,9 @@ def members(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{attribute}", value
 
 
-PUBLIC = dict(entry for name in dorafx.__all__ for entry in members(name, getattr(dorafx, name)))
+LAZY = ("TrainerCallback",)
+"""Public names that import another library, and are not in ``__all__`` therefore."""
+PUBLIC = dict(entry for name in (*dorafx.__all__, *LAZY) for entry in members(name, getattr(dorafx, name)))
 
 
 ALGEBRA = ("Diag", "Expr", "Mat", "Poly")

@@ -17,6 +17,8 @@ FILES = sorted(path for folder in ("dorafx", "patterns") for path in (ROOT / fol
 PUBLIC = [path for path in FILES if "_compat" not in path.parts]
 
 OWN = frozenset({"self", "cls"})
+ENUMS = frozenset({"_missing_", "_name_", "_value_"})
+"""What Python documents for classes of enumerations."""
 TORCHS = frozenset({"_version", "_cdata", "_base", "_parameters", "_buffers", "_modules"})
 """Attributes of tensors, storages and modules, whatever else has one of that name."""
 
@@ -38,8 +40,8 @@ def private_uses(source: str) -> Iterator[str]:
             base = node.value
             if isinstance(base, ast.Name) and base.id in OWN:
                 continue
-            if ast.unparse(base).startswith("torch.ops.") or node.attr == "_replace":
-                continue  # the name of an operator; a method that named tuples have for everyone
+            if ast.unparse(base).startswith("torch.ops.") or node.attr in ENUMS | {"_replace"}:
+                continue  # the name of an operator; what named tuples and enumerations have for everyone
             if node.attr not in DEFINED or node.attr in TORCHS:
                 yield f"line {node.lineno}: {ast.unparse(node)}"
 

@@ -11,6 +11,14 @@ from dorafx._compat.dynamo import block_compiler, group_compiler, set_compiled_c
 
 from .caches import with_caches_outside
 
+OPTIMIZED = "_dorafx_restore"
+"""The attribute of an optimized model: what puts it back."""
+
+
+def is_optimized(model: torch.nn.Module) -> bool:
+    """Whether a model, or a part of it, has been passed to ``optimize`` and not to ``restore`` since."""
+    return any(module.__dict__.get(OPTIMIZED) for module in model.modules())
+
 
 def compile_in_place(
     modules: list[torch.nn.Module], backend: Callable[..., Any], dynamic: bool | None, blocks: bool

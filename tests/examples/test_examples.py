@@ -17,11 +17,12 @@ PROMISES = {
     "inspect_log.py": ["rewritten: linear [96, 64] rank 4", "operator tanh at", "report.html True"],
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
     "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
+    "rl_loop.py": ["trained 3 steps", "rewritten: 14 modules, missed: 0", "merged and unmerged 50 times"],
     "distributed_costs.py": ["| 70B | 64, TP 8 × FSDP2 8 |"],
     "qdora.py": ["trained on torch.uint8 codes", "14 modules rewritten, 0 missed", "nf4"],
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
-NEEDS = {"trl_sft.py": "trl", "diffusion.py": "diffusers", "qdora.py": "bitsandbytes"}
+NEEDS = {"trl_sft.py": "trl", "rl_loop.py": "trl", "diffusion.py": "diffusers", "qdora.py": "bitsandbytes"}
 
 
 def test_every_example_is_here() -> None:

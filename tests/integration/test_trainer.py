@@ -1,4 +1,4 @@
-"""The Trainer's own switch for compiling, which goes through accelerate's list of backends."""
+"""The Trainer's own switch for compiling, and one line before the Trainer."""
 
 from __future__ import annotations
 
@@ -52,10 +52,13 @@ def losses(run: Trainer) -> list[float]:
     return [float(entry["loss"]) for entry in run.state.log_history if "loss" in entry]
 
 
-def test_the_switch_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    """accelerate knows its own backends only. Should it learn of others one day, the README's answer is out of date."""
-    with pytest.raises(ValueError, match="'DORAFX' is not a valid DynamoBackend"):
-        trainer(adapted(), tmp_path, torch_compile=True, torch_compile_backend="dorafx")
+@pytest.mark.slow
+def test_the_switch(tmp_path: Path) -> None:
+    """Accepted where dorafx is imported (``tests/integrations/test_dynamo_backend.py``): the whole model is compiled with it."""
+    expected = losses(trainer(adapted(), tmp_path))
+    run = trainer(adapted(), tmp_path, torch_compile_backend="dorafx")
+    assert losses(run) == pytest.approx(expected, abs=1e-3)
+    assert len({r.site for r in rewrite_log().rewrites}) == 7 and not rewrite_log().misses
 
 
 def test_one_line_before_the_trainer_does_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Where dorafx meets other libraries' own switches. Importing this package imports none of them."""
