@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,11 +22,13 @@ from dorafx._compat.graphs import exported_program_with_graph
 from dorafx.capture.in_place import compile_in_place
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
+from dorafx.explanation_files import begin
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import groups_of, resolve_scope
+from dorafx.scope import groups_of, not_compiled, resolve_scope
+from dorafx.selection import settle
 
 if TYPE_CHECKING:
     from dorafx.validation import Check
@@ -52,6 +55,9 @@ def optimize(
     norm_reuse: str = "auto",
     verify: bool = False,
     strict: bool = False,
+    skip: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    explain: str | os.PathLike[str] = "",
     dynamic: bool | None = None,
     mode: str | None = None,
 ) -> M:
@@ -71,8 +77,10 @@ def optimize(
             for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
             checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
             most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
-        codegen, norm, compose, norm_reuse, verify, strict: the options of these names, as the table of options in the README
-            (``dorafx.options.Options``) describes them.
+        codegen, norm, compose, norm_reuse, verify, strict, skip, only, explain: the options of these names, as the table of options in
+            the README (``dorafx.options.Options``) describes them. An adapter layer that ``skip`` or ``only`` leaves alone is not
+            compiled by itself, and a block whose adapter layers are all left alone is not compiled either. A pattern that matches no
+            module of the model is a warning.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
 
@@ -95,7 +103,6 @@ def optimize(
         raise DorafxError("this model is optimized already; call dorafx.restore(model) first")
     from dorafx.backend import dorafx as dorafx_backend
 
-    resolved = resolve_scope(model, scope)
     options: dict[str, Any] = {
         "dorafx.codegen": codegen,
         "dorafx.norm": norm,
@@ -103,11 +110,24 @@ def optimize(
         "dorafx.norm_reuse": norm_reuse,
         "dorafx.verify": verify,
         "dorafx.strict": strict,
+        "dorafx.skip": skip,
+        "dorafx.only": only,
+        "dorafx.explain": explain,
     }
-    Options.split(options)  # a wrong value fails here, not at the first forward
+    parsed, _ = Options.split(options)  # a wrong value fails here, not at the first forward
+    options["dorafx.explain"] = parsed.explain
+    selection = parsed.selection
+    resolved = resolve_scope(model, scope, selection)
+    if selection:
+        settle(selection, {name for name, _ in model.named_modules(remove_duplicate=False)})
     capture.install()
     undo = _Undo()
-    for group in groups_of(model, resolved):
+    if parsed.explain:
+        begin(parsed.explain)
+    groups = groups_of(model, resolved, selection=selection)
+    for site, why in not_compiled(model, resolved, groups, selection):
+        rewrite_log().add(Record("missed", site, reason=why.text, kind=ReasonKind.SKIPPED.value, codegen=codegen))
+    for group in groups:
         backend = functools.partial(dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner)
         undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
     model.__dict__[_ATTRIBUTE] = undo

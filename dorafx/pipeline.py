@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,7 +134,7 @@ def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, 
 def _raise_if_strict(program: Program, options: Options) -> None:
     if options.strict and program.failures:
         raise RewriteMissError(f"dorafx.strict: {program.failures[0]}")
-    missed = program.log.misses if options.strict else []
+    missed = [r for r in program.log.misses if r.kind != ReasonKind.SKIPPED.value] if options.strict else []
     if missed:
         first = f"{missed[0].site or 'the graph'}: {missed[0].reason}"
         raise RewriteMissError(f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {first}")
@@ -263,6 +264,8 @@ class _Pipeline:
             pure = functional_copy(gm)
         with self._stage("lift and match"):
             matches = match_graph(pure.graph, self.is_parameter)
+            if self.options.selection:
+                matches.leave_out(partial(self.options.selection.excluded_of, self.recorder.members))
         new = self._rewritten(gm, pure, matches, part)
         return _with_bodies(new, gm, bodies) if bodies else new
 

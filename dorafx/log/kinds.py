@@ -231,6 +231,13 @@ class ReasonKind(Enum):
         "dequantises it. Or have the subclass dispatch operators that it does not know to its plain value.",
     )
 
+    # The user
+    SKIPPED = (
+        "skipped",
+        "The options `dorafx.skip` or `dorafx.only` leave the module alone.",
+        "Nothing is wrong, and the layer runs as it was, which `dorafx.strict` accepts. To have it rewritten, change the option.",
+    )
+
     # dorafx itself
     NOT_EMITTED = (
         "not-emitted",
