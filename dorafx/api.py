@@ -360,7 +360,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         log_failure(error, Options(), rewrite_log())
     else:
         # Only now: if something failed, the log must not claim rewrites.
-        rewrite_log().extend(log.records, log.drawings, log.seconds)
+        rewrite_log().take_in(log)
     left = dorafx_operators(result.graph_module if exported else result) if portable else []
     if left:
         # A polyfill made it when the program was captured.

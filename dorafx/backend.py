@@ -115,7 +115,7 @@ def _compiled(
             compiled = _code(gm, original, example_inputs, options, inductor, mode)
             program, log = original, original.log
     finally:
-        rewrite_log().extend(log.records, log.drawings, log.seconds)
+        rewrite_log().take_in(log)
         if options.explain and not restarted:
             add_graph(options.explain, gm, log)
     if options.selection and program.log.records:

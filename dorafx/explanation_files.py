@@ -34,7 +34,7 @@ class _File:
         """Take in one graph, and write the file again: nothing tells a backend that a forward has ended."""
         self.explanation.graph_count += 1
         self.explanation.counted_breaks = (self.explanation.counted_breaks or 0) + broken
-        self.explanation.log.extend(log.records, log.drawings, log.seconds)
+        self.explanation.log.take_in(log)
         breaks = graph_breaks_so_far()
         self.breaks_before = min(self.breaks_before, len(breaks))  # torch may have forgotten some
         self.explanation.breaks = graph_breaks_of(breaks[self.breaks_before :])
