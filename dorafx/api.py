@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,11 +31,13 @@ from dorafx._compat.graphs import exported_program_with_graph
 from dorafx.capture.in_place import OPTIMIZED, compile_in_place
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
+from dorafx.explanation_files import begin
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import Group, adapted_modules, check_scope, groups_of, resolve_scope
+from dorafx.scope import Group, adapted_modules, check_scope, groups_of, not_compiled, resolve_scope
+from dorafx.selection import settle
 from dorafx.serving import remove_scales, scaled_adapters
 
 if TYPE_CHECKING:
@@ -65,6 +68,9 @@ def optimize(
     zero_rows: str = "peft",
     verify: bool = False,
     strict: bool = False,
+    skip: str | Sequence[str] = (),
+    only: str | Sequence[str] = (),
+    explain: str | os.PathLike[str] = "",
     dynamic: bool | None = None,
     mode: str | None = None,
 ) -> M:
@@ -84,8 +90,10 @@ def optimize(
             for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
             checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
             most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
-        codegen, norm, compose, norm_reuse, zero_rows, verify, strict: the options of these names, as the table of options in the README
-            (``dorafx.options.Options``) describes them.
+        codegen, norm, compose, norm_reuse, zero_rows, verify, strict, skip, only, explain: the options of these names, as the table of options in
+            the README (``dorafx.options.Options``) describes them. An adapter layer that ``skip`` or ``only`` leaves alone is not
+            compiled by itself, and a block whose adapter layers are all left alone is not compiled either. A pattern that matches no
+            module of the model is a warning.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
 
@@ -120,8 +128,16 @@ def optimize(
         zero_rows=zero_rows,
         verify=verify,
         strict=strict,
+        skip=skip,
+        only=only,
+        explain=explain,
     )
-    resolved = resolve_scope(model, scope)
+    parsed, _ = Options.split(options)
+    options["dorafx.explain"] = parsed.explain
+    selection = parsed.selection
+    resolved = resolve_scope(model, scope, selection)
+    if selection:
+        settle(selection, {name for name, _ in model.named_modules(remove_duplicate=False)})
     capture.install()
     undo = _Undo()
 
@@ -140,10 +156,16 @@ def optimize(
         if model is None or not isinstance(undo, _Undo):
             return 0
         added = [(name, module) for name, module in adapted_modules(model) if not is_compiled(module)]
-        compile_groups(groups_of(model, "modules", added), undo)
-        return len(added)
+        groups = groups_of(model, "modules", added, selection)
+        compile_groups(groups, undo)
+        return sum(len(group.members) for group in groups)
 
-    compile_groups(groups_of(model, resolved), undo)
+    if parsed.explain:
+        begin(parsed.explain)
+    groups = groups_of(model, resolved, selection=selection)
+    for site, why in not_compiled(model, resolved, groups, selection):
+        rewrite_log().add(Record("missed", site, reason=why.text, kind=ReasonKind.SKIPPED.value, codegen=codegen))
+    compile_groups(groups, undo)
     undo.end = capture.serve(model, strict, None if resolved == "model" else compile_added)
     model.__dict__[OPTIMIZED] = undo
     return model
@@ -409,7 +431,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         log_failure(error, Options(), rewrite_log())
     else:
         # Only now: if something failed, the log must not claim rewrites.
-        rewrite_log().extend(log.records, log.drawings, log.seconds)
+        rewrite_log().take_in(log)
     left = dorafx_operators(result.graph_module if exported else result) if portable else []
     if left:
         # A polyfill made it when the program was captured.

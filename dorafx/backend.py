@@ -21,14 +21,16 @@ from dorafx._compat.dynamo import (
     trace_artifact,
 )
 from dorafx._compat.hooks import guard_on_hooks
+from dorafx.explanation_files import add_graph
 from dorafx.graphs.grad_mode import switches_gradients_on
-from dorafx.graphs.provenance import frame_path
+from dorafx.graphs.provenance import frame_path, site_of
 from dorafx.log import RewriteLog, rewrite_log
 from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
 from dorafx.pipeline import Program, note_failed_backward, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import replace_view_results, reuse_buffers
 from dorafx.runtime import with_prologue
+from dorafx.selection import joined, settle_by_graph
 from dorafx.self_check import announce_untested_versions
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
@@ -102,6 +104,7 @@ def _compiled(
     """The rewritten program and what the codegen makes of it; the original, and a miss, where the codegen fails on the rewritten one.
     What is logged is what runs."""
     log = RewriteLog()
+    restarted = False
     try:
         graph_id = next(_graph_ids)
         if any(map(zero3_parameter, example_inputs)):
@@ -115,6 +118,7 @@ def _compiled(
         except Exception as error:
             if restarts_tracing(error):
                 log.clear()  # the graph comes again
+                restarted = True
                 raise
             if program.graph is gm or options.strict:
                 raise
@@ -122,7 +126,11 @@ def _compiled(
             compiled = _code(gm, original, example_inputs, options, inductor, mode)
             program, log = original, original.log
     finally:
-        rewrite_log().extend(log.records, log.drawings, log.seconds)
+        rewrite_log().take_in(log)
+        if options.explain and not restarted:
+            add_graph(options.explain, gm, log)
+    if options.selection and program.log.records:
+        settle_by_graph(options.selection, _modules_of(gm, members))
     trace_artifact("dorafx_rewrite_log", "json", program.log.to_json)
     return program, compiled
 
@@ -149,6 +157,13 @@ def _code(
     inputs = [*example_inputs, *program.norm_values]
     split = bucket_splitter()
     return compile_piece(program.graph, inputs) if split is None else split(program.graph, inputs, compile_piece)
+
+
+def _modules_of(gm: fx.GraphModule, members: tuple[str, ...]) -> set[str]:
+    """The names of the modules in which the graph was traced."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    sites = {site_of(node) for graph in graphs for node in graph.nodes}
+    return {joined(member, site) for member in members for site in sites}
 
 
 def _trace(gm: fx.GraphModule, program: Program) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from rich.text import Text
 
 from dorafx.log import Record, RewriteLog, folded_site
 from dorafx.log.table import as_text, finding, printable, show
+from dorafx.options import EXPLAIN_SUFFIXES
 from dorafx.recording import SiteTerms
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -95,6 +97,7 @@ class Explanation:
         layers: the names of the model's adapter layers with a magnitude.
         zero_rows: site -> how many rows of its adapted weight have a norm of zero, of sites that have such rows. ``m / 0`` makes them
             NaN or infinite, in the original too. Norms that gradients flow through are not looked at.
+        counted_breaks: how many graphs ended in a break, where the graphs are not those of one call; else None.
 
     >>> def noisy(x):
     ...     print("once a forward")
@@ -111,6 +114,7 @@ class Explanation:
     terms: list[SiteTerms] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
     zero_rows: dict[str, int] = field(default_factory=dict)
+    counted_breaks: int | None = None
 
     @property
     def layers_outside(self) -> list[str]:
@@ -122,6 +126,8 @@ class Explanation:
     @property
     def graph_break_count(self) -> int:
         """How often the program leaves compiled code for Python, between graphs or around a single one."""
+        if self.counted_breaks is not None:
+            return max(self.counted_breaks, len(self.breaks))
         return max(self.graph_count - 1, 1 if self.breaks else 0)
 
     @property
@@ -148,6 +154,45 @@ class Explanation:
         show(self, file)
         if terms and self.terms:
             show(_shown(self.terms), file)
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the explanation to a file, whose suffix says how: ``".txt"`` the table, ``".html"`` the report, ``".json"`` the log with
+        the fields of :meth:`to_dict`. Another process never sees half of it.
+
+        Returns:
+            The path written.
+
+        Raises:
+            ValueError: another suffix.
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        suffix = target.suffix.lower()
+        if suffix not in EXPLAIN_SUFFIXES:
+            allowed = f"{', '.join(EXPLAIN_SUFFIXES[:-1])} or {EXPLAIN_SUFFIXES[-1]}"
+            raise ValueError(f"{str(target)!r} does not end in {allowed}")
+        partial = target.with_name(f"{target.name}.{os.getpid()}.part")
+        try:
+            if suffix == ".html":
+                self._noted().to_html(partial)
+            elif suffix == ".json":
+                content = {**self.to_dict(), **json.loads(self.log.to_json())}
+                partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            else:
+                partial.write_text(f"{self}\n", encoding="utf-8")
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return target
+
+    def _noted(self) -> RewriteLog:
+        """The log with graphs and graph breaks as notes, for the report."""
+        noted = RewriteLog()
+        noted.extend(self.log.records, self.log.drawings, self.log.seconds)
+        noted.add_note(f"{_counted(self.graph_count, 'graph')}, {_counted(self.graph_break_count, 'graph break')}")
+        for text in [" ".join(str(b).split()) for b in self.breaks] + self.log.notes:
+            noted.add_note(text)
+        return noted
 
     def to_dict(self) -> dict[str, Any]:
         """``{"graphs": int, "graph_breaks": int, "breaks": [break], "zero_rows": {site: int}}``; the log has its own JSON."""

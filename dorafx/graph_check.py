@@ -11,7 +11,7 @@ terms. Both sides run on several draws of the inputs, with three readings of the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -74,10 +74,12 @@ class GraphCheck:
     Args:
         gm: the captured original. It is run in the grad mode that is active now, in which a Dynamo graph begins, and without
             gradients too.
+        given: the values of inputs by name, in place of the first draw's.
     """
 
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, given: Mapping[str, torch.Tensor] | None = None) -> None:
         self.gm = gm
+        self._given = given or {}
         current = "inference" if torch.is_inference_mode_enabled() else "grad" if torch.is_grad_enabled() else "no_grad"
         modes = (current, "no_grad") if current == "grad" else (current,)
         self.runs = [Run(draw, "exact", current) for draw in range(len(_DRAWS))]
@@ -139,6 +141,10 @@ class GraphCheck:
 
     # -- running ------------------------------------------------------------------------------------------------------
 
+    def observed(self, gm: fx.GraphModule, run: Run) -> Observation:
+        """One run of the original or of a replacement."""
+        return self._original(run) if gm is self.gm else self._observe(gm, run)
+
     def _original(self, run: Run) -> Observation:
         if run not in self._originals:
             self._originals[run] = self._observe(self.gm, run)
@@ -179,7 +185,10 @@ class GraphCheck:
                 continue
             # If it requires grad only as the result of an in-place write, it did not before that write.
             recorded = traced.requires_grad and (traced.is_leaf or node not in written)
-            values[name] = _placed(draw(traced), traced, run.reading, storages, recorded)
+            drawn = draw(traced)
+            if run.draw == 0 and name in self._given:
+                drawn = self._given[name].detach().clone()
+            values[name] = _placed(drawn, traced, run.reading, storages, recorded)
         return list(values.items())
 
 

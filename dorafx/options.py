@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
+
+from dorafx.selection import Selection
 
 _PREFIX = "dorafx."
 COMPOSE = ("auto", "accumulated", "epilogue", "triton", "triton_linear")
@@ -14,6 +17,7 @@ _CHOICES = {
     "norm_reuse": ("auto", "never", "step"),
     "zero_rows": ("peft", "finite"),
 }
+EXPLAIN_SUFFIXES = (".txt", ".html", ".json")
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,13 @@ class Options:
             rewritten stay as they are.
         verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
             random data, forward and backward, compare all that a caller can see, and leave alone what differs.
-        strict: raise where something is not rewritten or dorafx fails, instead of falling back.
+        strict: raise where something is not rewritten or dorafx fails, instead of falling back. What ``skip`` and ``only`` leave alone
+            is no reason to raise.
+        skip: modules whose DoRA computations are left as they are: patterns such as ``"lm_head"`` or ``"*.down_proj"``, a list or a text
+            with commas. A pattern matches the name of a module, the end of it from any dot on, and all that is inside of the module.
+        only: the same for the only modules whose DoRA computations are rewritten; empty for all.
+        explain: a file that receives what was compiled so far, whenever a graph is compiled, and so after the first forward
+            has all of it: ``".txt"`` the table, ``".html"`` the report, ``".json"`` the log.
     """
 
     codegen: str = "inductor"
@@ -47,6 +57,14 @@ class Options:
     zero_rows: str = "peft"
     verify: bool = False
     strict: bool = False
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    explain: str = ""
+
+    @property
+    def selection(self) -> Selection:
+        """``skip`` and ``only``."""
+        return Selection(self.skip, self.only)
 
     @staticmethod
     def split(options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -66,6 +84,10 @@ class Options:
             if name not in names:
                 raise ValueError(f"unknown option {key!r}; valid ones are {', '.join(_PREFIX + n for n in names)}")
             _check(key, name, value)
+            if name in ("skip", "only"):
+                value = _patterns(key, value)
+            elif name == "explain":
+                value = _explanation_path(key, value)
             values[name] = value
         return Options(**values), rest
 
@@ -77,3 +99,28 @@ def _check(key: str, name: str, value: Any) -> None:
         raise ValueError(f"{key}: {value!r} is not True or False")
     if name == "codegen" and (not isinstance(value, str) or not value):
         raise ValueError(f"{key}: {value!r} is not 'inductor', 'eager' or the name of a Dynamo backend")
+
+
+def _patterns(key: str, value: Any) -> tuple[str, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    if value is None or value == "":
+        return ()
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, str) and part.strip() for part in parts):
+        raise ValueError(
+            f"{key}: {value!r} is not a list of patterns of module names, such as ['lm_head', '*.down_proj'], nor a text of them "
+            "with commas between"
+        )
+    return tuple(part.strip() for part in parts)
+
+
+def _explanation_path(key: str, value: Any) -> str:
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ValueError(f"{key}: {value!r} is not the path of a file")
+    path = os.fspath(value)
+    if not isinstance(path, str) or os.path.splitext(path)[1].lower() not in EXPLAIN_SUFFIXES:
+        raise ValueError(
+            f"{key}: {value!r} does not end in {', '.join(EXPLAIN_SUFFIXES[:-1])} or {EXPLAIN_SUFFIXES[-1]}"
+        )
+    return os.path.abspath(path)  # the process may change its folder before the first forward

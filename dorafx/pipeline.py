@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,11 @@ from dorafx.graphs.copying import copy_graph_module
 from dorafx.graphs.filled import without_filled_zeros
 from dorafx.graphs.functional import has_writes, without_private_writes
 from dorafx.graphs.grad_mode import modes_of_bodies
-from dorafx.log import Record, RewriteLog, rewrite_log
+from dorafx.log import Record, Reproduction, RewriteLog, rewrite_log
 from dorafx.match import Matches, Reason, ReasonKind, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
-from dorafx.recording import Recorder, SiteTerms
+from dorafx.recording import Recorder, SiteTerms, reproduction
 from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, guard_zero_norms, hoist_norms, norms_inside
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ def rewrite_graph(
             raise
         program = Program(gm, error=error)
         log_failure(error, options, program.log, members[0], graph_id)
-    (rewrite_log() if log is None else log).extend(program.log.records, program.log.drawings, program.log.seconds)
+    _attach_script(program, gm, options)
+    (rewrite_log() if log is None else log).take_in(program.log)
     _raise_if_strict(program, options)
     return program
 
@@ -125,15 +127,27 @@ def refuse(gm: fx.GraphModule, reason: Reason, options: Options, graph_id: int, 
     recorder = Recorder(options, graph_id, (site,))
     recorder.left_alone(reason)
     program = Program(gm, log=recorder.log({}))
-    log.extend(program.log.records)
+    _attach_script(program, gm, options)
+    log.take_in(program.log)
     _raise_if_strict(program, options)
     return program
+
+
+def _attach_script(program: Program, gm: fx.GraphModule, options: Options) -> None:
+    """Keep a script of the graph in the log of what became of it. That this fails must not be noticed by who compiles the graph."""
+    if not program.log.records:
+        return
+    try:
+        program.log.attach(reproduction(gm, options, program.log.records))
+    except Exception as error:
+        _logger.debug("no script of a graph", exc_info=True)
+        program.log.attach(Reproduction.impossible(f"it could not be made: {in_a_line(error)[0]}"))
 
 
 def _raise_if_strict(program: Program, options: Options) -> None:
     if options.strict and program.failures:
         raise RewriteMissError(f"dorafx.strict: {program.failures[0]}")
-    missed = program.log.misses if options.strict else []
+    missed = [r for r in program.log.misses if r.kind != ReasonKind.SKIPPED.value] if options.strict else []
     if missed:
         first = f"{missed[0].site or 'the graph'}: {missed[0].reason}"
         raise RewriteMissError(f"dorafx.strict: {len(missed)} candidates were not rewritten; the first is {first}")
@@ -190,7 +204,7 @@ def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> 
     }
     log = RewriteLog()
     records = (replace(record, **miss) if record.rewritten else record for record in program.log.records)
-    log.extend(records, program.log.drawings, program.log.seconds)
+    log.extend(records, program.log.drawings, program.log.seconds, program.log.reproductions)
     _warn_once(
         f"dorafx has the original graph compiled, {program.log.records[0].codegen} failed on the rewritten one: {last}"
     )
@@ -267,6 +281,8 @@ class _Pipeline:
             pure = functional_copy(gm)
         with self._stage("lift and match"):
             matches = match_graph(pure.graph, self.is_parameter)
+            if self.options.selection:
+                matches.leave_out(partial(self.options.selection.excluded_of, self.recorder.members))
         new = self._rewritten(gm, pure, matches, part)
         return _with_bodies(new, gm, bodies) if bodies else new
 

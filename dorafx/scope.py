@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from dorafx.selection import Exclusion, Selection, joined
+
 SCOPES = ("auto", "model", "blocks", "modules")
 
 Named = list[tuple[str, torch.nn.Module]]
@@ -17,6 +19,7 @@ _LISTS = (torch.nn.ModuleList, torch.nn.Sequential)
 # With more kinds of blocks the time of compilation would grow with depth: each with a rank, or a probability to be dropped, of its own.
 _MOST_KINDS = 8
 _PLAIN = (bool, float, str, bytes, type(None), torch.dtype)
+_ALL = Selection()
 
 
 def adapted_modules(model: torch.nn.Module) -> Named:
@@ -36,9 +39,14 @@ def check_scope(scope: str) -> None:
         raise ValueError(f"scope: {scope!r} is not one of {', '.join(map(repr, SCOPES))}")
 
 
-def resolve_scope(model: torch.nn.Module, scope: str) -> str:
+def resolve_scope(model: torch.nn.Module, scope: str, selection: Selection = _ALL) -> str:
     """``auto`` is ``blocks`` where the model has adapter layers inside of repeated blocks of at most eight kinds, ``modules`` where it
     has others, else ``model``.
+
+    Args:
+        model: the model.
+        scope: one of ``SCOPES``.
+        selection: what is left alone; blocks in which other layers are left alone are of another kind.
 
     Raises:
         ValueError: an unknown scope; ``modules`` or ``blocks`` for a model without such layers; ``blocks`` for one without
@@ -57,7 +65,7 @@ def resolve_scope(model: torch.nn.Module, scope: str) -> str:
         return scope
     blocks = repeated_blocks(model)
     if scope == "auto":
-        return "blocks" if blocks and len(module_groups(blocks)) <= _MOST_KINDS else "modules"
+        return "blocks" if blocks and len(module_groups(blocks, selection)) <= _MOST_KINDS else "modules"
     if blocks:
         return scope
     raise ValueError(
@@ -89,22 +97,40 @@ class Group:
         return frozenset(name for name, _ in self.members[0][1].named_modules()) if self.blocks else frozenset()
 
 
-def groups_of(model: torch.nn.Module, scope: str, adapters: Named | None = None) -> list[Group]:
+def groups_of(
+    model: torch.nn.Module, scope: str, adapters: Named | None = None, selection: Selection = _ALL
+) -> list[Group]:
     """What to compile in a model.
 
     Args:
         model: the model.
         scope: as resolved.
         adapters: its adapter layers; those of :func:`adapted_modules` by default.
+        selection: what is left alone. Such adapter layers are not compiled by themselves, nor are blocks that have no other; blocks that
+            share their graphs have the same layers left alone.
     """
     if scope == "model":
         return [Group([entry]) for entry in entry_modules(model)]
     adapted = adapted_modules(model) if adapters is None else adapters
+    adapted = [(name, module) for name, module in adapted if selection.excluded(name) is None]
     # Also those inside of blocks: where a block runs as it is, they are compiled.
-    groups = [Group(members) for members in module_groups(adapted)]
+    groups = [Group(members) for members in module_groups(adapted, selection)]
     if scope == "blocks":
-        groups += [Group(members, True) for members in module_groups(repeated_blocks(model, adapted))]
+        groups += [Group(members, True) for members in module_groups(repeated_blocks(model, adapted), selection)]
     return groups
+
+
+def not_compiled(
+    model: torch.nn.Module, scope: str, groups: list[Group], selection: Selection
+) -> list[tuple[str, Exclusion]]:
+    """The adapter layers that are in nothing that is compiled, because they are left alone: the name of each, and why."""
+    if scope == "model":
+        return []
+    compiled = {id(inner) for group in groups for _, module in group.members for inner in module.modules()}
+    reasons = [
+        (name, selection.excluded(name)) for name, module in adapted_modules(model) if id(module) not in compiled
+    ]
+    return [(name, why) for name, why in reasons if why is not None]
 
 
 def repeated_blocks(model: torch.nn.Module, adapters: Named | None = None) -> Named:
@@ -154,9 +180,14 @@ def entry_modules(model: torch.nn.Module) -> Named:
     return entries
 
 
-def module_groups(modules: Named) -> list[Named]:
+def module_groups(modules: Named, selection: Selection = _ALL) -> list[Named]:
     """Modules that a compiler can serve with one graph: same class, same parameter names, shapes, dtypes, devices, and the same
-    switches in all that they contain. Numbers do not count: layers are numbered."""
+    switches in all that they contain. Numbers do not count: layers are numbered.
+
+    Args:
+        modules: the modules.
+        selection: what is left alone; in modules of one graph it must be the same.
+    """
     groups: dict[Any, Named] = {}
     for name, module in modules:
         key = (
@@ -164,6 +195,7 @@ def module_groups(modules: Named) -> list[Named]:
             tuple((n, tuple(p.shape), p.dtype, p.device, p.requires_grad) for n, p in module.named_parameters()),
             tuple((n, tuple(b.shape), b.dtype, b.device) for n, b in module.named_buffers()),
             tuple((n, type(m), _switches(m)) for n, m in module.named_modules()),
+            _excluded_inside(name, module, selection),
         )
         groups.setdefault(key, []).append((name, module))
     return list(groups.values())
@@ -171,3 +203,10 @@ def module_groups(modules: Named) -> list[Named]:
 
 def _switches(module: torch.nn.Module) -> tuple[Any, ...]:
     return tuple((name, value) for name, value in vars(module).items() if type(value) in _PLAIN)
+
+
+def _excluded_inside(name: str, module: torch.nn.Module, selection: Selection) -> tuple[str, ...]:
+    if not selection:
+        return ()
+    inner = (path for path, _ in module.named_modules(remove_duplicate=False))
+    return tuple(path for path in inner if selection.excluded(joined(name, path)) is not None)

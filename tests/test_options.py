@@ -24,7 +24,8 @@ def test_split() -> None:
     [
         (
             {"dorafx.nrom": "tiled"},
-            "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.zero_rows, dorafx.verify, dorafx.strict",
+            "dorafx.codegen, dorafx.norm, dorafx.compose, dorafx.norm_reuse, dorafx.zero_rows, dorafx.verify, dorafx.strict, "
+            "dorafx.skip, dorafx.only, dorafx.explain",
         ),
         ({"dorafx.norm": "fast"}, "'auto', 'tiled', 'factored'"),
         ({"dorafx.compose": 3}, "'auto', 'accumulated', 'epilogue'"),

@@ -328,6 +328,18 @@ def graph_breaks() -> Iterator[list[tuple[str, Any]]]:
         breaks.extend((cause.reason, list(cause.user_stack)) for cause in graph_break_reasons[before:])
 
 
+def graph_breaks_so_far() -> list[tuple[str, Any]]:
+    """All graph breaks of this process that Dynamo still knows, as :func:`graph_breaks` collects them."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    return [(cause.reason, list(cause.user_stack)) for cause in list(graph_break_reasons)]
+
+
+def ends_in_a_break(gm: Any) -> bool:
+    """Whether Dynamo captured a graph only up to a graph break, which is the last of :func:`graph_breaks_so_far` then."""
+    return bool(getattr(getattr(gm, "compile_subgraph_reason", None), "graph_break", False))
+
+
 def trace_artifact(name: str, encoding: str, payload: Callable[[], str]) -> None:
     """Add a file about the graph being compiled to the trace that ``TORCH_TRACE`` collects and tlparse shows. ``payload`` is called
     only if a trace is collected."""

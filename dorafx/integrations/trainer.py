@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ class TrainerCallback(_TrainerCallback):
         keep: leave the model optimized after training, to generate with it, say. ``dorafx.restore(trainer.model)`` undoes it.
         scope: as for :func:`optimize`. ``"auto"`` wants adapter layers of PEFT with DoRA; for DoRA of other libraries write
             ``"model"``.
-        codegen, norm, compose, norm_reuse, zero_rows, verify, dynamic, mode: as for :func:`optimize`.
+        codegen, norm, compose, norm_reuse, zero_rows, verify, skip, only, explain, dynamic, mode: as for :func:`optimize`.
         strict: as for :func:`optimize`; and what is a warning otherwise (no DoRA, a failing ``optimize``) raises.
 
     Raises:
@@ -54,6 +56,9 @@ class TrainerCallback(_TrainerCallback):
         zero_rows: str = "peft",
         verify: bool = False,
         strict: bool = False,
+        skip: str | Sequence[str] = (),
+        only: str | Sequence[str] = (),
+        explain: str | os.PathLike[str] = "",
         dynamic: bool | None = None,
         mode: str | None = None,
     ) -> None:
@@ -61,7 +66,7 @@ class TrainerCallback(_TrainerCallback):
             raise ValueError(f"keep: {keep!r} is not True or False")
         switches: dict[str, Any] = {
             "codegen": codegen, "norm": norm, "compose": compose, "norm_reuse": norm_reuse, "zero_rows": zero_rows, "verify": verify,
-            "strict": strict,
+            "strict": strict, "skip": skip, "only": only, "explain": explain,
         }  # fmt: skip
         checked_options(scope, **switches)
         self.keep = keep

@@ -5,6 +5,7 @@ from .drawing import MAX_NODES, Drawing, DrawnNode
 from .folding import folded_site
 from .kinds import ReasonKind
 from .record import Record
+from .reproduction import Reproduction
 from .rewritelog import SCHEMA_VERSION, RewriteLog, rewrite_log
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "NormCounters",
     "ReasonKind",
     "Record",
+    "Reproduction",
     "RewriteLog",
     "folded_site",
     "rewrite_log",

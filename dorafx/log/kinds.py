@@ -261,6 +261,13 @@ class ReasonKind(Enum):
         "`dorafx.optimize(model)`, which compiles the model in place.",
     )
 
+    # The user
+    SKIPPED = (
+        "skipped",
+        "The options `dorafx.skip` or `dorafx.only` leave the module alone.",
+        "Nothing is wrong, and the layer runs as it was, which `dorafx.strict` accepts. To have it rewritten, change the option.",
+    )
+
     # dorafx itself
     NOT_EMITTED = (
         "not-emitted",

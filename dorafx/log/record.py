@@ -35,6 +35,8 @@ class Record:
         codegen: what compiled the rewritten graph.
         graph: number of the compiled graph within the process.
         drawing: key of a picture of the region in the log's ``drawings``; empty where there is none.
+        repro: key of the script that rebuilds the graph (see :meth:`RewriteLog.save_repro`); with ``DORAFX_REPRO=folder`` the script is
+            ``folder/KEY.py``. Empty in logs of earlier versions.
 
     >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
     ...     "low-rank product and the norm", kind="hidden-delta", source="model.py:14")
@@ -63,6 +65,7 @@ class Record:
     graph: int = 0
     drawing: str = ""
     kind: str = ""
+    repro: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in ("rewritten", "missed"):

@@ -11,14 +11,16 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dorafx.errors import DorafxWarning
+from dorafx.errors import DorafxError, DorafxWarning
 
 from .counters import NormCounters
 from .drawing import Drawing
 from .record import Record
+from .reproduction import Reproduction
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,6 +29,9 @@ SCHEMA_VERSION = 2
 """Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
 {stage: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
 Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
+
+_MOST_SCRIPTS = 64
+_MOST_BYTES = 4 << 20  # of all scripts of a log, compressed
 
 _READABLE = (1, SCHEMA_VERSION)
 
@@ -60,8 +65,10 @@ class RewriteLog:
         self._notes: deque[str] = deque(maxlen=1000)
         self._drawings: dict[str, Drawing] = {}
         self._max_drawings = max_drawings
+        self._reproductions: dict[str, Reproduction] = {}
         self._lock = threading.Lock()
         self._stream_failed = False
+        self._repro_failed = False
         self.dropped = 0
         self.generation = 0
         self.norms = NormCounters()
@@ -76,8 +83,9 @@ class RewriteLog:
         records: Iterable[Record],
         drawings: Mapping[str, Drawing] | None = None,
         seconds: Mapping[str, float] | None = None,
+        reproductions: Mapping[str, Reproduction] | None = None,
     ) -> None:
-        """Append records, the drawings that they refer to by key, and the seconds that each stage took."""
+        """Append records, the drawings and scripts that they refer to by key, and the seconds that each stage took."""
         records = list(records)
         with self._lock:
             room = (self._records.maxlen or 0) - len(self._records)
@@ -88,10 +96,80 @@ class RewriteLog:
             self._drawings.update(added)
             for stage, seconds_spent in (seconds or {}).items():
                 self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds_spent
+            for key, reproduction in (reproductions or {}).items():
+                self._reproductions.pop(key, None)
+                self._reproductions[key] = reproduction
+            while len(self._reproductions) > 1 and (
+                len(self._reproductions) > _MOST_SCRIPTS
+                or sum(len(r.packed) for r in self._reproductions.values()) > _MOST_BYTES
+            ):
+                del self._reproductions[next(iter(self._reproductions))]  # the oldest
         if self is _PROCESS_LOG:
             for record in records:
                 _logger.info("%s", record)
             self._stream(records, added)
+            self._write_scripts(reproductions or {})
+
+    def take_in(self, other: RewriteLog) -> None:
+        """Append what another log has: records, drawings, scripts and seconds."""
+        self.extend(other.records, other.drawings, other.seconds, other.reproductions)
+
+    def attach(self, reproduction: Reproduction) -> None:
+        """Let a script be that of all records."""
+        with self._lock:
+            records = [replace(record, repro=reproduction.key) for record in self._records]
+            self._records = deque(records, maxlen=self._records.maxlen)
+            self._reproductions = {reproduction.key: reproduction}
+
+    def save_repro(self, record: Record, path: str | os.PathLike[str]) -> Path:
+        """Write a Python script that rebuilds the graph of a record, runs it before and after the rewrite, and prints the difference. Its
+        exit code is 1 if there is one. The script has the graph's operators, shapes, dtypes and names, and no value of the program's
+        tensors: these are drawn at random. A log keeps the scripts of the last 64 distinct graphs.
+
+        Args:
+            record: one of this log's.
+            path: of the script; an existing file is replaced.
+
+        Returns:
+            The path written. If parts of the graph could not be rebuilt, the script says which, and so does a ``DorafxWarning``.
+
+        Raises:
+            DorafxError: there is no script of this record; the message says why.
+
+        >>> compiled = torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})
+        >>> y = compiled(x)
+        >>> log = dorafx.rewrite_log()
+        >>> log.save_repro(log.records[-1], folder / "repro.py").name
+        'repro.py'
+        """
+        reproduction = self.reproductions.get(record.repro)
+        site = record.site or "the graph"
+        if not record.repro:
+            raise DorafxError(
+                f"there is no script of {site}: the record is of no graph, or the script could not be made"
+            )
+        if reproduction is None:
+            raise DorafxError(
+                f"there is no script of {site} any more: this log was read from a file, cleared, or has met more than {_MOST_SCRIPTS} "
+                "other graphs since; DORAFX_REPRO=folder writes each script while it happens"
+            )
+        if not reproduction.packed:
+            raise DorafxError(f"there is no script of {site}: {'; '.join(reproduction.left_out)}")
+        target = Path(path)
+        target.write_text(reproduction.script, encoding="utf-8")
+        if reproduction.left_out:
+            warnings.warn(
+                f"{target} is not in all the graph of {site}: {'; '.join(dict.fromkeys(reproduction.left_out))}",
+                DorafxWarning,
+                stacklevel=2,
+            )
+        return target
+
+    @property
+    def reproductions(self) -> dict[str, Reproduction]:
+        """The scripts of graphs, by the key that records refer to."""
+        with self._lock:
+            return dict(self._reproductions)
 
     def add_note(self, text: str) -> None:
         """Append a note on the process."""
@@ -105,6 +183,7 @@ class RewriteLog:
             self._records.clear()
             self._notes.clear()
             self._drawings.clear()
+            self._reproductions.clear()
             self.seconds.clear()
             self.dropped = 0
             self.generation += 1
@@ -242,6 +321,24 @@ class RewriteLog:
         except OSError as error:
             self._stream_failed = True
             warnings.warn(f"DORAFX_LOG: cannot write {path}: {error.strerror or error}", DorafxWarning, stacklevel=4)
+
+    def _write_scripts(self, reproductions: Mapping[str, Reproduction]) -> None:
+        """Write the scripts into the folder that ``DORAFX_REPRO`` names. A script must never stop a training run."""
+        folder = os.environ.get("DORAFX_REPRO")
+        for key, reproduction in reproductions.items() if folder and not self._repro_failed else ():
+            try:
+                if not reproduction.packed:
+                    raise OSError(f"there is no script of a graph: {'; '.join(reproduction.left_out)}")
+                target = Path(str(folder)) / f"{key}.py"
+                if not target.exists():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    part = target.with_name(f"{key}.{os.getpid()}.part")
+                    part.write_text(reproduction.script, encoding="utf-8")
+                    part.replace(target)
+            except OSError as error:
+                self._repro_failed = bool(reproduction.packed)
+                what = f"cannot write into {folder}: {error.strerror or error}" if reproduction.packed else str(error)
+                warnings.warn(f"DORAFX_REPRO: {what}", DorafxWarning, stacklevel=4)
 
 
 def drawings_from(values: Any) -> dict[str, Drawing]:

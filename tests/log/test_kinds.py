@@ -216,6 +216,11 @@ def _(patch: Patch) -> None:
     torch.compile(lambda x: layer(p, x), backend=backend, options={"dorafx.codegen": "eager"})(x)
 
 
+@giving(ReasonKind.SKIPPED)
+def _(patch: Patch) -> None:
+    compiled(layer, **{"dorafx.only": "lm_head", "dorafx.strict": True})
+
+
 @giving(ReasonKind.TRANSFORMED)
 def _(patch: Patch) -> None:
     p = Layer()
