@@ -18,7 +18,7 @@ from dorafx.errors import DorafxWarning
 from .fingerprint import fingerprint
 from .late import after_import
 from .outside import note_outside
-from .polyfills import POLYFILLS, Polyfill
+from .polyfills import OF_BITSANDBYTES, POLYFILLS, Polyfill
 from .status import CaptureStatus
 
 _lock = threading.Lock()
@@ -70,16 +70,38 @@ def _install_after_import() -> None:
 
 def _install(peft: types.ModuleType) -> CaptureStatus:
     status = CaptureStatus(peft_version=str(getattr(peft, "__version__", "unknown")))
-    for polyfill in POLYFILLS:
+    _install_all(POLYFILLS, status)
+    layers = getattr(sys.modules.get("peft.tuners.lora.dora"), "DoraLinearLayer", None)  # the class of all others
+    if isinstance(layers, type) and issubclass(layers, torch.nn.Module):
+        watch_native_calls(layers, note_outside)
+    if sys.modules.get("bitsandbytes") is None:
+        after_import("bitsandbytes", _install_for_bitsandbytes)
+    else:
+        _install_all(OF_BITSANDBYTES, status)
+    return status
+
+
+def _install_for_bitsandbytes() -> None:
+    """At the end of an import of bitsandbytes that comes after PEFT's."""
+    found = CaptureStatus()
+    try:
+        with _lock:
+            _install_all(OF_BITSANDBYTES, found)
+            if _status is not None:
+                _status.installed += found.installed
+                _status.skipped += found.skipped
+        _report(found)
+    except Exception as error:  # the user's import must succeed
+        warnings.warn(f"dorafx could not install its polyfills: {error}", DorafxWarning, stacklevel=2)
+
+
+def _install_all(polyfills: tuple[Polyfill, ...], status: CaptureStatus) -> None:
+    for polyfill in polyfills:
         reason = _install_one(polyfill)
         if reason is None:
             status.installed.append(polyfill.qualified)
         elif reason and not polyfill.only_faster:
             status.skipped.append((polyfill.qualified, reason))
-    layers = getattr(sys.modules.get("peft.tuners.lora.dora"), "DoraLinearLayer", None)  # the class of all others
-    if isinstance(layers, type) and issubclass(layers, torch.nn.Module):
-        watch_native_calls(layers, note_outside)
-    return status
 
 
 def _install_one(polyfill: Polyfill) -> str | None:
@@ -88,6 +110,8 @@ def _install_one(polyfill: Polyfill) -> str | None:
         target: Any = importlib.import_module(polyfill.module)
     except Exception as error:
         return f"{polyfill.module} cannot be imported: {error}"
+    if polyfill.needed_for and not hasattr(target, polyfill.needed_for):
+        return ""
     for part in polyfill.name.split("."):
         target = getattr(target, part, None)
     if target is None:
@@ -113,14 +137,34 @@ def _report(status: CaptureStatus) -> None:
 
     log = rewrite_log()
     for name in status.installed:
-        log.add_note(f"polyfill installed: {name} (PEFT {status.peft_version})")
+        log.add_note(f"polyfill installed: {name} ({_package(name, status)})")
     for name, reason in status.skipped:
-        log.add_note(f"polyfill not installed: {name} (PEFT {status.peft_version}): {reason}")
-    if status.skipped:
-        functions = "; ".join(f"{name}: {reason}" for name, reason in status.skipped)
+        log.add_note(f"polyfill not installed: {name} ({_package(name, status)}): {reason}")
+    of_peft = [entry for entry in status.skipped if not _of_bitsandbytes(entry[0])]
+    if of_peft:
+        functions = "; ".join(f"{name}: {reason}" for name, reason in of_peft)
         warnings.warn(
             f"dorafx has no polyfill for these functions of PEFT {status.peft_version}: {functions}. DoRA layers work "
             "as ever, but may break the graph, and are not rewritten where they do.",
             DorafxWarning,
             stacklevel=3,
         )
+    for name, reason in status.skipped:
+        if _of_bitsandbytes(name):
+            warnings.warn(
+                f"dorafx has no polyfill for {name} ({_package(name, status)}): {reason}. On a CPU with AVX512-BF16 this "
+                "function changes a weight's layout in the first evaluation, and a compiled first call may fail there: call "
+                "the model once in evaluation before it is compiled.",
+                DorafxWarning,
+                stacklevel=3,
+            )
+
+
+def _of_bitsandbytes(name: str) -> bool:
+    return name.startswith("bitsandbytes.")
+
+
+def _package(name: str, status: CaptureStatus) -> str:
+    if not _of_bitsandbytes(name):
+        return f"PEFT {status.peft_version}"
+    return f"bitsandbytes {getattr(sys.modules.get('bitsandbytes'), '__version__', 'unknown')}"

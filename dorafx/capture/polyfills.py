@@ -1,4 +1,4 @@
-"""Traceable equivalents of functions of PEFT that Dynamo cannot trace, and the versions that each is equivalent to."""
+"""Traceable equivalents of functions of PEFT and bitsandbytes that Dynamo cannot trace, and the versions that each is equivalent to."""
 
 from __future__ import annotations
 
@@ -143,6 +143,47 @@ def make_dequantize_bnb_weight(original: Callable[..., Any]) -> Callable[..., An
     return dequantize_bnb_weight
 
 
+def make_four_bit_forward(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A traceable ``Linear4bit.forward(self, x)`` of bitsandbytes, which changes neither the layout of a weight nor the dtype of a bias.
+
+    In its first evaluation on a CPU with AVX512-BF16 the original lays the weight out anew: the parameter gets memory of another
+    shape. A graph cannot do that: it was compiled for the shape before. Here a weight is multiplied in the layout that it has. If an
+    eager call changed it, its kernel is called, which has no backward; where a gradient is wanted, the weight is dequantised.
+    """
+    assert isinstance(original, types.FunctionType)
+    # bitsandbytes 0.49 passes the transposed codes. Two functions, as Dynamo knows no variables of an outer one here.
+    return _forward_of_transposed_codes if "t" in original.__code__.co_names else _forward_of_codes
+
+
+def _forward_of_codes(self: Any, x: torch.Tensor) -> Any:
+    return _four_bit_product(self, x, False)
+
+
+def _forward_of_transposed_codes(self: Any, x: torch.Tensor) -> Any:
+    return _four_bit_product(self, x, True)
+
+
+def _four_bit_product(layer: Any, x: torch.Tensor, transposed: bool) -> Any:
+    import bitsandbytes as bnb
+
+    bnb.nn.modules.fix_4bit_weight_quant_state_from_module(layer)
+    state = layer.weight.quant_state
+    if not layer.compute_type_is_set:
+        layer.set_compute_type(x)
+        layer.compute_type_is_set = True
+    dtype = x.dtype if layer.compute_dtype is None else layer.compute_dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if getattr(state, "packing_format_for_cpu", False):
+        if torch.is_grad_enabled() and x.requires_grad:
+            dense = _dequantize_for_cpu(layer.weight).to(dtype)
+            return torch.nn.functional.linear(x.to(dtype), dense, bias).to(x.dtype)
+        weight = layer.weight
+    else:
+        weight = layer.weight.t() if transposed else layer.weight
+    product = bnb.matmul_4bit(x.to(dtype), weight, bias=bias, quant_state=state)  # type: ignore[attr-defined]
+    return product.to(x.dtype)
+
+
 def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
     """A traceable ``_cache_clear(self)`` of a DoRA layer, equivalent to the original in every state.
 
@@ -189,16 +230,17 @@ def make_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Polyfill:
-    """A function of PEFT and its traceable equivalent.
+    """A function of PEFT or bitsandbytes and its traceable equivalent.
 
     Attributes:
         module: where the function is defined.
         name: its qualified name there.
         make: makes the equivalent from the original.
-        known: fingerprint of each original that it is equivalent to, with the versions of PEFT that have it.
+        known: fingerprint of each original that it is equivalent to, with the versions of its package that have it.
         method: the function is called as a method.
         optional: versions without the function do not need the polyfill either.
         only_faster: without the polyfill the function is traced as well, but checked more slowly at every call.
+        needed_for: the function needs a polyfill only where its module has an attribute of this name.
     """
 
     module: str
@@ -208,6 +250,7 @@ class Polyfill:
     method: bool = False
     optional: bool = False
     only_faster: bool = False
+    needed_for: str = ""
 
     @property
     def qualified(self) -> str:
@@ -250,5 +293,17 @@ POLYFILLS = (
         method=True,
         optional=True,
         only_faster=True,
+    ),
+)
+
+# The fingerprints are of bitsandbytes 0.49.0, 0.49.2, 0.50.0, 0.50.1 and 0.50.2.
+OF_BITSANDBYTES = (
+    Polyfill(
+        "bitsandbytes.nn.modules",
+        "Linear4bit.forward",
+        make_four_bit_forward,
+        {"d9c66867f5d4e59c": "0.49", "758a49103cb9256d": "0.50"},
+        method=True,
+        needed_for="_convert_weight_packed_for_cpu",
     ),
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class CaptureStatus:
-    """Which functions of PEFT have a polyfill.
+    """Which functions of PEFT and bitsandbytes have a polyfill.
 
     Attributes:
         peft_version: of the imported PEFT; empty while none is imported.

@@ -1,7 +1,8 @@
 """Zeros that are filled by rows, ``D = torch.zeros_like(W); D[:d] = P``: the concatenation of what is written and the zeros that are left.
 
 The lifter treats whatever is written as unknown. Here the writes are taken out where nobody can tell: a tensor of zeros of the graph's
-own, filled by blocks of rows that do not meet, and read by nobody before the last of them is there.
+own, filled by blocks of rows that do not meet, and read by nobody before the last of them is there. So is a tensor without values
+(``torch.empty``), all of whose rows are assigned: libraries unpack codes of several to a number like that.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import fx
 
 from dorafx._compat.tensors import fake_mode_of, is_wrapper, under
 
+from .lookup import name_in_torch
 from .operators import ZEROS, canonical_name
 from .tensors import tensor_of
 from .writes import written_nodes
 
+_EMPTY = frozenset(("empty", "empty_like", "new_empty"))
 _MODES = frozenset(("set_grad_enabled", "enter_inference_mode", "exit_inference_mode"))
 
 
@@ -53,7 +56,13 @@ def without_filled_zeros(graph: fx.Graph) -> bool:
 
 
 def _is_filled(node: fx.Node) -> bool:
-    return canonical_name(node) in ZEROS and any(map(_assignment, node.users))
+    return (canonical_name(node) in ZEROS or _is_empty(node)) and any(map(_assignment, node.users))
+
+
+def _is_empty(node: fx.Node) -> bool:
+    """Whether a node makes a tensor without values."""
+    name = name_in_torch(node.target) if node.op == "call_function" else node.op == "call_method" and node.target
+    return name in _EMPTY
 
 
 def _assignment(user: fx.Node) -> tuple[Any, Any, tuple[fx.Node, ...]] | None:
@@ -98,25 +107,35 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
         return []
     writes: list[_Write] = []
     nodes: set[fx.Node] = set()
+    empty = _is_empty(zeros)
     for index, source, by in filter(None, map(_assignment, zeros.users)):
         rows = _rows(index, tensor.shape[0])
         value = tensor_of(source)
         if rows is None or not isinstance(source, fx.Node) or source in written or value is None:
             return []
+        if empty and _adds(by):
+            return []
         if tuple(map(str, value.shape)) != tuple(map(str, (rows[1] - rows[0], *tensor.shape[1:]))):
             return []
-        if value.dtype != tensor.dtype or value.device != tensor.device or is_wrapper(value):
+        # A write casts, which an operator of its own does in the concatenation's place.
+        if value.device != tensor.device or is_wrapper(value) or value.requires_grad > (value.dtype == tensor.dtype):
             return []
         writes.append(_Write(*rows, source, by))
         nodes.update(by)
     writes.sort()
     if any(first.stop > second.start for first, second in itertools.pairwise(writes)):
         return []
+    if empty and sum(write.stop - write.start for write in writes) != tensor.shape[0]:
+        return []
     last = max(order[node] for node in nodes)
     if any(order[user] < last for user in zeros.users if user not in nodes):
         return []
     between = (node for node in zeros.graph.nodes if order[zeros] < order[node] < last)
     return [] if any(canonical_name(node) in _MODES for node in between) else writes
+
+
+def _adds(nodes: tuple[fx.Node, ...]) -> bool:
+    return any(node.target in (operator.iadd, "add_") for node in nodes)
 
 
 def _rows(index: Any, size: int) -> tuple[int, int] | None:
@@ -141,6 +160,15 @@ def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx
             value = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
             return {**last.meta, slot: value.requires_grad_(requires_grad)}
 
+    def cast(source: fx.Node) -> fx.Node:
+        value = tensor_of(source)
+        assert value is not None
+        if value.dtype == tensor.dtype:
+            return source
+        node = graph.call_method("to", (source, tensor.dtype))
+        node.meta = meta(value.shape, False)
+        return node
+
     parts: list[fx.Node] = []
     with graph.inserting_after(last):
         whole = graph.call_function(torch.cat, (parts, 0))
@@ -154,7 +182,7 @@ def _concatenate(graph: fx.Graph, zeros: fx.Node, writes: list[_Write], last: fx
                 part.meta = meta(shape, False)
                 parts.append(part)
             if source is not zeros:
-                parts.append(source)
+                parts.append(cast(source))
             row = stop
     whole.args = (parts, 0)
     for reader in readers:

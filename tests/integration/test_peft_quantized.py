@@ -306,13 +306,15 @@ def test_a_format_whose_rows_are_not_whole_groups_is_formed_with_a_reason() -> N
     assert (down.dtype, down.decision) == ("nf4", "")
 
 
-def test_scales_that_are_quantised_themselves_are_formed() -> None:
-    """HQQ with 3 bits (ten codes in 32 bits): PEFT's own dequantisation stays, and the result is right."""
-    model, x = quantized("hqq 3 bit").train(), torch.randn(5, 64)
-    wanted = steps(model, stock(model, "hqq 3 bit"), x, True)
-    for one, other in zip(steps(model, compiled(model), x, True), wanted, strict=True):
+@pytest.mark.parametrize("train", [True, False])
+def test_codes_that_are_unpacked_into_empty_memory(train: bool) -> None:
+    """HQQ with 3 bits (ten codes in 32 bits) dequantises for the product and for the norm, each time into memory that it fills by
+    rows: one weight, which is formed."""
+    model, x = quantized("hqq 3 bit").train(train), torch.randn(5, 64)
+    wanted = steps(model, stock(model, "hqq 3 bit"), x, train)
+    for one, other in zip(steps(model, compiled(model), x, train), wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"float32"}
+    assert {(r.pattern, r.dtype, r.reason) for r in dorafx.rewrite_log().rewrites} == {("linear", "float32", "")}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import peft
 import torch
 from torch import nn
 
-__all__ = ["FORMATS", "Block", "quantized", "steps", "torchao_config"]
+__all__ = ["FORMATS", "Block", "bitsandbytes_layer", "quantized", "steps", "torchao_config"]
 
 FORMATS = {
     "nf4": "nf4",
@@ -35,7 +35,8 @@ class Block(nn.Module):
         return self.down(torch.relu(self.up(x)))
 
 
-def _bitsandbytes(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool) -> nn.Module:
+def bitsandbytes_layer(linear: nn.Linear, kind: str, dtype: torch.dtype, repack: bool) -> nn.Module:
+    """A linear of bitsandbytes. ``repack``: as on a CPU with AVX512-BF16, where evaluation lays 4-bit weights out anew."""
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -100,7 +101,9 @@ def quantized(
         quantize_(model, torchao_config(kind))
     else:
         for name, linear in list(model.named_children()):
-            make = _hqq(linear, kind, dtype) if kind.startswith("hqq") else _bitsandbytes(linear, kind, dtype, repack)
+            make = (
+                _hqq(linear, kind, dtype) if kind.startswith("hqq") else bitsandbytes_layer(linear, kind, dtype, repack)
+            )
             setattr(model, name, make)
         model.is_loaded_in_8bit = kind.startswith("bnb 8 bit")  # type: ignore[assignment]
         model.is_loaded_in_4bit = kind[:3] in ("nf4", "fp4")  # type: ignore[assignment]
