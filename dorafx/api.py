@@ -19,6 +19,7 @@ from dorafx import capture
 from dorafx._compat.dynamo import fresh_compile, graph_breaks, restore_compiled_call, whole_graphs
 from dorafx._compat.graphs import exported_program_with_graph
 from dorafx.capture.in_place import compile_in_place
+from dorafx.capture.whole_model import WholeModel
 from dorafx.errors import DorafxError
 from dorafx.explanation import Explanation, graph_breaks_of
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
@@ -107,8 +108,11 @@ def optimize(
     Options.split(options)  # a wrong value fails here, not at the first forward
     capture.install()
     undo = _Undo()
+    whole = WholeModel(model)
     for group in groups_of(model, resolved):
-        backend = functools.partial(dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner)
+        backend = functools.partial(
+            dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner, whole=whole
+        )
         undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
     model.__dict__[_ATTRIBUTE] = undo
     return model

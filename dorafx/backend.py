@@ -15,6 +15,7 @@ from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx._compat.dynamo import restarts_tracing, through_dynamo, trace_artifact
 from dorafx._compat.hooks import guard_on_hooks
+from dorafx.capture.whole_model import WholeModel
 from dorafx.graphs.grad_mode import switches_gradients_on
 from dorafx.graphs.provenance import frame_path
 from dorafx.log import RewriteLog, rewrite_log
@@ -22,7 +23,7 @@ from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
 from dorafx.pipeline import Program, note_failed_backward, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import replace_view_results, reuse_buffers
-from dorafx.runtime import with_prologue
+from dorafx.runtime import ZeroMagnitudes, with_prologue
 from dorafx.self_check import announce_untested_versions
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
@@ -47,6 +48,7 @@ def dorafx(
     mode: str | None = None,
     members: tuple[str, ...] = ("",),
     inner: frozenset[str] = frozenset(),
+    whole: WholeModel | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="dorafx", mode=…, options={…})``.
 
@@ -57,6 +59,7 @@ def dorafx(
         mode: Inductor's mode.
         members: where the graph is that of a part of a model: the names of the modules that it serves.
         inner: the names of the modules inside of each, where the graph may be that of one of these.
+        whole: the model of which this is a part.
 
     Returns:
         The compiled callable.
@@ -77,7 +80,10 @@ def dorafx(
     served = tuple(f"{member}.{path}" for member in members) if path else members
     program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
     records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
+    if whole is not None:
+        whole.note_later_layers()
+    zeros = ZeroMagnitudes(program.norms, served, None if whole is None else whole.name_of)
+    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, None, records, zeros)
 
 
 def _compiled(

@@ -115,6 +115,11 @@ def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> 
     return previous
 
 
+def has_compiled_call(module: torch.nn.Module) -> bool:
+    """Whether a module's call is compiled in place."""
+    return module._compiled_call_impl is not None
+
+
 def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:
     """Undo :func:`set_compiled_call`."""
     if previous is None:

@@ -2,5 +2,6 @@
 
 from .prologue import with_prologue
 from .store import NormStore, norm_store
+from .zero_magnitudes import ZeroMagnitudes
 
-__all__ = ["NormStore", "norm_store", "with_prologue"]
+__all__ = ["NormStore", "ZeroMagnitudes", "norm_store", "with_prologue"]
