@@ -140,15 +140,19 @@ def optimize(
         settle(selection, {name for name, _ in model.named_modules(remove_duplicate=False)})
     capture.install()
     undo = _Undo()
+    reference = weakref.ref(model)
 
     def compile_groups(groups: list[Group], undo: _Undo) -> None:
         for group in groups:
             backend = functools.partial(
-                dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner
+                dorafx_backend, options=options, mode=mode, members=group.names, inner=group.inner, named=parameter_name
             )
             undo += compile_in_place([module for _, module in group.members], backend, dynamic, group.blocks)
 
-    reference = weakref.ref(model)
+    def parameter_name(parameter: Any) -> str:
+        model = reference()
+        named = () if model is None else model.named_parameters()
+        return next((name for name, p in named if p is parameter), "")
 
     def compile_added() -> int:
         model = reference()

@@ -29,7 +29,7 @@ from dorafx.match import Reason, ReasonKind
 from dorafx.options import Options
 from dorafx.pipeline import Program, note_failed_backward, refuse, rewrite_graph, without_rewrites
 from dorafx.rewriter import replace_view_results, reuse_buffers
-from dorafx.runtime import with_prologue
+from dorafx.runtime import ZeroMagnitudes, with_prologue
 from dorafx.selection import joined, settle_by_graph
 from dorafx.self_check import announce_untested_versions
 
@@ -55,6 +55,7 @@ def dorafx(
     mode: str | None = None,
     members: tuple[str, ...] = ("",),
     inner: frozenset[str] = frozenset(),
+    named: Callable[[Any], str] | None = None,
 ) -> Callable[..., Any]:
     """``torch.compile(model, backend="dorafx", mode=…, options={…})``.
 
@@ -65,6 +66,7 @@ def dorafx(
         mode: Inductor's mode.
         members: where the graph is that of a part of a model: the names of the modules that it serves.
         inner: the names of the modules inside of each, where the graph may be that of one of these.
+        named: the name of a parameter in the model of which this is a part; empty for others.
 
     Returns:
         The compiled callable.
@@ -90,7 +92,8 @@ def dorafx(
     if program.graph is not gm:
         allow_variants()
     records = switches_gradients_on(program.graph)
-    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, records=records)
+    zeros = ZeroMagnitudes(program.norms, served, named)
+    return with_prologue(compiled, program.norms, parsed.norm_reuse, program.few_tokens, None, records, zeros)
 
 
 def _compiled(

@@ -56,7 +56,8 @@ class HoistedNorm:
         signature: equal for norms that are computed in the same way from other inputs.
         value: a fake ``[d_out]`` tensor; None where the graph carries no fake values.
         escapes: whether the graph may hand it out, so that it must be given what nobody else has.
-        site: the module that it is of; empty for a plain function.
+        magnitude: position among the main graph's inputs of the vector that is divided by the norm; None where no input is.
+        site: name of the module that it is the norm of, as far as the graph knows it.
     """
 
     inputs: tuple[int, ...]
@@ -65,6 +66,7 @@ class HoistedNorm:
     signature: str
     value: torch.Tensor | None
     escapes: bool = False
+    magnitude: int | None = None
     site: str = ""
 
 
@@ -100,7 +102,10 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
         _erase_unused(gm.graph, read)
     if hoisted:
         escaping = copy_escaping(gm, entered)
-        hoisted = [replace(norm, escapes=node in escaping) for norm, node in zip(hoisted, entered)]
+        hoisted = [
+            replace(norm, escapes=node in escaping, magnitude=_magnitude(node, position))
+            for norm, node in zip(hoisted, entered)
+        ]
         gm.graph.lint()
         gm.recompile()
     return tuple(hoisted)
@@ -180,6 +185,22 @@ def _extracted(
     graph.output(copies[norm])
     tensors, scalars = (tuple(position[node] for node in group) for group in (inputs, numbers.values()))
     return HoistedNorm(tensors, scalars, graph, str(graph), value, site=site_of(norm))
+
+
+def _magnitude(norm: fx.Node, position: dict[fx.Node, int]) -> int | None:
+    """The input that is divided by a norm, perhaps in another dtype or shape."""
+    for user in norm.users:
+        if user.target is torch.div and len(user.args) == 2 and user.args[1] is norm:
+            divided = user.args[0]
+            while (
+                isinstance(divided, fx.Node)
+                and divided.op == "call_method"
+                and divided.target in ("to", "reshape", "view")
+            ):
+                divided = divided.args[0]
+            if isinstance(divided, fx.Node) and divided in position:
+                return position[divided]
+    return None
 
 
 def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:

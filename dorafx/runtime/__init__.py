@@ -2,5 +2,6 @@
 
 from .prologue import with_prologue, zero_rows
 from .store import NormStore, norm_store
+from .zero_magnitudes import ZeroMagnitudes
 
-__all__ = ["NormStore", "norm_store", "with_prologue", "zero_rows"]
+__all__ = ["NormStore", "ZeroMagnitudes", "norm_store", "with_prologue", "zero_rows"]

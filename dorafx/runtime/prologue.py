@@ -26,6 +26,7 @@ from .store import NormStore, norm_store
 from .streams import Streams
 from .together import Together
 from .watch import parts
+from .zero_magnitudes import ZeroMagnitudes
 
 _row_norm = torch.ops.dorafx.row_norm.default
 _row_norms = torch.ops.dorafx.row_norms.default
@@ -38,6 +39,7 @@ def with_prologue(
     few_tokens: bool,
     store: NormStore | None = None,
     records: bool = False,
+    zero_magnitudes: ZeroMagnitudes | None = None,
 ) -> Callable[..., Any]:
     """A callable of the original inputs. Call this in the gradient mode in which the graph will run.
 
@@ -50,6 +52,7 @@ def with_prologue(
         few_tokens: whether the graph serves few tokens (decoding).
         store: where norms are kept; the process's by default.
         records: whether the graph records gradients even if the caller has disabled them.
+        zero_magnitudes: is told which norms were not kept.
     """
     kept_in = norm_store() if store is None else store
     if not norms:
@@ -152,6 +155,8 @@ def with_prologue(
             computed += computed_now
             for norm_of_rest, norm in zip(rest, found):
                 values[norm_of_rest.place] = norm
+            if computed_now and zero_magnitudes is not None:
+                zero_magnitudes.look(args, [norm.place for norm in rest])
             for (i, _, signature, watched), state in zip(missing, observed):
                 if recording:
                     kept_in.drop(signature, watched)
