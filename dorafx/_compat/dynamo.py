@@ -247,7 +247,7 @@ def compiled_modules(package: str) -> tuple[list[torch.nn.Module], dict[str, Any
         if isinstance(variables["self"], DisableContext) or not callable(callback):
             continue
         wrapper: Any = innermost_backend(callback)
-        backend = getattr(wrapper, "compiler_fn", wrapper)
+        backend = wrapper.backend if isinstance(wrapper, KnownBackend) else getattr(wrapper, "compiler_fn", wrapper)
         backend = getattr(backend, "func", backend)  # of a functools.partial
         module = getattr(backend, "__module__", None) or type(backend).__module__
         if module.partition(".")[0] == package:
