@@ -350,3 +350,27 @@ def test_batches_of_weights(differentiable: bool) -> None:
     y.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_programs_that_were_captured_elsewhere(portable: bool) -> None:
+    layer, x = Layer(direct), torch.randn(5, 12)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        plain, finite = (dorafx.rewrite(program, portable=portable, zero_rows=option) for option in ("peft", "finite"))
+        assert plain.module()(x)[:, ROW].isnan().all()
+        y = finite.module()(x)
+    assert torch.equal(y[:, ROW], layer.bias[ROW].expand(5))
+    assert y.isfinite().all()
+    with pytest.raises(ValueError, match="'peft', 'finite'"):
+        dorafx.rewrite(program, zero_rows="zero")
+
+
+@pytest.mark.slow
+def test_warm_caches_hold_one_option_each() -> None:
+    """The graphs differ, so what Inductor keeps of the one is not taken for the other."""
+    layer, x = Layer(direct), torch.randn(2, 12)
+    for _ in range(2):
+        for option in ("peft", "finite"):
+            y = compiled(layer, "inductor", zero_rows=option)(x)
+            assert bool(y.isfinite().all()) == (option == "finite")
