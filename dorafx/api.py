@@ -376,7 +376,7 @@ def _check_callable(name: str, model: Any) -> None:
         raise TypeError(f"{name} takes an nn.Module or a function, not {type(model).__name__}")
 
 
-def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
+def rewrite(program: Any, *example_inputs: Any, portable: bool = False, zero_rows: str = "peft") -> Any:
     """Rewrite a graph that was captured elsewhere.
 
     Args:
@@ -386,6 +386,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         portable: use no operator of dorafx's, so that the result runs where dorafx is not installed: norms are computed by aten
             operators over blocks of a tenth of the rows (a twentieth in half precision). Meant for inference: if gradients flow
             through a norm, autograd saves every block.
+        zero_rows: the option of this name (``dorafx.options.Options``).
 
     Returns:
         A new program of the same type; ``program`` itself if it contains no DoRA, its shapes are unknown, or dorafx fails. The log says
@@ -393,7 +394,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
 
     Raises:
         TypeError: ``program`` is of another type.
-        ValueError: the graph carries no shapes, and there are no example inputs to compute them with.
+        ValueError: the graph carries no shapes, and there are no example inputs to compute them with; an unknown ``zero_rows``.
         DorafxError: ``portable``, and the program holds an operator of dorafx's that could not be written out.
 
     >>> program = torch.export.export(layer, (x,))
@@ -407,6 +408,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
         raise TypeError(
             f"rewrite takes a torch.fx.GraphModule or a torch.export.ExportedProgram, not {type(program).__name__}"
         )
+    options, _ = Options.split({"dorafx.zero_rows": zero_rows})
     exported = isinstance(program, torch.export.ExportedProgram)
     graph_module: Any = program.graph_module if exported else program
     if not exported and not carries_shapes(graph_module):
@@ -424,7 +426,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False) -> Any:
     result: Any = program
     try:
         named = _parameters_of(program) if isinstance(program, torch.export.ExportedProgram) else None
-        new = rewrite_graph(graph_module, Options(), is_parameter=named, log=log).graph
+        new = rewrite_graph(graph_module, options, is_parameter=named, log=log).graph
         if portable and dorafx_operators(new):
             new = without_dorafx_operators(new)
         if new is not graph_module:

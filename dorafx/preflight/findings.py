@@ -78,6 +78,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
         "Correct r or rank_pattern in adapter_config.json: PEFT makes factors of that rank, and cannot load these.",
     ),
     "scaling": ("warning", "Correct lora_alpha, alpha_pattern or rank_pattern in adapter_config.json."),
+    "assumed-scaling": ("note", "Check the folder with its adapter_config.json: norms depend on the scaling."),
     "missing-target": (
         "error",
         "Give the base that the adapter was trained on (base_model_name_or_path in adapter_config.json).",

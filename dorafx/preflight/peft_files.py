@@ -61,6 +61,9 @@ def layers_of(tensors: Tensors, config: Mapping[str, Any] | None, base: Base) ->
         findings.append(
             Finding("unknown-tensor", "", f"{len(unknown)} tensors are not of LoRA: {', '.join(unknown[:3])}")
         )
+    if config is None and not all("alpha" in names for names in parts.values()):
+        what = "there is no adapter_config.json, and no alpha in the file: the scaling is taken as 1"
+        findings.append(Finding("assumed-scaling", "", what))
     layers = []
     used: set[str] = set()
     for site, names in parts.items():

@@ -19,6 +19,7 @@ from torch import fx
 
 from dorafx._compat.tensors import fake_mode_of
 from dorafx.graphs.operators import arguments, canonical_name
+from dorafx.graphs.tensors import tensor_of
 
 from .closures import NORMS
 from .fake_values import FakeValues
@@ -35,8 +36,15 @@ _POWERS = frozenset(("pow", "float_power"))
 _REPEAT = "repeat_interleave"
 # Which argument of a quotient is the divisor: its place and its name.
 _DIVISORS = {"div": (1, "other"), "reciprocal": (0, "input"), "rsqrt": (0, "input"), "addcdiv": (2, "tensor2")}
-_IN_PLACE = {"div_": "div", "divide_": "div", "true_divide_": "div", "__itruediv__": "div", "itruediv": "div",
-             "reciprocal_": "reciprocal", "rsqrt_": "rsqrt", "addcdiv_": "addcdiv", "pow_": "pow"}  # fmt: skip
+# Of those that write to their divisor (``reciprocal_``) none: they would write to a copy.
+_IN_PLACE = {
+    "div_": "div",
+    "divide_": "div",
+    "true_divide_": "div",
+    "__itruediv__": "div",
+    "itruediv": "div",
+    "addcdiv_": "addcdiv",
+}
 _REFLECTED = ("__rtruediv__", "__rdiv__")
 
 
@@ -48,7 +56,7 @@ def guard_zero_norms(gm: fx.GraphModule) -> int:
         gm: a rewritten graph, before or after its norms were hoisted; changed in place.
 
     Returns:
-        How many divisors are guarded.
+        How many divisions are guarded.
     """
     guarded = 0
     for module in gm.modules():
@@ -59,22 +67,28 @@ def guard_zero_norms(gm: fx.GraphModule) -> int:
 
 def _guard(gm: fx.GraphModule) -> int:
     reached: set[fx.Node] = set()
-    guards: dict[fx.Node, fx.Node] = {}
+    guarded = 0
     fake_values = FakeValues()
     for node in list(gm.graph.nodes):
         if _is_norm(node) or _keeps_zeros(node, reached):
             reached.add(node)
             continue
         divisor = _divisor(node)
-        if divisor not in reached or divisor is None:
+        if divisor is None or divisor not in reached or not _is_floating(divisor):
             continue
-        if divisor not in guards:
-            guards[divisor] = _guarded(gm.graph, divisor, fake_values)
-        _replace_divisor(node, divisor, guards[divisor])
-    if guards:
+        # Just before the quotient: the program may write to its norm in between.
+        with gm.graph.inserting_before(node):
+            _replace_divisor(node, divisor, _guarded(gm.graph, divisor, fake_values))
+        guarded += 1
+    if guarded:
         gm.graph.lint()
         gm.recompile()
-    return len(guards)
+    return guarded
+
+
+def _is_floating(node: fx.Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.dtype.is_floating_point
 
 
 def _is_norm(node: fx.Node) -> bool:
@@ -102,7 +116,7 @@ def _keeps_zeros(node: fx.Node, reached: set[fx.Node]) -> bool:
         exponent = _number(node, 1, "exponent")
         return exponent is not None and exponent > 0
     if name == "mul":
-        return all(n in reached for n in inputs)
+        return all(n in reached for n in inputs) and 0 not in node.args
     if name == "where":  # one norm or another
         return len(node.args) == 3 and all(isinstance(a, fx.Node) and a in reached for a in node.args[1:])
     if name == "clamp_max":
@@ -151,13 +165,8 @@ def _replace_divisor(node: fx.Node, divisor: fx.Node, guarded: fx.Node) -> None:
 
 def _guarded(graph: fx.Graph, divisor: fx.Node, fake_values: FakeValues) -> fx.Node:
     """The divisor with infinity in place of zero."""
-    after = divisor
-    if divisor.op == "placeholder":  # placeholders stay in front
-        after = [node for node in graph.nodes if node.op == "placeholder"][-1]
-    with graph.inserting_after(after):
-        is_zero = graph.call_function(torch.eq, (divisor, 0))
-    with graph.inserting_after(is_zero):
-        guarded = graph.call_method("masked_fill", (divisor, is_zero, math.inf))
+    is_zero = graph.call_function(torch.eq, (divisor, 0))
+    guarded = graph.call_method("masked_fill", (divisor, is_zero, math.inf))
     for node, target in ((is_zero, torch.eq), (guarded, tensor_method("masked_fill"))):
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack"):
             if key in divisor.meta:

@@ -259,6 +259,24 @@ def test_a_norm_that_the_program_guards_or_returns_stays() -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_norm_that_is_written_before_it_divides() -> None:
+    def with_epsilon(p: Layer, x: torch.Tensor) -> Any:
+        n = p.adapted.norm(dim=1).detach()
+        scaled = n * 2
+        n.add_(0.5)
+        y = x @ p.weight.T
+        y.div_(scaled)
+        return p.m / n, y, scaled.to(torch.int32) / 2, p.m / (n * 0.0)
+
+    layer, x = Layer(with_epsilon), torch.ones(2, 12)
+    results, expected = compiled(layer, "eager")(x), layer(x)
+    for k in (0, 2, 3):
+        torch.testing.assert_close(results[k], expected[k])
+    others = [i for i in range(10) if i != ROW]
+    torch.testing.assert_close(results[1][:, others], expected[1][:, others])
+    assert not results[1][:, ROW].any()
+
+
 def test_a_norm_by_column() -> None:
     def by_column(p: Layer, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, p.m / p.adapted.norm(dim=0).detach() * p.adapted, p.bias)
@@ -281,7 +299,7 @@ def test_a_norm_by_column() -> None:
 
 
 def test_divisors() -> None:
-    """Only what is divided by a norm that dorafx computes is guarded, each divisor once."""
+    """Only what is divided by a norm that dorafx computes is guarded."""
 
     def program(w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor, v: torch.Tensor) -> Any:
         n = torch.linalg.norm(w + b @ a, dim=1)
@@ -299,7 +317,7 @@ def test_divisors() -> None:
     torch._dynamo.reset()
     run = torch.compile(program, backend=backend)
     results = run(layer.weight, layer.a.detach(), layer.b.detach(), layer.m.detach(), zeros)
-    assert caught == [2]  # n and n·n
+    assert caught == [3]  # by n twice, and by n·n
     assert results[0][ROW] == 0 and results[1][ROW] == 0 and results[6][ROW] == 0
     assert math.isinf(results[2][0]) and math.isinf(results[5][0])  # not dorafx's
     assert results[3][ROW] == 0 and results[4][ROW] == 0
@@ -350,3 +368,27 @@ def test_batches_of_weights(differentiable: bool) -> None:
     y.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in layer.parameters())
     assert [r.pattern for r in dorafx.rewrite_log().rewrites] == ["linear"]
+
+
+@pytest.mark.parametrize("portable", [False, True])
+def test_programs_that_were_captured_elsewhere(portable: bool) -> None:
+    layer, x = Layer(direct), torch.randn(5, 12)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        plain, finite = (dorafx.rewrite(program, portable=portable, zero_rows=option) for option in ("peft", "finite"))
+        assert plain.module()(x)[:, ROW].isnan().all()
+        y = finite.module()(x)
+    assert torch.equal(y[:, ROW], layer.bias[ROW].expand(5))
+    assert y.isfinite().all()
+    with pytest.raises(ValueError, match="'peft', 'finite'"):
+        dorafx.rewrite(program, zero_rows="zero")
+
+
+@pytest.mark.slow
+def test_warm_caches_hold_one_option_each() -> None:
+    """The graphs differ, so what Inductor keeps of the one is not taken for the other."""
+    layer, x = Layer(direct), torch.randn(2, 12)
+    for _ in range(2):
+        for option in ("peft", "finite"):
+            y = compiled(layer, "inductor", zero_rows=option)(x)
+            assert bool(y.isfinite().all()) == (option == "finite")
