@@ -18,6 +18,13 @@ from dorafx.versions import OPTIONAL, VERSIONS
 
 from .self_tests import SELF_TESTS, run_self_test
 
+HOW_TO_REPORT = (
+    "To report a layer that is wrong, missed or slow, add a script that rebuilds its graph and has none of your data: "
+    'dorafx.rewrite_log().save_repro(record, "repro.py"), or DORAFX_REPRO=FOLDER python YOUR_PROGRAM.py for the scripts of all graphs. '
+    "Paste the block above and attach the script in the issue tracker of the place that you have dorafx from; "
+    "examples/guide/reporting.md has the rest."
+)
+
 _VARIABLES = re.compile(
     r"(DORAFX|TORCH|TORCHINDUCTOR|TORCHDYNAMO|TRITON|PYTORCH|CUDA_VISIBLE|OMP|MKL)_\w+|CUDA_HOME|CXX"
 )

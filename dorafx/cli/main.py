@@ -218,13 +218,18 @@ def _report(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from .doctor import bug_report, examine
+    from .doctor import HOW_TO_REPORT, bug_report, examine
 
     with quiet_imports():
         checks = examine()
     failed = [check for check in checks if not check.passed]
     if options.json:
-        answer = {"passed": not failed, "checks": [asdict(c) for c in checks], "bug_report": bug_report(checks)}
+        answer = {
+            "passed": not failed,
+            "checks": [asdict(c) for c in checks],
+            "bug_report": bug_report(checks),
+            "how_to_report": HOW_TO_REPORT,
+        }
         print(json.dumps(answer, indent=1))
         return 1 if failed else 0
     console = Console(highlight=False, soft_wrap=True)
@@ -240,5 +245,5 @@ def _doctor(options: argparse.Namespace) -> int:
         )
     verdict = f"{len(failed)} of {len(checks)} checks failed" if failed else f"all {len(checks)} checks passed"
     console.print(Text(verdict, style="bold red" if failed else "bold green"))
-    print(f"\nPaste this into a bug report:\n\n{bug_report(checks)}")
+    print(f"\nPaste this into a bug report:\n\n{bug_report(checks)}\n\n{HOW_TO_REPORT}")
     return 1 if failed else 0

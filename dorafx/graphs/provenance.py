@@ -3,6 +3,7 @@ name of the operator."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection
 
@@ -18,6 +19,7 @@ _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
 _INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
 
 
+@functools.lru_cache(maxsize=8192)
 def module_path(access: str) -> str:
     """``L['self']._modules['layers'].0.q_proj`` -> ``layers.0.q_proj``: how Dynamo reached a module, as a module name."""
     path = _DICT_ACCESS.sub(r".\1", access)
@@ -32,11 +34,8 @@ def module_path(access: str) -> str:
 
 def site_of(node: fx.Node) -> str:
     """The innermost module whose forward computes a node, relative to the module or function that was compiled."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path = ""
-    for access, _cls in stack.values():
-        path = module_path(str(access))
-    return path
+    stack = node.meta.get("nn_module_stack")
+    return module_path(str(next(reversed(stack.values()))[0])) if stack else ""
 
 
 def frame_path(graph: fx.Graph, modules: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-_REPORT = "Report it with the reason, the source line and the output of `dorafx doctor`."
+_REPORT = "Report it with the output of `dorafx doctor` and the script of `rewrite_log().save_repro(record, path)`."
 _OWN_PATTERN = (
     "if it is DoRA spelled in a way that should be known, report it; if it is a computation of your own, write a pattern "
     "(README, examples/custom_pattern.py)."

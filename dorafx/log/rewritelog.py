@@ -139,7 +139,9 @@ class RewriteLog:
         >>> compiled = torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})
         >>> y = compiled(x)
         >>> log = dorafx.rewrite_log()
-        >>> log.save_repro(log.records[-1], folder / "repro.py").name
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     log.save_repro(log.records[-1], folder + "/repro.py").name
         'repro.py'
         """
         reproduction = self.reproductions.get(record.repro)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib.metadata
 import keyword
 import math
@@ -591,7 +592,12 @@ def _only_parameters(node: fx.Node) -> bool:
 
 def _source(node: fx.Node) -> str:
     """``file.py:12: code`` of the innermost frame, without the folders that the file is in."""
-    lines = (node.meta.get("stack_trace") or "").splitlines()
+    return _innermost(node.meta.get("stack_trace") or "")
+
+
+@functools.lru_cache(maxsize=1024)
+def _innermost(trace: str) -> str:
+    lines = trace.splitlines()
     for i in range(len(lines) - 1, -1, -1):
         frame = _FRAME.match(lines[i])
         if frame is not None:
@@ -600,6 +606,7 @@ def _source(node: fx.Node) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=4096)
 def _plain(text: str) -> str:
     """A text in one line without folders, and without what would end a docstring or a comment."""
     text = _PATHS.sub(r"\1", " ".join(text.split()))

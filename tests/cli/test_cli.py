@@ -289,6 +289,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert block[0] == "```text" and block[-1] == "```"
     assert "operators: 25 of 25 hold" in block or "cuda" in answer["bug_report"]
     assert not any(str(Path.home()) in line for line in block)
+    assert "save_repro" in answer["how_to_report"] and "DORAFX_REPRO=FOLDER" in answer["how_to_report"]
 
 
 def test_doctor_reports_an_operator_that_cannot_run_or_is_wrong(
@@ -308,6 +309,7 @@ def test_doctor_reports_an_operator_that_cannot_run_or_is_wrong(
     assert "  FAIL  compose cpu float32: relative error 3.3e-01, at most 1e-06 allowed\n" in output
     assert "  ok    compose_delta cpu float32: " in output
     report = output.partition("```text")[2]
+    assert "save_repro" in report and "issue tracker" in report
     assert "  FAIL row_norm tiled cpu float32: RuntimeError: no kernel image\n" in report
 
 
