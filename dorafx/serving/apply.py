@@ -72,7 +72,7 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_scales takes an nn.Module, not {type(model).__name__}")
     scales, named, expected = read_scales(path)
-    if adapter is None and any(named in getattr(m, "lora_magnitude_vector", ()) for m in model.modules()):
+    if adapter is None and any(named in (getattr(m, "lora_magnitude_vector", None) or ()) for m in model.modules()):
         adapter = named
     adapter, layers = dora_layers(model, adapter, "apply_scales")
     if any(layer.module.training for layer in layers):

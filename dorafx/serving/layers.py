@@ -121,6 +121,8 @@ class DoraLayer:
         """``g = m / ‖W + s·B·A‖`` in fp32, in the shape of the magnitude and on the weight's device. Norms are taken in fp64, over blocks
         of rows, so that nothing dense of the weight's size is formed."""
         weight = self.weight()
+        if weight.device.type == "mps":  # which has no fp64
+            weight = weight.cpu()
         left, right = (factor.detach().to(weight.device) for factor in (self.factors[1], self.factors[0]))
         rank = right.shape[0]
         if self.embedding:
