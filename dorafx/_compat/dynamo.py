@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
+_is_jit_tracing = torch._C._is_tracing
+_innermost_transform = torch._C._functorch.peek_interpreter_stack
 _group_numbers = itertools.count()
 # Graphs of a function: training or not, with gradients or not, few tokens or many, one length or any, with and without a cache, and all
 # of it for each adapter, and for none. Dynamo's default is reached by a prompt, tokens, and `disable_adapter`.
@@ -138,10 +141,32 @@ class KnownBackend(torch._TorchCompileWrapper):
     __hash__ = object.__hash__
 
 
+class _CompiledCall:
+    """What a module whose call is compiled is called by. Of a class of its own, so that it is known among those of others."""
+
+    __slots__ = ("compiled", "module")
+
+    def __init__(self, module: torch.nn.Module, compiled: Callable[..., Any]) -> None:
+        self.module = module
+        self.compiled = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What recorders of calls record is the module's own code; of compiled code Dynamo refuses it. Inside of a transform of torch.func
+        # Dynamo runs the original code, too, but would never again compile what it met there first.
+        if _is_jit_tracing() or is_fx_symbolic_tracing() or _innermost_transform() is not None:
+            return call_as_it_is(self.module, *args, **kwargs)
+        return self.compiled(self.module, *args, **kwargs)
+
+
 def set_compiled_call(module: torch.nn.Module, compiled: Callable[..., Any]) -> Any:
-    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns the previous value."""
+    """Make ``module(...)`` call ``compiled(module, ...)``, the way ``Module.compile`` does; returns the previous value.
+
+    While ``torch.jit.trace``, ``fx.symbolic_trace`` or ``make_fx`` records the call, inside of the transforms of ``torch.func``, and in
+    the replicas that ``nn.DataParallel`` makes of the module, it is called as if it were not compiled.
+    """
+    _replicate_without_compiled_calls()
     previous = module._compiled_call_impl
-    module._compiled_call_impl = functools.partial(compiled, module)
+    module._compiled_call_impl = _CompiledCall(module, compiled)
     return previous
 
 
@@ -284,6 +309,22 @@ def is_traced(value: torch.Tensor) -> bool:
         or torch._is_functional_tensor(value)
         or isinstance(value, torch._subclasses.fake_tensor.FakeTensor)
     )
+
+
+@functools.cache
+def _replicate_without_compiled_calls() -> None:
+    """``nn.DataParallel`` copies a module's attributes into each replica. A compiled call among them would run the original module, with
+    its parameters on its device."""
+    original: Any = torch.nn.Module._replicate_for_data_parallel
+
+    @functools.wraps(original)
+    def replicate(self: torch.nn.Module) -> Any:
+        replica = original(self)
+        if isinstance(replica.__dict__.get("_compiled_call_impl"), _CompiledCall):
+            del replica.__dict__["_compiled_call_impl"]
+        return replica
+
+    torch.nn.Module._replicate_for_data_parallel = replicate  # type: ignore[method-assign]
 
 
 def restore_compiled_call(module: torch.nn.Module, previous: Any) -> None:

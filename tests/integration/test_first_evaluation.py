@@ -25,6 +25,17 @@ ORDERS = {"eval": "ee", "train": "tt", "eval, train, eval": "ete", "train, eval,
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 
+def made(*args: Any, **kwargs: Any) -> Any:
+    """A model of :func:`quantized`, whose magnitudes are not the norms."""
+    model = quantized(*args, **kwargs)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
 def switched_on(model: Any, how: str, codegen: str) -> Any:
     if how == "backend":
         return torch.compile(
@@ -96,7 +107,7 @@ DEFAULT = {
     ],
 )
 def test_first_call(kind: str, dtype: torch.dtype, how: str, codegen: str, order: str) -> None:
-    model, twin = quantized(kind, dtype, repack=True), quantized(kind, dtype)
+    model, twin = made(kind, dtype, repack=True), made(kind, dtype)
     check(model, twin, how, codegen, ORDERS[order], dtype, TOLERANCE[dtype])
     whole({kind[:3]})
 
@@ -105,7 +116,7 @@ def test_first_call(kind: str, dtype: torch.dtype, how: str, codegen: str, order
 @pytest.mark.parametrize("compute", ["bf16", "fp16", "not set"])
 def test_compute_dtype_of_its_own(compute: str) -> None:
     """A layer that computes in another dtype than it is called with, or finds its dtype in the first call."""
-    models = quantized("nf4", repack=True), quantized("nf4")
+    models = made("nf4", repack=True), made("nf4")
     for model in models:
         for layer in model.modules():
             if type(layer).__module__.startswith("bitsandbytes"):
@@ -126,7 +137,7 @@ def test_several_adapters() -> None:
         model.add_adapter("other", config)
         return model.eval()
 
-    model, twin = add(quantized("nf4", repack=True)), add(quantized("nf4"))
+    model, twin = add(made("nf4", repack=True)), add(made("nf4"))
     call = switched_on(model, "modules", "eager")
     x = torch.randn(5, 64)
     for name in ("default", "other", "default"):
@@ -195,7 +206,7 @@ def test_prepared_for_training(codegen: str) -> None:
 @pytest.mark.parametrize("how", ["modules", "model", "backend"])
 def test_laid_out_anew_by_an_eager_call(how: str) -> None:
     """Evaluation of what stock has laid out uses its kernel; training takes the weight's gradient, where stock's kernel has none."""
-    model, twin = quantized("nf4", repack=True), quantized("nf4")
+    model, twin = made("nf4", repack=True), made("nf4")
     x = torch.randn(5, 64)
     model.eval()
     steps(model, model, x, False)
@@ -218,7 +229,7 @@ def test_the_polyfill_is_for_known_versions_that_need_it(monkeypatch: pytest.Mon
 
 
 def test_eager_bitsandbytes_is_left_as_it_was() -> None:
-    model = quantized("nf4", repack=True).eval()
+    model = made("nf4", repack=True).eval()
     forward: Callable[..., Any] = type(model.base_model.model.up.base_layer).forward
     assert forward.__module__ == "bitsandbytes.nn.modules"
     steps(model, model, torch.randn(5, 64), False)

@@ -43,12 +43,21 @@ def _pre(see: Callable[..., None]) -> Callable[..., Any]:
     return hook
 
 
+def _pre_with_kwargs(see: Callable[..., None]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        see(args[0])
+        return (args[0] * 2,), kwargs
+
+    return hook
+
+
 HOOKS: dict[str, Register] = {
     "forward": lambda m, see: m.register_forward_hook(_scaled(see)),
     "prepended": lambda m, see: m.register_forward_hook(_scaled(see), prepend=True),
     "with kwargs": lambda m, see: m.register_forward_hook(_scaled_with_kwargs(see), with_kwargs=True),
     "always called": lambda m, see: m.register_forward_hook(_scaled(see), always_call=True),
     "forward pre": lambda m, see: m.register_forward_pre_hook(_pre(see)),
+    "forward pre with kwargs": lambda m, see: m.register_forward_pre_hook(_pre_with_kwargs(see), with_kwargs=True),
     "backward": lambda m, see: m.register_full_backward_hook(lambda m, gi, go: see(go[0])),
     "backward pre": lambda m, see: m.register_full_backward_pre_hook(lambda m, go: see(go[0])),
     "global": lambda m, see: nn.modules.module.register_module_forward_hook(
@@ -114,7 +123,7 @@ def _check(how: str, hook: str, place: str, codegen: str) -> None:
 
 
 SLOW = pytest.mark.slow
-QUICK = {("modules", "forward"), ("modules", "backward"), ("model", "forward pre"), ("model", "global")}
+QUICK = {("modules", "forward"), ("modules", "backward"), ("model", "forward pre with kwargs"), ("model", "global")}
 
 
 @pytest.mark.parametrize(
