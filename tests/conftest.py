@@ -18,7 +18,7 @@ from dorafx.lift import Lifter
 from dorafx.log import ReasonKind, Record
 
 # Assertions in these explain themselves as those in tests do.
-pytest.register_assert_rewrite("integration_support", "quantized_support", "running", "same_results")
+pytest.register_assert_rewrite("integration_support", "peft_features", "quantized_support", "running", "same_results")
 
 # On a busy machine drawing may take long, and so may what is drawn for: neither is a failure.
 hypothesis.settings.register_profile("dorafx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])

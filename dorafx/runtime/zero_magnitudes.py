@@ -39,7 +39,7 @@ class ZeroMagnitudes:
         self._norms = norms
         self._members = members
         self._named = named
-        self._noted: set[str] = set()
+        self._noted: set[tuple[int, int]] = set()
 
     def look(self, args: Sequence[Any], places: Iterable[int]) -> None:
         """Note those that are zero, each layer once.
@@ -56,17 +56,22 @@ class ZeroMagnitudes:
             # The host waits for no device. Whatever is no plain tensor may be anywhere.
             if type(magnitude) not in _PLAIN or not is_read(magnitude) or fake_mode_of(magnitude) is not None:
                 continue
-            if magnitude.numel() and not magnitude.detach().any():
-                self._note(self._name(magnitude, self._norms[place].site))
+            layer = place, magnitude.data_ptr()
+            if layer in self._noted or not magnitude.numel() or magnitude.detach().any():
+                continue
+            self._noted.add(layer)
+            note = f"{self._name(magnitude, self._norms[place].site)}: {_WHAT}"
+            if note not in rewrite_log().notes:  # by another graph of the same layer
+                rewrite_log().add_note(note)
 
     def _name(self, magnitude: torch.Tensor, site: str) -> str:
         name = self._named(magnitude) if self._named is not None else ""
         if name:
-            return name.partition(".lora_magnitude_vector.")[0]
-        names = [".".join(filter(None, (member, site))) or "(function)" for member in self._members]
+            return _layer(name)
+        names = [_layer(".".join(filter(None, (member, site)))) or "(function)" for member in self._members]
         return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
 
-    def _note(self, name: str) -> None:
-        if name not in self._noted:
-            self._noted.add(name)
-            rewrite_log().add_note(f"{name}: {_WHAT}")
+
+def _layer(name: str) -> str:
+    """The adapter layer that PEFT's module or parameter of the magnitude belongs to; other names as they are."""
+    return name.partition(".lora_magnitude_vector")[0]
