@@ -70,6 +70,7 @@ def test_table_in_the_readme() -> None:
     readme = Path(__file__).parents[1] / "README.md"
     text = readme.read_text(encoding="utf-8")
     start, end = "<!-- options: written from dorafx/options.py -->\n", "<!-- end of options -->"
+    assert start in text and end in text
     before, after = text.partition(start)[0], text.partition(end)[2]
     table = "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
     is_current(readme, f"{before}{start}{table}\n{end}{after}")

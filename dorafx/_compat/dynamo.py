@@ -176,10 +176,17 @@ def is_compiled(module: torch.nn.Module) -> bool:
 
 
 def watch_native_calls(
-    kind: type[torch.nn.Module], watcher: Callable[[torch.nn.Module, tuple[Any, ...]], None]
+    kind: type[torch.nn.Module],
+    watcher: Callable[[torch.nn.Module, tuple[Any, ...]], None],
+    after_skipping: Callable[[torch.nn.Module, tuple[Any, ...]], None],
 ) -> bool:
-    """Call ``watcher(module, args)`` before a module of a class runs as it is written, outside of all compiled code. What Dynamo traces
-    does not come here: it goes straight to what a call does, past the attribute that ``Module.compile`` sets.
+    """Watch modules of a class where Python calls them. What Dynamo traces is not seen: it goes straight to what a call does, past the
+    attribute that ``Module.compile`` sets.
+
+    Args:
+        kind: the class.
+        watcher: called with a module and its arguments before it runs as it is written, outside of all compiled code.
+        after_skipping: the same after a call whose forward Dynamo could have compiled, and did not.
 
     Returns:
         Whether this torch has the attribute, and nobody else uses it.
@@ -190,10 +197,17 @@ def watch_native_calls(
     from torch._dynamo.eval_frame import skip_code
 
     def call(module: Any, *args: Any, **kwargs: Any) -> Any:
-        # With a callback Dynamo is about to compile what this function calls. Under global hooks it traces this function too.
-        if not torch.compiler.is_compiling() and not callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
+        # Under global hooks Dynamo traces this function, too.
+        if torch.compiler.is_compiling():
+            return module._call_impl(*args, **kwargs)
+        # With a callback Dynamo is about to compile what this function calls.
+        compiles = callable(torch._C._dynamo.eval_frame.get_eval_frame_callback())
+        if not compiles:
             watcher(module, args)
-        return module._call_impl(*args, **kwargs)
+        result = module._call_impl(*args, **kwargs)
+        if compiles and not _has_graphs(type(module).forward.__code__):
+            after_skipping(module, args)
+        return result
 
     # Not the function itself, but what it calls. `torch.compiler.disable(recursive=False)` does that too, and refuses to be exported.
     skip_code(call.__code__)
@@ -201,11 +215,16 @@ def watch_native_calls(
     return True
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _has_graphs(code: types.CodeType) -> bool:
+    return bool(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code))
+
+
 class Outside(NamedTuple):
     """Why a function runs outside of compiled code.
 
     Attributes:
-        cause: ``"stance"``, ``"switched off"``, ``"limit"``, ``"disabled"``, ``"not compiled"``.
+        cause: ``"stance"``, ``"switched off"``, ``"limit"``, ``"disabled"``, ``"skipped"``, ``"not compiled"``.
         function: the name of the function that is concerned.
         detail: the stance, or the reason that whoever disabled it gave.
     """
@@ -227,6 +246,14 @@ def why_outside() -> Outside:
             return Outside("disabled", _called(values), str(getattr(values["self"], "msg", None) or ""))
         return Outside("limit" if stance == "default" else "stance", _called(values), stance)
     return Outside("not compiled")
+
+
+def why_skipped() -> Outside:
+    """Why Dynamo left a function out that it could have compiled, as far as its last graph break says."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    reason = str(graph_break_reasons[-1].reason) if graph_break_reasons else ""
+    return Outside("skipped", detail=next((line.strip() for line in reason.splitlines() if line.strip()), ""))
 
 
 def _compiled_calls(frame: types.FrameType | None) -> Iterator[dict[str, Any]]:

@@ -17,7 +17,7 @@ from dorafx.errors import DorafxWarning
 
 from .fingerprint import fingerprint
 from .late import after_import
-from .outside import note_outside
+from .outside import note_outside, note_skipped
 from .polyfills import OF_BITSANDBYTES, POLYFILLS, Polyfill
 from .status import CaptureStatus
 
@@ -73,7 +73,7 @@ def _install(peft: types.ModuleType) -> CaptureStatus:
     _install_all(POLYFILLS, status)
     layers = getattr(sys.modules.get("peft.tuners.lora.dora"), "DoraLinearLayer", None)  # the class of all others
     if isinstance(layers, type) and issubclass(layers, torch.nn.Module):
-        watch_native_calls(layers, note_outside)
+        watch_native_calls(layers, note_outside, note_skipped)
     if sys.modules.get("bitsandbytes") is None:
         after_import("bitsandbytes", _install_for_bitsandbytes)
     else:

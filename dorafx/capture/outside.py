@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dorafx._compat.dynamo import Outside, compiled_modules, is_traced, why_outside
+from dorafx._compat.dynamo import Outside, compiled_modules, is_traced, why_outside, why_skipped
 from dorafx.errors import RewriteMissError
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.scope import adapted_modules
@@ -149,6 +149,19 @@ def note_outside(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
     Raises:
         RewriteMissError: the model is served strictly.
     """
+    _note(layer, args, why_outside)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def note_skipped(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
+    """The same of a layer whose forward Dynamo left out."""
+    if getattr(layer, "_is_fsdp_managed_module", False) and not getattr(layer, "_fsdp_use_orig_params", True):
+        _note(layer, args, lambda: Outside("FSDP1"))
+    else:
+        _note(layer, args, why_skipped)
+
+
+def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[], Outside]) -> None:
     if not args or not isinstance(args[0], torch.Tensor) or is_traced(args[0]):
         return
     if hasattr(_explaining, "call"):
@@ -159,7 +172,7 @@ def note_outside(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
         name = next((name for one in explained if (name := one.name_of(layer)) is not None), None)
         if name is not None and name not in seen:
             seen.add(name)
-            log.add(_record(name, why_outside()))
+            log.add(_record(name, find_out()))
         return
     log = rewrite_log()
     noted = _noted.get(layer)
@@ -174,7 +187,7 @@ def note_outside(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
         served = _served_with(layer)
     if served is None:
         return
-    why = why_outside()
+    why = find_out()
     if why.cause == "not compiled":
         if served.compile_added is not None:
             if not served.compile_added():
@@ -213,6 +226,14 @@ def _record(name: str, why: Outside) -> Record:
         "added": (
             ReasonKind.ADDED_LATER,
             "it was added to the model after dorafx.optimize, and was called for the first time",
+        ),
+        "FSDP1": (
+            ReasonKind.NOT_TRACED,
+            "Dynamo traces no module of FullyShardedDataParallel (FSDP1) with use_orig_params=False",
+        ),
+        "skipped": (
+            ReasonKind.NOT_TRACED,
+            f"Dynamo did not trace the layer's forward{f' ({why.detail})' if why.detail else ''}",
         ),
         "not compiled": (
             ReasonKind.NOT_COMPILED,

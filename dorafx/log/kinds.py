@@ -243,6 +243,11 @@ class ReasonKind(Enum):
         'Disable less: only the part that cannot be compiled. Or `dorafx.optimize(model)`, whose scopes "blocks" and "modules" compile '
         "what is called by such a function.",
     )
+    NOT_TRACED = (
+        "not-traced",
+        "Dynamo did not trace the layer's forward, and so made no graph of it.",
+        "With FSDP1 use `use_orig_params=True`, or FSDP2 (`fully_shard`). Else `dorafx.explain` shows what breaks the graph.",
+    )
     STANCE = (
         "stance",
         "torch is told to run compiled functions as they are written (`torch.compiler.set_stance`, `torch._dynamo.config.disable`).",

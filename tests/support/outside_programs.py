@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from integration_support import lora_config, peft_model, randomise
 from peft import get_peft_model
@@ -103,6 +104,30 @@ def generation_past_the_compiled_call(codegen: str) -> None:
     function.generate(input_ids=prompt, max_new_tokens=2, do_sample=False)
 
 
+def wrapped_by_fsdp1(codegen: str, use_orig_params: bool) -> None:
+    """A model in one process, wrapped by FullyShardedDataParallel."""
+    if not torch.distributed.is_available():
+        pytest.skip("torch is built without torch.distributed")
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = two("first", "second")
+        expected = model(rows(20))
+        device = torch.device("cpu")
+        wrapped = FullyShardedDataParallel(
+            model.requires_grad_(True), device_id=device, use_orig_params=use_orig_params
+        )
+        torch.testing.assert_close(compiled(wrapped, codegen)(rows(20)), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@_giving(ReasonKind.NOT_TRACED)
+def fsdp1_without_original_parameters(codegen: str) -> None:
+    wrapped_by_fsdp1(codegen, use_orig_params=False)
+
+
 def within_the_limit(codegen: str) -> None:
     function = compiled(two("first", "second"), codegen)
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -145,5 +170,6 @@ NEAR: dict[ReasonKind, Run] = {
     ReasonKind.STANCE: stance_of_other_calls,
     ReasonKind.ADDED_LATER: added_on_the_same_layers,
     ReasonKind.NOT_COMPILED: called_beside,
+    ReasonKind.NOT_TRACED: lambda codegen: wrapped_by_fsdp1(codegen, use_orig_params=True),
 }
 """Of each kind a program that nearly has a record of it, whose layers are all rewritten."""

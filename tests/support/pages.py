@@ -14,5 +14,8 @@ WRITE = "DORAFX_WRITE_PAGES=1 pytest -m page"
 def is_current(path: Path, text: str) -> None:
     """Assert that a page says ``text``; write it first, where pages are to be written."""
     if os.environ.get("DORAFX_WRITE_PAGES"):
-        path.write_text(text, encoding="utf-8")
+        # At once: another test may be reading the page to write another part of it.
+        written = path.with_name(f"{path.name}.{os.getpid()}.part")
+        written.write_text(text, encoding="utf-8")
+        written.replace(path)
     assert path.read_text(encoding="utf-8") == text, f"{path.name} is not current: {WRITE}"
