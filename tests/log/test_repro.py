@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dorafx
 from dorafx import Record, RewriteLog, pipeline, rewrite_log
+from dorafx._compat.tensors import fake_mode
 from dorafx.recording import scripts
 
 EAGER = {"dorafx.codegen": "eager"}
@@ -542,3 +543,23 @@ def test_a_script_that_cannot_be_made(tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.warns(dorafx.DorafxWarning, match="DORAFX_REPRO: there is no script of a graph: .*ZeroDivisionError"):
         log = met(Adapted(), x())
     assert log.rewrites and not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is none the script runs on the CPU."""
+    with fake_mode():
+        operands = [torch.empty(shape, device="cuda") for shape in ((3, 12), (16, 12), (16, 2), (2, 12), (16,))]
+
+        def forward(
+            x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, m: torch.Tensor
+        ) -> torch.Tensor:
+            y = m / (w + b @ a).norm(dim=1) * (F.linear(x, w) + F.linear(F.linear(x, a), b))
+            return y + torch.ones(16, device="cuda")
+
+        gm = make_fx(forward)(*operands)
+    dorafx.rewrite(gm)
+    log = rewrite_log()
+    path = log.save_repro(log.records[0], tmp_path / "repro.py")
+    text = path.read_text(encoding="utf-8")
+    assert "draw.tensor((16, 12), torch.float32, device=DEVICE)" in text and "device=torch.device(DEVICE)" in text
+    assert executed(path, capsys)[0] == 0
