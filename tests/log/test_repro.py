@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from integration_support import call, peft_model, peft_perceptron, tokens
 from programs import LINEAR, Layer
+from quantized_support import quantized
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -360,6 +361,22 @@ def test_an_operator_of_another_package(tmp_path: Path, capsys: pytest.CaptureFi
     text = replay(met(forward, x()), tmp_path, capsys, left_out="dorafx_repro_test.twice")
     assert "What is not as in the program:" in text and "drawn at random, through which no gradient flows back" in text
     assert re.search(r"self\.p_\w+ = draw\.parameter\(\(16, 12\), torch\.float32\)  # stands for the result of", text)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8", "hqq 4 bit"])
+@pytest.mark.default_cases("nf4")
+def test_quantised_weights(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dense ones stand for them, and the script says so."""
+    log = met(quantized(kind), x(3, 64))
+    assert len(log.rewrites) == 2
+    with pytest.warns(dorafx.DorafxWarning, match="drawn at random|a plain dense tensor stands for it"):
+        path = log.save_repro(log.records[0], tmp_path / "repro.py")
+    text = path.read_text(encoding="utf-8")
+    assert "What is not as in the program:" in text and " at 0x" not in text
+    log.clear()
+    code, output = executed(path, capsys)
+    assert code == 0, output
+    assert len(log.rewrites) >= 2
 
 
 def test_constants_and_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
