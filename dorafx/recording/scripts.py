@@ -567,7 +567,8 @@ def _common_modules(paths: Sequence[str]) -> str:
 def _target(node: fx.Node) -> str:
     if isinstance(node.target, types.FunctionType):
         return f"{node.target.__module__}.{node.target.__qualname__}"
-    return str(node.target)
+    name = str(node.target)
+    return name if not name.startswith("<") else str(getattr(node.target, "__name__", type(node.target).__name__))
 
 
 def _only_parameters(node: fx.Node) -> bool:

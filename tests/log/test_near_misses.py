@@ -335,6 +335,12 @@ def _(patch: Patch) -> None:
     compiled(layer)
 
 
+@instead(ReasonKind.SKIPPED, WHOLE)
+def _(patch: Patch) -> None:
+    """A pattern of another module, and one that every name matches."""
+    compiled(layer, **{"dorafx.skip": ["lm_head", "lay"], "dorafx.only": "*"})
+
+
 @instead(ReasonKind.CODEGEN_FAILED)
 def _(patch: Patch) -> None:
     """A codegen that fails on the original, too: that is the caller's error."""

@@ -20,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from integration_support import call, peft_model, peft_perceptron, tokens
 from programs import LINEAR, Layer
+from quantized_support import quantized
 from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import dorafx
 from dorafx import Record, RewriteLog, pipeline, rewrite_log
+from dorafx._compat.tensors import fake_mode
 from dorafx.recording import scripts
 
 EAGER = {"dorafx.codegen": "eager"}
@@ -361,6 +363,22 @@ def test_an_operator_of_another_package(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.search(r"self\.p_\w+ = draw\.parameter\(\(16, 12\), torch\.float32\)  # stands for the result of", text)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8", "hqq 4 bit"])
+@pytest.mark.default_cases("nf4")
+def test_quantised_weights(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dense ones stand for them, and the script says so."""
+    log = met(quantized(kind), x(3, 64))
+    assert len(log.rewrites) == 2
+    with pytest.warns(dorafx.DorafxWarning, match="drawn at random|a plain dense tensor stands for it"):
+        path = log.save_repro(log.records[0], tmp_path / "repro.py")
+    text = path.read_text(encoding="utf-8")
+    assert "What is not as in the program:" in text and " at 0x" not in text
+    log.clear()
+    code, output = executed(path, capsys)
+    assert code == 0, output
+    assert len(log.rewrites) >= 2
+
+
 def test_constants_and_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Constants of a graph of ``make_fx``, and a module that ``fx.symbolic_trace`` does not look into."""
     layer, constant = Adapted(), torch.full((12,), SECRET)
@@ -542,3 +560,23 @@ def test_a_script_that_cannot_be_made(tmp_path: Path, monkeypatch: Any) -> None:
     with pytest.warns(dorafx.DorafxWarning, match="DORAFX_REPRO: there is no script of a graph: .*ZeroDivisionError"):
         log = met(Adapted(), x())
     assert log.rewrites and not list(tmp_path.iterdir())
+
+
+def test_a_graph_of_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where there is none the script runs on the CPU."""
+    with fake_mode():
+        operands = [torch.empty(shape, device="cuda") for shape in ((3, 12), (16, 12), (16, 2), (2, 12), (16,))]
+
+        def forward(
+            x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, m: torch.Tensor
+        ) -> torch.Tensor:
+            y = m / (w + b @ a).norm(dim=1) * (F.linear(x, w) + F.linear(F.linear(x, a), b))
+            return y + torch.ones(16, device="cuda")
+
+        gm = make_fx(forward)(*operands)
+    dorafx.rewrite(gm)
+    log = rewrite_log()
+    path = log.save_repro(log.records[0], tmp_path / "repro.py")
+    text = path.read_text(encoding="utf-8")
+    assert "draw.tensor((16, 12), torch.float32, device=DEVICE)" in text and "device=torch.device(DEVICE)" in text
+    assert executed(path, capsys)[0] == 0
