@@ -101,7 +101,6 @@ def _each(write: Callable[[Any, torch.Tensor], None]) -> Callable[[list[Any], li
     "`p.data.copy_(v)`",
     "works",
     "Moves no version counter; seen by content. On a GPU without Triton: `dorafx.invalidate(model)`.",
-    inductor=True,
 )
 def test_data_copied(way: Way) -> None:
     _swapped_in(way, _each(lambda p, v: p.data.copy_(v)))

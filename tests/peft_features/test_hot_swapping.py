@@ -250,6 +250,7 @@ def test_between_tokens(way: Way, tmp_path: Path) -> None:
     "diffusers: `enable_lora_hotswap`, `load_lora_adapter(hotswap=True)`",
     "PEFT refuses",
     "diffusers 0.42.1 raises a KeyError for DoRA adapters, with and without dorafx: it leaves the magnitudes' names as they are in a file, and then takes the adapter away.",
+    slow=True,
 )
 def test_diffusers(way: Way) -> None:
     def build() -> Any:

@@ -31,7 +31,6 @@ def _same_weights(twin: Twin) -> None:
     "works",
     "Merged, a layer is a plain linear layer; unmerged, its weight is what it was up to rounding, in other memory. One compilation for each "
     "of the two states.",
-    inductor=True,
 )
 def test_merged_and_unmerged(way: Way) -> None:
     twin = Twin(way, adapted).warm()
