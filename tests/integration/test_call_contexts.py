@@ -399,7 +399,7 @@ def test_eager_codegen(case: Callable[[Pair], None], how: str) -> None:
         )
         for case in CASES
         for how in ("modules", "backend")
-        # Compiled code may not be called in a fork of a process with Inductor's threads.
+        # A fork does not have the threads in which Inductor compiles.
         if case is not forked
     ],
 )
