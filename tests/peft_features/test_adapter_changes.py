@@ -520,6 +520,7 @@ def test_copies(way: Way) -> None:
     twin.check()
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "A language model whose adapters are switched while it decodes",
