@@ -294,7 +294,7 @@ def test_reference_by_disabling(way: Way) -> None:
     SECTION,
     "`add_weighted_adapter`",
     "works",
-    "`linear`, `cat`, `svd`, `ties`, `dare_linear`, `magnitude_prune`; made again under the same name from other weights.",
+    "`linear`, `cat`, `svd`, `ties`, `dare_linear`; made again under the same name from other weights.",
 )
 def test_weighted(way: Way) -> None:
     def both() -> Any:
