@@ -294,7 +294,7 @@ def test_reference_by_disabling(way: Way) -> None:
     SECTION,
     "`add_weighted_adapter`",
     "works",
-    "`linear`, `cat`, `svd`, `ties`, `dare_linear`, `magnitude_prune`; made again under the same name from other weights.",
+    "`linear`, `cat`, `svd`, `ties`, `dare_linear`; made again under the same name from other weights.",
 )
 def test_weighted(way: Way) -> None:
     def both() -> Any:
@@ -520,6 +520,7 @@ def test_copies(way: Way) -> None:
     twin.check()
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "A language model whose adapters are switched while it decodes",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from integration_support import VOCABULARY, base_model, lora_config, peft_model, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,6 +29,7 @@ class Stack(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "`rank_pattern` with twelve ranks, `alpha_pattern`",
@@ -129,6 +131,7 @@ def test_modules_to_save(way: Way, tmp_path: Path) -> None:
     torch.testing.assert_close(output(again, again, 3, 5), output(twin.stock, twin.stock, 3, 5))
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "Tied embedding and head, of which one is adapted",

@@ -114,6 +114,7 @@ def _data() -> list[dict[str, torch.Tensor]]:
     ]
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "EVA (`initialize_lora_eva_weights`)",
