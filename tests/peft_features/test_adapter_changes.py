@@ -15,7 +15,6 @@ from peft import PeftModel, get_peft_model_state_dict, inject_adapter_in_model, 
 from peft.helpers import DoraCaching, disable_input_dtype_casting, rescale_adapter_scale
 from peft_features import STARTS, Layers, Twin, Way, adapted, add, config, feature, layers, lora_layers, output, perturb
 
-import dorafx
 from dorafx import rewrite_log
 
 SECTION = "Adapters"
@@ -137,8 +136,8 @@ def test_state_set(way: Way) -> None:
     SECTION,
     "An adapter with more targets than the first, after `optimize`",
     "works",
-    "Layers that had no adapter when `optimize` was called run as stock where nothing around them was compiled, and a note in the log names "
-    "them: call `dorafx.restore(model)` and `dorafx.optimize(model)` again.",
+    "Layers that had no adapter when `optimize` was called run as stock PEFT in their first call, where nothing around them was compiled, and "
+    "are compiled from the second on; the log has both.",
 )
 def test_more_targets(way: Way) -> None:
     twin = Twin(way, lambda: adapted(target_modules=["first"])).warm()
@@ -149,14 +148,12 @@ def test_more_targets(way: Way) -> None:
         m.eval()
 
     twin.do(more)
+    twin.outputs(1, 1)
     twin.check()
-    told = [note for note in rewrite_log().notes if note.startswith("base_model.model.second: had no adapter")]
-    assert len(told) == (way.how == "optimize")
-    if way.how == "optimize":
-        dorafx.restore(twin.model)
-        twin.call = twin.switched_on(twin.model)
-        twin.check()
-    twin.rewritten()
+    told = [record.site for record in rewrite_log().misses if record.kind == "added-later"]
+    assert told == ["base_model.model.second"] * (way.how == "optimize")
+    assert "base_model.model.second" in {record.site for record in rewrite_log().rewrites}
+    twin.rewritten("added-later")
 
 
 @feature(
