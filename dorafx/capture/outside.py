@@ -95,14 +95,14 @@ def serve(
     Returns:
         What ends it.
     """
-    served = _Served(weakref.ref(model, lambda _: end()), strict, compile_added)
+    served = _Served(weakref.ref(model), strict, compile_added)
 
     def end() -> None:
         with _lock, contextlib.suppress(ValueError):
             _served.remove(served)
 
     with _lock:
-        _served[:] = [other for other in _served if other.model() is not model]
+        _served[:] = [other for other in _served if other.model() not in (None, model)]
         _served.append(served)
         # What was a stranger may be a layer of this model.
         _noted.clear()
