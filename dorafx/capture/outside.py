@@ -102,7 +102,7 @@ def serve(
             _served.remove(served)
 
     with _lock:
-        _served[:] = [other for other in _served if other.model() not in (None, model)]
+        _served[:] = [other for other in _served if (kept := other.model()) is not None and kept is not model]
         _served.append(served)
         # What was a stranger may be a layer of this model.
         _noted.clear()
