@@ -153,7 +153,9 @@ class _CompiledCall:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # What recorders of calls record is the module's own code; of compiled code Dynamo refuses it. Inside of a transform of torch.func
         # Dynamo runs the original code, too, but would never again compile what it met there first.
-        if _is_jit_tracing() or is_fx_symbolic_tracing() or _innermost_transform() is not None:
+        if not torch.compiler.is_compiling() and (
+            _is_jit_tracing() or is_fx_symbolic_tracing() or _innermost_transform() is not None
+        ):
             return call_as_it_is(self.module, *args, **kwargs)
         return self.compiled(self.module, *args, **kwargs)
 
