@@ -236,22 +236,29 @@ class Outside(NamedTuple):
     detail: str = ""
 
 
-def why_outside() -> Outside:
-    """Why the calling function runs outside of compiled code, where it does."""
+def why_outside(module: torch.nn.Module) -> Outside:
+    """Why a module, which is about to run, does so outside of compiled code."""
     from torch._dynamo import eval_frame
 
     stance = str(eval_frame._stance.stance)
     if torch._dynamo.config.disable:
         return Outside("switched off")
-    for values in _compiled_calls(sys._getframe(1)):
-        if isinstance(values.get("self"), eval_frame.DisableContext):
-            return Outside("disabled", _called(values), str(getattr(values["self"], "msg", None) or ""))
-        return Outside("limit" if stance == "default" else "stance", _called(values), stance)
+    calls = list(_compiled_calls(sys._getframe(1)))
+    if not calls:
+        return Outside("not compiled")
+    innermost = calls[0]
+    if isinstance(innermost["self"], eval_frame.OptimizeContext):
+        return Outside("limit" if stance == "default" else "stance", _called(innermost), stance)
+    owner = getattr(innermost.get("fn"), "__self__", None)
+    within = any(isinstance(values["self"], eval_frame.OptimizeContext) for values in calls)
+    if within or (isinstance(owner, torch.nn.Module) and any(inner is module for inner in owner.modules())):
+        return Outside("disabled", _called(innermost), str(getattr(innermost["self"], "msg", None) or ""))
+    # torch disables functions of its own, such as an optimizer's step; whatever calls a model in these does not compile it.
     return Outside("not compiled")
 
 
-def why_skipped() -> Outside:
-    """Why Dynamo left a function out that it could have compiled, as far as its last graph break says."""
+def why_skipped(module: torch.nn.Module) -> Outside:
+    """Why Dynamo left a module out that it could have compiled, as far as its last graph break says."""
     from torch._dynamo.utils import graph_break_reasons
 
     reason = str(graph_break_reasons[-1].reason) if graph_break_reasons else ""

@@ -64,7 +64,7 @@ class _Noted:
     Attributes:
         generation: of the log.
         causes: those that have a record.
-        looks: how often the cause was looked for.
+        looks: how often it was looked whether a model that dorafx compiles has it.
     """
 
     generation: int
@@ -75,7 +75,7 @@ class _Noted:
 _lock = threading.RLock()
 _served: list[_Served] = []
 _noted: weakref.WeakKeyDictionary[torch.nn.Module, _Noted] = weakref.WeakKeyDictionary()
-# A layer that runs as it is written has no time for a look at the stack in every call.
+# A layer of a model that dorafx has nothing to do with has no time for a look at the stack in every call.
 _MOST_LOOKS = 32
 _explaining = threading.local()
 # Causes that are the caller's own will, so that `dorafx.strict` lets them pass. ``generate`` compiles its decoding steps alone.
@@ -105,7 +105,8 @@ def serve(
         _served[:] = [other for other in _served if (kept := other.model()) is not None and kept is not model]
         _served.append(served)
         # What was a stranger may be a layer of this model.
-        _noted.clear()
+        for noted in _noted.values():
+            noted.looks = 0
     return end
 
 
@@ -156,12 +157,12 @@ def note_outside(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
 def note_skipped(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
     """The same of a layer whose forward Dynamo left out."""
     if getattr(layer, "_is_fsdp_managed_module", False) and not getattr(layer, "_fsdp_use_orig_params", True):
-        _note(layer, args, lambda: Outside("FSDP1"))
+        _note(layer, args, lambda module: Outside("FSDP1"))
     else:
         _note(layer, args, why_skipped)
 
 
-def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[], Outside]) -> None:
+def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[torch.nn.Module], Outside]) -> None:
     if not args or not isinstance(args[0], torch.Tensor) or is_traced(args[0]):
         return
     if hasattr(_explaining, "call"):
@@ -172,22 +173,22 @@ def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[], 
         name = next((name for one in explained if (name := one.name_of(layer)) is not None), None)
         if name is not None and name not in seen:
             seen.add(name)
-            log.add(_record(name, find_out()))
+            log.add(_record(name, find_out(layer)))
         return
     log = rewrite_log()
     noted = _noted.get(layer)
     if noted is None or noted.generation != log.generation:
         noted = _noted[layer] = _Noted(log.generation)
-    if noted.looks >= _MOST_LOOKS:
-        return
-    noted.looks += 1
     served = _served_with(layer)
     if served is None:
+        if noted.looks >= _MOST_LOOKS:
+            return
+        noted.looks += 1
         serve_compiled()  # nothing of the model may ever have reached the backend
         served = _served_with(layer)
     if served is None:
         return
-    why = find_out()
+    why = find_out(layer)
     if why.cause == "not compiled":
         if served.compile_added is not None:
             if not served.compile_added():

@@ -102,6 +102,64 @@ def test_stock_model_beside_is_no_miss() -> None:
     assert not rewrite_log().records
 
 
+def _closure_of_an_optimizer(model: Any) -> None:
+    optimizer = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad], max_iter=1)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(rows(20)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@torch.compiler.disable
+def _evaluation(model: Any) -> None:
+    model(rows(20))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [_closure_of_an_optimizer, _evaluation, lambda model: torch.jit.trace(model, (rows(20),))],
+    ids=["optimizer", "evaluation", "trace"],
+)
+def test_stock_call_in_a_disabled_function_is_no_miss(call: Any) -> None:
+    model = two("first", "second")
+    torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.strict": True})(rows(20))
+    call(model)
+    assert not rewrite_log().misses
+
+
+def test_stock_calls_beside_do_not_hide_what_follows() -> None:
+    model = two("first", "second")
+    function = torch.compile(model, backend="dorafx", dynamic=False, options={"dorafx.codegen": "eager"})
+    function(rows(20))
+    for _ in range(40):
+        model(rows(20))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        function(rows(7))
+    assert set(outside()) == LAYERS and set(outside().values()) == {"recompile-limit"}
+
+
+def test_said_once_although_the_model_was_not_known() -> None:
+    model = two("first", "second")
+    function = compiled(model, "eager")
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            function(rows(20))
+            dorafx.optimize(two("first"), codegen="eager")
+    assert sorted(record.site for record in rewrite_log().misses) == sorted(LAYERS)
+
+
+def test_disabled_compiled_model() -> None:
+    model = two("first", "second")
+    function = compiled(model, "eager")
+    function(rows(20))
+    torch.compiler.disable(function)(rows(20))
+    assert outside() == dict.fromkeys(LAYERS, "compiler-disabled")
+
+
 def test_restored_and_copied_models_are_stock() -> None:
     model = two("first", "second")
     dorafx.optimize(model, codegen="eager")
