@@ -105,6 +105,8 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
         or not {"dtype", "device"}.issuperset(zeros.kwargs)
     ):
         return []
+    if _refused_by_autocast(tensor, zeros.graph):
+        return []
     writes: list[_Write] = []
     nodes: set[fx.Node] = set()
     empty = _is_empty(zeros)
@@ -120,6 +122,8 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
         # A write casts, which an operator of its own does in the concatenation's place.
         if value.device != tensor.device or is_wrapper(value) or value.requires_grad > (value.dtype == tensor.dtype):
             return []
+        if value.dim() > 3 and not value.is_contiguous():  # a concatenation of channels_last parts is channels_last
+            return []
         writes.append(_Write(*rows, source, by))
         nodes.update(by)
     writes.sort()
@@ -132,6 +136,16 @@ def _writes(zeros: fx.Node, order: dict[fx.Node, int], written: Container[fx.Nod
         return []
     between = (node for node in zeros.graph.nodes if order[zeros] < order[node] < last)
     return [] if any(canonical_name(node) in _MODES for node in between) else writes
+
+
+def _refused_by_autocast(tensor: torch.Tensor, graph: fx.Graph) -> bool:
+    """Whether a concatenation of such parts may be called under autocast to the other half-precision dtype, which it refuses."""
+    if tensor.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if any(getattr(node.target, "__name__", "") == "_enter_autocast" for node in graph.nodes):
+        return True
+    kind = tensor.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != tensor.dtype
 
 
 def _adds(nodes: tuple[fx.Node, ...]) -> bool:

@@ -75,6 +75,22 @@ def _changed_source(x: torch.Tensor) -> torch.Tensor:
     return out + part
 
 
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    part = x.reshape(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    out = torch.empty((2, 2, 3, 4), dtype=torch.int64)
+    out[:1] = part
+    out[1:] = part
+    return out.view(2, 24)
+
+
+def _under_autocast_to_another_half(x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.empty((12, 4), dtype=torch.float16)
+        out[:6] = x
+        out[6:] = x
+        return out + 1
+
+
 def traced(program: Callable[[torch.Tensor], torch.Tensor]) -> fx.GraphModule:
     graphs: list[Any] = []
 
@@ -102,9 +118,33 @@ def test_filled_by_rows(program: Callable[[torch.Tensor], torch.Tensor]) -> None
             assert value.dtype == wanted.dtype
 
 
-@pytest.mark.parametrize("program", [_some_rows, _rows_twice, _added, _read_before, _changed_source])
+@pytest.mark.parametrize(
+    "program",
+    [
+        _some_rows,
+        _rows_twice,
+        _added,
+        _read_before,
+        _changed_source,
+        _channels_last,
+        _under_autocast_to_another_half,
+    ],
+)
 def test_not_told_from_the_writes(program: Callable[[torch.Tensor], torch.Tensor]) -> None:
     gm = traced(program)
     before = str(gm.graph)
     assert not without_filled_zeros(gm.graph)
     assert str(gm.graph) == before
+
+
+def test_called_under_autocast_to_another_half() -> None:
+    def program(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty((12, 4), dtype=torch.float16)
+        out[:6] = x
+        out[6:] = x
+        return out + 1
+
+    gm = traced(program)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not without_filled_zeros(gm.graph)
+    assert without_filled_zeros(gm.graph)

@@ -144,8 +144,8 @@ def test_a_quantised_base() -> None:
 
 def quantized_block(base: Any) -> Any:
     """PEFT's DoRA on the same block in NF4."""
-    from quantized_support import _bitsandbytes
+    from quantized_support import bitsandbytes_layer
 
-    base.up, base.down = (_bitsandbytes(m, "nf4", torch.float32, False) for m in (base.up, base.down))
+    base.up, base.down = (bitsandbytes_layer(m, "nf4", torch.float32, False) for m in (base.up, base.down))
     config = LoraConfig(r=4, target_modules=["up", "down"], use_dora=True, init_lora_weights=False)
     return get_peft_model(base, config)
