@@ -326,7 +326,7 @@ class RewriteLog:
 
     def _write_scripts(self, reproductions: Mapping[str, Reproduction]) -> None:
         """Write the scripts into the folder that ``DORAFX_REPRO`` names. A script must never stop a training run."""
-        folder = os.environ.get("DORAFX_REPRO")
+        folder = os.path.expanduser(os.environ.get("DORAFX_REPRO", ""))
         for key, reproduction in reproductions.items() if folder and not self._repro_failed else ():
             try:
                 if not reproduction.packed:

@@ -65,7 +65,8 @@ class _Opaque(Exception):
 
 
 def reproduction(gm: fx.GraphModule, options: Options, records: Sequence[Record]) -> Reproduction:
-    """The script of a graph. No value of a parameter, buffer, constant or input gets into it.
+    """The script of a graph. No value of a tensor gets into it; numbers that Dynamo took for
+    constants (a number among the arguments, an attribute) are in the graph, and so in the script.
 
     Args:
         gm: the graph as it was captured; in the grad mode and under the autocast that are active now.

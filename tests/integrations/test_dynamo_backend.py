@@ -70,8 +70,10 @@ def test_the_member_is_as_others_are() -> None:
 def test_accelerate_compiles_with_it(regional: bool) -> None:
     """``Accelerator.prepare``, which is what the Trainer's ``torch_compile`` calls; its regional compilation too."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import TorchDynamoPlugin
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # an earlier test's settings
     model = peft_model(layers=2).train()
     expected = run(model, lambda: call(model, model))
     options = {"dorafx.codegen": "eager", "dorafx.strict": True}
