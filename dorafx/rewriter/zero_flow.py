@@ -86,8 +86,7 @@ def zeros_kept(node: fx.Node, reached: dict[fx.Node, Outputs]) -> Outputs | None
     main = reached.get(first) if isinstance(first, fx.Node) else None
     name = name_of(node)
     if isinstance(main, tuple):
-        place: Any = node.args[1] if name == "getitem" else None
-        return main[place] if isinstance(place, int) and -len(main) <= place < len(main) else None
+        return main[node.args[1]] if is_part(node, main) else None  # type: ignore[index]
     if is_redistribution(node):
         return main
     if name == "mul":
@@ -116,6 +115,14 @@ def zeros_kept(node: fx.Node, reached: dict[fx.Node, Outputs]) -> Outputs | None
         return Reached(main.keys)
     # Sizes, and a tensor whose shape or dtype is taken, may be other inputs.
     return Reached(main.keys, main.negative or name == "neg") if name in _KEEP_ZEROS else None
+
+
+def is_part(node: fx.Node, value: Outputs) -> bool:
+    """Whether a node is one of the values of another one that has several."""
+    if not isinstance(value, tuple) or name_of(node) != "getitem" or len(node.args) != 2:
+        return False
+    place = node.args[1]
+    return isinstance(place, int) and -len(value) <= place < len(value)
 
 
 def is_root(node: fx.Node) -> bool:

@@ -34,7 +34,7 @@ from .closures import NORMS
 from .fake_values import FakeValues
 from .hoist import KEY, NORM_INPUT, NormKey
 from .nodes import gradients_as_of, tensor_method
-from .zero_flow import Outputs, Reached, divisor_of, is_root, keys_of, only_looks, replace_divisor, zeros_kept
+from .zero_flow import Outputs, Reached, divisor_of, is_part, is_root, keys_of, only_looks, replace_divisor, zeros_kept
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ZeroRows:
         """What the record of a norm says."""
         place = self.elsewhere.get(norm)
         if norm not in self.guarded:
-            text = "no division by this norm was found that could be guarded: where the norm is 0 the program computes what it does without"
+            text = "no division by this norm was found that could be guarded; where the norm is 0 a row is what the program makes of it"
             return f'zero_rows="finite": {text}' + (f"; the norm goes to {place}" if place else "")
         text = "what is divided by this norm is 0 where the norm is 0"
         return f'zero_rows="finite": {text}' + (f", except by way of {place}, which takes it as it is" if place else "")
@@ -151,7 +151,7 @@ class _Guard:
             self.outcome.divisions += 1
             self.outcome.guarded |= keys_of(value)
         for other in others:
-            if not only_looks(node, other):
+            if not only_looks(node, other) and not is_part(node, reached[other]):
                 self._unguarded(keys_of(reached[other]), node)
         return guarded
 
@@ -195,6 +195,7 @@ class _Guard:
             return Reached(frozenset().union(*map(keys_of, results)), any(result.negative for result in results))
         if all(isinstance(result, tuple) and len(result) == len(results[0]) for result in results):
             parts = [self._merged(list(of_all)) for of_all in zip(*results)]
+            self.leaves(tuple(part for part in parts if isinstance(part, tuple)), "a nested result of a region")
             return tuple(part if isinstance(part, Reached) else None for part in parts)
         for result in results:
             self.leaves(result, "a result of torch.cond, which is no norm in the other branch")
