@@ -37,8 +37,10 @@ class Options:
             name of ``"auto"``.
         zero_rows: what a row of the adapted weight with a norm of zero gives. ``"peft"``: what the program computes, ``m / 0``, which
             is NaN or an infinity. ``"finite"``: 0 (and the bias), with gradients of 0: wherever something is divided by a norm that
-            dorafx computes, a norm of zero, in the dtype that it is divided in, counts as infinite. Layers that are not
-            rewritten stay as they are.
+            dorafx computes, a norm of zero, in the dtype that it is divided in, counts as infinite. Whatever the program does with
+            the quotient sees 0. Norms are followed through moves of data, casts, powers, products of norms, checkpoints and
+            ``torch.cond``. A norm that goes elsewhere (a logarithm, a sum, a custom ``autograd.Function``, another graph) is read
+            there as it is, and the record's ``decision`` says so. Layers that are not rewritten stay as they are.
         verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
             random data, forward and backward, compare all that a caller can see, and leave alone what differs.
         strict: raise where something is not rewritten or dorafx fails, instead of falling back. What ``skip`` and ``only`` leave alone

@@ -28,7 +28,7 @@ from dorafx.match import Matches, Reason, ReasonKind, match_graph
 from dorafx.options import Options
 from dorafx.plan import make_plan
 from dorafx.recording import Recorder, SiteTerms, reproduction
-from dorafx.rewriter import CannotEmit, HoistedNorm, apply_plan, guard_zero_norms, hoist_norms, norms_inside
+from dorafx.rewriter import CannotEmit, HoistedNorm, ZeroRows, apply_plan, guard_zero_norms, hoist_norms, norms_inside
 
 if TYPE_CHECKING:
     from dorafx.validation import Check, Validation
@@ -259,11 +259,12 @@ class _Pipeline:
             norms = self._hoisted(new) if prologue and new is not gm else ()
             if norms and self.options.verify:
                 new, norms = self._verified(gm, new, norms)
+            zero_rows: ZeroRows | None = None
             if self.options.zero_rows == "finite" and new is not gm:
                 # After the verification, for which the difference, which is intended, would be one.
                 with self._stage("rewrite"):
-                    guard_zero_norms(new)
-        log = self.recorder.log(norms_inside(new) if new is not gm else {}, self.seconds)
+                    zero_rows = guard_zero_norms(new)
+        log = self.recorder.log(norms_inside(new) if new is not gm else {}, self.seconds, zero_rows)
         return Program(
             new,
             norms,

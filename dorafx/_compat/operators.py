@@ -136,3 +136,8 @@ def takes_operands_for_body(target: Any) -> bool:
 def body_operands_start(target: Any) -> int:
     """Where the body's operands begin among the operator's arguments: ``invoke_subgraph`` has a name before them."""
     return 2 if target is torch.ops.higher_order.invoke_subgraph else 1
+
+
+def is_cond(target: Any) -> bool:
+    """Whether a call target is ``torch.cond``: a predicate, two bodies, and a tuple of the operands of both."""
+    return target is torch.ops.higher_order.cond

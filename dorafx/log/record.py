@@ -23,7 +23,8 @@ class Record:
         kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; ``examples/reasons.md`` lists them. Empty if there is no
             reason, and in logs of earlier versions.
         decision: the numbers behind a choice by cost, whether a requested kernel is used, and which operator keeps a norm in the
-            graph that could be computed before it, and that the option ``zero_rows`` is ``"finite"``; empty if none of these applies.
+            graph that could be computed before it, and, where the option ``zero_rows`` is ``"finite"``, whether divisions by the norm are
+            guarded, and where it is read as it is; empty if none of these applies.
         source: ``file:line`` of the user's code.
         d_out, d_in, rank: shape of the weight, rank of the delta.
         dtype: of the weight.

@@ -17,7 +17,7 @@ from dorafx.match import Match, Matches, Reason
 from dorafx.options import Options
 from dorafx.plan import Left, NormPlan, RewritePlan
 from dorafx.plan.accounting import dense_bytes, gemm_flops, merging, norm_closure, still_formed
-from dorafx.rewriter import NormKey
+from dorafx.rewriter import NormKey, ZeroRows
 
 from .drawings import Subject, draw, dtype_name
 from .terms import ONLY_THE_NORM, SiteTerms, site_terms
@@ -35,11 +35,12 @@ class _Draft:
     fields: dict[str, Any]
     norm: NormKey | None = None
 
-    def record(self, inside: Mapping[NormKey, str], member: str) -> Record:
+    def record(self, inside: Mapping[NormKey, str], zero_rows: ZeroRows | None, member: str) -> Record:
         """The record of one of the modules that the graph serves.
 
         Args:
             inside: the norms that stay in the graph, each with the reason.
+            zero_rows: which divisions by norms are guarded, where that was asked for.
             member: the module's name.
         """
         placed = dict(self.fields)
@@ -47,7 +48,8 @@ class _Draft:
         if self.norm is not None:
             reason = inside.get(self.norm)
             placed["norm_placement"] = "prologue" if reason is None else "graph"
-            decisions = placed["decision"], reason and f"norm kept in the graph: {reason}"
+            guarded = zero_rows.decision(self.norm) if zero_rows is not None else ""
+            decisions = placed["decision"], guarded, reason and f"norm kept in the graph: {reason}"
             placed["decision"] = "; ".join(filter(None, decisions))
         return Record(**placed)
 
@@ -66,9 +68,6 @@ class Recorder:
         self, options: Options, graph_id: int = 0, members: tuple[str, ...] = ("",), terms: bool = False
     ) -> None:
         self.members = members
-        self._zero_rows = ""
-        if options.zero_rows == "finite":
-            self._zero_rows = 'zero_rows="finite": what is divided by this norm is 0 where the norm is 0'
         self._common = {"codegen": options.codegen, "graph": graph_id}
         self._drafts: list[_Draft] = []
         self._drawings: dict[str, Drawing] = {}
@@ -92,7 +91,7 @@ class Recorder:
         for atom_id, norm in plan.norms.items():
             match, miss = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
             fields = _rewritten(lift, norm, match, miss, flops)
-            fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed, self._zero_rows)))
+            fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
             candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id)))
         candidates += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}
@@ -118,15 +117,21 @@ class Recorder:
         if self.terms is not None:
             self.terms.clear()
 
-    def log(self, inside: Mapping[NormKey, str], seconds: Mapping[str, float] | None = None) -> RewriteLog:
+    def log(
+        self,
+        inside: Mapping[NormKey, str],
+        seconds: Mapping[str, float] | None = None,
+        zero_rows: ZeroRows | None = None,
+    ) -> RewriteLog:
         """The records, for each member.
 
         Args:
             inside: see :func:`dorafx.rewriter.norms_inside`.
             seconds: the time of each stage.
+            zero_rows: see :func:`dorafx.rewriter.guard_zero_norms`.
         """
         log = RewriteLog()
-        records = (draft.record(inside, member) for member in self.members for draft in self._drafts)
+        records = (draft.record(inside, zero_rows, member) for member in self.members for draft in self._drafts)
         log.extend(records, self._drawings, seconds)
         return log
 

@@ -30,7 +30,7 @@ DENSE = "dorafx_dense"
 # On the node that ends a norm: the number of the norm's atom.
 NORM = "dorafx_norm"
 
-# On a norm's node: its NormKey.
+# On a norm's node, and on the input that it becomes: its NormKey.
 KEY = "dorafx_norm_key"
 
 NormKey = tuple[str, int]
@@ -95,7 +95,7 @@ def hoist_norms(gm: fx.GraphModule) -> tuple[HoistedNorm, ...]:
         with gm.graph.inserting_after(last):
             last = _new_placeholder(gm.graph, "outer_norm")
         read = _reduced(norm)
-        _become_input(last, read)
+        _become_input(last, read, norm)
         entered.append(last)
         hoisted.append(_extracted(norm, closure, position, tensor_of(last)))
         read.replace_all_uses_with(last)
@@ -211,15 +211,23 @@ def _new_placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
-def _become_input(placeholder: fx.Node, norm: fx.Node) -> None:
-    """Give a new input what Dynamo gives its own: a fake value without gradient, and a source (there is none)."""
+def _become_input(placeholder: fx.Node, read: fx.Node, norm: fx.Node) -> None:
+    """Give a new input what Dynamo gives its own: a fake value without gradient, and a source (there is none).
+
+    Args:
+        placeholder: the new input.
+        read: what the graph read of the norm, in whose place it is.
+        norm: the norm.
+    """
     for slot in ("example_value", "val"):
-        if slot in norm.meta:
-            value = norm.meta[slot]
+        if slot in read.meta:
+            value = read.meta[slot]
             placeholder.meta[slot] = value.detach() if value.requires_grad else value
     for key in ("nn_module_stack", "stack_trace"):
-        if key in norm.meta:
-            placeholder.meta[key] = norm.meta[key]
+        if key in read.meta:
+            placeholder.meta[key] = read.meta[key]
+    if KEY in norm.meta:
+        placeholder.meta[KEY] = norm.meta[KEY]
     placeholder.meta[NORM_INPUT] = True
     mark_new_input(placeholder)
 
@@ -287,7 +295,7 @@ def _out_of_body(
     read = _reduced(norm)
     with body.graph.inserting_after(last):
         new_input = _new_placeholder(body.graph, "outer_norm")
-    _become_input(new_input, read)
+    _become_input(new_input, read, norm)
     for call, of_call in zip(calls, outside):
         copies = {leaf: of_call[leaf] for leaf in leaves}
         with gm.graph.inserting_before(call):

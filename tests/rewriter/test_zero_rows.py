@@ -59,6 +59,9 @@ class Layer(nn.Module):
         return 0.5 * F.linear(F.linear(x, self.a), self.b)
 
 
+GUARDED = 'zero_rows="finite": what is divided by this norm is 0 where the norm is 0'
+NOT_GUARDED = 'zero_rows="finite": no division by this norm was found that could be guarded'
+
 SPELLINGS: dict[str, Callable[[Layer, torch.Tensor], torch.Tensor]] = {}
 
 
@@ -128,6 +131,122 @@ def only_the_norm_in_addcdiv(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return torch.addcdiv(p.bias, torch.sin(x @ p.weight.T), n.expand(len(x), -1), value=0.5) + 0 * p.m.sum()
 
 
+def _scaled(p: Layer, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return g * (F.linear(x, p.weight) + p.lora(x)) + p.bias
+
+
+@spelling
+def differentiable_root(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m / p.adapted.square().sum(1).sqrt() * (F.linear(x, p.weight) + p.lora(x)) + p.bias
+
+
+@spelling
+def differentiable_reciprocal_root(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _scaled(p, x, p.m * p.adapted.square().sum(1).rsqrt())
+
+
+@spelling
+def differentiable_power(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _scaled(p, x, p.m * p.adapted.pow(2).sum(1) ** -0.5)
+
+
+@spelling
+def differentiable_power_of_half(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _scaled(p, x, p.m / (p.adapted * p.adapted).sum(1).pow(0.5))
+
+
+@spelling
+def differentiable_root_reciprocal(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    v = p.adapted
+    return _scaled(p, x, p.m * (v * v).sum(1).sqrt().reciprocal())
+
+
+@spelling
+def differentiable_einsum(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _scaled(p, x, p.m * torch.einsum("ij,ij->i", p.adapted, p.adapted).rsqrt())
+
+
+@spelling
+def only_the_norm_and_roots_of_it(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    return torch.sin(x @ p.weight.T) / ((n * n).sqrt().sqrt() * n.float_power(0.25).float()) * p.m + p.bias
+
+
+def _only(p: Layer, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    return torch.sin(x @ p.weight.T) / n * p.m + p.bias
+
+
+@spelling
+def only_the_norm_in_chunks(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    first, second = n.chunk(2)
+    third, fourth = n.split([4, len(n) - 4])
+    g = torch.cat([1 / first, second.reciprocal()])
+    return torch.sin(x @ p.weight.T) * (g + torch.cat([1 / third, 1 / fourth])) * p.m + p.bias
+
+
+@spelling
+def only_the_norm_joined(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    pairs = torch.stack([n, torch.cat([n[:2], n[2:]])])
+    rows = torch.stack(pairs.unbind(1))
+    return _only(p, x, rows.sum(1) * 0 + rows[:, 0]) if rows.dim() == 1 else _only(p, x, rows[:, 1])
+
+
+@spelling
+def only_the_norm_moved(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    order = torch.arange(len(p.m))
+    return _only(p, x, n.flip(0).roll(2).roll(-2).flip(0).index_select(0, order)[order].repeat(2)[: len(p.m)])
+
+
+@spelling
+def only_the_norm_in_bounds(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    n = torch.relu(n.clamp(max=100.0).clamp_min(0).clamp(0.0, 50.0))
+    return _only(p, x, torch.maximum(n, torch.zeros_like(n)))
+
+
+@spelling
+def only_the_norm_from_outside_of_a_checkpoint(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    return checkpoint(lambda t: _only(p, t, n), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+@spelling
+def only_the_norm_out_of_a_checkpoint(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    def body(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.sin(t @ p.weight.T), p.adapted.norm(dim=1)
+
+    y, n = checkpoint(body, x, use_reentrant=False)
+    return y / n * p.m + p.bias
+
+
+@spelling
+def only_the_norm_in_branches(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    # The predicate has both values for the inputs of these tests.
+    return (
+        torch.cond(  # type: ignore[no-any-return]
+            x.shape[0] * x.new_ones(()) > 2,
+            lambda t: torch.sin(F.linear(t, p.weight)) / n,
+            lambda t: torch.sin(F.linear(t, p.weight)) * n**-1,
+            (x,),
+        )
+        * p.m
+        + p.bias
+    )
+
+
+@spelling
+def only_the_norm_out_of_branches(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    def branch(factor: float) -> Callable[..., torch.Tensor]:
+        return lambda w, b, a: (w + 0.5 * (b @ a)).norm(dim=1) * factor
+
+    several = x.shape[0] * x.new_ones(()) > 2
+    return _only(p, x, torch.cond(several, branch(2.0), branch(2), (p.weight, p.b, p.a)))
+
+
 @spelling
 def checkpointed(p: Layer, x: torch.Tensor) -> torch.Tensor:
     return checkpoint(lambda t: torch.sin(direct(p, t) - p.bias), x, use_reentrant=False) + p.bias  # type: ignore[no-any-return]
@@ -175,7 +294,8 @@ def test_finite(name: str) -> None:
     assert {r.pattern for r in dorafx.rewrite_log().rewrites} == {
         "norm_only" if "only" in name else "linear_weight_delta" if "other_input" in name else "linear"
     }
-    assert all('zero_rows="finite"' in r.decision for r in dorafx.rewrite_log().rewrites)
+    for record in dorafx.rewrite_log().rewrites:
+        assert GUARDED in record.decision and "except" not in record.decision
 
 
 @pytest.mark.default_cases("differentiable")
@@ -321,7 +441,113 @@ def test_divisors() -> None:
     assert results[0][ROW] == 0 and results[1][ROW] == 0 and results[6][ROW] == 0
     assert math.isinf(results[2][0]) and math.isinf(results[5][0])  # not dorafx's
     assert results[3][ROW] == 0 and results[4][ROW] == 0
-    assert guard_zero_norms(torch.fx.symbolic_trace(lambda x: 1 / x.norm(dim=1))) == 0
+    assert guard_zero_norms(torch.fx.symbolic_trace(lambda x: 1 / x.norm(dim=1))).divisions == 0
+
+
+class Quotient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, n: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(n)
+        return y / n
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        (n,) = ctx.saved_tensors
+        return gradient / n, None
+
+
+def in_an_autograd_function(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return Quotient.apply(torch.sin(p.lora(x)), p.adapted.norm(dim=1).detach()) * p.m  # type: ignore[no-any-return,no-untyped-call]
+
+
+def by_logarithms(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(p.m.log() - p.adapted.norm(dim=1).log()) * torch.sin(x @ p.weight.T)
+
+
+def times_another_tensor(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    return p.m / (p.adapted.norm(dim=1) * p.bias) * torch.sin(x @ p.weight.T)
+
+
+def after_a_graph_break(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = p.adapted.norm(dim=1)
+    torch._dynamo.graph_break()
+    return torch.sin(x @ p.weight.T) / n * p.m
+
+
+def joined_with_another_tensor(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    n = torch.cat([p.adapted.norm(dim=1), p.bias])
+    return torch.sin(x @ p.weight.T) / n[: len(p.m)] * p.m
+
+
+def minus_zero_times(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    """What ``clamp_min`` makes zero is no norm of zero."""
+    return torch.sin(x @ p.weight.T) / (-p.adapted.norm(dim=1)).clamp_min(0) * p.m
+
+
+def only_in_one_branch(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    def norm(w: torch.Tensor, b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return (w + 0.5 * (b @ a)).norm(dim=1)
+
+    n = torch.cond(x.sum() > x.sum() - 1, norm, lambda w, b, a: w.sum(1), (p.weight, p.b, p.a))
+    return torch.sin(x @ p.weight.T) / n * p.m
+
+
+UNGUARDED = {
+    in_an_autograd_function: "operator autograd_function_apply",
+    by_logarithms: "operator log",
+    times_another_tensor: "operator mul",
+    after_a_graph_break: "the outputs of the graph",
+    joined_with_another_tensor: "operator cat",
+    minus_zero_times: "operator clamp_min",
+    only_in_one_branch: "a result of torch.cond",
+}
+
+
+@pytest.mark.parametrize("program", UNGUARDED, ids=lambda f: f.__name__)
+def test_what_is_not_guarded_is_said(program: Callable[..., Any]) -> None:
+    layer, x = Layer(program), torch.randn(3, 12)
+    expected = layer(x)
+    assert not expected[:, ROW].isfinite().any()
+    dorafx.rewrite_log().clear()
+    y = compiled(layer, "eager")(x)
+    torch.testing.assert_close(y, expected, equal_nan=True)
+    (record,) = dorafx.rewrite_log().rewrites
+    assert NOT_GUARDED in record.decision and f"the norm goes to {UNGUARDED[program]}" in record.decision
+
+
+def test_what_is_guarded_in_part_is_said() -> None:
+    def both(p: Layer, x: torch.Tensor) -> Any:
+        n = p.adapted.norm(dim=1)
+        return torch.sin(x @ p.weight.T) / n, n.log()
+
+    layer, x = Layer(both), torch.randn(3, 12)
+    dorafx.rewrite_log().clear()
+    y, log = compiled(layer, "eager")(x)
+    assert not y[:, ROW].any() and log[ROW].isinf()
+    (record,) = dorafx.rewrite_log().rewrites
+    assert f"{GUARDED}, except by way of operator log at " in record.decision
+
+
+def test_looks_at_a_norm_are_no_exception() -> None:
+    def looks(p: Layer, x: torch.Tensor) -> Any:
+        n = p.adapted.norm(dim=1)
+        y = torch.sin(x @ p.weight.T) / n.view(1, n.shape[0])
+        return torch.where((n == 0).expand(len(x), n.size(0)), y.to(n.dtype), y * torch.ones_like(n))
+
+    layer, x = Layer(looks), torch.randn(3, 12)
+    dorafx.rewrite_log().clear()
+    assert compiled(layer, "eager")(x).isfinite().all()
+    (record,) = dorafx.rewrite_log().rewrites
+    assert GUARDED in record.decision and "except" not in record.decision
+
+
+def test_the_programs_own_guard_of_a_quotient_sees_zero() -> None:
+    def guarded(p: Layer, x: torch.Tensor) -> torch.Tensor:
+        g = p.m / p.adapted.norm(dim=1)
+        return torch.where(g.isfinite(), g, 1.0)
+
+    layer, x = Layer(guarded), torch.randn(3, 12)
+    assert layer(x)[ROW] == 1 and compiled(layer, "eager")(x)[ROW] == 0
 
 
 def test_the_default_is_the_programs_own() -> None:
