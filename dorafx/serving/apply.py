@@ -83,7 +83,7 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
         )
     if any(isinstance(layer.dora, _Scaled) for layer in layers):
         raise DorafxError(f"apply_scales: adapter {adapter!r} has scales already; call dorafx.restore(model) first")
-    _compare(layers, expected, os.fspath(path))
+    _compare(layers, scales, expected, os.fspath(path))
     applied = [(layer, _Applied(layer, scales[layer.name])) for layer in layers]
     undo = model.__dict__.setdefault(_ATTRIBUTE, _Undo())
     for layer, scale in applied:
@@ -108,7 +108,9 @@ def scaled_adapters(model: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _compare(layers: list[DoraLayer], expected: dict[str, dict[str, Any]], path: str) -> None:
+def _compare(
+    layers: list[DoraLayer], scales: dict[str, torch.Tensor], expected: dict[str, dict[str, Any]], path: str
+) -> None:
     here = {layer.name for layer in layers}
     for names, what in (
         (here - expected.keys(), "has no scale of"),
@@ -120,6 +122,8 @@ def _compare(layers: list[DoraLayer], expected: dict[str, dict[str, Any]], path:
     for layer in layers:
         found = layer.digests()
         differ = [part for part, value in found.items() if expected[layer.name].get(part) != value]
+        if scales[layer.name].shape != layer.magnitude.shape:
+            differ.append(f"scale of shape {tuple(scales[layer.name].shape)}")
         if differ:
             wrong.append(f"{layer.name} ({', '.join(differ)})")
     if wrong:
@@ -139,6 +143,8 @@ class _Applied:
         self.layer = layer
         self.scale = scale.to(layer.magnitude.device)
         self.scaling = layer.scaling
+        if self.scale.dim() == 1 and not layer.embedding:
+            self.scale = self.scale.view(1, -1)  # as PEFT has it: of an input with one axis the output has two
         self.less_one = self.scale - 1
         watched = self._tensors()
         if not watchable(watched):
@@ -165,12 +171,14 @@ class _Applied:
                 "its magnitude would get no gradient: call the model under torch.no_grad() or torch.inference_mode()"
             )
         elif layer.scaling != self.scaling:
-            reason = f"its scaling is {layer.scaling}, of the scales it was {self.scaling}"
+            reason = f"its scaling is {layer.scaling}, and was {self.scaling} when the scale was applied"
         else:
             reason = self.watch.change(self._tensors())
+            if reason == "another parameter":
+                reason = "a parameter was replaced by another"
         if reason:
             raise DorafxError(
-                f"{layer.name}: scales are applied, and {reason}. dorafx.restore(model) makes it compute its norm again"
+                f"{layer.name}: its scale cannot be used: {reason}. dorafx.restore(model) makes it compute its norm again"
             )
 
 
@@ -221,7 +229,7 @@ def _composed(
     bias = base_layer.bias
     base = base_result
     if bias is not None:
-        base = base - (bias.view(1, -1, *(1,) * (base.dim() - 2)) if applied.scale.dim() > 1 else bias)
+        base = base - (bias.view(1, -1, *(1,) * (base.dim() - 2)) if applied.scale.dim() > 2 else bias)
     less_one, scale = (t.to(base.device) for t in (applied.less_one, applied.scale))
     extra: torch.Tensor = less_one * base + scale * lora * scaling
     return extra.to(dtype)
