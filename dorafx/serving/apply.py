@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from dorafx.capture.in_place import is_optimized
+from dorafx.capture.outside import in_optimized_model
 from dorafx.errors import DorafxError
 from dorafx.runtime.watch import Watch, watchable
 
@@ -77,9 +78,10 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
     adapter, layers = dora_layers(model, adapter, "apply_scales")
     if any(layer.module.training for layer in layers):
         raise DorafxError("apply_scales: the model is in training mode, in which norms change: call model.eval() first")
-    if is_optimized(model):
+    if is_optimized(model) or in_optimized_model([layer.module for layer in layers]):
         raise DorafxError(
-            "apply_scales: the model is optimized, and keeps its norms by itself; call dorafx.restore(model) first"
+            "apply_scales: the model, or one that contains it, is optimized, and keeps its norms by itself; call "
+            "dorafx.restore with that model first"
         )
     if any(isinstance(layer.dora, _Scaled) for layer in layers):
         raise DorafxError(f"apply_scales: adapter {adapter!r} has scales already; call dorafx.restore(model) first")
@@ -96,10 +98,11 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
 
 
 def remove_scales(model: torch.nn.Module) -> None:
-    """Undo :func:`apply_scales`, for every adapter."""
-    for dora, kind in reversed(model.__dict__.pop(_ATTRIBUTE, ())):
-        dora.__class__ = kind
-        dora.__dict__.pop(_SCALE, None)
+    """Undo :func:`apply_scales` of a model and of every part of it, for every adapter."""
+    for module in list(model.modules()):
+        for dora, kind in reversed(module.__dict__.pop(_ATTRIBUTE, ())):
+            dora.__class__ = kind
+            dora.__dict__.pop(_SCALE, None)
 
 
 def scaled_adapters(model: torch.nn.Module) -> list[str]:

@@ -29,6 +29,8 @@ from torch import nn
 
 import dorafx
 from dorafx import DorafxError, rewrite_log
+from dorafx.capture.in_place import is_optimized
+from dorafx.serving import scaled_adapters
 from dorafx.serving.layers import digest
 
 
@@ -484,6 +486,45 @@ def test_beside_optimize(tmp_path: Path) -> None:
     dorafx.optimize(dorafx.restore(model), codegen="eager")
     with pytest.raises(DorafxError, match=r"optimized"):
         dorafx.apply_scales(model, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["modules", "model"])
+def test_parts_of_models(scope: str, tmp_path: Path) -> None:
+    """What is done to a part is undone with the whole; scales are not applied inside of an optimized model."""
+    model = peft_perceptron()
+    part = model.base_model.model
+    expected = call(model, model)
+    dorafx.export_scales(part, tmp_path)
+    dorafx.apply_scales(part, tmp_path)
+    assert scaled_adapters(model) == ["default"]
+    dorafx.restore(model)
+    assert not scaled_adapters(model)
+    dorafx.optimize(model, codegen="eager", scope=scope)
+    for inner in (part, part.first):
+        dorafx.export_scales(inner, tmp_path)
+        with pytest.raises(DorafxError, match=r"one that contains it, is optimized"):
+            dorafx.apply_scales(inner, tmp_path)
+        dorafx.restore(inner)
+        assert is_optimized(model), "a part does not undo what was done to the whole"
+    dorafx.restore(model)
+    for first, second in ((model, part), (part, model)):
+        dorafx.optimize(first, codegen="eager", scope=scope)
+        dorafx.optimize(second, codegen="eager", scope=scope)
+        call(model, model)
+        assert dorafx.restore(model) is model
+        assert not any(
+            "dorafx" in name or "compiled" in name for m in model.modules() for name in m.__dict__ if m.__dict__[name]
+        )
+        assert torch.equal(call(model, model), expected)
+    dorafx.apply_scales(dorafx.restore(model), _exported(model, tmp_path))
+    with pytest.raises(TypeError, match=r"restore takes an nn.Module, not str"):
+        dorafx.restore("model")  # type: ignore[type-var]
+
+
+def _exported(model: Any, folder: Path) -> Path:
+    dorafx.export_scales(model, folder)
+    return folder
 
 
 @torch.no_grad()
