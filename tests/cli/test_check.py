@@ -361,6 +361,13 @@ def test_bases_that_peft_changes(lora: dict[str, Any], said: str, tmp_path: Path
     assert dorafx.check(model).checked == report.layers
 
 
+@pytest.mark.parametrize("init", ["loftq", "corda"])
+def test_other_initialisations_that_change_the_base(init: str, adapter: Path, saved: Path) -> None:
+    change(adapter, option("init_lora_weights", init))
+    report = check_files(adapter, saved / "base")
+    assert report.checked == 0 and {f.kind for f in report.findings} == {"unread"}
+
+
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "lora_ga"])
 def test_initialisations_that_leave_the_base(init: Any, adapter: Path, saved: Path) -> None:
     change(adapter, option("init_lora_weights", init))
