@@ -7,6 +7,7 @@ must not change how anything else is compiled.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from dorafx.validation import Check
 
 M = TypeVar("M", bound=torch.nn.Module)
+_numbers = itertools.count(1)
 _OF_A_LAYER = re.compile(r"\.lora_magnitude_vector(\..*)?$")
 
 
@@ -52,6 +54,10 @@ class _Undo(list[tuple[torch.nn.Module, Any]]):
     copy of a model has no compiled calls to undo, and a pickle must load where dorafx is not installed."""
 
     end: Callable[[], None]
+    by_callback = False
+    """Whether a callback of a trainer did it, and not the user."""
+    number = 0
+    """The later one is undone first, where a model and a part of it were optimized."""
 
     def __reduce__(self) -> Any:
         return list, ()
@@ -170,6 +176,7 @@ def optimize(
     for site, why in not_compiled(model, resolved, groups, selection):
         rewrite_log().add(Record("missed", site, reason=why.text, kind=ReasonKind.SKIPPED.value, codegen=codegen))
     compile_groups(groups, undo)
+    undo.number = next(_numbers)
     undo.end = capture.serve(model, strict, None if resolved == "model" else compile_added)
     model.__dict__[OPTIMIZED] = undo
     return model
@@ -188,22 +195,29 @@ def checked_options(scope: str, **options: Any) -> dict[str, Any]:
 
 
 def restore(model: M) -> M:
-    """Undo :func:`optimize` and :func:`apply_scales`: every module is called as it was before. Any other model is left alone.
+    """Undo :func:`optimize` and :func:`apply_scales`, of the model and of every part of it: every module is called as it was before. Any
+    other model is left alone.
 
     Args:
-        model: the model that was passed to either.
+        model: the model that was passed to either, or one that contains it. A part of it does not do: what was done to the whole stays.
 
     Returns:
         The same ``model``.
 
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``.
+
     >>> dorafx.restore(dorafx.optimize(layer)) is layer
     True
     """
-    undo = model.__dict__.pop(OPTIMIZED, ())
-    if isinstance(undo, _Undo):
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"restore takes an nn.Module, not {type(model).__name__}")
+    left = [module.__dict__.pop(OPTIMIZED) for module in model.modules() if OPTIMIZED in module.__dict__]
+    # In a copy of an optimized model there are empty lists.
+    for undo in sorted((u for u in left if isinstance(u, _Undo)), key=lambda u: u.number, reverse=True):
         undo.end()
-    for module, previous in undo:
-        restore_compiled_call(module, previous)
+        for module, previous in undo:
+            restore_compiled_call(module, previous)
     remove_scales(model)
     return model
 

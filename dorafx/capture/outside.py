@@ -11,7 +11,7 @@ import inspect
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ from dorafx._compat.dynamo import Outside, compiled_modules, is_traced, why_outs
 from dorafx.errors import RewriteMissError
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.scope import adapted_modules
+
+from .in_place import OPTIMIZED
 
 
 @dataclass(eq=False)
@@ -120,6 +122,15 @@ def serve_compiled() -> None:
         if id(module) not in known and adapted_modules(module):
             serve(module, options.get("dorafx.strict") is True)
             known.update(map(id, module.modules()))
+
+
+def in_optimized_model(modules: Iterable[torch.nn.Module]) -> bool:
+    """Whether some of these belong to a model that has been passed to ``optimize`` and not to ``restore`` since."""
+    wanted = {id(module) for module in modules}
+    with _lock:
+        models = [model for served in _served if (model := served.model()) is not None]
+    optimized = (model for model in models if model.__dict__.get(OPTIMIZED))
+    return any(id(inner) in wanted for model in optimized for inner in model.modules())
 
 
 def name_in_served_model(module: torch.nn.Module | None) -> str:

@@ -118,12 +118,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", parents=[common], help="check a DoRA adapter on disk against its base")
     check.add_argument(
         "adapter",
-        type=Path,
         help="folder that PEFT saved, or a safetensors file of PEFT, diffusers, sd-scripts or LyCORIS",
     )
     check.add_argument(
         "--base",
-        type=Path,
         help="the base's folder or safetensors file (default: what adapter_config.json names, if it is a folder)",
     )
     check.add_argument(
@@ -190,7 +188,11 @@ def _check(options: argparse.Namespace) -> int:
     from dorafx.preflight import check_files
 
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    report = check_files(options.adapter, options.base, dtype)
+    for name in ("adapter", "base"):
+        if getattr(options, name) == "":
+            raise ValueError(f"{name} is empty: give a folder or a safetensors file")
+    base = None if options.base is None else Path(options.base)
+    report = check_files(Path(options.adapter), base, dtype)
     if options.json:
         print(json.dumps(report.to_dict(), indent=1))
     else:

@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback as _TrainerCallback
 from transformers.utils import logging
 
 from dorafx.api import checked_options, optimize, restore
-from dorafx.capture.in_place import is_optimized
+from dorafx.capture.in_place import OPTIMIZED, is_optimized
 from dorafx.log import Record, rewrite_log
 from dorafx.scope import adapted_modules
 
@@ -29,8 +29,10 @@ class TrainerCallback(_TrainerCallback):
     nothing more: the ``state_dict``, and what is saved, are the same. After the first step transformers' logger gets one line: at level
     INFO if every DoRA layer was rewritten, else a WARNING that names what was not.
 
-    A model that cannot be optimized, or has no DoRA, is trained as it is, with a warning. A model that is optimized already is left to whoever
-    did it. After an exception in training the model stays optimized until the next ``train()`` ends or :func:`restore` is called.
+    A model that cannot be optimized, or has no DoRA, is trained as it is, with a warning. A model that you have optimized yourself is left
+    to you. After an exception in training the model stays optimized until :func:`restore` is called or the next ``train()`` ends. If that
+    has another callback, the model is restored when it begins, and optimized anew with that callback's options; so is one that an earlier
+    callback kept.
     ``dorafx.TrainerCallback`` imports transformers when it is first used; ``import dorafx`` alone does not.
 
     Args:
@@ -76,6 +78,8 @@ class TrainerCallback(_TrainerCallback):
         }  # fmt: skip
         self._model: torch.nn.Module | None = None
         """The model that this callback optimized."""
+        self._undo: Any = None
+        """What :func:`optimize` left on it."""
         self._waits = False
         """Whether the summary has yet to be logged."""
         self._sites = 0
@@ -91,6 +95,10 @@ class TrainerCallback(_TrainerCallback):
         inner = _unwrapped(model)
         if self._model is not None and self._model is not inner:
             self._restore()  # of an earlier training, whose model is another
+        if not self._is_mine(inner):
+            for module in list(inner.modules()):
+                if getattr(module.__dict__.get(OPTIMIZED), "by_callback", False):
+                    restore(module)  # an exception ended the training of another callback, or it kept the model
         if is_optimized(inner):
             return  # by this callback, which kept it or whose training was started again; or by the user
         self._start, self._misses = len(rewrite_log().records), 0
@@ -141,7 +149,8 @@ class TrainerCallback(_TrainerCallback):
                 raise
             self._refuse(state, f"the model is trained as it is: {type(error).__name__}: {error}")
             return False
-        self._model = model
+        self._model, self._undo = model, model.__dict__[OPTIMIZED]
+        self._undo.by_callback = True
         return True
 
     def _refuse(self, state: Any, why: str) -> None:
@@ -151,9 +160,13 @@ class TrainerCallback(_TrainerCallback):
             _logger.warning("dorafx: %s", why)
 
     def _restore(self) -> None:
-        if self._model is not None:
+        if self._model is not None and self._is_mine(self._model):
             restore(self._model)
-            self._model = None
+        self._model = self._undo = None
+
+    def _is_mine(self, model: torch.nn.Module) -> bool:
+        """Whether a model is as this callback optimized it."""
+        return self._undo is not None and model.__dict__.get(OPTIMIZED) is self._undo
 
     def _records(self) -> list[Record]:
         records = rewrite_log().records

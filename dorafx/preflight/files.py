@@ -23,7 +23,8 @@ def check_files(adapter: Path, base: Path | None = None, dtype: torch.dtype | No
     Args:
         adapter: the folder that PEFT saves; or a safetensors file, of PEFT, diffusers, kohya's sd-scripts or LyCORIS.
         base: the base model's folder, with safetensors files; or one such file. By default what adapter_config.json names, if it is a folder.
-        dtype: in which the layers will compute; that of the base's weights by default.
+        dtype: in which the layers will compute. By default the wider one of the base weight's and the factors', in which PEFT takes norms;
+            for files of other programs the weight's.
 
     Raises:
         ValueError: something is absent, cannot be read, or is no DoRA adapter; the message names it.
@@ -34,8 +35,12 @@ def check_files(adapter: Path, base: Path | None = None, dtype: torch.dtype | No
     if base is None:
         named = config.get("base_model_name_or_path") if config is not None else None
         if not (isinstance(named, str) and named and Path(named).is_dir()):
-            label = f" {named!r} is no folder here:" if named else ""
-            raise ValueError(f"the base model{label} give its folder with --base (nothing is downloaded)")
+            what = (
+                f"{named!r}, which adapter_config.json names, is no folder here"
+                if named
+                else "is not named by the adapter"
+            )
+            raise ValueError(f"the base model {what}: give its folder with --base (nothing is downloaded)")
         base = Path(named)
     with contextlib.ExitStack() as stack:
         tensors, weights = tensors_of(file, stack), Base(base, stack)
@@ -51,7 +56,7 @@ def check_files(adapter: Path, base: Path | None = None, dtype: torch.dtype | No
 def _report(layers: Iterable[Layer], findings: list[Finding], dtype: torch.dtype | None) -> CheckReport:
     report = CheckReport(list(findings))
     for layer in layers:
-        found, checked = examine(replace(layer, dtype=dtype))
+        found, checked = examine(layer if dtype is None else replace(layer, dtype=dtype))
         report.findings += found
         report.layers += 1
         report.checked += checked

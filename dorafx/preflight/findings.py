@@ -84,8 +84,8 @@ KINDS: dict[str, tuple[Severity, str]] = {
         "Give the base that the adapter was trained on (base_model_name_or_path in adapter_config.json).",
     ),
     "untouched-target": (
-        "warning",
-        "PEFT adapts these layers, and finds no tensors for them: they stay at their initialisation. Narrow target_modules.",
+        "note",
+        "Nothing, if the model has no such layer: a base's files may hold more than it. Else these layers stay at their initialisation.",
     ),
     "refused": (
         "error",

@@ -85,7 +85,7 @@ def _layer(
     a, b, m = read.get("lora_down"), read.get("lora_up"), read.get("dora_scale")
     left, right = (None if factor is None or factor.dim() < 2 else factor.flatten(1) for factor in (b, a))
     rank = int(right.shape[0]) if right is not None else 0
-    scaling = float(read["alpha"]) / max(1, rank) if "alpha" in read else 1.0
+    scaling = tensors.number(names["alpha"]) / max(1, rank) if "alpha" in read else 1.0
     if scaling == 0:
         findings.append(Finding("scaling", site, "its alpha is 0: the factors have no effect"))
     weight: Weight | None = None

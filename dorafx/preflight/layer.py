@@ -47,7 +47,7 @@ class Layer:
         groups: of a convolution.
         by_input: whether the magnitude is one of the input axis, as some of LyCORIS's are.
         epsilon: whether the program adds something to the norm, so that it is never zero.
-        dtype: in which the layer computes; None: that of the weight.
+        dtype: in which the norm is taken; None: that of the weight.
         unread: why the weight cannot be read.
         no_data: whether the adapter's tensors cannot be read either.
     """
@@ -81,6 +81,8 @@ def examine(layer: Layer) -> tuple[list[Finding], bool]:
         findings.append(_found(layer, "unread", f"its norms are not checked: {layer.unread}"))
     if layer.weight is None or layer.left is None or layer.right is None or layer.unread:
         return findings, False
+    if 0 in (layer.left.shape[-1], layer.right.shape[0]):
+        return findings, False
     misfit = _misfit(layer)
     if misfit:
         return [*findings, _found(layer, "shape", misfit)], False
@@ -108,6 +110,8 @@ def _of_the_adapter(layer: Layer) -> Iterator[Finding]:
             yield _found(layer, "missing-factor", f"it has no factor {name}")
         elif not bool(factor.isfinite().all()):
             yield _found(layer, "non-finite-factor", f"its factor {name} has entries that are NaN or infinite")
+    if layer.left is not None and layer.right is not None and 0 in (layer.left.shape[-1], layer.right.shape[0]):
+        yield _found(layer, "rank", "its factors have rank 0")
     m = layer.magnitude
     if m is None:
         yield _found(layer, "missing-magnitude", "it has factors, but no magnitude")
@@ -202,7 +206,7 @@ def _of_the_norms(layer: Layer, norms: torch.Tensor, finite: bool) -> Iterator[F
     limits = torch.finfo(dtype)
     rounded = norms.to(dtype)
     zero = rounded == 0
-    exactly = (norms == 0) & (dtype == layer.weight.dtype)
+    exactly = (norms == 0) & (torch.promote_types(dtype, layer.weight.dtype) == dtype)
     kind = "zero-norm-with-epsilon" if layer.epsilon else "zero-norm"
     yield from _masked(layer, kind, "rows of W + s·B·A have a norm of zero", zero & exactly)
     yield from _masked(layer, kind, f"rows of W + s·B·A have a norm that is zero in {name}", zero & ~exactly)
@@ -224,9 +228,9 @@ def _of_the_norms(layer: Layer, norms: torch.Tensor, finite: bool) -> Iterator[F
         return
     m = m.detach().reshape(-1).to(norms)
     yield from _masked(layer, "zero-magnitude", "magnitudes are zero where the norm is not", (m == 0) & ~zero)
-    # PEFT computes the norm in the layer's dtype; a magnitude that was never trained differs by its rounding.
+    # PEFT initialises magnitudes in the base's dtype; one that was never trained differs by its rounding.
     stored = layer.magnitude.dtype if layer.magnitude is not None else dtype
-    tolerance = 4 * max(limits.eps, torch.finfo(stored).eps)
+    tolerance = 4 * max(limits.eps, torch.finfo(stored).eps, torch.finfo(layer.weight.dtype).eps)
     alike = torch.isclose(m, norms, rtol=tolerance, atol=float(limits.tiny)) | ~norms.isfinite()
     if norms.numel() and bool(alike.all()) and bool(norms.isfinite().any()):
         yield _found(layer, "untrained", "all magnitudes equal the norms, as at initialisation")

@@ -92,7 +92,7 @@ def _layer(site: str, module: Any, adapter: str, training: bool) -> tuple[Layer,
     if tensor is not None:
         weight = Weight.of(tensor.detach())
         transposed = tensor.dim() == 2 and (embedding or bool(getattr(module, "fan_in_fan_out", False)))
-        if tensor.dim() > 2 and left is not None and right is not None and left.shape[1] != right.shape[0]:
+        if tensor.dim() > 2 and left is not None and right is not None and 0 < left.shape[1] != right.shape[0]:
             groups = max(1, right.shape[0] // max(1, left.shape[1]))
             left = left.reshape(-1, right.shape[0])
         others = {
@@ -102,7 +102,13 @@ def _layer(site: str, module: Any, adapter: str, training: bool) -> tuple[Layer,
         findings += mixed_dtypes(site, tensor.dtype, others, adapter)
     scalings = getattr(module, "scaling", {})
     scaling = float(scalings.get(adapter, 1.0)) if isinstance(scalings, dict) else 1.0
+    if scaling == 0:
+        findings.append(Finding("scaling", site, "its scaling is 0: the factors have no effect", adapter))
     layer = Layer(site, left, right, magnitude, scaling, weight, transposed, groups, unread=unread, adapter=adapter)
+    if tensor is not None and a is not None and a.dtype in _FLOATS:
+        # PEFT casts a linear layer's weight and input to the factor's dtype, and adds the weights of others as they are.
+        linear = tensor.dim() == 2 and not embedding
+        layer.dtype = a.dtype if linear else torch.promote_types(tensor.dtype, a.dtype)
     layer.no_data = bool(unread) and not all(_has_data(t) for t in (a, b, magnitude) if t is not None)
     return layer, findings
 

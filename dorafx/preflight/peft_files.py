@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,13 @@ _KEY = re.compile(
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|alpha|base_layer)(?P<rest>\..+)?"
 )
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+# Models of transformers in which these layers are its Conv1D, whose weight is [d_in, d_out] (read from transformers 5.23.0).
+_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})
+_CONV1D_LAYERS = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+_UNKNOWN_AXES = (
+    "its weight is square, and neither its shape nor a config.json of the base says whether it is stored transposed "
+    "(transformers' Conv1D)"
+)
 REFUSED_QUANTIZATION = ("aqlm", "awq", "eetq", "gptq")
 """Quantisations for which PEFT has no DoRA (read from PEFT 0.21.2)."""
 # Options of LoraConfig that PEFT has no form with DoRA for, and what it says.
@@ -51,8 +60,8 @@ def layers_of(tensors: Tensors, config: Mapping[str, Any] | None, base: Base) ->
         raise ValueError(
             f"adapter_config.json: peft_type is {settings['peft_type']!r}, and DoRA is an option of 'LORA'"
         )
-    if config is not None and (not isinstance(settings.get("r"), int) or settings["r"] < 1):
-        raise ValueError(f"adapter_config.json: r is {settings.get('r')!r}, not a positive number")
+    if config is not None:
+        _check_settings(settings)
     parts, unknown = _by_site(tensors)
     if not parts:
         raise ValueError("the adapter has no tensors named lora_A and lora_B, or lora_down and lora_up")
@@ -66,14 +75,62 @@ def layers_of(tensors: Tensors, config: Mapping[str, Any] | None, base: Base) ->
         findings.append(Finding("assumed-scaling", "", what))
     layers = []
     used: set[str] = set()
+    unknown_base = _unknown_base(settings)
     for site, names in parts.items():
-        layer, found = _layer(site, names, tensors, settings if config is not None else None, base, used)
+        layer, found = _layer(site, names, tensors, settings if config is not None else None, base, used, unknown_base)
         layers.append(layer)
         findings += found
+    layers = _with_axes(layers, settings, base)
     if config is not None:
         findings += _unused_patterns(settings, used)
         findings += _untouched(settings, set(parts), base)
     return layers, findings
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: a rank, an alpha or a pattern of them that PEFT could not use."""
+
+    def check(what: str, value: Any, is_rank: bool) -> None:
+        number = isinstance(value, int if is_rank else (int, float)) and not isinstance(value, bool)
+        if not number or (is_rank and value < 1) or not math.isfinite(value):
+            raise ValueError(
+                f"adapter_config.json: {what} is {value!r}, not a {'positive whole' if is_rank else 'finite'} number"
+            )
+
+    check("r", settings.get("r", 8), True)
+    check("lora_alpha", settings.get("lora_alpha", 8), False)
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(
+                f"adapter_config.json: {name} is a {type(patterns).__name__}, not an object of patterns to numbers"
+            )
+        for key, value in patterns.items():
+            check(f"{name}[{key!r}]", value, name == "rank_pattern")
+            try:
+                re.compile(_pattern(key))
+            except re.error as error:
+                at = "" if error.pos is None else f" at position {max(0, error.pos - len(_pattern('')) + 2)}"
+                raise ValueError(
+                    f"adapter_config.json: {name} has {key!r}, which is no regular expression ({error.msg}{at})"
+                ) from None
+
+
+def _pattern(key: str) -> str:
+    """The expression that PEFT makes of a pattern."""
+    return rf"(.*\.)?({key})$"
+
+
+def _unknown_base(settings: Mapping[str, Any]) -> str:
+    """Why the weights on which PEFT builds the layers are not those of the files; empty if they are."""
+    if settings.get("layer_replication"):
+        return "layer_replication builds another model of the base's layers"
+    init = settings.get("init_lora_weights")
+    # EVA and orthogonal factors leave the base as it is; so does LoRA-GA when an adapter is loaded.
+    if isinstance(init, str) and (init.startswith(("pissa", "corda")) or init.lower() in ("olora", "loftq")):
+        return f"init_lora_weights={init!r} makes PEFT change the base weight when it loads the adapter"
+    return ""
 
 
 def _by_site(tensors: Tensors) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -103,7 +160,7 @@ def scaling_of(settings: Mapping[str, Any], site: str, used: set[str]) -> tuple[
 
     def pattern(name: str, otherwise: Any) -> Any:
         for key, value in (settings.get(name) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", site):
+            if re.match(_pattern(key), site):
                 used.add(f"{name} {key}")
                 return value
         return otherwise
@@ -120,6 +177,7 @@ def _layer(
     settings: Mapping[str, Any] | None,
     base: Base,
     used: set[str],
+    unknown_base: str = "",
 ) -> tuple[Layer, list[Finding]]:
     read = {part: tensors.read(name) for part, name in names.items() if part not in ("base_layer", "bias")}
     embedding = "lora_embedding_A" in read or "lora_embedding_B" in read
@@ -127,7 +185,7 @@ def _layer(
     a, b, m = read.get(f"{prefix}_A"), read.get(f"{prefix}_B"), read.get("lora_magnitude_vector")
     findings: list[Finding] = []
     rank = int(a.shape[0]) if a is not None and a.dim() > 1 else int(b.shape[1]) if b is not None and b.dim() > 1 else 0
-    scaling = float(read["alpha"]) / max(1, rank) if "alpha" in read else 1.0
+    scaling = tensors.number(names["alpha"]) / max(1, rank) if "alpha" in read else 1.0
     if settings is not None:
         said, scaling = scaling_of(settings, site, used)
         if rank and rank != said:
@@ -141,41 +199,84 @@ def _layer(
         findings.append(Finding("refused", site, "its factor has a bias: lora_bias is not supported with DoRA"))
     module = base.module(site)
     weight: Weight | None = None
-    unread, groups = "", 1
-    if module is None and "base_layer" not in names:
+    unread, groups = unknown_base, 1
+    if settings is not None and settings.get("layer_replication"):
+        pass  # the layers have other numbers than in the base
+    elif module is None and "base_layer" not in names:
         findings.append(_absent(site, base))
     else:
         # PEFT saves adapted embeddings with the adapter, and loads them over the base's.
         own = names.get("base_layer")
         found = base.tensors.weight(f"{module}.weight") if own is None else tensors.weight(own)
         if isinstance(found, str):
-            unread = found + (f" ({base.quantization})" if base.quantization else "")
+            unread = unread or found + (f" ({base.quantization})" if base.quantization else "")
         else:
             weight = found
     left, right = (t if t is None or t.dim() < 2 else t.flatten(1) for t in (b, a))
-    transposed = embedding or bool((settings or {}).get("fan_in_fan_out"))
+    transposed = embedding
     if weight is not None and left is not None and right is not None:
         if len(weight.shape) > 2 and left.dim() == right.dim() == 2:
             transposed = False
             # PEFT's second factor has as many groups as the convolution, and views it with the whole rank.
-            if left.shape[1] != right.shape[0] and right.shape[0] % max(1, left.shape[1]) == 0:
+            if 0 < left.shape[1] != right.shape[0] and right.shape[0] % max(1, left.shape[1]) == 0:
                 groups = right.shape[0] // left.shape[1]
                 left = left.reshape(-1, right.shape[0])
-        elif not embedding and left.dim() == right.dim() == 2:
-            transposed = _is_transposed(weight.shape, left, right, transposed)
         found_dtypes = {
             "the factors": {t.dtype for t in (a, b) if t is not None},
             "the magnitude": {m.dtype} if m is not None else set(),
         }
         findings += mixed_dtypes(site, weight.dtype, found_dtypes)
-    return Layer(site, left, right, m, scaling, weight, transposed, groups, unread=unread), findings
+    layer = Layer(site, left, right, m, scaling, weight, transposed, groups, unread=unread)
+    if weight is not None:
+        layer.dtype = functools.reduce(torch.promote_types, (t.dtype for t in (a, b) if t is not None), weight.dtype)
+    return layer, findings
 
 
-def _is_transposed(shape: tuple[int, ...], left: torch.Tensor, right: torch.Tensor, flag: bool) -> bool:
-    """Whether a weight is stored as ``[d_in, d_out]``. PEFT corrects fan_in_fan_out layer by layer, so the flag counts for square ones."""
+def _is_transposed(shape: tuple[int, ...], left: torch.Tensor, right: torch.Tensor) -> bool | None:
+    """Whether a weight is stored as ``[d_in, d_out]``; None where its shape does not tell."""
     straight = (left.shape[0], right.shape[1]) == shape
     reverse = (right.shape[1], left.shape[0]) == shape
-    return flag if straight == reverse else reverse
+    return None if straight == reverse else reverse
+
+
+def _with_axes(layers: list[Layer], settings: Mapping[str, Any], base: Base) -> list[Layer]:
+    """The layers with :attr:`Layer.transposed` as the base stores them.
+
+    fan_in_fan_out is not asked where something better is known: PEFT sets it right for each layer that it makes, so what it saves is that
+    of the last one.
+    """
+    told: dict[str, set[bool]] = {}
+    matrices = {}
+    for layer in layers:
+        if layer.weight is None or layer.left is None or layer.right is None or len(layer.weight.shape) != 2:
+            continue
+        if layer.transposed or not layer.left.dim() == layer.right.dim() == 2:
+            continue
+        matrices[layer.site] = _is_transposed(layer.weight.shape, layer.left, layer.right)
+        if matrices[layer.site] is not None:
+            told.setdefault(layer.site.rsplit(".", 1)[-1], set()).add(bool(matrices[layer.site]))
+    of_conv1d = bool(base.model_types & _CONV1D_MODELS)
+    any_reverse = any(True in found for found in told.values())
+
+    def axes(layer: Layer) -> Layer:
+        if layer.site not in matrices:
+            return layer
+        assert layer.left is not None and layer.right is not None and layer.weight is not None
+        leaf = layer.site.rsplit(".", 1)[-1]
+        known = matrices[layer.site]
+        if known is None and layer.left.shape[0] != layer.right.shape[1]:
+            known = False  # it fits neither way, which is said later
+        if known is None and len(told.get(leaf, ())) == 1:
+            (known,) = told[leaf]
+        if known is None and base.model_types:
+            known = of_conv1d and leaf in _CONV1D_LAYERS
+        if known is None and leaf not in _CONV1D_LAYERS and not any_reverse and not settings.get("fan_in_fan_out"):
+            known = False
+        if known is None:
+            return replace(layer, unread=layer.unread or _UNKNOWN_AXES)
+        return replace(layer, transposed=known)
+
+    return [axes(layer) for layer in layers]
 
 
 def mixed_dtypes(

@@ -18,6 +18,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 # Parts of a diffusers pipeline, each in a folder of its own.
 _COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 _HEADS = ("lm_head", "embed_out", "output_projection")
+_POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
 
 
@@ -62,6 +63,17 @@ class Tensors:
         """A whole tensor."""
         tensor: torch.Tensor = self._slice(name)[...]
         return tensor if tensor.dtype in _DTYPES.values() else tensor.float()
+
+    def number(self, name: str) -> float:
+        """A tensor of one entry.
+
+        Raises:
+            ValueError: it has more, or none.
+        """
+        tensor = self.read(name)
+        if tensor.numel() != 1:
+            raise ValueError(f"{self.files[name][0]}: {name} has {tensor.numel()} entries, where one number belongs")
+        return float(tensor)
 
     def dtype_of(self, name: str) -> str:
         """The dtype as the file names it: ``"BF16"``, ``"U8"``."""
@@ -131,7 +143,8 @@ class Base:
 
     def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
         self.path = path
-        self.config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+        folder = path.parent if path.is_file() and path.name == "model.safetensors" else path
+        self.config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         files: dict[str, tuple[Path, str]] = {}
         if path.is_file():
             files = tensors_of(path, stack).files
@@ -147,6 +160,8 @@ class Base:
             raise ValueError(
                 f"there is no base model {str(path)!r}: give its folder with --base (nothing is downloaded)"
             )
+        if not files and (path.is_file() or any(path.glob("*.safetensors"))):
+            raise ValueError(f"the base {path} holds no tensor: give the base's folder with --base")
         if not files:
             others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
             what = f"; {others[0]} cannot be read by rows, save it as safetensors" if others else ""
@@ -170,7 +185,11 @@ class Base:
         parts = site.split(".")
         # The number of a layer, and what follows it, are the same in both.
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        last = number - 1 if number else max(0, len(parts) - (1 if parts[-1] in (*_HEADS, *_EMBEDDINGS) else 2))
+        last = (
+            number - 1
+            if number
+            else max(0, len(parts) - (1 if parts[-1] in (*_HEADS, *_EMBEDDINGS, *_POSITIONS) else 2))
+        )
         for start in range(last + 1):
             ending = ".".join(parts[start:])
             alike = [m for m in self._endings.get(ending, []) if _towers(m) == _towers(site)]
@@ -188,6 +207,12 @@ class Base:
         configs = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
         told = [c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c]
         return all(told)  # where nothing is said, transformers ties
+
+    @property
+    def model_types(self) -> set[str]:
+        """What config.json calls the model and its parts; empty if there is none."""
+        configs = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
+        return {str(c["model_type"]) for c in configs if c.get("model_type")}
 
     @property
     def quantization(self) -> str:

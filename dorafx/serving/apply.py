@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from dorafx.capture.in_place import is_optimized
+from dorafx.capture.outside import in_optimized_model
 from dorafx.errors import DorafxError
 from dorafx.runtime.watch import Watch, watchable
 
@@ -77,13 +78,14 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
     adapter, layers = dora_layers(model, adapter, "apply_scales")
     if any(layer.module.training for layer in layers):
         raise DorafxError("apply_scales: the model is in training mode, in which norms change: call model.eval() first")
-    if is_optimized(model):
+    if is_optimized(model) or in_optimized_model([layer.module for layer in layers]):
         raise DorafxError(
-            "apply_scales: the model is optimized, and keeps its norms by itself; call dorafx.restore(model) first"
+            "apply_scales: the model, or one that contains it, is optimized, and keeps its norms by itself; call "
+            "dorafx.restore with that model first"
         )
     if any(isinstance(layer.dora, _Scaled) for layer in layers):
         raise DorafxError(f"apply_scales: adapter {adapter!r} has scales already; call dorafx.restore(model) first")
-    _compare(layers, expected, os.fspath(path))
+    _compare(layers, scales, expected, os.fspath(path))
     applied = [(layer, _Applied(layer, scales[layer.name])) for layer in layers]
     undo = model.__dict__.setdefault(_ATTRIBUTE, _Undo())
     for layer, scale in applied:
@@ -96,10 +98,11 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
 
 
 def remove_scales(model: torch.nn.Module) -> None:
-    """Undo :func:`apply_scales`, for every adapter."""
-    for dora, kind in reversed(model.__dict__.pop(_ATTRIBUTE, ())):
-        dora.__class__ = kind
-        dora.__dict__.pop(_SCALE, None)
+    """Undo :func:`apply_scales` of a model and of every part of it, for every adapter."""
+    for module in list(model.modules()):
+        for dora, kind in reversed(module.__dict__.pop(_ATTRIBUTE, ())):
+            dora.__class__ = kind
+            dora.__dict__.pop(_SCALE, None)
 
 
 def scaled_adapters(model: torch.nn.Module) -> list[str]:
@@ -108,7 +111,9 @@ def scaled_adapters(model: torch.nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _compare(layers: list[DoraLayer], expected: dict[str, dict[str, Any]], path: str) -> None:
+def _compare(
+    layers: list[DoraLayer], scales: dict[str, torch.Tensor], expected: dict[str, dict[str, Any]], path: str
+) -> None:
     here = {layer.name for layer in layers}
     for names, what in (
         (here - expected.keys(), "has no scale of"),
@@ -120,6 +125,8 @@ def _compare(layers: list[DoraLayer], expected: dict[str, dict[str, Any]], path:
     for layer in layers:
         found = layer.digests()
         differ = [part for part, value in found.items() if expected[layer.name].get(part) != value]
+        if scales[layer.name].shape != layer.magnitude.shape:
+            differ.append(f"scale of shape {tuple(scales[layer.name].shape)}")
         if differ:
             wrong.append(f"{layer.name} ({', '.join(differ)})")
     if wrong:
@@ -139,6 +146,8 @@ class _Applied:
         self.layer = layer
         self.scale = scale.to(layer.magnitude.device)
         self.scaling = layer.scaling
+        if self.scale.dim() == 1 and not layer.embedding:
+            self.scale = self.scale.view(1, -1)  # as PEFT has it: of an input with one axis the output has two
         self.less_one = self.scale - 1
         watched = self._tensors()
         if not watchable(watched):
@@ -165,12 +174,14 @@ class _Applied:
                 "its magnitude would get no gradient: call the model under torch.no_grad() or torch.inference_mode()"
             )
         elif layer.scaling != self.scaling:
-            reason = f"its scaling is {layer.scaling}, of the scales it was {self.scaling}"
+            reason = f"its scaling is {layer.scaling}, and was {self.scaling} when the scale was applied"
         else:
             reason = self.watch.change(self._tensors())
+            if reason == "another parameter":
+                reason = "a parameter was replaced by another"
         if reason:
             raise DorafxError(
-                f"{layer.name}: scales are applied, and {reason}. dorafx.restore(model) makes it compute its norm again"
+                f"{layer.name}: its scale cannot be used: {reason}. dorafx.restore(model) makes it compute its norm again"
             )
 
 
@@ -221,7 +232,7 @@ def _composed(
     bias = base_layer.bias
     base = base_result
     if bias is not None:
-        base = base - (bias.view(1, -1, *(1,) * (base.dim() - 2)) if applied.scale.dim() > 1 else bias)
+        base = base - (bias.view(1, -1, *(1,) * (base.dim() - 2)) if applied.scale.dim() > 2 else bias)
     less_one, scale = (t.to(base.device) for t in (applied.less_one, applied.scale))
     extra: torch.Tensor = less_one * base + scale * lora * scaling
     return extra.to(dtype)

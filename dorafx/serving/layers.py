@@ -118,9 +118,10 @@ class DoraLayer:
                 raise DorafxError(f"{self.name}: its parameters are not in memory (offloaded, or on the meta device)")
 
     def scale(self) -> torch.Tensor:
-        """``g = m / ‖W + s·B·A‖`` in fp32, in the shape of the magnitude and on the weight's device. Norms are taken in fp64, over blocks
-        of rows, so that nothing dense of the weight's size is formed."""
+        """``g = m / ‖W + s·B·A‖`` in the shape of the magnitude and on the weight's device: in fp64 if the layer has anything in fp64, else
+        in fp32. Norms are taken in fp64, over blocks of rows, so that nothing dense of the weight's size is formed."""
         weight = self.weight()
+        double = torch.float64 in (weight.dtype, self.magnitude.dtype, *(factor.dtype for factor in self.factors))
         if weight.device.type == "mps":  # which has no fp64
             weight = weight.cpu()
         left, right = (factor.detach().to(weight.device) for factor in (self.factors[1], self.factors[0]))
@@ -150,16 +151,16 @@ class DoraLayer:
             )
         magnitude = self.magnitude.detach().to(norm.device)
         scale: torch.Tensor = magnitude.double() / norm.view(magnitude.shape)
-        return scale.float()
+        return scale if double else scale.float()
 
     def digests(self) -> dict[str, Any]:
         """Of everything that the scale is computed from: contents, shapes and dtypes, and the scaling."""
         right, left = self.factors
         return {
-            "base weight": _digest(self.weight()),
-            "lora_A": _digest(right),
-            "lora_B": _digest(left),
-            "magnitude": _digest(self.magnitude),
+            "base weight": digest(self.weight()),
+            "lora_A": digest(right),
+            "lora_B": digest(left),
+            "magnitude": digest(self.magnitude),
             "scaling": self.scaling,
         }
 
@@ -196,7 +197,8 @@ def dora_layers(model: torch.nn.Module, adapter: str | None, function: str) -> t
     return adapter, layers
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
+    """128 bits of contents, shape and dtype."""
     plain = tensor.detach().contiguous().cpu()
     state = xxhash.xxh3_128(f"{plain.dtype} {tuple(plain.shape)} ".encode())
     if plain.numel():

@@ -122,6 +122,16 @@ def elsewhere(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
         tensors[key("model.layers.7.self_attn.q_proj", part)] = tensors.pop(key(Q, part))
 
 
+def without(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector"):
+        del tensors[key(Q, part)]
+
+
+def no_rank(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    tensors[key(Q, "lora_A.weight")] = torch.ones(0, 32)
+    tensors[key(Q, "lora_B.weight")] = torch.ones(32, 0)
+
+
 PLANTED: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "no magnitude": (drop("lora_magnitude_vector"), "missing-magnitude", Q, "no magnitude"),
     "no factor": (drop("lora_B.weight"), "missing-factor", Q, "no factor B"),
@@ -139,7 +149,8 @@ PLANTED: dict[str, tuple[Callable[..., Any], str, str, str]] = {
     "shape": (reshaped(Q, "lora_A.weight", 4, 48), "shape", Q, "weight (32, 32), B (32, 4), A (4, 48)"),
     "ranks": (reshaped(Q, "lora_A.weight", 3, 32), "shape", Q, "different ranks"),
     "target": (elsewhere, "missing-target", "model.layers.7.self_attn.q_proj", "the base has no"),
-    "untouched": (elsewhere, "untouched-target", Q, "has no tensors for this layer"),
+    "untouched": (without, "untouched-target", Q, "has no tensors for this layer"),
+    "rank 0": (no_rank, "rank", Q, "its factors have rank 0"),
     "no such target": (option("target_modules", [*TARGETS, "query"]), "missing-target", "", "'query'"),
     "dtype": (half, "mixed-dtype", Q, "the magnitude is float64, the base float32"),
     "no dora": (option("use_dora", False), "ignored-magnitude", Q, "use_dora is not true"),
@@ -275,6 +286,136 @@ def test_dtypes(saved: Path, tmp_path: Path) -> None:
     report = check_files(tmp_path / "adapter", tmp_path / "half")
     assert {f.kind for f in report.findings} == {"mixed-dtype"} and report.clean
     assert "the factors are float32 and the magnitude is float32, the base bfloat16" in report.notes[0].text
+
+
+def gpt2(layers: int = 2) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = dict(n_embd=24, n_layer=layers, n_head=2, vocab_size=40, n_positions=16)
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False))
+
+
+def initialised(base: Any, folder: Path, **lora: Any) -> Any:
+    """An adapter whose magnitudes are the norms of ``W + s·B·A``, with factors that are not zero."""
+    base.save_pretrained(folder / "base")
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, use_dora=True, init_lora_weights=False, **lora))
+    model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "targets", [["c_proj", "lm_head"], ["lm_head", "c_proj"], ["attn.c_proj"], ["c_attn", "attn.c_proj", "lm_head"]]
+)
+def test_weights_that_are_stored_transposed(targets: list[str], tmp_path: Path) -> None:
+    """A square Conv1D beside a Linear: what PEFT saves as fan_in_fan_out is that of the last layer it made."""
+    model = initialised(gpt2(), tmp_path, target_modules=targets)
+    for flag in (False, True):
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "fan_in_fan_out": flag}))
+        report = check_files(tmp_path / "adapter", tmp_path / "base")
+        assert {f.kind for f in report.findings} == {"untrained"} and report.checked == report.layers, report
+        assert len(report.findings) == len(dorafx.check(model).findings)
+    # Without a config.json of the base, layers of the same name show it, if one of them is not square.
+    (tmp_path / "base" / "config.json").unlink()
+    report = check_files(tmp_path / "adapter", tmp_path / "base")
+    square = 0 if "c_proj" in targets else 2
+    assert report.checked == report.layers - square and not any("magnitude" in f.kind for f in report.findings)
+    unread = [f for f in report.problems if f.kind == "unread"]
+    assert len(unread) == square and all("stored transposed" in f.text and "attn.c_proj" in f.site for f in unread)
+
+
+def test_square_linears_of_unknown_models(saved: Path, adapter: Path) -> None:
+    """fan_in_fan_out=True cannot be right for a Linear, for which PEFT takes it back."""
+    change(adapter, option("fan_in_fan_out", True))
+    report = check_files(adapter, saved / "single")
+    assert report.findings == [] and report.checked == 6
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' makes PEFT change the base weight"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "layer_replication builds another model"),
+    ],
+)
+def test_bases_that_peft_changes(lora: dict[str, Any], said: str, tmp_path: Path) -> None:
+    """The files do not hold the weights that the norms are of, so no norm is claimed to be checked."""
+    base = llama()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[3] = 0
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base, **lora)
+    if "init_lora_weights" in lora:
+        plain = load_file(tmp_path / "base" / "model.safetensors")
+        assert not torch.equal(
+            model.get_base_model().model.layers[1].mlp.down_proj.weight, plain["model.layers.1.mlp.down_proj.weight"]
+        )
+    model.save_pretrained(tmp_path / "adapter")
+    report = check_files(tmp_path / "adapter", tmp_path / "base")
+    assert report.checked == 0 and report.layers == (12 if "layer_replication" in lora else 6)
+    assert {f.kind for f in report.findings} == {"unread"} and all(said in f.text for f in report.findings)
+    assert "dorafx.check(model)" in report.findings[0].advice and not report.clean
+    assert dorafx.check(model).checked == report.layers
+
+
+@pytest.mark.parametrize("init", ["loftq", "corda"])
+def test_other_initialisations_that_change_the_base(init: str, adapter: Path, saved: Path) -> None:
+    change(adapter, option("init_lora_weights", init))
+    report = check_files(adapter, saved / "base")
+    assert report.checked == 0 and {f.kind for f in report.findings} == {"unread"}
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva", "lora_ga"])
+def test_initialisations_that_leave_the_base(init: Any, adapter: Path, saved: Path) -> None:
+    change(adapter, option("init_lora_weights", init))
+    assert check_files(adapter, saved / "base").checked == 6
+
+
+def test_a_half_precision_base_with_peft_s_adapter(tmp_path: Path) -> None:
+    """PEFT keeps adapters in fp32, and takes the norm in it: rows that are small in fp16 are not."""
+    base = llama()
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight[3] *= 1e-5
+        base.model.layers[0].self_attn.q_proj.weight[4] = 60000
+    base.half().save_pretrained(tmp_path / "base")
+    model = adapted(base)
+    q = model.base_model.model.model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        q.lora_B["default"].weight[[3, 4]] = 0
+        q.lora_magnitude_vector["default"].weight.fill_(1.0)
+    assert q.lora_A["default"].weight.dtype == torch.float32
+    model.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        assert q(torch.full((1, 32), 1e-3, dtype=torch.float16))[0, [3, 4]].isfinite().all()
+    for report in (check_files(tmp_path / "adapter", tmp_path / "base"), dorafx.check(model)):
+        assert {f.kind for f in report.findings} == {"mixed-dtype"} and report.clean
+    report = check_files(tmp_path / "adapter", tmp_path / "base", torch.float16)
+    assert {f.kind: f.rows for f in report.problems} == {"tiny-norm": (3,), "overflowing-norm": (4,)}
+    adapted_half = {k: v.half() for k, v in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    save_file(adapted_half, tmp_path / "adapter" / "adapter_model.safetensors")
+    report = check_files(tmp_path / "adapter", tmp_path / "base")
+    assert {f.kind for f in report.problems} == {"tiny-norm", "overflowing-norm"}
+
+
+def test_gpt2_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Without ``transformer.`` in front."""
+    initialised(gpt2(), tmp_path, target_modules=["c_attn", "wte", "wpe"])
+    file = tmp_path / "base" / "model.safetensors"
+    save_file({k.removeprefix("transformer."): v for k, v in load_file(file).items()}, file)
+    report = check_files(tmp_path / "adapter", tmp_path / "base")
+    assert {f.kind for f in report.findings} == {"untrained"} and report.checked == report.layers == 4
+
+
+def test_weights_that_the_model_lacks(saved: Path, adapter: Path, tmp_path: Path) -> None:
+    """Checkpoints of some models hold layers that are built for training only; that is no problem of the adapter."""
+    tensors = load_file(saved / "single" / "model.safetensors")
+    tensors["model.layers.2.self_attn.q_proj.weight"] = torch.randn(32, 32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    report = check_files(adapter, tmp_path / "model.safetensors")
+    assert report.clean and [f.kind for f in report.findings] == ["untouched-target"]
 
 
 def test_weights_that_are_not_finite(saved: Path, adapter: Path, tmp_path: Path) -> None:
@@ -510,6 +651,49 @@ def test_a_base_is_read_by_blocks_of_what_is_adapted(tmp_path: Path, blocks: lis
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lora_alpha", None, "lora_alpha is None, not a finite number"),
+        ("lora_alpha", "x", "lora_alpha is 'x'"),
+        ("lora_alpha", True, "lora_alpha is True"),
+        ("r", None, "r is None, not a positive whole number"),
+        ("rank_pattern", ["q_proj"], "rank_pattern is a list, not an object"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern['q_proj'] is 0, not a positive whole number"),
+        ("rank_pattern", {"q_proj": None}, "rank_pattern['q_proj'] is None"),
+        ("rank_pattern", {"q_proj": "a"}, "rank_pattern['q_proj'] is 'a'"),
+        ("alpha_pattern", {"q_proj": None}, "alpha_pattern['q_proj'] is None, not a finite number"),
+        ("alpha_pattern", {"*.q_proj": 2}, "alpha_pattern has '*.q_proj', which is no regular expression (nothing to repeat at position 0)"),
+        ("base_model_name_or_path", None, "the base model is not named by the adapter: give its folder"),
+        ("base_model_name_or_path", "some/where", "the base model 'some/where', which adapter_config.json names, is no folder here: give"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_bad_settings(
+    name: str, value: Any, message: str, adapter: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(adapter, option(name, value))
+    base = [] if name == "base_model_name_or_path" else ["--base", str(saved / "base")]
+    assert main(["check", str(adapter), *base]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and "adapter" in captured.err
+    assert captured.err.count("\n") == 1 and not captured.out
+
+
+def test_files_without_what_they_should_hold(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    save_file({}, tmp_path / "empty" / "model.safetensors")
+    for path in (tmp_path / "empty", tmp_path / "empty" / "model.safetensors"):
+        with pytest.raises(ValueError, match=r"empty.* holds no tensor"):
+            check_files(adapter, path)
+    style, base = kohya(tmp_path)
+    tensors = load_file(style)
+    tensors["lora_unet_down_blocks_0_attn_to_q.alpha"] = torch.ones(3)
+    save_file(tensors, style)
+    with pytest.raises(ValueError, match=r"style.safetensors: lora_unet.*\.alpha has 3 entries"):
+        check_files(style, base)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "there is no adapter 'nowhere'"),
@@ -517,6 +701,8 @@ def test_a_base_is_read_by_blocks_of_what_is_adapted(tmp_path: Path, blocks: lis
         (["{saved}/adapter", "--base", "nowhere"], "there is no base model 'nowhere'"),
         (["{saved}/adapter", "--base", "{saved}"], "has no safetensors file"),
         (["{saved}/adapter"], "give its folder with --base"),
+        ([""], "adapter is empty"),
+        (["{saved}/adapter", "--base", ""], "base is empty"),
         (["{saved}", "--base", "{saved}/base"], "holds adapters in folders of their own: check adapter"),
         (["{saved}/adapter", "--base", "{saved}/single/config.json"], "not a safetensors file"),
     ],

@@ -52,6 +52,11 @@ def transposed(layer: Any) -> None:
     layer.lora_magnitude_vector["default"].weight = nn.Parameter(torch.ones(1, layer.in_features))
 
 
+def no_rank(layer: Any) -> None:
+    layer.lora_A["default"].weight = nn.Parameter(torch.ones(0, layer.in_features))
+    layer.lora_B["default"].weight = nn.Parameter(torch.ones(layer.out_features, 0))
+
+
 def initialised(layer: Any) -> None:
     weight = layer.get_base_layer().weight + layer.scaling["default"] * (
         layer.lora_B["default"].weight @ layer.lora_A["default"].weight
@@ -74,6 +79,8 @@ PLANTED: dict[str, tuple[Callable[[Any], Any], str, str]] = {
     "untrained": (initialised, "untrained", "all magnitudes equal"),
     "bias": (lambda layer: layer.lora_B["default"].__setattr__("bias", nn.Parameter(torch.ones(3))), "refused", "lora_bias"),
     "double": (lambda layer: layer.lora_magnitude_vector["default"].double(), "mixed-dtype", "the magnitude is float64"),
+    "no scaling": (lambda layer: layer.scaling.update(default=0.0), "scaling", "its scaling is 0"),
+    "no rank": (no_rank, "rank", "its factors have rank 0"),
     "meta": (lambda layer: layer.get_base_layer().to("meta"), "unread", "no data"),
     "merged": (lambda layer: layer.merged_adapters.append("default"), "unread", "merged"),
 }  # fmt: skip
@@ -97,7 +104,7 @@ def test_planted(name: str) -> None:
     assert found.site == site and text in found.text and found.adapter == "default"
     assert report.clean == (KINDS[kind][0] == "note") and bool(report) == report.clean
     assert found.to_dict()["severity"] == found.severity and kind in str(report)
-    unread = kind in ("unread", "missing-factor")
+    unread = kind in ("unread", "missing-factor", "rank")
     assert report.layers == len(layers(perceptron())) and report.checked == report.layers - unread
 
 

@@ -228,6 +228,41 @@ def test_after_an_exception(tmp_path: Path) -> None:
     assert not is_optimized(run.model)
 
 
+@pytest.mark.parametrize("how", ["an exception", "keep"])
+def test_another_callback_takes_over(how: str, tmp_path: Path) -> None:
+    """What an earlier callback left optimized is optimized anew, with the options of the new one, and restored."""
+
+    class Stop(Callback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    def zero_row(model: Any) -> Any:
+        layer = next(m for m in model.modules() if len(getattr(m, "lora_magnitude_vector", ())))
+        with torch.no_grad():
+            layer.weight[3], layer.lora_B["default"].weight[3] = 0, 0
+        return model
+
+    model = peft_model()
+    first = callback(keep=how == "keep")
+    run = trainer(model, tmp_path, first, *([] if how == "keep" else [Stop()]), max_steps=1)
+    if how == "keep":
+        run.train()
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    assert is_optimized(model)
+    zero_row(model)
+    run = trainer(model, tmp_path, callback(zero_rows="finite", keep=True))
+    run.train()
+    assert all(torch.isfinite(torch.tensor(logged(run)))) and all(p.isfinite().all() for p in model.parameters())
+    # The first one no longer has anything to do with the model.
+    other = peft_model()
+    trainer(other, tmp_path, first, max_steps=1).train()
+    assert is_optimized(model) and is_optimized(other) == (how == "keep")
+    trainer(model, tmp_path, callback(zero_rows="finite"), max_steps=1).train()
+    assert not is_optimized(model)
+
+
 def test_inside_of_a_wrapper(tmp_path: Path) -> None:
     """The callback is also called by loops whose model is wrapped: here by DistributedDataParallel."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)

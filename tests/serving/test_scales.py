@@ -24,10 +24,14 @@ from integration_support import (
 )
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import dorafx
 from dorafx import DorafxError, rewrite_log
+from dorafx.capture.in_place import is_optimized
+from dorafx.serving import scaled_adapters
+from dorafx.serving.layers import digest
 
 
 class Mixed(nn.Module):
@@ -205,7 +209,7 @@ def test_the_file(tmp_path: Path) -> None:
         assert sorted(file.keys()) == dora_sites(model)
         assert all(torch.equal(file.get_tensor(name), scales[name]) for name in file.keys())  # noqa: SIM118
         metadata = file.metadata()
-    assert metadata["adapter"] == "default" and metadata["dorafx_scales"] == "1" and metadata["peft_version"]
+    assert metadata["adapter"] == "default" and metadata["dorafx_scales"] == "2" and metadata["peft_version"]
     layers = json.loads(metadata["layers"])
     assert {layer["scaling"] for layer in layers.values()} == {6 / 4}
     again = PeftModel.from_pretrained(base_model(), tmp_path, adapter_name="other")
@@ -222,6 +226,114 @@ def test_what_is_no_file_of_scales(tmp_path: Path) -> None:
         dorafx.apply_scales(model, tmp_path / "adapter_model.safetensors")
     with pytest.raises(DorafxError, match=r"no safetensors file"):
         dorafx.apply_scales(model, tmp_path / "adapter_config.json")
+
+
+def _metadata(**changes: Any) -> Any:
+    """Metadata that are changed; a value of None is taken out."""
+
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        for key, value in changes.items():
+            metadata.pop(key) if value is None else metadata.update({key: value})
+
+    return change
+
+
+def _each(function: Any) -> Any:
+    def change(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        tensors.update({name: function(t) for name, t in tensors.items()})
+
+    return change
+
+
+def _no_digest(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    layers = json.loads(metadata["layers"])
+    del layers["base_model.model.second"]["scale"]
+    metadata["layers"] = json.dumps(layers)
+
+
+def _made_for(change: Any) -> Any:
+    """A file that says that it is whole."""
+
+    def whole(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        change(tensors, metadata)
+        layers = json.loads(metadata["layers"])
+        metadata["layers"] = json.dumps({n: {**told, "scale": digest(tensors[n])} for n, told in layers.items()})
+
+    return whole
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_metadata(adapter=None), "no 'adapter' in its metadata"),
+        (_metadata(layers=None), "no 'layers' in its metadata"),
+        (_metadata(layers="{"), "'layers' in its metadata is not JSON"),
+        (_metadata(layers="[]"), "is no JSON object"),
+        (_metadata(layers='{"base_model.model.first": 1}'), "base_model.model.first has no 'base weight'"),
+        (_no_digest, "base_model.model.second has no 'scale'"),
+        (lambda tensors, _: tensors.pop("base_model.model.first"), "no tensor of base_model.model.first"),
+        (_each(lambda t: 2 * t), "damaged: the scale of base_model.model.(first|second)"),
+        (_each(lambda t: t[:1]), "damaged: the scale of base_model.model.(first|second)"),
+        (_made_for(_each(lambda t: t[:1])), "first \\(scale of shape \\(1,\\)\\)"),
+        (_metadata(dorafx_scales="1"), "format 1, this dorafx reads 2"),
+    ],
+)
+def test_a_file_that_was_changed_is_refused(change: Any, named: str, tmp_path: Path) -> None:
+    model = peft_perceptron()
+    dorafx.export_scales(model, tmp_path)
+    path = tmp_path / "dora_scales.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, metadata)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
+    with pytest.raises(DorafxError, match=named):
+        dorafx.apply_scales(model, tmp_path)
+    assert not any("dorafx" in name for m in model.modules() for name in m.__dict__), "nothing is left behind"
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    model = peft_perceptron()
+    dorafx.export_scales(model, tmp_path)
+    path = tmp_path / "dora_scales.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-20] + b"\0" * 20)
+    with pytest.raises(DorafxError, match=r"damaged: the scale of base_model"):
+        dorafx.apply_scales(model, tmp_path)
+
+
+def test_where_a_file_is_written(tmp_path: Path) -> None:
+    model = peft_perceptron()
+    dorafx.export_scales(model, tmp_path / "new" / "folder")
+    assert (tmp_path / "new" / "folder" / "dora_scales.safetensors").is_file()
+    dorafx.apply_scales(model, tmp_path / "new" / "folder")
+    with pytest.raises(DorafxError, match=r"no folder .*absent to write g.safetensors"):
+        dorafx.export_scales(model, tmp_path / "absent" / "g.safetensors")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DorafxError, match=r"cannot be written"):
+        dorafx.export_scales(model, tmp_path / "taken" / "inner")
+
+
+@torch.no_grad()
+def test_models_in_double_precision(tmp_path: Path) -> None:
+    model = in_double(peft_perceptron())
+    x = torch.randn(5, 24, dtype=torch.float64)
+    expected = model(x)
+    scales = dorafx.export_scales(model, tmp_path)
+    assert {g.dtype for g in scales.values()} == {torch.float64}
+    assert_close(dorafx.apply_scales(model, tmp_path)(x), expected, 1e-14)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(6,), (3, 6), (2, 3, 6)])
+def test_the_output_has_peft_s_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = lora_config(target_modules=["0"], task_type=None)
+    model = randomise(get_peft_model(nn.Sequential(nn.Linear(6, 8)), config)).eval()
+    x = torch.randn(shape)
+    expected = model(x)
+    dorafx.export_scales(model, tmp_path)
+    assert_close(dorafx.apply_scales(model, tmp_path)(x), expected, 2e-6)
+    assert model(x).shape == expected.shape and model(x).stride() == expected.stride()
 
 
 def _other_base(model: Any) -> None:
@@ -284,8 +396,8 @@ def test_the_file_of_another_model(tmp_path: Path) -> None:
         (_other_base, "second.*overwritten|second.*written"),
         (_other_factor, "first.*overwritten"),
         (_other_magnitude, "first.*overwritten"),
-        (_other_scaling, "scaling is 0.75, of the scales it was 1.5"),
-        (lambda m: m.to(torch.float64), "parameter"),
+        (_other_scaling, "scaling is 0.75, and was 1.5 when"),
+        (lambda m: m.to(torch.float64), "its scale cannot be used: a parameter"),
         (lambda m: m.train(), "training mode"),
         (lambda m: m.load_state_dict({k: v + 1 for k, v in m.state_dict().items()}), "written"),
     ],
@@ -374,6 +486,45 @@ def test_beside_optimize(tmp_path: Path) -> None:
     dorafx.optimize(dorafx.restore(model), codegen="eager")
     with pytest.raises(DorafxError, match=r"optimized"):
         dorafx.apply_scales(model, tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scope", ["modules", "model"])
+def test_parts_of_models(scope: str, tmp_path: Path) -> None:
+    """What is done to a part is undone with the whole; scales are not applied inside of an optimized model."""
+    model = peft_perceptron()
+    part = model.base_model.model
+    expected = call(model, model)
+    dorafx.export_scales(part, tmp_path)
+    dorafx.apply_scales(part, tmp_path)
+    assert scaled_adapters(model) == ["default"]
+    dorafx.restore(model)
+    assert not scaled_adapters(model)
+    dorafx.optimize(model, codegen="eager", scope=scope)
+    for inner in (part, part.first):
+        dorafx.export_scales(inner, tmp_path)
+        with pytest.raises(DorafxError, match=r"one that contains it, is optimized"):
+            dorafx.apply_scales(inner, tmp_path)
+        dorafx.restore(inner)
+        assert is_optimized(model), "a part does not undo what was done to the whole"
+    dorafx.restore(model)
+    for first, second in ((model, part), (part, model)):
+        dorafx.optimize(first, codegen="eager", scope=scope)
+        dorafx.optimize(second, codegen="eager", scope=scope)
+        call(model, model)
+        assert dorafx.restore(model) is model
+        assert not any(
+            "dorafx" in name or "compiled" in name for m in model.modules() for name in m.__dict__ if m.__dict__[name]
+        )
+        assert torch.equal(call(model, model), expected)
+    dorafx.apply_scales(dorafx.restore(model), _exported(model, tmp_path))
+    with pytest.raises(TypeError, match=r"restore takes an nn.Module, not str"):
+        dorafx.restore("model")  # type: ignore[type-var]
+
+
+def _exported(model: Any, folder: Path) -> Path:
+    dorafx.export_scales(model, folder)
+    return folder
 
 
 @torch.no_grad()
