@@ -201,6 +201,7 @@ def without_rewrites(program: Program, gm: fx.GraphModule, error: Exception) -> 
         "flops_after": 0,
         "norm_algorithm": "",
         "norm_placement": "",
+        "decision": "",
     }
     log = RewriteLog()
     records = (replace(record, **miss) if record.rewritten else record for record in program.log.records)

@@ -298,7 +298,7 @@ def test_finite(name: str) -> None:
         assert GUARDED in record.decision and "except" not in record.decision
 
 
-@pytest.mark.default_cases("differentiable")
+@pytest.mark.default_cases("differentiable_root")
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_finite_through_inductor(name: str) -> None:
     layer = Layer(SPELLINGS[name])
