@@ -250,6 +250,7 @@ class NormStore:
             for key in list(self._entries):
                 self._end(key)
             self._readers.clear()
+            self._purge_at = _FEW_ENTRIES
         self.by_content.clear()
 
     def __len__(self) -> int:

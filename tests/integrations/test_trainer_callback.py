@@ -134,6 +134,7 @@ def test_trains_alike(codegen: str, checkpointing: bool, tmp_path: Path, lines: 
     assert f"{len(dora_sites(model))} DoRA layers rewritten, none left out" in said(lines)[0][1]
 
 
+@pytest.mark.slow
 def test_checkpoints_are_those_of_the_restored_model(tmp_path: Path) -> None:
     """Saving needs no restoring: the same files, byte for byte, and what is pickled loads without dorafx."""
     model = peft_model()
@@ -171,7 +172,7 @@ def test_best_model_and_resuming(tmp_path: Path) -> None:
     assert not is_optimized(ours.model) and not is_optimized(ours_again.model)
 
 
-@pytest.mark.default_cases("False")
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [False, True])
 def test_two_trainings(keep: bool, tmp_path: Path, lines: Any) -> None:
     stock = trainer(peft_model(), tmp_path / "stock")
@@ -203,6 +204,7 @@ def test_a_model_of_each_run(tmp_path: Path) -> None:
     assert [is_optimized(model) for model in models[-2:]] == [False, True]
 
 
+@pytest.mark.slow
 def test_an_optimized_model_is_left_to_its_owner(tmp_path: Path) -> None:
     model = dorafx.optimize(peft_model(), codegen="eager")
     trainer(model, tmp_path, callback()).train()
@@ -228,6 +230,7 @@ def test_after_an_exception(tmp_path: Path) -> None:
     assert not is_optimized(run.model)
 
 
+@pytest.mark.default_cases("an exception")
 @pytest.mark.parametrize("how", ["an exception", "keep"])
 def test_another_callback_takes_over(how: str, tmp_path: Path) -> None:
     """What an earlier callback left optimized is optimized anew, with the options of the new one, and restored."""
@@ -335,6 +338,7 @@ def test_a_model_that_is_sharded_already(tmp_path: Path) -> None:
 # -- what cannot be optimized -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_without_dora(tmp_path: Path, lines: Any) -> None:
     for model in (get_peft_model(base_model(), lora_config(use_dora=False)), base_model()):
         stock = trainer(copy.deepcopy(model), tmp_path / "stock")
@@ -376,6 +380,7 @@ def test_what_is_left_out_is_named(tmp_path: Path, lines: Any) -> None:
     assert level == "WARNING" and "tanh" in line and "left as it was" in line
 
 
+@pytest.mark.slow
 def test_a_failing_optimize(tmp_path: Path, lines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("no such luck")
@@ -396,6 +401,7 @@ def test_a_scope_that_the_model_has_not(tmp_path: Path, lines: Any) -> None:
     assert not is_optimized(model) and "_repeated_blocks" in said(lines)[0][1]
 
 
+@pytest.mark.slow
 def test_beside_another_compiler(tmp_path: Path, lines: Any) -> None:
     run = trainer(peft_model(), tmp_path, callback(), torch_compile=True, torch_compile_backend="eager")
     run.train()

@@ -274,7 +274,6 @@ def test_disabled(way: Way, tmp_path: Path) -> None:
     "The base model as reference in a training loop (DPO)",
     "works",
     "`disable_adapter()` under `no_grad` in each step: nothing is recompiled after the second step.",
-    slow=True,
 )
 def test_reference_by_disabling(way: Way) -> None:
     twin = Twin(way, adapted)
@@ -532,7 +531,6 @@ def test_copies(way: Way) -> None:
     "A language model whose adapters are switched while it decodes",
     "works",
     "A cache of transformers filled by one adapter is read by the other, as in stock PEFT.",
-    slow=True,
 )
 def test_language_model(way: Way) -> None:
     def build() -> Any:

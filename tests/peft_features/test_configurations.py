@@ -35,7 +35,6 @@ class Stack(nn.Module):
     "`rank_pattern` with twelve ranks, `alpha_pattern`",
     "works",
     "Each rank is a compilation of its own where layers are compiled by themselves; none is left to run as stock.",
-    slow=True,
 )
 def test_twelve_ranks(way: Way) -> None:
     pattern = {f"layers.{k}": k + 1 for k in range(12)}
@@ -74,7 +73,6 @@ def test_twelve_ranks(way: Way) -> None:
     "`layer_replication`",
     "works",
     "Replicated layers share their weights and have adapters of their own; each has its norm.",
-    slow=True,
 )
 def test_layer_replication(way: Way) -> None:
     def build() -> Any:
@@ -137,7 +135,6 @@ def test_modules_to_save(way: Way, tmp_path: Path) -> None:
     "Tied embedding and head, of which one is adapted",
     "works",
     "The other keeps the base weight. With `modules_to_save` PEFT unties them.",
-    slow=True,
 )
 def test_tied(way: Way) -> None:
     for more in (
@@ -174,7 +171,6 @@ def test_tied(way: Way) -> None:
     "works",
     "`resize_token_embeddings` before or after compiling: the new rows count at once. Without an adapter on the embedding, as "
     "PEFT's embedding layer cannot be resized.",
-    slow=True,
 )
 def test_resized_vocabulary(way: Way) -> None:
     def build() -> Any:
@@ -230,7 +226,6 @@ def test_dropout_and_rslora(way: Way) -> None:
     "`fan_in_fan_out` (GPT-2)",
     "works",
     "Weights that are stored transposed.",
-    slow=True,
 )
 def test_transposed_weights(way: Way) -> None:
     twin = Twin(way, lambda: peft_model("gpt2", 1, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)).warm()

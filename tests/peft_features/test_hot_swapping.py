@@ -77,7 +77,6 @@ def test_prepared(way: Way, tmp_path: Path) -> None:
     "The same with `use_rslora`, `rank_pattern`, `alpha_pattern`",
     "works",
     "As above.",
-    slow=True,
 )
 def test_prepared_with_patterns(way: Way, tmp_path: Path) -> None:
     rslora = {"use_rslora": True, "rank_pattern": {"first": 3}, "alpha_pattern": {"second": 5}}
@@ -168,7 +167,6 @@ def test_fewer_targets(way: Way, tmp_path: Path) -> None:
     "works",
     "Kernels compare the contents, so that a swap is seen though no version counter moves and the host reads nothing. Tested in Triton's "
     "interpreter. Without Triton, or for DTensors: `dorafx.invalidate(model)` after a swap.",
-    slow=True,
     codegens=("eager",),
 )
 def test_on_a_device(way: Way) -> None:
@@ -213,7 +211,6 @@ def test_in_inference_mode(way: Way, tmp_path: Path) -> None:
     "Between the tokens of `generate()`",
     "works",
     "A language model with its cache: the next token is that of the new adapter.",
-    slow=True,
 )
 def test_between_tokens(way: Way, tmp_path: Path) -> None:
     def build() -> Any:
@@ -250,7 +247,6 @@ def test_between_tokens(way: Way, tmp_path: Path) -> None:
     "diffusers: `enable_lora_hotswap`, `load_lora_adapter(hotswap=True)`",
     "PEFT refuses",
     "diffusers 0.42.1 raises a KeyError for DoRA adapters, with and without dorafx: it leaves the magnitudes' names as they are in a file, and then takes the adapter away.",
-    slow=True,
 )
 def test_diffusers(way: Way) -> None:
     def build() -> Any:

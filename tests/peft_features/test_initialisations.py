@@ -121,7 +121,6 @@ def _data() -> list[dict[str, torch.Tensor]]:
     "works",
     'Before compiling. After it, under `torch.compiler.set_stance("force_eager")`: its hooks would be compiled with the layers, which takes '
     "minutes. It may change ranks.",
-    slow=True,
 )
 def test_eva(way: Way) -> None:
     def build() -> Any:
@@ -164,7 +163,6 @@ def _same_factors_up_to_sign(twin: Twin) -> None:
     "CorDA (`preprocess_corda`)",
     "works",
     "It runs before there is an adapter, so before compiling.",
-    slow=True,
 )
 def test_corda(way: Way) -> None:
     def build() -> Any:
@@ -192,7 +190,6 @@ def test_corda(way: Way) -> None:
     "LoRA-GA (`preprocess_loraga`)",
     "works",
     "As CorDA, by the gradients of training steps.",
-    slow=True,
 )
 def test_lora_ga(way: Way) -> None:
     def build() -> Any:

@@ -142,7 +142,6 @@ def test_unloaded(way: Way) -> None:
     "`merge_and_unload` of a language model, then another adapter on it",
     "works",
     "The blocks that `optimize` compiled go on; call `restore` before `merge_and_unload` where nothing shall be compiled any more.",
-    slow=True,
 )
 def test_language_model_merged_and_adapted_again(way: Way) -> None:
     from integration_support import lora_config, randomise

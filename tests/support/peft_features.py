@@ -67,18 +67,16 @@ def feature(
     note: str,
     *,
     inductor: bool = False,
-    slow: bool = False,
     codegens: tuple[str, ...] = ("eager", "inductor"),
 ) -> Callable[[Any], Any]:
-    """Declare that a test, which takes a ``way``, is of this feature. It is run with eager codegen by default, and also by Inductor if
-    ``inductor``; all other ways are slow tests. ``slow``: so is everything but ``optimize`` with eager codegen. ``codegens``: those that
-    make a difference."""
+    """Declare that a test, which takes a ``way``, is of this feature. It is run by ``optimize`` with eager codegen by default, and also with
+    Inductor if ``inductor``; all other ways are slow tests. ``codegens``: those that make a difference."""
     assert section in SECTIONS, section
 
     def declare(test: Any) -> Any:
         assert name not in FEATURES, name
         FEATURES[name] = Feature(section, name, outcome, note, f"{test.__module__}.py::{test.__name__}")
-        by_default = {"optimize-eager"} if slow else {"optimize-eager", "backend-eager"}
+        by_default = {"optimize-eager"}
         if inductor:
             by_default.add("optimize-inductor")
         cases = [
