@@ -144,11 +144,13 @@ def test_what_is_kept_gives_back_the_output_and_the_sum(seed: int, values: list[
     before = composition.compose_math(base, lora, g, None, 0.7, torch.bfloat16)
     rounding = torch.finfo(torch.bfloat16).eps / 2 * (1 + 1e-4)
     total = base.double() + lora.double() * 0.7
-    assert ((kept.double() * factor.double() - total).abs() <= rounding * total.abs() + 1e-38).all()
+    # The sum is taken in fp32, which matters where its two parts cancel.
+    wide = torch.finfo(torch.float32).eps * (base.double().abs() + lora.double().abs())
+    assert ((kept.double() * factor.double() - total).abs() <= rounding * total.abs() + wide + 1e-38).all()
     ordinary = torch.tensor([v in ORDINARY for v in values])
     assert torch.equal(y[:, ordinary], before[:, ordinary])
     exact = total * g.double()
-    off = (y.double() - exact).abs() <= 2 * rounding * exact.abs() + 1e-39
+    off = (y.double() - exact).abs() <= 2 * rounding * exact.abs() + 2 * wide * g.double().abs() + 1e-39
     finite = exact.abs() < 3e38
     assert off[finite].all()
     torch.testing.assert_close(y[:, g == 0], before[:, g == 0], rtol=0, atol=0)
