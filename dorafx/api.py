@@ -10,7 +10,6 @@ import functools
 import itertools
 import math
 import os
-import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +36,8 @@ from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.options import Options
 from dorafx.pipeline import log_failure, rewrite_graph
 from dorafx.recording import SiteTerms
-from dorafx.scope import Group, adapted_modules, check_scope, groups_of, not_compiled, resolve_scope
-from dorafx.selection import settle
+from dorafx.scope import Group, adapted_modules, adapter_layer, check_scope, groups_of, not_compiled, resolve_scope
+from dorafx.selection import joined, settle
 from dorafx.serving import remove_scales, scaled_adapters
 
 if TYPE_CHECKING:
@@ -46,7 +45,6 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=torch.nn.Module)
 _numbers = itertools.count(1)
-_OF_A_LAYER = re.compile(r"\.lora_magnitude_vector(\..*)?$")
 
 
 class _Undo(list[tuple[torch.nn.Module, Any]]):
@@ -374,7 +372,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         def run(*inputs: Any) -> Any:
             # PEFT computes a norm in a module of its own inside of the layer.
             for site, count in zero_rows(norms, inputs).items():
-                zeros[".".join(filter(None, (members[0], _OF_A_LAYER.sub("", site))))] = count
+                zeros[joined(members[0], adapter_layer(site))] = count
             return gm.forward(*inputs)
 
         return run

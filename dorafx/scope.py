@@ -32,6 +32,11 @@ def adapted_modules(model: torch.nn.Module) -> Named:
     return adapted
 
 
+def adapter_layer(name: str) -> str:
+    """The adapter layer that PEFT's module or parameter of a magnitude belongs to; other names as they are."""
+    return name.partition(".lora_magnitude_vector")[0]
+
+
 def check_scope(scope: str) -> None:
     """Raises:
     ValueError: an unknown scope."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dorafx.errors import DorafxError
+from dorafx.preflight.stored import read_json
 from dorafx.quiet import quiet_imports
 
 _BY_TASK = {
@@ -107,7 +107,7 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
         raise DorafxError("explaining an adapter needs PEFT and transformers: pip install 'dorafx[peft]'") from error
     if tokens < 1:
         raise ValueError(f"--tokens must be at least 1, not {tokens}")
-    settings = _json(folder / "adapter_config.json")
+    settings = read_json(folder / "adapter_config.json")
     config: Any = transformers.AutoConfig.from_pretrained(
         str(_base_folder(folder, base, settings.get("base_model_name_or_path"))), local_files_only=True
     )
@@ -136,21 +136,9 @@ def adapter_target(folder: Path, base: Path | None, tokens: int, train: bool, ra
     return Target(model.train(train), (), inputs, note)
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name} in {path.parent}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
-
-
 def _base_folder(folder: Path, base: Path | None, named: Any) -> Path:
     if base is not None:
-        _json(base / "config.json")
+        read_json(base / "config.json")
         return base
     candidates = [folder, folder.parent]
     if isinstance(named, str) and named:

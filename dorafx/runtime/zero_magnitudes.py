@@ -15,6 +15,8 @@ import torch
 from dorafx._compat.tensors import fake_mode_of
 from dorafx.log import rewrite_log
 from dorafx.rewriter import HoistedNorm
+from dorafx.scope import adapter_layer
+from dorafx.selection import joined
 
 from .watch import is_read
 
@@ -68,14 +70,9 @@ class ZeroMagnitudes:
     def _name(self, magnitude: torch.Tensor, site: str) -> str:
         name = self._named(magnitude) if self._named is not None else ""
         if name:
-            return _layer(name)
-        names = [_layer(".".join(filter(None, (member, site)))) or "(function)" for member in self._members]
+            return adapter_layer(name)
+        names = [adapter_layer(joined(member, site)) or "(function)" for member in self._members]
         return names[0] if len(names) == 1 else f"one of {', '.join(names)}"
-
-
-def _layer(name: str) -> str:
-    """The adapter layer that PEFT's module or parameter of the magnitude belongs to; other names as they are."""
-    return name.partition(".lora_magnitude_vector")[0]
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
