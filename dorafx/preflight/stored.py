@@ -203,22 +203,24 @@ class Base:
         return None
 
     @property
+    def _configs(self) -> list[dict[str, Any]]:
+        """config.json and the configurations of parts that are in it."""
+        return [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
+
+    @property
     def _is_tied(self) -> bool:
-        configs = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
-        told = [c["tie_word_embeddings"] for c in configs if "tie_word_embeddings" in c]
+        told = [c["tie_word_embeddings"] for c in self._configs if "tie_word_embeddings" in c]
         return all(told)  # where nothing is said, transformers ties
 
     @property
     def model_types(self) -> set[str]:
         """What config.json calls the model and its parts; empty if there is none."""
-        configs = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
-        return {str(c["model_type"]) for c in configs if c.get("model_type")}
+        return {str(c["model_type"]) for c in self._configs if c.get("model_type")}
 
     @property
     def quantization(self) -> str:
         """The method by which the base is quantised, as its config.json names it; empty if it is not."""
-        configs = [self.config, *(c for c in self.config.values() if isinstance(c, dict))]
-        found = (c["quantization_config"] for c in configs if isinstance(c.get("quantization_config"), dict))
+        found = (c["quantization_config"] for c in self._configs if isinstance(c.get("quantization_config"), dict))
         return next((str(q.get("quant_method") or "unknown") for q in found), "")
 
 
