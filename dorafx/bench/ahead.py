@@ -397,7 +397,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "# The row norms' kernels, compiled ahead of time",
         "",
-        "Written by `dorafx bench --kernels -o examples/benchmarks/results/KERNELS.md`, without a GPU: registers, spilled bytes and",
+        "Written by `dorafx bench --kernels -o examples/guide/kernels.md`, without a GPU: registers, spilled bytes and",
         f"shared memory are the compiler's (Triton {triton.__version__}), the rest is calculated, and none of it has been measured. Each row is",
         f"the norm of a weight of {SHAPE[0]}x{SHAPE[1]}.",
         "",

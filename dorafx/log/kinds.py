@@ -17,12 +17,12 @@ _SCALED_BY_ONE = (
     "DoRA scales base and low-rank product by one vector; the norm itself is factored either way. If the difference is meant, "
     "nothing can be done; else correct the layer."
 )
-_NOTHING_IS_WRONG = "Nothing is wrong, and the layer runs as it was: see examples/distributed.md for ways of sharding that are rewritten."
+_NOTHING_IS_WRONG = "Nothing is wrong, and the layer runs as it was: see examples/guide/distributed.md for ways of sharding that are rewritten."
 
 
 class ReasonKind(Enum):
     """The kind of a reason why something was left alone. Its value is what a log has (``Record.kind``), and stays what it is; all
-    kinds are listed in ``examples/reasons.md``.
+    kinds are listed in ``examples/guide/reasons.md``.
 
     Attributes:
         sentence: what a reason of this kind says.

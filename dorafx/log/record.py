@@ -20,7 +20,7 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
-        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; ``examples/reasons.md`` lists them. Empty if there is no
+        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; ``examples/guide/reasons.md`` lists them. Empty if there is no
             reason, and in logs of earlier versions.
         decision: the numbers behind a choice by cost, whether a requested kernel is used, and which operator keeps a norm in the
             graph that could be computed before it, and, where the option ``zero_rows`` is ``"finite"``, whether divisions by the norm are

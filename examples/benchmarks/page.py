@@ -1,4 +1,4 @@
-"""Write results/RESULTS.md from the JSON files beside it: what is reached of what dorafx wants to reach, then every figure; and the
+"""Write ../guide/results.md from the JSON files of results: what is reached of what dorafx wants to reach, then every figure; and the
 part of README.md that says what was measured on a GPU. Whatever is there is told; what is not there is unmeasured.
 
     python examples/benchmarks/page.py [FOLDER] [--readme FILE]
@@ -19,11 +19,12 @@ from dorafx.bench.results import Results, Row
 from dorafx.bench.table import human, markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = RESULTS.parents[1] / "guide" / "results.md"
 README = RESULTS.parents[2] / "README.md"
 
 HEAD = """# Measured
 
-Written by `python examples/benchmarks/page.py` from the JSON files beside this page, which `examples/benchmarks/cpu.sh` measures: two
+Written by `python examples/benchmarks/page.py` from the JSON files of `examples/benchmarks/results`, which `examples/benchmarks/cpu.sh` measures: two
 cores of a shared virtual machine, so single medians scatter by a tenth or more; the quartiles say how much. What is measured on a
 GPU, `dorafx bench gpu` measures.
 """
@@ -337,7 +338,7 @@ def on_a_gpu(files: Files) -> Iterable[str]:
     )
     yield (
         f"On {' and '.join(cards)} ({'; '.join(versions)}), bf16, as `dorafx bench gpu` measured it; ratios are taken within one run "
-        "([every figure](examples/benchmarks/results/RESULTS.md)):"
+        "([every figure](examples/guide/results.md)):"
     )
     yield from ("", "| | measured | wanted |", "|---|---|---|")
     verdicts = {what: (want, measure(measured)) for what, (want, measure) in GPU.items()}
@@ -438,7 +439,7 @@ def parity(document: dict[str, Any]) -> Iterable[str]:
     said = (
         f"`python examples/benchmarks/parity.py --rate {settings['rate']:g}`: {settings['steps']} steps of DoRA from one trained base model of "
         f"{document['seeds'][0]['parameters'] / 1e6:.1f} million parameters, {settings['dtype']}, by stock PEFT and by dorafx "
-        "([plot](cpu-parity.png))."
+        "([plot](../benchmarks/results/cpu-parity.png))."
     )
     heads = ("seed", "mean difference of a step's losses", "largest", "of the last hundred steps' means")
     rows = [
@@ -471,9 +472,11 @@ def main() -> int:
     )
     options = parser.parse_args()
     folder: Path = options.folder
-    (folder / "RESULTS.md").write_text(page(folder), encoding="utf-8")
-    print(f"{folder / 'RESULTS.md'} is written")
-    readme: Path | None = options.readme or (README if folder.resolve() == RESULTS else None)
+    here = folder.resolve() == RESULTS
+    target = PAGE if here else folder / "results.md"
+    target.write_text(page(folder), encoding="utf-8")
+    print(f"{target} is written")
+    readme: Path | None = options.readme or (README if here else None)
     if readme is not None:
         readme.write_text(with_region(readme.read_text(encoding="utf-8"), on_a_gpu(read(folder))), encoding="utf-8")
         print(f"{readme} is written")

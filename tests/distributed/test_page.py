@@ -1,4 +1,4 @@
-"""``examples/distributed.md`` says what runs, and its numbers are those of its script."""
+"""``examples/guide/distributed.md`` says what runs, and its numbers are those of its script."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def _costs() -> Any:
-    spec = importlib.util.spec_from_file_location("distributed_costs", EXAMPLES / "distributed_costs.py")
+    spec = importlib.util.spec_from_file_location("distributed_costs", EXAMPLES / "benchmarks" / "distributed_costs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     __import__("sys").modules[spec.name] = module
@@ -24,7 +24,7 @@ def _costs() -> Any:
 
 @pytest.mark.page
 def test_the_page_holds_what_the_script_prints() -> None:
-    page, tables = EXAMPLES / "distributed.md", _costs().tables(rank=16, tokens=8192)
+    page, tables = EXAMPLES / "guide" / "distributed.md", _costs().tables(rank=16, tokens=8192)
     written = page.read_text(encoding="utf-8")
     head = tables.split("\n", 1)[0]
     assert written.count(f"\n{head}\n") == 1

@@ -1,4 +1,4 @@
-"""The functions of ``examples/distributed.md``, run as they stand there."""
+"""The functions of ``examples/guide/distributed.md``, run as they stand there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
-PAGE = Path(__file__).parents[2] / "examples" / "distributed.md"
+PAGE = Path(__file__).parents[2] / "examples" / "guide" / "distributed.md"
 page: dict[str, Any] = {}
 for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
     exec(code, page)

@@ -18,7 +18,7 @@ PROMISES = {
     "finetune.py": ["resumed from the checkpoint", "14 modules rewritten, 0 missed"],
     "trl_sft.py": ["trained 4 steps", "14 modules rewritten, 0 missed"],
     "rl_loop.py": ["trained 3 steps", "rewritten: 14 modules, missed: 0", "merged and unmerged 50 times"],
-    "distributed_costs.py": ["| 70B | 64, TP 8 × FSDP2 8 |"],
+    "benchmarks/distributed_costs.py": ["| 70B | 64, TP 8 × FSDP2 8 |"],
     "qdora.py": ["trained on torch.uint8 codes", "14 modules rewritten, 0 missed", "nf4"],
     "diffusion.py": ["step 3: loss", "31 modules rewritten, 0 missed"],
 }
@@ -26,7 +26,7 @@ NEEDS = {"trl_sft.py": "trl", "rl_loop.py": "trl", "diffusion.py": "diffusers", 
 
 
 def test_every_example_is_here() -> None:
-    assert {p.name for p in EXAMPLES.glob("*.py")} == set(PROMISES)
+    assert {p.name for p in EXAMPLES.glob("*.py")} == {name for name in PROMISES if "/" not in name}
 
 
 @pytest.mark.default_cases("inspect_log.py")

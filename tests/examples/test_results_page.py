@@ -27,7 +27,7 @@ def script() -> Any:
 
 @pytest.mark.page
 def test_is_current(script: Any) -> None:
-    is_current(BENCHMARKS / "results" / "RESULTS.md", script.page(BENCHMARKS / "results"))
+    is_current(script.PAGE, script.page(BENCHMARKS / "results"))
 
 
 @pytest.mark.page

@@ -27,7 +27,7 @@ from dorafx.lift import Lifter
 from dorafx.match import Candidate, Match, Reason, ReasonKind, registry
 from dorafx.rewriter import CannotEmit
 
-PAGE = Path(__file__).parents[2] / "examples" / "reasons.md"
+PAGE = Path(__file__).parents[2] / "examples" / "guide" / "reasons.md"
 _FAILED = Lifter._failed  # what tests see elsewhere raises
 Patch = pytest.MonkeyPatch
 Program = Callable[[Layer, torch.Tensor], torch.Tensor]

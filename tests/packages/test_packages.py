@@ -13,7 +13,7 @@ from pages import is_current
 from workers import run_worker
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "examples" / "packages.md"
+PAGE = HERE.parents[1] / "examples" / "guide" / "packages.md"
 HEAD = """# Which DoRA, which result
 
 Layers of published packages, built small, in training (with all gradients) and in inference, with Inductor and with the eager codegen:

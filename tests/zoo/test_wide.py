@@ -1,4 +1,4 @@
-"""Twenty-six more architectures: graphs, rewrites, values and gradients; ``examples/zoo.md`` is the table of them."""
+"""Twenty-six more architectures: graphs, rewrites, values and gradients; ``examples/guide/zoo.md`` is the table of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wide_models import WIDE
 
 from dorafx import explain, rewrite_log
 
-TABLE = Path(__file__).parents[2] / "examples" / "zoo.md"
+TABLE = Path(__file__).parents[2] / "examples" / "guide" / "zoo.md"
 EVERY = {**ARCHITECTURES, **WIDE}
 NO_FP64 = ("mixtral", "qwen2_moe")
 """The grouped product of their experts has no fp64 kernel to compare with."""

@@ -1,6 +1,6 @@
 """What fine-tuning with DoRA costs on 1, 8 and 64 GPUs in memory and communication: by calculation, not by measurement.
 
-The formulas are the functions below; ``examples/distributed.md`` holds what this script prints.
+The formulas are the functions below; ``examples/guide/distributed.md`` holds what this script prints.
 """
 
 from __future__ import annotations
