@@ -262,10 +262,10 @@ def _expanded(
         some = slice(first, first + rows)
         block, side = weight[some], left[some]
         product = side @ gram
-        terms = product.mul_(side).sum(dim=1, dtype=torch.float64).mul_(scale * scale)
+        terms = _sums(product.mul_(side), limit).mul_(scale * scale)
         terms += _squares(block) if square is None else square[some]
         torch.mm(block, right.mT, out=product)
-        total = product.mul_(side).sum(dim=1, dtype=torch.float64).mul_(2 * scale).add_(terms)
+        total = _sums(product.mul_(side), limit).mul_(2 * scale).add_(terms)
         cancelled = ~(_CANCELLED * total >= terms)  # also where something is NaN
         torch.sqrt(total, out=total)
         norms[some] = total
@@ -287,6 +287,15 @@ def fastest(d_out: int, d_in: int, rank: int, operands: Sequence[torch.Tensor]) 
     if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands) or d_out * d_in < 2**16:
         return "tiled"
     return "factored" if 0 < rank <= min(128 if in_cache else 64, d_in // 8) else "tiled"
+
+
+def _sums(block: torch.Tensor, limit: int) -> torch.Tensor:
+    """Sums of rows in fp64. Torch copies fp32 numbers to fp64 for that, so that many are summed in two halves: ``limit`` is how many
+    elements of fp32 a buffer may have."""
+    half = block.shape[1] // 2
+    if 2 * block.numel() <= limit or not half:
+        return block.sum(dim=1, dtype=torch.float64)
+    return block[:, :half].sum(dim=1, dtype=torch.float64) + block[:, half:].sum(dim=1, dtype=torch.float64)
 
 
 def _squares(block: torch.Tensor) -> torch.Tensor:

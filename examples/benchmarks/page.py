@@ -1,5 +1,5 @@
-"""Write ../guide/results.md from the JSON files of results: what is reached of what dorafx wants to reach, then every figure; and the
-part of README.md that says what was measured on a GPU. Whatever is there is told; what is not there is unmeasured.
+"""Write ../guide/results.md from the JSON files of results: what is reached of what dorafx wants to reach, then every figure; and
+README.md's table of what dorafx gains. What has no file is unmeasured.
 
     python examples/benchmarks/page.py [FOLDER] [--readme FILE]
 
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dorafx.bench.results import Results, Row
+from dorafx.bench.results import Metric, Results, Row
 from dorafx.bench.table import human, markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -29,8 +29,8 @@ cores of a shared virtual machine, so single medians scatter by a tenth or more;
 GPU, `dorafx bench gpu` measures.
 """
 
-BEGIN = "<!-- measured on a GPU: written by python examples/benchmarks/page.py -->"
-END = "<!-- end of what was measured on a GPU -->"
+BEGIN = "<!-- measured: written by python examples/benchmarks/page.py -->"
+END = "<!-- end of what was measured -->"
 NOTHING = "Nothing has been measured on a GPU; `dorafx bench gpu --budget 300` does that."
 
 
@@ -322,11 +322,11 @@ SHOWN = (
     "peak",
     "one token",
 )
-"""How the names of the figures begin that README.md shows."""
+"""How the names of the figures begin that the page shows of GPUs."""
 
 
 def on_a_gpu(files: Files) -> Iterable[str]:
-    """What README.md says of GPUs: verdicts, then a line for each figure of each case, a column for each implementation."""
+    """What the page says of GPUs: verdicts, then a line for each figure of each case, a column for each implementation."""
     measured = measured_on(files, cuda=True)
     if not measured:
         yield NOTHING
@@ -337,8 +337,7 @@ def on_a_gpu(files: Files) -> Iterable[str]:
         for content in measured.values()
     )
     yield (
-        f"On {' and '.join(cards)} ({'; '.join(versions)}), bf16, as `dorafx bench gpu` measured it; ratios are taken within one run "
-        "([every figure](examples/guide/results.md)):"
+        f"On {' and '.join(cards)} ({'; '.join(versions)}), bf16, as `dorafx bench gpu` measured it; ratios are taken within one run:"
     )
     yield from ("", "| | measured | wanted |", "|---|---|---|")
     verdicts = {what: (want, measure(measured)) for what, (want, measure) in GPU.items()}
@@ -354,6 +353,77 @@ def on_a_gpu(files: Files) -> Iterable[str]:
             yield from ("", f"{said} takes over plain LoRA: {'; '.join(told)}.")
     for content in measured.values():
         yield from table_of(content)
+
+
+GAINED = (
+    ("training step", ("model",), "training step"),
+    ("prefill, parameters unchanged", ("model",), "prefill"),
+    ("one token (decoding)", ("decode",), "one token"),
+    ("peak memory of a training step", ("memory", "model"), "peak"),
+)
+"""Rows of README.md's table: what, the suites that measure it, the metric."""
+COMPARED = ("peft", "dorafx", "lora")
+
+
+class Gain(NamedTuple):
+    """A row of README.md's table: a figure of each of ``COMPARED``, all of one run and case."""
+
+    what: str
+    case: str
+    results: Results
+    figures: list[Metric]
+
+
+def gains(files: Files, cuda: bool) -> list[Gain]:
+    """For each row of ``GAINED`` the first case that was measured with all of ``COMPARED``, of whole models before single layers."""
+    found = []
+    runs = [content for content in measured_on(files, cuda).values() if isinstance(content, Results)]
+    for what, suites, metric in GAINED:
+        candidates = []
+        for results in runs:
+            for suite in suites:
+                by_name = {name: {r.case: r for r in rows({"": results}, suite, name)} for name in COMPARED}
+                for case in by_name["dorafx"]:
+                    figures = [by_name[name][case].metrics.get(metric) for name in COMPARED if case in by_name[name]]
+                    present = [figure for figure in figures if figure is not None]
+                    if len(present) == len(COMPARED):
+                        candidates.append(Gain(what, case, results, present))
+        if candidates:
+            found.append(max(candidates, key=lambda gain: "layers" in gain.case))  # the first of the greatest
+    return found
+
+
+def what_you_get(files: Files) -> Iterable[str]:
+    """README.md's table: on a GPU if one was measured, else on a CPU; the device is named once."""
+    found = gains(files, cuda=True)
+    on_gpu = bool(found)
+    found = found or gains(files, cuda=False)
+    if not found:
+        yield "Nothing has been measured yet: `dorafx bench --help`."
+        return
+    yield from ("| | stock PEFT | dorafx | plain LoRA |", "|---|---:|---:|---:|")
+    for gain in found:
+        cells = [human(figure.median, figure.unit) for figure in gain.figures]
+        cells[1] = f"**{cells[1]}**"
+        yield f"| {gain.what} | {' | '.join(cells)} |"
+    environment = found[0].results.environment
+    device = environment.get("device", "?") if on_gpu else f"{environment.get('threads', '?')} CPU cores"
+    cases = " and ".join(dict.fromkeys(gain.case for gain in found))
+    dtype = found[0].results.settings.get("dtype", "bf16" if on_gpu else "float32")
+    how = "dorafx bench gpu" if on_gpu else "examples/benchmarks/cpu.sh"
+    yield ""
+    yield f"Measured on {device} with torch {environment.get('versions', {}).get('torch', '?').partition('+')[0]}: {cases}, {dtype};"
+    yield f"medians of `{how}`. PEFT runs as its users run it, without `torch.compile`; LoRA is compiled."
+    first = next((g.results for g in found if any("first prefill" in row.metrics for row in g.results.rows)), None)
+    if first is not None:
+        changed = [
+            row.metrics["first prefill"]
+            for row in first.rows
+            if row.name == "dorafx" and "first prefill" in row.metrics
+        ]
+        yield f"A prefill right after an adapter changed computes its norms: {human(changed[0].median, changed[0].unit)}."
+    if not on_gpu:
+        yield "**Not measured on a GPU yet.**"
 
 
 def over_lora(files: Files, name: str) -> Iterable[str]:
@@ -452,7 +522,7 @@ def parity(document: dict[str, Any]) -> Iterable[str]:
 def page(folder: Path) -> str:
     """The page's text."""
     files = read(folder)
-    lines = [HEAD, *targets(files)]
+    lines = [HEAD, *targets(files), "## On a GPU", "", *on_a_gpu(files), ""]
     for stem, content in files.items():
         if isinstance(content, Results):
             lines += [f"## {stem}.json", "", markdown(content)]
@@ -478,7 +548,7 @@ def main() -> int:
     print(f"{target} is written")
     readme: Path | None = options.readme or (README if here else None)
     if readme is not None:
-        readme.write_text(with_region(readme.read_text(encoding="utf-8"), on_a_gpu(read(folder))), encoding="utf-8")
+        readme.write_text(with_region(readme.read_text(encoding="utf-8"), what_you_get(read(folder))), encoding="utf-8")
         print(f"{readme} is written")
     return 0
 

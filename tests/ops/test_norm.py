@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dorafx.ops  # noqa: F401
+from dorafx.bench.allocations import allocations
 from dorafx.ops import norm, reference
 
 row_norm = torch.ops.dorafx.row_norm
@@ -140,6 +141,15 @@ def test_largest_allocation(d_out: int, d_in: int, rank: int, dtype: torch.dtype
     with Largest():
         norm.row_norm(weight, left, right, 1.0, algorithm)
     assert 0 < largest < d_out * d_in * weight.element_size() / 8
+
+
+@pytest.mark.parametrize(("size", "rank"), [(512, 32), (512, 33), (1024, 64), (1024, 128), (1536, 96)])
+def test_largest_allocation_inside_of_operators(size: int, rank: int) -> None:
+    """As the profiler sees them: a sum in another dtype, for one, makes a copy of what it sums."""
+    weight, left, right = operands(size, size, rank)
+    with torch.no_grad():
+        largest = allocations(lambda: norm.row_norm(weight, left, right, 1.0, "factored"), "cpu").largest
+    assert 0 < largest < size * size * 4 / 8
 
 
 @pytest.mark.parametrize("algorithm", ["tiled", "factored"])
