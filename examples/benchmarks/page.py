@@ -412,18 +412,15 @@ def what_you_get(files: Files) -> Iterable[str]:
     dtype = found[0].results.settings.get("dtype", "bf16" if on_gpu else "float32")
     how = "dorafx bench gpu" if on_gpu else "examples/benchmarks/cpu.sh"
     yield ""
-    yield f"Measured on {device} with torch {environment.get('versions', {}).get('torch', '?').partition('+')[0]}: {cases}, {dtype};"
-    yield f"medians of `{how}`. PEFT runs as its users run it, without `torch.compile`; LoRA is compiled."
-    first = next((g.results for g in found if any("first prefill" in row.metrics for row in g.results.rows)), None)
-    if first is not None:
-        changed = [
-            row.metrics["first prefill"]
-            for row in first.rows
-            if row.name == "dorafx" and "first prefill" in row.metrics
-        ]
-        yield f"A prefill right after an adapter changed computes its norms: {human(changed[0].median, changed[0].unit)}."
-    if not on_gpu:
-        yield "**Not measured on a GPU yet.**"
+    versions = environment.get("versions", {})
+    yield f"Medians on {device}, torch {versions.get('torch', '?').partition('+')[0]}, {dtype}: {cases} (`{how}`)."
+    first = [
+        row.metrics["first prefill"]
+        for row in found[0].results.rows
+        if row.name == "dorafx" and "first prefill" in row.metrics
+    ]
+    after = f" A prefill after an adapter has changed takes {human(first[0].median, first[0].unit)}." if first else ""
+    yield f"PEFT is eager, as its users run it; LoRA is compiled.{after}{'' if on_gpu else ' **Not measured on a GPU yet.**'}"
 
 
 def over_lora(files: Files, name: str) -> Iterable[str]:

@@ -33,7 +33,7 @@ def test_is_current(script: Any) -> None:
 @pytest.mark.page
 def test_the_readme_is_current(script: Any) -> None:
     text = script.README.read_text(encoding="utf-8")
-    lines = script.on_a_gpu(script.read(BENCHMARKS / "results"))
+    lines = script.what_you_get(script.read(BENCHMARKS / "results"))
     is_current(script.README, script.with_region(text, lines))
 
 
@@ -149,6 +149,34 @@ def test_what_dora_takes_over_lora(script: Any) -> None:
         f"DoRA through dorafx takes over plain LoRA: one token +2.0% ({case}); training step +5.0% ({case})." in lines
     )
     assert f"stock PEFT's DoRA takes over plain LoRA: one token +140.0% ({case})." in lines
+
+
+def test_the_readme_says_what_one_gains_on_the_best_device_that_was_measured(script: Any) -> None:
+    """A row needs all three of one run and case; whole models count before layers, and a GPU before a CPU."""
+    assert list(script.what_you_get({})) == ["Nothing has been measured yet: `dorafx bench --help`."]
+    cpu = [
+        row("model", "hidden 1024, 2 layers, r128", name, training_step=time, first_prefill=3.0)
+        for name, time in (("dorafx", 1.1), ("peft", 3.0), ("lora", 1.0))
+    ]
+    single = [row("memory", "2816x1024 r128", name, peak=1024.0) for name in ("dorafx", "peft", "lora")]
+    model = [row("memory", "hidden 1024, 2 layers, r128", name, peak=2048.0) for name in ("dorafx", "peft", "lora")]
+    on_cpu = Results(
+        {"device": "cpu"}, {"threads": 2, "versions": {"torch": "2.13.0+cpu"}}, rows=[*cpu, *single, *model]
+    )
+    lines = list(script.what_you_get({"cpu": on_cpu}))
+    assert "| training step | 3 s | **1.1 s** | 1 s |" in lines
+    assert "| peak memory of a training step | 2 KiB | **2 KiB** | 2 KiB |" in lines
+    assert not any("token" in line for line in lines)
+    assert "2 CPU cores, torch 2.13.0, float32" in lines[-2] and "has changed takes 3 s" in lines[-1]
+    assert lines[-1].endswith("**Not measured on a GPU yet.**")
+    decoding = [
+        row("decode", QWEN, name, one_token=time) for name, time in (("dorafx", 1.0), ("peft", 9.0), ("lora", 1.0))
+    ]
+    lines = list(script.what_you_get({"cpu": on_cpu, "gpu": on_gpu(*decoding)}))
+    assert lines[2:3] == ["| one token (decoding) | 9 s | **1 s** | 1 s |"]
+    assert "NVIDIA H200, torch 2.11.0, bf16" in lines[-2] and "Not measured" not in lines[-1]
+    lines = list(script.what_you_get({"cpu": on_cpu, "gpu": on_gpu(*decoding[:2])}))
+    assert "CPU cores" in lines[-2]
 
 
 def test_only_the_marked_region_is_written(script: Any) -> None:
