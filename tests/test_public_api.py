@@ -1,4 +1,4 @@
-"""What is public is written down in ``public_api.txt``, a line for each thing, and does not go or change by accident.
+"""What is public is written down in ``public_api.txt``, a line for each thing, and is not removed or changed by accident.
 
 ``DORAFX_WRITE_PAGES=1 pytest -m page tests/test_public_api.py`` adds what is new. It takes nothing away: a line is deleted by hand, in the
 commit that removes what was deprecated.
@@ -197,7 +197,7 @@ def breaks(recorded: set[str], now: set[str]) -> list[str]:
 
 
 @pytest.mark.page
-def test_nothing_public_goes_or_changes() -> None:
+def test_nothing_public_is_removed_or_changed() -> None:
     now = public()
     if os.environ.get("DORAFX_WRITE_PAGES"):
         before = recorded() if FILE.exists() else set()
