@@ -116,17 +116,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         (worked / name).parent.mkdir(parents=True, exist_ok=True)
         (worked / name).write_text("left behind", encoding="utf-8")
     with DefaultIsolatedEnv() as environment:
+        isolated = True
+        try:
+            environment.install(ProjectBuilder(clean).build_system_requires)
+        except subprocess.CalledProcessError as error:  # no index can be reached
+            isolated = False
+            warnings.warn(f"built with the setuptools that is here, not in isolation: {error.stderr!r}", stacklevel=1)
 
         def build(source: Path, kind: str) -> Path:
             """What ``python -m build`` does, with one environment for all builds."""
-            builder = ProjectBuilder.from_isolated_env(environment, source, runner=quiet_subprocess_runner)
-            try:
-                environment.install(builder.build_system_requires)
+            if isolated:
+                builder = ProjectBuilder.from_isolated_env(environment, source, runner=quiet_subprocess_runner)
                 environment.install(builder.get_requires_for_build(kind))
-            except subprocess.CalledProcessError as error:  # no index can be reached
-                warnings.warn(
-                    f"built with the setuptools that is here, not in isolation: {error.stderr!r}", stacklevel=2
-                )
+            else:
                 builder = ProjectBuilder(source, runner=quiet_subprocess_runner)
             return Path(builder.build(kind, out / source.parent.name))
 
