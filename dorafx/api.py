@@ -23,7 +23,6 @@ from dorafx._compat.dynamo import (
     fresh_compile,
     graph_breaks,
     is_compiled,
-    module_of_frame,
     restore_compiled_call,
     whole_graphs,
 )
@@ -362,8 +361,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         nonlocal graphs
         graphs += 1
         # Where the model's graph breaks, what it calls is compiled by itself.
-        members = (capture.name_in_served_model(module_of_frame()),)
-        program = rewrite_graph(gm, Options(), graphs, members, log=log, terms=True)
+        with capture.named_in_model(gm.graph) as member:
+            program = rewrite_graph(gm, Options(), graphs, (member,), log=log, terms=True)
         terms.extend(program.terms)
         if program.graph is gm:
             return gm.forward
@@ -372,7 +371,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         def run(*inputs: Any) -> Any:
             # PEFT computes a norm in a module of its own inside of the layer.
             for site, count in zero_rows(norms, inputs).items():
-                zeros[joined(members[0], adapter_layer(site))] = count
+                zeros[joined(member, adapter_layer(site))] = count
             return gm.forward(*inputs)
 
         return run

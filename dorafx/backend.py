@@ -15,7 +15,6 @@ from dorafx import capture, codegen
 from dorafx._compat.distributed import bucket_splitter, rewrite_before_buckets, zero3_parameter
 from dorafx._compat.dynamo import (
     allow_variants,
-    module_of_frame,
     restarts_tracing,
     through_dynamo,
     trace_artifact,
@@ -83,12 +82,15 @@ def dorafx(
     capture.install()
     guard_on_hooks()
     announce_untested_versions()
-    path = frame_path(gm.graph, inner) if inner else ""
-    served = tuple(f"{member}.{path}" for member in members) if path else members
     if members == ("",):  # it is the user's own function that is compiled, of which this is the only sight
         capture.serve_compiled()
-        served = (capture.name_in_served_model(module_of_frame()),)
-    program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
+        with capture.named_in_model(gm.graph) as name:
+            served: tuple[str, ...] = (name,)
+            program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
+    else:
+        path = frame_path(gm.graph, inner) if inner else ""
+        served = tuple(f"{member}.{path}" for member in members) if path else members
+        program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
     if program.graph is not gm:
         allow_variants()
     records = switches_gradients_on(program.graph)

@@ -337,6 +337,21 @@ def module_of_frame() -> torch.nn.Module | None:
     return next((value for value in candidates if isinstance(value, torch.nn.Module)), None)
 
 
+def module_at(access: str) -> torch.nn.Module | None:
+    """While Dynamo compiles a frame: the module that it reaches in a way such as ``L['layer']`` or ``L['f'].func.__self__``."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    if getattr(tls, "current_tx", None) is None:
+        return None
+    frame = InstructionTranslator.current_tx().output.root_tx
+    try:
+        # As Dynamo evaluates it for its guards.
+        found = eval(access, {"L": frame.f_locals, "G": frame.f_globals})
+    except Exception:
+        return None
+    return found if isinstance(found, torch.nn.Module) else None
+
+
 def is_traced(value: torch.Tensor) -> bool:
     """Whether a call with this tensor is traced, or watched by a mode that sees every operator, not simply run."""
     return (

@@ -9,7 +9,7 @@ for; an unknown version causes a warning, and works without it.
 from __future__ import annotations
 
 from .installer import install, status
-from .outside import explained, name_in_served_model, serve, serve_compiled
+from .outside import explained, named_in_model, serve, serve_compiled
 from .status import CaptureStatus
 
-__all__ = ["CaptureStatus", "explained", "install", "name_in_served_model", "serve", "serve_compiled", "status"]
+__all__ = ["CaptureStatus", "explained", "install", "named_in_model", "serve", "serve_compiled", "status"]

@@ -16,9 +16,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
-from dorafx._compat.dynamo import Outside, compiled_modules, is_traced, why_outside, why_skipped
+from dorafx._compat.dynamo import (
+    Outside,
+    compiled_modules,
+    is_traced,
+    module_at,
+    module_of_frame,
+    why_outside,
+    why_skipped,
+)
 from dorafx.errors import RewriteMissError
+from dorafx.graphs.provenance import roots_named
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.scope import adapted_modules
 
@@ -133,16 +143,32 @@ def in_optimized_model(modules: Iterable[torch.nn.Module]) -> bool:
     return any(id(inner) in wanted for model in optimized for inner in model.modules())
 
 
-def name_in_served_model(module: torch.nn.Module | None) -> str:
-    """The name of a module in the model that is served, or explained in this thread; empty if none holds it."""
-    if module is None:
-        return ""
-    models: list[_Served] = _explaining.call[0] if hasattr(_explaining, "call") else _served
-    for model in [one.model() for one in models]:
-        for name, inner in () if model is None else model.named_modules():
-            if inner is module:
-                return str(name)
-    return ""
+@contextlib.contextmanager
+def named_in_model(graph: fx.Graph) -> Iterator[str]:
+    """Name the modules of a frame as the model does that is compiled, or explained in this thread. A frame may be any function that the
+    model calls where its graph breaks.
+
+    Returns:
+        The name of the module whose method the frame is; empty for others, and for the model itself.
+    """
+    if hasattr(_explaining, "call"):
+        models = [one.model() for one in _explaining.call[0]]
+    else:
+        with _lock:
+            models = [one.model() for one in _served]
+        models += compiled_modules("dorafx")[0]
+    names: dict[int, str] = {}
+    for model in models:
+        for name, module in () if model is None else model.named_modules():
+            names.setdefault(id(module), name)
+    frame = names.get(id(module_of_frame()), "")
+
+    def name_of(access: str) -> str:
+        name = names.get(id(module_at(access)), "")
+        return name.removeprefix(f"{frame}.") if not frame or name.startswith(f"{frame}.") else ""
+
+    with roots_named(graph, name_of):
+        yield frame
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@ name of the operator."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from contextvars import ContextVar
 
 from torch import fx
 
@@ -16,7 +18,12 @@ from dorafx._compat.graphs import input_source
 _ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[0\]|self(?!\w))")
 _DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
+_OWNED = re.compile(r"\._(?:parameters|buffers)\['\w+'\]$")
 _INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
+
+
+_known_roots: ContextVar[dict[str, str] | None] = ContextVar("_known_roots", default=None)
+"""Names of the modules that a frame reaches, by how Dynamo reaches them; that of "" is the module whose method no node's stack names."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -35,7 +42,42 @@ def module_path(access: str) -> str:
 def site_of(node: fx.Node) -> str:
     """The innermost module whose forward computes a node, relative to the module or function that was compiled."""
     stack = node.meta.get("nn_module_stack")
-    return module_path(str(next(reversed(stack.values()))[0])) if stack else ""
+    return _named(str(next(reversed(stack.values()))[0]) if stack else "")
+
+
+def _named(access: str) -> str:
+    """``module_path``, also below of a known root."""
+    for root, name in (_known_roots.get() or {}).items():
+        rest = access.removeprefix(root)
+        if root == access or (root and rest != access and not rest[:1].isidentifier()):
+            return f"{name}.{module_path(f'self{rest}')}".strip(".")
+    return module_path(access)
+
+
+@contextlib.contextmanager
+def roots_named(graph: fx.Graph, name: Callable[[str], str]) -> Iterator[None]:
+    """Name modules as a whole model does where the frame reaches them by another variable than its ``self``: as an argument, through a
+    closure, a partial or a value on the stack of a resumed frame.
+
+    Args:
+        graph: of the frame.
+        name: of how Dynamo reached a module, its name relative to the frame's own; empty for others, and for that itself.
+    """
+    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    stacks = [node.meta.get("nn_module_stack") for node in nodes]
+    roots = {str(next(iter(stack.values()))[0]) for stack in stacks if stack}
+    known = {root: found for root in roots if (found := name(root))}
+    if not all(stacks):
+        # The frame is a method whose module has another name: its parameters say which.
+        owners = {_OWNED.sub("", input_source(node)) for node in graph.nodes if _OWNED.search(input_source(node))}
+        outer = [owner for owner in owners - roots if not any(owner.startswith((f"{o}.", f"{o}[")) for o in owners)]
+        if len(outer) == 1 and (found := name(outer[0])):
+            known[""] = known[outer[0]] = found
+    token = _known_roots.set(known)
+    try:
+        yield
+    finally:
+        _known_roots.reset(token)
 
 
 def frame_path(graph: fx.Graph, modules: Collection[str]) -> str:
@@ -61,7 +103,7 @@ def input_path(node: fx.Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
     access = input_source(node) if node.op == "placeholder" else ""
-    return module_path(access).replace("._parameters.", ".").replace("._buffers.", ".") if access else ""
+    return _named(access).replace("._parameters.", ".").replace("._buffers.", ".") if access else ""
 
 
 def source_of(node: fx.Node) -> str:

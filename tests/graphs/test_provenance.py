@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
+import dorafx
 from dorafx import rewrite_log
 from dorafx.graphs.provenance import module_path
 
@@ -63,3 +68,73 @@ def test_a_frame_that_a_hook_ends_names_no_variable_of_dynamo() -> None:
     sites = [record.site for record in rewrite_log().rewrites]
     assert len(sites) == 2
     assert not any("stack" in site for site in sites), sites
+
+
+class Odd(Layer):
+    """Its methods call their module otherwise."""
+
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return Layer.forward(this, x)
+
+
+class Wrapped(torch.nn.Module):
+    """A graph break, then a layer that is reached by ``call(layer, x)``."""
+
+    def __init__(self, call: Callable[[Layer, torch.Tensor], torch.Tensor], layer: type[Layer] = Layer) -> None:
+        super().__init__()
+        self.inner = torch.nn.ModuleDict({"adapted": layer()})
+        self.call = call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return self.call(self.inner["adapted"], x)
+
+
+def _checkpointed(call: Any, x: torch.Tensor) -> torch.Tensor:
+    """As some trainers wrap gradient checkpointing: the call is a bound method or a partial of one."""
+    torch._dynamo.graph_break()
+    return call(x)
+
+
+def _by_closure(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    def inner(y: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return layer(y)
+
+    return inner(x)
+
+
+def _by_list(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    return _in_list([layer], x)
+
+
+def _in_list(layers: list[Layer], x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+CALLS: dict[str, Callable[[], Wrapped]] = {
+    "odd self": lambda: Wrapped(lambda layer, x: layer(x), Odd),
+    "partial": lambda: Wrapped(lambda layer, x: _checkpointed(functools.partial(layer.__call__), x)),
+    "method": lambda: Wrapped(lambda layer, x: _checkpointed(layer.forward, x)),
+    "closure": lambda: Wrapped(_by_closure),
+    "list": lambda: Wrapped(_by_list),
+}
+
+
+@pytest.mark.parametrize("way", CALLS)
+@pytest.mark.parametrize("how", ["backend", "explain", "skip"])
+def test_a_frame_of_no_method_names_layers_as_the_model_does(way: str, how: str) -> None:
+    model = CALLS[way]()
+    x = torch.randn(3, 5)
+    if how == "explain":
+        assert [r.site for r in dorafx.explain(model, x).rewrites] == ["inner.adapted"]
+        return
+    options = {"dorafx.codegen": "eager", "dorafx.skip": "inner.adapted" if how == "skip" else ""}
+    compiled = torch.compile(model, backend="dorafx", options=options)
+    torch.testing.assert_close(compiled(x), model(x))
+    records = rewrite_log().misses if how == "skip" else rewrite_log().rewrites
+    assert [r.site for r in records] == ["inner.adapted"]
