@@ -16,7 +16,7 @@ from test_experts import COMPOSED
 from test_linear_spellings import FORMS, SPELLINGS
 from test_weight_deltas import PROGRAMS
 
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "recognised.md"
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "every-spelling.md"
 HEAD = """# What is recognised, and what is not
 
 Each program below is one that a test runs: its values and gradients are compared in fp64 with those of what dorafx made of it
