@@ -18,7 +18,7 @@ HEAD = """# Which DoRA, which result
 
 Layers of published packages, built small, in training (with all gradients) and in inference, with Inductor and with the eager codegen:
 what `torch.compile(…, backend="dorafx")` makes of them. Outputs and gradients agree with the package's own to 1e-5 of the largest entry.
-PEFT's layers are in [the zoo](zoo.md), other spellings in [what is recognised](recognised.md). Written by
+PEFT's layers are in [the zoo](zoo.md), other spellings in [every spelling](every-spelling.md). Written by
 `DORAFX_WRITE_PAGES=1 pytest -m page`; `pytest -m slow tests/packages` installs the packages and measures each line.
 
 | package | layer | how it is written | result |

@@ -16,16 +16,29 @@ from test_experts import COMPOSED
 from test_linear_spellings import FORMS, SPELLINGS
 from test_weight_deltas import PROGRAMS
 
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "recognised.md"
-HEAD = """# What is recognised, and what is not
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "every-spelling.md"
+HEAD = """# Every spelling that is tested
 
-Each program below is one that a test runs: its values and gradients are compared in fp64 with those of what dorafx made of it
-(`tests/spellings`, `tests/soundness/test_negatives.py`). `p` holds a layer's parameters, `lora(p, x)` is `x·Aᵀ·Bᵀ`, `S` a number, `adapted(p)` is `W' = W + S·B·A`,
-`delta(p)` is `m·W'/‖W'‖ - W`, `column_scaling(p)` is `m/‖W'‖` by column, `merged(p, x)` is `x·(m·W'/‖W'‖)ᵀ + bias`, and
-`merged_back(p, x)` the same of `W'ᵀ`.
-Any combination of their parts is fair too: `tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and
-convolutional layers are in `tests/integration`, whole models in [the zoo](zoo.md). Written by
-`DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without it fails where this page is not current.
+Programs that dorafx rewrites, and programs that look like DoRA and are not, with their code. For those who want to know
+whether their own layer is among them; [what is recognised](recognised.md) says the same in short.
+
+Each program is one that a test runs: its values and gradients are compared in fp64 with those of what dorafx made of it
+(`tests/spellings`, `tests/soundness/test_negatives.py`). Any combination of their parts is recognised too:
+`tests/soundness/test_fuzz.py` draws them at random. PEFT's linear, embedding and convolutional layers are in
+`tests/integration`, whole models in [the zoo](zoo.md).
+
+| in the code | means |
+|---|---|
+| `p` | the parameters of a layer |
+| `S` | a number |
+| `lora(p, x)` | `x·Aᵀ·Bᵀ` |
+| `adapted(p)` | `W' = W + S·B·A` |
+| `delta(p)` | `m·W'/‖W'‖ - W` |
+| `column_scaling(p)` | `m/‖W'‖` by column |
+| `merged(p, x)` | `x·(m·W'/‖W'‖)ᵀ + bias` |
+| `merged_back(p, x)` | the same of `W'ᵀ` |
+
+Written by `DORAFX_WRITE_PAGES=1 pytest -m page`; the same test without the variable fails where this page is not current.
 
 """
 
