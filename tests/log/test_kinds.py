@@ -431,11 +431,11 @@ def page() -> str:
     """The page of all kinds."""
     rows = "\n".join(f"| `{kind.value}` | {kind.sentence} | {kind.advice} |" for kind in ReasonKind)
     return (
-        "# Kinds of reasons\n\n"
-        "What is left alone, or rewritten in part, has a reason in the log, and each reason is of one of these kinds. A record has it as\n"
-        "`kind`, so that a program need not read the text; the report filters by it. A kind keeps its name from version to version.\n"
-        'In a pattern of your own, `Reason(text, node)` is of the kind `form`, and `Reason(text, node, kind=ReasonKind("no-product"))`\n'
-        "of another (`from dorafx.extension import Reason, ReasonKind`).\n"
+        "# Reasons\n\n"
+        "Why a layer is left alone, or rewritten only in part, and what to do about it. For anybody whose log shows a miss. Look up\n"
+        "the record's `kind` here; the report filters by it.\n\n"
+        "The names are stable: a program can use them and need not read the text. In your own patterns,\n"
+        '`dorafx.extension.Reason(text, node)` has the kind `form`, and `Reason(text, node, kind=ReasonKind("no-product"))` another.\n\n'
         f"Written by `{WRITE}`.\n\n"
         f"| kind | what the reason says | what to do |\n|---|---|---|\n{rows}\n"
     )
