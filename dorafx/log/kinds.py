@@ -286,7 +286,7 @@ class ReasonKind(Enum):
     OPERATOR_FAILED = (
         "operator-failed",
         "dorafx failed in an operator of the layer.",
-        "This is a defect of dorafx, and the layer runs unchanged. To have it rewritten now, use another operator in this line. "
+        "A defect of dorafx: the layer runs unchanged. To have it rewritten now, use another operator in this line. "
         + _REPORT,
     )
     FORM_FAILED = (
@@ -312,7 +312,7 @@ class ReasonKind(Enum):
     INTERNAL_FAILURE = (
         "internal-failure",
         "dorafx failed, and the graph runs unchanged.",
-        f"This is a defect of dorafx. {_REPORT}",
+        f"A defect of dorafx. {_REPORT}",
     )
 
     @classmethod
