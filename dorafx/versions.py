@@ -1,5 +1,5 @@
-"""The versions that dorafx needs and those it was tested with: the single source for ``pyproject.toml``, the README, ``dorafx doctor``
-and the tests."""
+"""The versions that dorafx needs and those it was tested with: the single source for ``pyproject.toml``, README.md,
+``examples/guide/versions.md``, ``dorafx doctor`` and the tests."""
 
 from __future__ import annotations
 

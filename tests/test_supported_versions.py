@@ -57,20 +57,24 @@ def test_the_matrix_runs_the_oldest_and_the_newest() -> None:
     assert {e["base_python"][0].removeprefix("python") for e in environments.values()} == set(PYTHON)
 
 
-def test_the_readme_and_the_classifiers_agree() -> None:
+def test_readme_guide_and_classifiers_agree() -> None:
+    """README says what is needed, the guide also what was tested."""
     prefix = "Programming Language :: Python :: 3."
     named = [
         c.removeprefix("Programming Language :: Python :: ") for c in PROJECT["project"]["classifiers"] if prefix in c
     ]
     assert tuple(named) == PYTHON
     assert PROJECT["project"]["requires-python"] == f">={PYTHON[0]}"
-    readme = (ROOT / "README.md").read_text()
-    assert f"Python {PYTHON[0]} to {PYTHON[-1]}" in readme
-    text = " ".join(readme.split())
-    for name in ("torch", "PEFT", "transformers"):
-        known = VERSIONS[name.lower()]
-        assert f"{name} {known.minimum} or newer" in text, name
-        assert f"{name} {known.range}" in text, name
+    readme, page = (
+        " ".join((ROOT / path).read_text(encoding="utf-8").split())
+        for path in ("README.md", "examples/guide/versions.md")
+    )
+    packages = {name: VERSIONS[name.lower()] for name in ("torch", "PEFT", "transformers")}
+    needed = ", ".join(f"{name} {known.minimum} or newer" for name, known in packages.items())
+    for text in (readme, page):
+        assert f"Python {PYTHON[0]} to {PYTHON[-1]}, {needed}" in text
+    for name, known in packages.items():
+        assert f"{name} {known.range}" in page, name
 
 
 def test_order_and_parts() -> None:

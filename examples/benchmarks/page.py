@@ -22,11 +22,14 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parents[1] / "guide" / "results.md"
 README = RESULTS.parents[2] / "README.md"
 
-HEAD = """# Measured
+HEAD = """# Results
 
-Written by `python examples/benchmarks/page.py` from the JSON files of `examples/benchmarks/results`, which `examples/benchmarks/cpu.sh` measures: two
-cores of a shared virtual machine, so single medians scatter by a tenth or more; the quartiles say how much. What is measured on a
-GPU, `dorafx bench gpu` measures.
+Every figure that was measured: first what dorafx wants to reach and whether it does, then a table for each file of
+results. For anybody who doubts a number. [Benchmarks](benchmarks.md) says how to measure it again and how to read the tables.
+
+The CPU is two cores of a shared virtual machine: single medians scatter by a tenth or more, and the quartiles say how
+much. `examples/benchmarks/cpu.sh` measures these files, [`dorafx bench gpu`](benchmarks-gpu.md) those of a GPU.
+Written by `python examples/benchmarks/page.py` from `examples/benchmarks/results`.
 """
 
 BEGIN = "<!-- measured: written by python examples/benchmarks/page.py -->"

@@ -427,18 +427,33 @@ def test_logs_of_other_versions(kind: str, tmp_path: Path) -> None:
     assert "What to do" not in log.to_html(tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+SUBJECTS = {
+    ReasonKind.OTHER_NORM: "The norm",
+    ReasonKind.HIDDEN_DELTA: "The delta inside the norm",
+    ReasonKind.SCALES_NOTHING: "What the norm scales",
+    ReasonKind.WRITTEN_IN_PLACE: "The program around the layer",
+    ReasonKind.RECOMPILE_LIMIT: "Layers that no graph contains",
+    ReasonKind.SKIPPED: "Your options",
+    ReasonKind.NOT_EMITTED: "Failures and refusals of dorafx",
+}
+"""The headings of the page, each by the first kind under it."""
+
+
 def page() -> str:
     """The page of all kinds."""
-    rows = "\n".join(f"| `{kind.value}` | {kind.sentence} | {kind.advice} |" for kind in ReasonKind)
-    return (
-        "# Kinds of reasons\n\n"
-        "What is left alone, or rewritten in part, has a reason in the log, and each reason is of one of these kinds. A record has it as\n"
-        "`kind`, so that a program need not read the text; the report filters by it. A kind keeps its name from version to version.\n"
-        'In a pattern of your own, `Reason(text, node)` is of the kind `form`, and `Reason(text, node, kind=ReasonKind("no-product"))`\n'
-        "of another (`from dorafx.extension import Reason, ReasonKind`).\n"
-        f"Written by `{WRITE}`.\n\n"
-        f"| kind | what the reason says | what to do |\n|---|---|---|\n{rows}\n"
+    text = (
+        "# Reasons\n\n"
+        "Why a layer is left alone, or rewritten only in part, and what to do about it. For anybody whose log shows a miss. Look up\n"
+        "the record's `kind` here; the report filters by it.\n\n"
+        "The names are stable: a program can use them and need not read the text. In your own patterns,\n"
+        '`dorafx.extension.Reason(text, node)` has the kind `form`, and `Reason(text, node, kind=ReasonKind("no-product"))` another.\n\n'
+        f"Written by `{WRITE}`.\n"
     )
+    for kind in ReasonKind:
+        if kind in SUBJECTS:
+            text += f"\n## {SUBJECTS[kind]}\n\n| kind | what the reason says | what to do |\n|---|---|---|\n"
+        text += f"| `{kind.value}` | {kind.sentence} | {kind.advice} |\n"
+    return text
 
 
 @pytest.mark.page

@@ -14,12 +14,19 @@ from workers import run_worker
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "examples" / "guide" / "packages.md"
-HEAD = """# Which DoRA, which result
+HEAD = """# Other packages
 
-Layers of published packages, built small, in training (with all gradients) and in inference, with Inductor and with the eager codegen:
-what `torch.compile(…, backend="dorafx")` makes of them. Outputs and gradients agree with the package's own to 1e-5 of the largest entry.
-PEFT's layers are in [the zoo](zoo.md), other spellings in [every spelling](every-spelling.md). Written by
-`DORAFX_WRITE_PAGES=1 pytest -m page`; `pytest -m slow tests/packages` installs the packages and measures each line.
+Which DoRA layers of other packages are rewritten: LyCORIS, adapters, torchtune and NeMo Automodel, as published. For
+anybody who does not train with PEFT. PEFT's layers are in [architectures](zoo.md), other ways to write the computation
+in [every spelling](every-spelling.md).
+
+- Layers are small. They run in training (with all gradients) and in inference, with Inductor and with eager codegen,
+  under `torch.compile(…, backend="dorafx")`.
+- Outputs and gradients agree with the package's own to 1e-5 of the largest entry.
+- "Left alone" means that the layer runs as without dorafx: no factored norm exists for its delta.
+
+Written by `DORAFX_WRITE_PAGES=1 pytest -m page`; `pytest -m slow tests/packages` installs the packages and measures
+each row.
 
 | package | layer | how it is written | result |
 |---|---|---|---|

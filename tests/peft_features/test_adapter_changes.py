@@ -30,7 +30,7 @@ def _two(**changes: Any) -> Any:
     SECTION,
     "`add_adapter`, `set_adapter`, `delete_adapter` after compiling",
     "works",
-    "A switch to an adapter of another rank is a recompilation, the first time; a switch back is none.",
+    "The first switch to an adapter of another rank recompiles; a switch back does not.",
     inductor=True,
 )
 def test_added_switched_deleted(way: Way) -> None:
@@ -52,7 +52,7 @@ def test_added_switched_deleted(way: Way) -> None:
     SECTION,
     "Deleted and added again under the same name",
     "works",
-    "The new weights count at the first step, also where the memory of the old ones is used again, and with another rank.",
+    "The new weights are used from the first step on, also with another rank, or where the old memory is reused.",
 )
 def test_again_under_the_same_name(way: Way) -> None:
     twin = Twin(way, _two)
@@ -77,7 +77,7 @@ def test_again_under_the_same_name(way: Way) -> None:
     SECTION,
     "The adapter in use deleted",
     "works",
-    "PEFT goes on with the next adapter that there is.",
+    "PEFT activates the next adapter.",
 )
 def test_deleted_in_use(way: Way) -> None:
     twin = Twin(way, _two)
@@ -93,7 +93,7 @@ def test_deleted_in_use(way: Way) -> None:
     SECTION,
     "`load_adapter`, `save_pretrained`",
     "works",
-    "Loaded after compiling, beside the first or in its place; what is saved has stock PEFT's names and values.",
+    "After compiling, beside the first adapter or in its place. Saved files have stock PEFT's names and values.",
 )
 def test_loaded_and_saved(way: Way, tmp_path: Path) -> None:
     saved = adapted(r=3)
@@ -121,7 +121,7 @@ def test_loaded_and_saved(way: Way, tmp_path: Path) -> None:
     SECTION,
     "`set_peft_model_state_dict` into an adapter in use",
     "works",
-    "The weights count at the first step.",
+    "The weights are used from the first step on.",
 )
 def test_state_set(way: Way) -> None:
     source = adapted()
@@ -160,7 +160,7 @@ def test_more_targets(way: Way) -> None:
     SECTION,
     "`inject_adapter_in_model` after compiling",
     "works",
-    'Compile the model with `torch.compile` or `optimize(scope="model")`: there is no layer yet that could be compiled by itself.',
+    'Compile the model with `torch.compile` or `optimize(scope="model")`: there is no adapter layer yet to compile on its own.',
 )
 def test_injected(way: Way) -> None:
     twin = Twin(way, layers, {"scope": "model"} if way.how == "optimize" else {})
@@ -178,7 +178,7 @@ def test_injected(way: Way) -> None:
     SECTION,
     "`set_adapter` for each request, from threads",
     "works",
-    "One lock around a switch and its forward, as with stock PEFT: the adapter in use is a state of the model.",
+    "Put one lock around a switch and its forward, as with stock PEFT: the active adapter is a state of the model.",
 )
 def test_requests_from_threads(way: Way) -> None:
     twin = Twin(way, _two)
@@ -242,7 +242,7 @@ def test_forwards_from_threads(way: Way) -> None:
     SECTION,
     "`disable_adapter()`",
     "works",
-    "The base model inside; after it the norms that were kept are used again. PEFT 0.21 leaves a frozen adapter trainable after it "
+    "Runs the base model; afterwards the kept norms are reused. PEFT 0.21 leaves a frozen adapter trainable after it "
     "(with and without dorafx): forwards outside of `no_grad` record gradients then.",
     inductor=True,
 )
@@ -273,7 +273,7 @@ def test_disabled(way: Way, tmp_path: Path) -> None:
     SECTION,
     "The base model as reference in a training loop (DPO)",
     "works",
-    "`disable_adapter()` under `no_grad` in each step: nothing is recompiled after the second step.",
+    "`disable_adapter()` under `no_grad` in each step. Nothing is recompiled after the second step.",
 )
 def test_reference_by_disabling(way: Way) -> None:
     twin = Twin(way, adapted)
@@ -299,7 +299,7 @@ def test_reference_by_disabling(way: Way) -> None:
     SECTION,
     "`add_weighted_adapter`",
     "works",
-    "`linear`, `cat`, `svd`, `ties`, `dare_linear`; made again under the same name from other weights.",
+    "`linear`, `cat`, `svd`, `ties`, `dare_linear`; also repeated under the same name with other weights.",
 )
 def test_weighted(way: Way) -> None:
     def both() -> Any:
@@ -353,7 +353,8 @@ def test_two_active(way: Way) -> None:
     SECTION,
     "`set_scale`, `scale_layer`, `unscale_layer`, `rescale_adapter_scale`",
     "works",
-    "A strength is a constant of a graph, and from the second on an input of it: twenty strengths compile as little as three.",
+    "The first strength is a constant of the graph; from the second on it is an input. Twenty strengths compile "
+    "no more than three.",
 )
 def test_scales(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -412,7 +413,7 @@ def test_mixed_batch_of_dora(way: Way) -> None:
     SECTION,
     "`adapter_names=[…]` of LoRA adapters, beside a DoRA adapter",
     "works",
-    "Such a batch runs as stock PEFT's code does; the batches before and after it as compiled.",
+    "Such a batch runs as stock PEFT; the batches before and after it run compiled.",
 )
 def test_mixed_batch_of_lora(way: Way) -> None:
     def build() -> Any:
@@ -497,7 +498,7 @@ def test_dtypes(way: Way) -> None:
     SECTION,
     "`cast_adapter_dtype` after compiling",
     "works",
-    "The parameters are other objects then: one recompilation, no norm that is stale.",
+    "The parameters are new objects: one recompilation, and no outdated norm.",
 )
 def test_cast_later(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -515,7 +516,8 @@ def test_cast_later(way: Way) -> None:
     SECTION,
     "`copy.deepcopy` of a compiled model, two copies with other weights",
     "works",
-    "A copy of an optimized model is not compiled; `optimize` it by itself. The two never share norms of other contents.",
+    "A copy of an optimized model is not compiled; `optimize` it by itself. The two share a norm only where "
+    "contents are equal.",
 )
 def test_copies(way: Way) -> None:
     twin = Twin(way, adapted).warm()

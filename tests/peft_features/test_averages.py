@@ -59,7 +59,7 @@ def test_averaged_before(way: Way) -> None:
     SECTION,
     "`AveragedModel` of an optimized model",
     "works",
-    "The average is a copy, and not compiled; its parameters' names are stock's. `optimize` its `.module`.",
+    "The average is a copy with stock PEFT's parameter names, not compiled. `optimize` its `.module`.",
 )
 def test_averaged_after(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -110,7 +110,7 @@ def test_data_copied(way: Way) -> None:
     SECTION,
     "`p.data = v`, `p.data.swap`, pairs of `.data` exchanged",
     "works",
-    "Other memory under the same parameter.",
+    "The same parameter with new memory.",
 )
 def test_data_replaced(way: Way) -> None:
     def exchanged(p: Any, v: torch.Tensor) -> None:
@@ -151,7 +151,7 @@ def test_vector(way: Way) -> None:
     SECTION,
     "`load_state_dict(assign=True)`",
     "works",
-    "Other parameter objects: one guard fails, and nothing is stale.",
+    "New parameter objects: one guard fails, and no norm is outdated.",
 )
 def test_assigned(way: Way) -> None:
     source = adapted()
@@ -168,7 +168,8 @@ def test_assigned(way: Way) -> None:
     SECTION,
     "`torch.utils.swap_tensors`",
     "works",
-    "Of factors, magnitude and weight, after decoding: dorafx holds no weak reference to a plain parameter, which would forbid it.",
+    "Of factors, magnitude and weight, after decoding. dorafx holds no reference to a plain parameter that would "
+    "forbid it.",
 )
 def test_swap_tensors(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -195,7 +196,7 @@ def test_swap_tensors(way: Way) -> None:
     SECTION,
     "`torch.func.functional_call` with an average",
     "works",
-    "Parameters are put in for one call; those of the module are as they were after it.",
+    "Parameters are replaced for one call; afterwards the module has its own.",
 )
 def test_functional_call(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -213,7 +214,8 @@ def test_functional_call(way: Way) -> None:
     SECTION,
     "`numpy`, `set_`, one element of `.data`",
     "works",
-    "Writes that no counter sees, into small tensors. In a large weight a decoding step compares samples: `dorafx.invalidate(model)`.",
+    "Writes into small tensors that move no counter. In a large weight a decoding step compares samples only: "
+    "`dorafx.invalidate(model)`.",
 )
 def test_unseen_writes(way: Way) -> None:
     twin = Twin(way, adapted).warm()

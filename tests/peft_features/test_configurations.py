@@ -34,7 +34,7 @@ class Stack(nn.Module):
     SECTION,
     "`rank_pattern` with twelve ranks, `alpha_pattern`",
     "works",
-    "Each rank is a compilation of its own where layers are compiled by themselves; none is left to run as stock.",
+    "Each rank is compiled once where layers are compiled one by one. No layer runs as stock PEFT.",
 )
 def test_twelve_ranks(way: Way) -> None:
     pattern = {f"layers.{k}": k + 1 for k in range(12)}
@@ -98,7 +98,7 @@ def test_layer_replication(way: Way) -> None:
     SECTION,
     "`modules_to_save`",
     "works",
-    "Such modules have no DoRA, and run as they are; they are trained, saved and switched with the adapter.",
+    "Such modules have no DoRA and run unchanged. They are trained, saved and switched with the adapter.",
 )
 def test_modules_to_save(way: Way, tmp_path: Path) -> None:
     def build() -> Any:
@@ -169,7 +169,7 @@ def test_tied(way: Way) -> None:
     SECTION,
     "A resized vocabulary",
     "works",
-    "`resize_token_embeddings` before or after compiling: the new rows count at once. Without an adapter on the embedding, as "
+    "`resize_token_embeddings` before or after compiling: the new rows are used at once. Without an adapter on the embedding, as "
     "PEFT's embedding layer cannot be resized.",
 )
 def test_resized_vocabulary(way: Way) -> None:
@@ -190,7 +190,7 @@ def test_resized_vocabulary(way: Way) -> None:
     SECTION,
     "`low_cpu_mem_usage=True`",
     "works",
-    "Adapters that are made on the meta device and filled when they are loaded, before compiling or after.",
+    "Adapters are created on the meta device and filled when loaded, before or after compiling.",
 )
 def test_low_memory(way: Way, tmp_path: Path) -> None:
     source = adapted(r=3)
@@ -211,7 +211,8 @@ def test_low_memory(way: Way, tmp_path: Path) -> None:
     SECTION,
     "`lora_dropout`, `use_rslora`, `lora_bias`",
     "works",
-    "The same random numbers as stock PEFT draws, where the compiler keeps torch's (Inductor: `fallback_random`). PEFT refuses `lora_bias` together with DoRA.",
+    "The same random numbers as stock PEFT draws, where the compiler keeps torch's (Inductor: "
+    "`fallback_random`). PEFT refuses `lora_bias` together with DoRA.",
 )
 @torch._inductor.config.patch(fallback_random=True)  # Inductor's own numbers are others, for any model
 def test_dropout_and_rslora(way: Way) -> None:

@@ -11,21 +11,27 @@ from peft_features import FEATURES, SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "examples" / "guide" / "peft-features.md"
-HEAD = """# PEFT's features, one by one
+HEAD = """# PEFT features
 
-What people do with a PEFT model besides a forward and a backward, and what it does to one under dorafx. Each row is a test in
-`tests/peft_features`: a stock model and an equal one under dorafx, with magnitudes away from the norms, are put through the same. After each
-change they are compared in decoding, where kept norms are reused, in a prompt of eight tokens, in a long one and in training; each of these comes
-first once.
+What people do with a PEFT model beyond forward and backward, and whether it works with dorafx: adapters, merging,
+configurations, optimizers. For anybody who uses more of PEFT than `get_peft_model`.
 
-- **works**: the same results as stock PEFT, and no norm is stale.
-- **PEFT refuses**: stock PEFT raises an error, and so it does under dorafx.
-- **parity with an upstream bug**: stock PEFT's result is not what one expects; dorafx's is the same.
+Each row is a test in `tests/peft_features`. A stock model and an equal one under dorafx, with magnitudes away from the
+norms, go through the same steps. After each change they are compared in decoding (where norms are reused), a prompt of
+eight tokens, a long prompt and training; each of these comes first once.
 
-dorafx is switched on by `dorafx.optimize(model)` and by `torch.compile(model, backend="dorafx")`, with eager codegen and with Inductor's.
-Versions are those of the extra `test` in `pyproject.toml`.
+| result | meaning |
+|---|---|
+| **works** | the same results as stock PEFT, and no outdated norm |
+| **PEFT refuses** | stock PEFT raises an error, and the same with dorafx |
+| **parity with an upstream bug** | stock PEFT's result is not what one expects, and dorafx's is the same |
 
-A model that swaps adapters of several ranks, from one compilation:
+All rows hold for `dorafx.optimize(model)` and `torch.compile(model, backend="dorafx")`, with Inductor and with eager
+codegen. The versions are those of the extra `test` in `pyproject.toml`.
+
+## Swapping adapters in a compiled model
+
+One compilation serves adapters of all ranks up to `target_rank`:
 
 ```python
 import torch

@@ -68,7 +68,7 @@ def test_identity(way: Way) -> None:
     SECTION,
     'PiSSA (`"pissa"`, `"pissa_niter_4"`), OLoRA (`"olora"`), orthogonal, Gaussian',
     "works",
-    "PiSSA and OLoRA take the factors' product off the base weight; the norm is of what is left and the product.",
+    "PiSSA and OLoRA subtract the factors' product from the base weight; the norm is of the sum again.",
 )
 def test_by_name(way: Way) -> None:
     for name in ("pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian"):
@@ -85,7 +85,7 @@ def test_by_name(way: Way) -> None:
     SECTION,
     "PiSSA or OLoRA of a second adapter, after compiling",
     "works",
-    "It changes the base weight that the first adapter has, too: `p.data = …`, which the next forward sees.",
+    "It also changes the base weight of the first adapter (`p.data = …`), which the next forward uses.",
 )
 def test_second_by_name(way: Way) -> None:
     twin = Twin(way, _by_name(True), tolerance=5e-5)
@@ -189,7 +189,7 @@ def test_corda(way: Way) -> None:
     SECTION,
     "LoRA-GA (`preprocess_loraga`)",
     "works",
-    "As CorDA, by the gradients of training steps.",
+    "As CorDA, from the gradients of training steps.",
 )
 def test_lora_ga(way: Way) -> None:
     def build() -> Any:

@@ -90,7 +90,7 @@ def test_two_merged(way: Way) -> None:
     SECTION,
     "Weights written, or adapters switched, while merged",
     "works",
-    "What counts after `unmerge_adapter` is what the parameters are then.",
+    "After `unmerge_adapter` the parameters' current values are used.",
 )
 def test_written_while_merged(way: Way) -> None:
     twin = Twin(way, _two).warm()
@@ -110,8 +110,7 @@ def test_written_while_merged(way: Way) -> None:
     SECTION,
     "`merge_and_unload`",
     "works",
-    "Gives the base model with merged weights, whose layers were never compiled by themselves; with `torch.compile` it is a model "
-    "that was not compiled.",
+    "Returns the base model with merged weights, not compiled.",
 )
 def test_merged_and_unloaded(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -127,7 +126,7 @@ def test_merged_and_unloaded(way: Way) -> None:
     SECTION,
     "`unload`",
     "works",
-    "Gives the base model with the weights that it had.",
+    "Returns the base model with its original weights.",
 )
 def test_unloaded(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -141,7 +140,7 @@ def test_unloaded(way: Way) -> None:
     SECTION,
     "`merge_and_unload` of a language model, then another adapter on it",
     "works",
-    "The blocks that `optimize` compiled go on; call `restore` before `merge_and_unload` where nothing shall be compiled any more.",
+    "Blocks that `optimize` compiled stay compiled. Call `restore` before `merge_and_unload` to end that.",
 )
 def test_language_model_merged_and_adapted_again(way: Way) -> None:
     from integration_support import lora_config, randomise
@@ -167,8 +166,8 @@ def test_language_model_merged_and_adapted_again(way: Way) -> None:
     SECTION,
     "Merged tied embeddings and head",
     "parity with an upstream bug",
-    "Where both are adapted, PEFT merges their one weight twice: merged, the model gives something else than before, and after `unmerge_adapter` "
-    "NaN. Compared with stock PEFT in fp64, as in fp32 its own rounding shows there.",
+    "Where both are adapted, PEFT merges their one weight twice: merged, the model gives other results than "
+    "before, and NaN after `unmerge_adapter`. Compared with stock PEFT in fp64, as in fp32 its own rounding shows there.",
 )
 def test_tied_and_merged(way: Way) -> None:
     from integration_support import lora_config, randomise

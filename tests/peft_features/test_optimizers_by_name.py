@@ -154,26 +154,26 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
 }
 
 # What to know of each. Of versions: those of pyproject.toml.
-_COUNTERS = "Moves the parameters' version counters, which a kept norm is checked against."
-_PAST = "Moves no version counter; seen by the step itself, and by content."
+_COUNTERS = "The step is seen by the parameters' version counters."
+_PAST = "Moves no version counter; seen by a hook on the step, and by content."
 NOTES: dict[str, str] = {
     name: _PAST if "fused" in name else _COUNTERS for name in OPTIMIZERS if name.startswith("torch.optim.")
 } | {
     "torch.optim.LBFGS": "Its closure runs several forwards and backwards a step.",
-    "torch.optim.Muon": "Takes matrices only: the magnitudes need another optimizer.",
-    "bitsandbytes AdamW8bit": "Writes by kernels of its own; seen by the step and by content.",
+    "torch.optim.Muon": "It takes only matrices: the magnitudes need another optimizer.",
+    "bitsandbytes AdamW8bit": "Writes with its own kernels; seen by the step and by content.",
     "bitsandbytes PagedAdamW": "As the one above; its state may leave the device.",
     "bitsandbytes Lion8bit": "As the one above.",
     "torchao AdamW8bit": "Compiles its step by Inductor; parameters are plain tensors.",
     "torchao AdamW4bit": "As the one above.",
-    "schedulefree AdamWScheduleFree": "`optimizer.eval()` and `.train()` write other parameters; the next forward is of these.",
+    "schedulefree AdamWScheduleFree": "`optimizer.eval()` and `.train()` write other parameters; the next forward uses these.",
     "schedulefree AdamWScheduleFree, foreach off": "As the one above.",
     "schedulefree SGDScheduleFree": "As the one above.",
-    "prodigyopt Prodigy": "Finds its learning rate by itself.",
+    "prodigyopt Prodigy": "Adapts its learning rate.",
     "LoRA+ (`create_loraplus_optimizer`)": "Other learning rates for A and B.",
     "Riemannian (`create_riemannian_optimizer`)": "Changes the gradients of A and B before the step.",
     "an optimizer of one's own that writes `p.data`": _PAST,
-    "a step in the backward (`register_post_accumulate_grad_hook`)": "Parameters change while the backward runs; norms of that forward do not.",
+    "a step in the backward (`register_post_accumulate_grad_hook`)": "Parameters change during the backward; the norms of that forward do not.",
 }
 # Each step of these is so coarse that rounding decides between two values of a state.
 COARSE = ("8bit", "4bit", "Rprop", "Lion", "Muon", "Adafactor")
@@ -288,7 +288,8 @@ optimizer_rows(
     SECTION,
     "LoRA-FA (`create_lorafa_optimizer`)",
     "PEFT refuses",
-    "PEFT 0.21.2's own step fails with a TypeError where a magnitude is trained beside A and B, with and without dorafx.",
+    "PEFT 0.21.2's own step fails with a TypeError where a magnitude is trained beside A and B, with and without "
+    "dorafx.",
 )
 def test_lora_fa(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -308,7 +309,7 @@ def test_lora_fa(way: Way) -> None:
     SECTION,
     "Gradient accumulation",
     "works",
-    "Micro-batches after the first use the norms of the first, up to the step.",
+    "Micro-batches reuse the norms of the first one, until the step.",
 )
 def test_accumulation(way: Way) -> None:
     twin = Twin(way, adapted).warm()
@@ -329,7 +330,7 @@ def test_accumulation(way: Way) -> None:
     SECTION,
     "`GradScaler` whose step is skipped for an infinity",
     "works",
-    "No parameter changes then; the next forward is of the parameters as they were.",
+    "No parameter changes, and the next forward uses the same ones.",
 )
 def test_grad_scaler(way: Way) -> None:
     twin = Twin(way, adapted).warm()
