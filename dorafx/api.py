@@ -361,7 +361,7 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
         nonlocal graphs
         graphs += 1
         # Where the model's graph breaks, what it calls is compiled by itself.
-        with capture.named_in_model(gm.graph) as member:
+        with capture.named_in_model(gm) as member:
             program = rewrite_graph(gm, Options(), graphs, (member,), log=log, terms=True)
         terms.extend(program.terms)
         if program.graph is gm:

@@ -84,7 +84,7 @@ def dorafx(
     announce_untested_versions()
     if members == ("",):  # it is the user's own function that is compiled, of which this is the only sight
         capture.serve_compiled()
-        with capture.named_in_model(gm.graph) as name:
+        with capture.named_in_model(gm) as name:
             served: tuple[str, ...] = (name,)
             program, compiled = _compiled(gm, example_inputs, parsed, inductor, mode, served)
     else:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import re
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -344,6 +345,7 @@ def module_at(access: str) -> torch.nn.Module | None:
     if getattr(tls, "current_tx", None) is None:
         return None
     frame = InstructionTranslator.current_tx().output.root_tx
+    access = re.sub(r"\.(\d+)(?!\w)", r"._modules['\1']", access)  # ``layers.0``, as stacks of modules have it
     try:
         # As Dynamo evaluates it for its guards.
         found = eval(access, {"L": frame.f_locals, "G": frame.f_globals})

@@ -144,7 +144,7 @@ def in_optimized_model(modules: Iterable[torch.nn.Module]) -> bool:
 
 
 @contextlib.contextmanager
-def named_in_model(graph: fx.Graph) -> Iterator[str]:
+def named_in_model(gm: fx.GraphModule) -> Iterator[str]:
     """Name the modules of a frame as the model does that is compiled, or explained in this thread. A frame may be any function that the
     model calls where its graph breaks.
 
@@ -161,13 +161,14 @@ def named_in_model(graph: fx.Graph) -> Iterator[str]:
     for model in models:
         for name, module in () if model is None else model.named_modules():
             names.setdefault(id(module), name)
-    frame = names.get(id(module_of_frame()), "")
+    method_of = module_of_frame()
+    frame = names.get(id(method_of), "")
 
     def name_of(access: str) -> str:
         name = names.get(id(module_at(access)), "")
         return name.removeprefix(f"{frame}.") if not frame or name.startswith(f"{frame}.") else ""
 
-    with roots_named(graph, name_of):
+    with roots_named(gm, name_of, method_of is not None):
         yield frame
 
 

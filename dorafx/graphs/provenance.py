@@ -55,22 +55,35 @@ def _named(access: str) -> str:
 
 
 @contextlib.contextmanager
-def roots_named(graph: fx.Graph, name: Callable[[str], str]) -> Iterator[None]:
+def roots_named(gm: fx.GraphModule, name: Callable[[str], str], of_method: bool) -> Iterator[None]:
     """Name modules as a whole model does where the frame reaches them by another variable than its ``self``: as an argument, through a
     closure, a partial or a value on the stack of a resumed frame.
 
     Args:
-        graph: of the frame.
+        gm: the frame's graph, with the bodies of its higher-order operators.
         name: of how Dynamo reached a module, its name relative to the frame's own; empty for others, and for that itself.
+        of_method: the frame is known to be a method of a module.
     """
-    nodes = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    graphs = [inner.graph for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     stacks = [node.meta.get("nn_module_stack") for node in nodes]
-    roots = {str(next(iter(stack.values()))[0]) for stack in stacks if stack}
-    known = {root: found for root in roots if (found := name(root))}
-    if not all(stacks):
+    asked: dict[str, str] = {}
+    for stack in filter(None, stacks):
+        for (
+            entry
+        ) in stack.values():  # from the outermost on: one that the model does not have may hold others that it has
+            access = str(entry[0])
+            if access not in asked:
+                asked[access] = name(access)
+            if asked[access]:
+                break
+    known = {access: found for access, found in asked.items() if found}
+    if not of_method and not all(stacks):
         # The frame is a method whose module has another name: its parameters say which.
-        owners = {_OWNED.sub("", input_source(node)) for node in graph.nodes if _OWNED.search(input_source(node))}
-        outer = [owner for owner in owners - roots if not any(owner.startswith((f"{o}.", f"{o}[")) for o in owners)]
+        owners = {_OWNED.sub("", input_source(node)) for node in gm.graph.nodes if _OWNED.search(input_source(node))}
+        outer = [
+            owner for owner in owners - asked.keys() if not any(owner.startswith((f"{o}.", f"{o}[")) for o in owners)
+        ]
         if len(outer) == 1 and (found := name(outer[0])):
             known[""] = known[outer[0]] = found
     token = _known_roots.set(known)

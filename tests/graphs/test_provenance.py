@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import dorafx
 from dorafx import rewrite_log
@@ -97,6 +98,11 @@ def _checkpointed(call: Any, x: torch.Tensor) -> torch.Tensor:
     return call(x)
 
 
+def _by_checkpoint(layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    holder = torch.nn.Sequential(layer)  # so that the layer is below of what the frame reaches
+    return _checkpointed(functools.partial(torch.utils.checkpoint.checkpoint, holder.__call__, use_reentrant=False), x)
+
+
 def _by_closure(layer: Layer, x: torch.Tensor) -> torch.Tensor:
     def inner(y: torch.Tensor) -> torch.Tensor:
         torch._dynamo.graph_break()
@@ -120,6 +126,7 @@ CALLS: dict[str, Callable[[], Wrapped]] = {
     "odd self": lambda: Wrapped(lambda layer, x: layer(x), Odd),
     "partial": lambda: Wrapped(lambda layer, x: _checkpointed(functools.partial(layer.__call__), x)),
     "method": lambda: Wrapped(lambda layer, x: _checkpointed(layer.forward, x)),
+    "checkpoint": lambda: Wrapped(_by_checkpoint),
     "closure": lambda: Wrapped(_by_closure),
     "list": lambda: Wrapped(_by_list),
 }
