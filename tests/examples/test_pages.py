@@ -30,6 +30,13 @@ NEEDS = {
 SLOW = {"integrations", "reporting"}
 """Pages whose blocks take more than some twenty seconds."""
 
+WRITTEN = {"control": ("explanation.html", "explanation.json"), "reporting": ("repro.py",)}
+"""Files that a page's blocks promise."""
+PRINTED = {"integrations": "{'backend': 'dorafx'}", "serving": "default 0."}
+"""What they print."""
+REWRITES = {"control", "reporting"}
+"""Pages after which the process's log has rewrites."""
+
 
 def _runs(page: str) -> bool:
     try:
@@ -43,23 +50,20 @@ RUNNING = [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) fo
 
 @pytest.mark.parametrize("page", RUNNING)
 @pytest.mark.filterwarnings("ignore")
-def test_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for package in NEEDS.get(page, ()):
         pytest.importorskip(package)
     monkeypatch.setattr(
         "dorafx.match.registry._FORMS", dict(forms())
     )  # a form that a page registers is no other test's
     run_page(PAGES[page], tmp_path)
+    assert PRINTED.get(page, "") in capsys.readouterr().out
     for written in WRITTEN.get(page, ()):
         assert (tmp_path / written).exists(), written
     if page in REWRITES:
         assert dorafx.rewrite_log().rewrites
-
-
-WRITTEN = {"control": ("explanation.html", "explanation.json"), "reporting": ("repro.py",)}
-"""Files that a page's blocks promise."""
-REWRITES = {"control", "reporting"}
-"""Pages after which the process's log has rewrites."""
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -69,6 +73,13 @@ def test_blocks_are_what_they_seem(page: str) -> None:
     assert not complaints(text, EXTRAS)
     without = [f"line {block.line}" for block in blocks_of(text) if block.shown and not block.language]
     assert not without, f"blocks without a language: {without}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_paths_exist(page: str) -> None:
+    """Files of the repository that are named in backquotes."""
+    named = re.findall(r"`((?:dorafx|examples|patterns|tests)/[\w/.-]+)`", PAGES[page].read_text(encoding="utf-8"))
+    assert not [path for path in named if not (ROOT / path).exists()]
 
 
 @pytest.mark.parametrize("page", PAGES)

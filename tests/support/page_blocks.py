@@ -97,7 +97,7 @@ def blocks_of(text: str) -> list[Block]:
         elif token.type == "fence" and token.map is not None:
             language = (token.info.split() or [""])[0].lower()
             line, code = token.map[0] + 1, token.content
-            if before is not None and (language not in RUNS or not _adjacent(text, before[2], token.map[0])):
+            if before is not None and language not in RUNS:
                 raise ValueError(f"line {before[2] + 1}: stands right before no Python or Bash block")
             if before is None:
                 found.append(Block(language, line, code, code if language in RUNS else ""))
@@ -106,14 +106,11 @@ def blocks_of(text: str) -> list[Block]:
             else:
                 found.append(Block(language, line, code, "", before[1]))
             before = None
+        elif before is not None and token.type in ("inline", "code_block"):
+            raise ValueError(f"line {before[2] + 1}: stands right before no Python or Bash block")
     if before is not None:
         raise ValueError(f"line {before[2] + 1}: stands before no block")
     return found
-
-
-def _adjacent(text: str, comment: int, fence: int) -> bool:
-    """Whether nothing but the end of a comment stands between two lines."""
-    return text.split("\n")[comment:fence][-1].rstrip().endswith("-->")
 
 
 def complaints(text: str, extras: frozenset[str]) -> list[str]:
