@@ -30,6 +30,7 @@ PAGES = {ROOT / "CHANGELOG.md": "changelog.md"}
 _PATH = re.compile(r"(?:dorafx|examples|patterns|tests)/[\w./-]+|CHANGELOG\.md")
 MKDOCS = "relpath"
 """The name under which MkDocs looks at links; it does not where mkdocstrings renders a docstring."""
+STYLE = Path(__file__).with_name("site.css")
 PICTURES = "repository"
 """The folder of the site that pictures from outside of the guide are copied to."""
 
@@ -131,6 +132,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path, name in PAGES.items():
         if path.exists():
             files.append(File.generated(config, name, content=path.read_text(encoding="utf-8")))
+    files.append(File.generated(config, STYLE.name, abs_src_path=str(STYLE)))
     return files
 
 
