@@ -45,7 +45,7 @@ class _Links(Treeprocessor):
         self.extension = extension
 
     def run(self, root: Element) -> None:
-        for element in root.iter():
+        for element in list(root.iter()):  # without the links that this makes
             attribute = {"a": "href", "img": "src"}.get(element.tag)
             target = element.get(attribute) if attribute else None
             if attribute and target:

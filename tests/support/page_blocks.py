@@ -13,6 +13,7 @@ left out, and what is in ``.venv/bin/`` is the command of this environment. ``py
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -131,14 +132,16 @@ def complaints(text: str, extras: frozenset[str]) -> list[str]:
 
 
 def _names(code: str, language: str) -> set[str]:
-    """What must be the same in code that is shown and code that runs: names in Python, commands and options in Bash."""
+    """What must be the same in code that is shown and code that runs: names in Python; in Bash options, and commands with theirs."""
     if language == "bash":
-        words = {
-            word
-            for command in _commands(code)
-            for word in re.findall(r"(?<![\w./-])-{0,2}[A-Za-z][\w-]*(?![\w./=*-])", command)
-        }
-        return {word for word in words if word.startswith("--") or len(word) > 2}
+        found: set[str] = set()
+        for command in re.split(r"\n|&&|\|\|?|;", "\n".join(_commands(code))):
+            words = [word for word in command.split() if not re.match(r"\w+=", word)]
+            found |= {word.partition("=")[0] for word in words if word.startswith("--")}
+            found |= {
+                word for word in itertools.takewhile(lambda word: not word.startswith("-"), words) if word.isalpha()
+            }
+        return found
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(code).readline))
     except (tokenize.TokenError, SyntaxError):
