@@ -23,7 +23,6 @@ EXTRAS = frozenset(
 NEEDS = {
     "integrations": ("accelerate", "diffusers"),
     "quantised": ("bitsandbytes",),
-    "serving": ("onnx", "onnxscript", "onnxruntime"),
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Packages that not every environment has."""
@@ -32,7 +31,7 @@ SLOW = {"integrations", "reporting"}
 
 WRITTEN = {"control": ("explanation.html", "explanation.json"), "reporting": ("repro.py",)}
 """Files that a page's blocks promise."""
-PRINTED = {"integrations": "{'backend': 'dorafx'}", "serving": "default 0."}
+PRINTED = {"integrations": "{'backend': 'dorafx'}", "serving": "default 0.", "export": "(7, 5, 32)"}
 """What they print."""
 REWRITES = {"control", "reporting"}
 """Pages after which the process's log has rewrites."""
