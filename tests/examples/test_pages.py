@@ -26,8 +26,8 @@ NEEDS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Packages that not every environment has."""
-SLOW = {"integrations", "reporting"}
-"""Pages whose blocks take more than some twenty seconds."""
+SLOW = {"benchmarks", "benchmarks-gpu", "check", "export", "integrations", "log", "quickstart", "reporting"}
+"""Pages whose blocks take more than some ten seconds, for the slow run."""
 
 WRITTEN = {"control": ("explanation.html", "explanation.json"), "reporting": ("repro.py",)}
 """Files that a page's blocks promise."""
@@ -49,6 +49,7 @@ RUNNING = [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) fo
 
 @pytest.mark.parametrize("page", RUNNING)
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.timeout(600)
 def test_blocks_run(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

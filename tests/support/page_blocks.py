@@ -213,7 +213,7 @@ def _run_bash(code: str, folder: Path, quiet: bool) -> None:
         stdin=subprocess.DEVNULL,
         text=True,
         check=False,
-        timeout=280,
+        timeout=540,
     )
     if not quiet:
         print(done.stdout, end="")
