@@ -112,10 +112,8 @@ def test_every_page_is_in_the_navigation(site: Path, documents: dict[Path, Docum
 def _leads_somewhere(link: str, page: Path, documents: dict[Path, Document]) -> bool:
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
-        if not link.startswith(f"{REPOSITORY}/") or link.startswith(f"{REPOSITORY}/edit/"):
-            return True
-        _, _, within = parts.path.partition("/main/")
-        return bool(within) and (ROOT / within).exists()
+        file = re.fullmatch(rf"{re.escape(REPOSITORY)}/(?:blob|tree)/main/([^#?]+)(?:#.*)?", link)
+        return file is None or (ROOT / unquote(file[1])).exists()
     target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
     target = target / "index.html" if target.is_dir() else target
     if target not in documents:
