@@ -44,8 +44,8 @@ class Record:
         ...     "low-rank product and the norm", kind="hidden-delta", source="model.py:14")
         >>> print(record)
         missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
-        >>> record.advice[:60]
-        'The delta inside the norm is no low-rank product then. Move '
+        >>> record.advice[:48]
+        'The delta inside the norm is no low-rank product'
     """
 
     status: str

@@ -177,6 +177,7 @@ def test_links_of_the_readme_lead_somewhere(site: Path, documents: dict[Path, Do
 
 
 def test_nothing_is_loaded_from_elsewhere(documents: dict[Path, Document]) -> None:
+    """But what draws a diagram, which the theme fetches where a page has one."""
     assert not {link for document in documents.values() for link in document.loaded if urlsplit(link).netloc}
 
 
