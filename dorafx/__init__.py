@@ -4,21 +4,22 @@
 
 The examples of the functions below use this layer, one spelling of DoRA among many:
 
->>> import torch
->>> import torch.nn.functional as F
->>> class DoraLinear(torch.nn.Module):
-...     def __init__(self, d_in, d_out, rank):
-...         super().__init__()
-...         self.weight = torch.nn.Parameter(torch.randn(d_out, d_in), requires_grad=False)
-...         self.lora_A = torch.nn.Parameter(torch.randn(rank, d_in))
-...         self.lora_B = torch.nn.Parameter(torch.randn(d_out, rank))
-...         self.magnitude = torch.nn.Parameter(self.weight.norm(dim=1))
-...
-...     def forward(self, x):
-...         norm = (self.weight + self.lora_B @ self.lora_A).norm(dim=1).detach()
-...         y = F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B)
-...         return self.magnitude / norm * y
->>> layer, x = DoraLinear(64, 96, rank=4), torch.randn(8, 64)
+Examples:
+    >>> import torch
+    >>> import torch.nn.functional as F
+    >>> class DoraLinear(torch.nn.Module):
+    ...     def __init__(self, d_in, d_out, rank):
+    ...         super().__init__()
+    ...         self.weight = torch.nn.Parameter(torch.randn(d_out, d_in), requires_grad=False)
+    ...         self.lora_A = torch.nn.Parameter(torch.randn(rank, d_in))
+    ...         self.lora_B = torch.nn.Parameter(torch.randn(d_out, rank))
+    ...         self.magnitude = torch.nn.Parameter(self.weight.norm(dim=1))
+    ...
+    ...     def forward(self, x):
+    ...         norm = (self.weight + self.lora_B @ self.lora_A).norm(dim=1).detach()
+    ...         y = F.linear(x, self.weight) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+    ...         return self.magnitude / norm * y
+    >>> layer, x = DoraLinear(64, 96, rank=4), torch.randn(8, 64)
 """
 
 from __future__ import annotations

@@ -81,22 +81,36 @@ def optimize(
 
     Only the way the model is called changes; object, class, parameters, ``state_dict`` keys, hooks and training mode stay the same, so
     ``Trainer``, ``generate`` and ``save_pretrained`` keep working. Hooks that are registered later run too, as the module's code is
-    recompiled. :func:`restore` undoes it. With a static cache on a GPU ``generate`` compiles its decoding step itself, with Inductor
+    recompiled. [`dorafx.restore`][] undoes it. With a static cache on a GPU ``generate`` compiles its decoding step itself, with Inductor
     unless ``compile_config=CompileConfig(backend="dorafx")`` is passed.
 
     Args:
         model: any ``nn.Module``.
-        scope: ``"blocks"`` compiles the blocks that a model repeats (decoder layers, transformer blocks), and adapter layers outside
-            of them by themselves. Equal blocks share their graphs, so the compile time does not grow with depth; a block leaves its
-            graph for ``generate``'s changing cache. ``"modules"`` compiles each adapter layer by itself: less to compile, and nothing
-            else of the model is touched, but each layer is a call. ``"model"`` compiles the whole forward as one graph: the least cost
-            for the host, and compile time grows with depth; ``generate`` of a PEFT model sees it too. All work under gradient
-            checkpointing and data-parallel wrappers. ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at
-            most eight kinds, ``"modules"`` where they are elsewhere, else ``"model"``.
-        codegen, norm, compose, norm_reuse, zero_rows, verify, strict, skip, only, explain: the options of these names, as the table of options in
-            the README (``dorafx.options.Options``) describes them. An adapter layer that ``skip`` or ``only`` leaves alone is not
+        scope: which parts of the model are compiled. All work under gradient checkpointing and data-parallel wrappers.
+
+            - ``"blocks"``: the blocks that a model repeats (decoder layers, transformer blocks), and adapter layers outside of them by
+              themselves. Equal blocks share their graphs, so the compile time does not grow with depth. A block leaves its graph for
+              ``generate``'s changing cache.
+            - ``"modules"``: each adapter layer by itself. There is less to compile and nothing else of the model is touched, but each
+              layer is a call.
+            - ``"model"``: the whole forward as one graph. It costs the host least, and compile time grows with depth. ``generate`` of a
+              PEFT model sees it too.
+            - ``"auto"``: ``"blocks"`` where PEFT adapter layers are in repeated blocks of at most eight kinds, ``"modules"`` where they
+              are elsewhere, else ``"model"``.
+        codegen: what compiles the rewritten graph: ``"inductor"``, ``"eager"``, or another Dynamo backend. This and the following are the
+            options of the page ``examples/guide/options.md``, which says more of each.
+        norm: how the norms of the weight's rows are computed: ``"auto"``, ``"tiled"`` or ``"factored"``.
+        compose: where the low-rank product is added to the base product: ``"auto"``, ``"accumulated"``, ``"epilogue"``, ``"triton"`` or
+            ``"triton_linear"``.
+        norm_reuse: when a norm of an earlier forward is used again: ``"auto"`` or ``"never"``.
+        zero_rows: what a row with a norm of zero gives: ``"peft"`` (NaN or infinity) or ``"finite"`` (zero).
+        verify: check every rewrite when its graph is compiled, and undo what differs.
+        strict: raise where a DoRA layer is not rewritten or dorafx fails, instead of running it as it was.
+        skip: patterns of the names of modules that are left as they are. An adapter layer that ``skip`` or ``only`` leaves alone is not
             compiled by itself, and a block whose adapter layers are all left alone is not compiled either. A pattern that matches no
             module of the model is a warning.
+        only: patterns of the names of the only modules that are rewritten; empty for all.
+        explain: a file that says what was compiled so far: ``.txt`` the table, ``.html`` the report, ``.json`` the log.
         dynamic: as for ``torch.compile``.
         mode: Inductor's mode, as for ``torch.compile``.
 
@@ -106,12 +120,13 @@ def optimize(
     Raises:
         ValueError: an unknown scope or option value.
         TypeError: ``model`` is no ``nn.Module``.
-        DorafxError: the model is optimized already, or has scales of :func:`apply_scales`.
+        DorafxError: the model is optimized already, or has scales of [`dorafx.apply_scales`][].
 
-    >>> dorafx.optimize(layer, codegen="eager") is layer
-    True
-    >>> layer(x).shape
-    torch.Size([8, 96])
+    Examples:
+        >>> dorafx.optimize(layer, codegen="eager") is layer
+        True
+        >>> layer(x).shape
+        torch.Size([8, 96])
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"optimize takes an nn.Module, not {type(model).__name__}")
@@ -192,7 +207,7 @@ def checked_options(scope: str, **options: Any) -> dict[str, Any]:
 
 
 def restore(model: M) -> M:
-    """Undo :func:`optimize` and :func:`apply_scales`, of the model and of every part of it: every module is called as it was before. Any
+    """Undo [`dorafx.optimize`][] and [`dorafx.apply_scales`][], of the model and of every part of it: every module is called as it was before. Any
     other model is left alone.
 
     Args:
@@ -204,8 +219,9 @@ def restore(model: M) -> M:
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
 
-    >>> dorafx.restore(dorafx.optimize(layer)) is layer
-    True
+    Examples:
+        >>> dorafx.restore(dorafx.optimize(layer)) is layer
+        True
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"restore takes an nn.Module, not {type(model).__name__}")
@@ -222,7 +238,7 @@ def restore(model: M) -> M:
 def invalidate(model: torch.nn.Module) -> int:
     """Remove all kept norms of a model's parameters and buffers from the store; the next forward computes them again.
 
-    Not needed after changes through PyTorch, which are noticed (see :mod:`dorafx.runtime.store`), only after other writes, such as those
+    Not needed after changes through PyTorch, which are noticed (see ``dorafx.runtime.store``), only after other writes, such as those
     of a custom kernel through a raw pointer.
 
     Args:
@@ -234,8 +250,9 @@ def invalidate(model: torch.nn.Module) -> int:
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
 
-    >>> dorafx.invalidate(layer)  # nothing was kept
-    0
+    Examples:
+        >>> dorafx.invalidate(layer)  # nothing was kept
+        0
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"invalidate takes an nn.Module, not {type(model).__name__}")
@@ -283,7 +300,7 @@ class VerifyReport:
 
 def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport:
     """Translation validation: trace one call of ``model`` and compare every region that dorafx would rewrite, and every whole
-    graph, with its replacement. Compiles nothing; like :func:`explain` otherwise.
+    graph, with its replacement. Compiles nothing; like [`dorafx.explain`][] otherwise.
 
     Outputs and gradients of a region are compared on random data in fp64. A graph is compared in everything that a caller can observe
     (values, gradients, which of them are None, strides, dtypes, shared memory, writes to inputs, random numbers), on several draws
@@ -292,14 +309,16 @@ def verify(model: Callable[..., Any], *args: Any, **kwargs: Any) -> VerifyReport
 
     Args:
         model: a module or function.
-        args, kwargs: what to call it with.
+        *args: what to call it with.
+        **kwargs: what to call it with, by name.
 
     Raises:
         TypeError: ``model`` cannot be called.
 
-    >>> report = dorafx.verify(layer, x)
-    >>> report.passed, report.checks[0].error < 1e-12
-    (True, True)
+    Examples:
+        >>> report = dorafx.verify(layer, x)
+        >>> report.passed, report.checks[0].error < 1e-12
+        (True, True)
     """
     from dorafx.validation import Check
 
@@ -328,7 +347,8 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
 
     Args:
         model: a module or function.
-        args, kwargs: what to call it with.
+        *args: what to call it with.
+        **kwargs: what to call it with, by name.
 
     Returns:
         The explanation; ``print()`` it, or call its ``print()`` method for colours in a terminal, and ``print(terms=True)`` for what
@@ -337,15 +357,16 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation
     Raises:
         TypeError: ``model`` cannot be called.
 
-    >>> explanation = dorafx.explain(layer, x)
-    >>> explanation.graph_count, explanation.graph_break_count, [r.pattern for r in explanation.rewrites], explanation.misses
-    (1, 0, ['linear'], [])
-    >>> print(explanation)
-    1 graph, 0 graph breaks
-    module      x  pattern  shape    rank  dtype    dense avoided  norm FLOPs   after  norm   codegen
-    (function)  1  linear   96 x 64     4  float32         48 KiB      49.2 k  49.2 k  tiled  inductor
-    total       1                                          48 KiB      49.2 k  49.2 k
-    1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
+    Examples:
+        >>> explanation = dorafx.explain(layer, x)
+        >>> explanation.graph_count, explanation.graph_break_count, [r.pattern for r in explanation.rewrites], explanation.misses
+        (1, 0, ['linear'], [])
+        >>> print(explanation)
+        1 graph, 0 graph breaks
+        module      x  pattern  shape    rank  dtype    dense avoided  norm FLOPs   after  norm   codegen
+        (function)  1  linear   96 x 64     4  float32         48 KiB      49.2 k  49.2 k  tiled  inductor
+        total       1                                          48 KiB      49.2 k  49.2 k
+        1 modules rewritten, 0 missed, 48 KiB of dense intermediates avoided a forward
     """
     from dorafx.rewriter import hoist_norms
     from dorafx.runtime import zero_rows
@@ -397,7 +418,7 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False, zero_row
         portable: use no operator of dorafx's, so that the result runs where dorafx is not installed: norms are computed by aten
             operators over blocks of a tenth of the rows (a twentieth in half precision). Meant for inference: if gradients flow
             through a norm, autograd saves every block.
-        zero_rows: the option of this name (``dorafx.options.Options``).
+        zero_rows: what a row with a norm of zero gives: ``"peft"`` (NaN or infinity) or ``"finite"`` (zero).
 
     Returns:
         A new program of the same type; ``program`` itself if it contains no DoRA, its shapes are unknown, or dorafx fails. The log says
@@ -408,9 +429,10 @@ def rewrite(program: Any, *example_inputs: Any, portable: bool = False, zero_row
         ValueError: the graph carries no shapes, and there are no example inputs to compute them with; an unknown ``zero_rows``.
         DorafxError: ``portable``, and the program holds an operator of dorafx's that could not be written out.
 
-    >>> program = torch.export.export(layer, (x,))
-    >>> type(dorafx.rewrite(program)).__name__
-    'ExportedProgram'
+    Examples:
+        >>> program = torch.export.export(layer, (x,))
+        >>> type(dorafx.rewrite(program)).__name__
+        'ExportedProgram'
     """
     from dorafx.graphs.shapes import UnknownShapes, carries_shapes, with_shapes
     from dorafx.rewriter.lowering import dorafx_operators, lower_to_aten, without_dorafx_operators

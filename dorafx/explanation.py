@@ -92,20 +92,21 @@ class Explanation:
         graph_count: number of graphs that Dynamo captured.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
-        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; :mod:`dorafx.lift.show`
+        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; ``dorafx.lift.show``
             explains the notation.
         layers: the names of the model's adapter layers with a magnitude.
         zero_rows: site -> how many rows of its adapted weight have a norm of zero, of sites that have such rows. ``m / 0`` makes them
             NaN or infinite, in the original too. Norms that gradients flow through are not looked at.
         counted_breaks: how many graphs ended in a break, where the graphs are not those of one call; else None.
 
-    >>> def noisy(x):
-    ...     print("once a forward")
-    ...     return layer(x)
-    >>> explanation = dorafx.explain(noisy, x)
-    once a forward
-    >>> explanation.graph_break_count, explanation.breaks[0].code, explanation.breaks[0].hints[0][:28]
-    (1, 'print("once a forward")', 'Avoid calling builtin `print')
+    Examples:
+        >>> def noisy(x):
+        ...     print("once a forward")
+        ...     return layer(x)
+        >>> explanation = dorafx.explain(noisy, x)
+        once a forward
+        >>> explanation.graph_break_count, explanation.breaks[0].code, explanation.breaks[0].hints[0][:28]
+        (1, 'print("once a forward")', 'Avoid calling builtin `print')
     """
 
     graph_count: int
@@ -144,12 +145,13 @@ class Explanation:
         """Print the table, in colour where ``file`` (standard output by default) is a terminal; with ``terms`` also what each site
         computes.
 
-        >>> dorafx.explain(layer, x).print(terms=True)
-        1 graph, 0 graph breaks
-        ...
-        (function)  linear
-          y = args·weightᵀ·D(magnitude·n⁻¹) + args·lora_Aᵀ·lora_Bᵀ·D(magnitude·n⁻¹)
-          n = detach(‖weight + lora_B·lora_A‖)
+        Examples:
+            >>> dorafx.explain(layer, x).print(terms=True)
+            1 graph, 0 graph breaks
+            ...
+            (function)  linear
+              y = args·weightᵀ·D(magnitude·n⁻¹) + args·lora_Aᵀ·lora_Bᵀ·D(magnitude·n⁻¹)
+              n = detach(‖weight + lora_B·lora_A‖)
         """
         show(self, file)
         if terms and self.terms:
@@ -157,7 +159,7 @@ class Explanation:
 
     def write(self, path: str | os.PathLike[str]) -> Path:
         """Write the explanation to a file, whose suffix says how: ``".txt"`` the table, ``".html"`` the report, ``".json"`` the log with
-        the fields of :meth:`to_dict`. Another process never sees half of it.
+        the fields of [`to_dict`][dorafx.Explanation.to_dict]. Another process never sees half of it.
 
         Returns:
             The path written.

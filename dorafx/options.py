@@ -24,32 +24,63 @@ EXPLAIN_SUFFIXES = (".txt", ".html", ".json")
 class Options:
     """What a user can set: the options ``dorafx.*`` of ``torch.compile``, and arguments of :func:`dorafx.optimize`.
 
+    ``examples/guide/options.md`` is made of this text: a table of the first sentences, and a section for each option.
+
     Attributes:
-        codegen: what compiles the rewritten graph: ``"inductor"``, ``"eager"``, or the name of another Dynamo backend.
-        norm: how the row norm is computed: ``"auto"``, ``"tiled"`` or ``"factored"``.
-        compose: where the low-rank product is added to the base product. ``"accumulated"``: inside the GEMM, whose result (the sum
-            that ``g`` scales) a half-precision model rounds to half precision. ``"epilogue"``: after it, in fp32. ``"triton"``: the
-            same by a Triton kernel of its own in compiled programs too (with eager codegen on a CUDA device it always is).
-            ``"triton_linear"``: both products and the epilogue are one Triton kernel. What the kernels do not support (a CPU, fp64)
-            is computed as by ``"epilogue"``, and the log says why. ``"auto"`` chooses.
-        norm_reuse: when a kept norm is used again. ``"auto"``: where the bytes are the same that it was computed from, if comparing
-            them costs less than the norm. ``"never"``: it is computed at every forward. ``"step"`` is another
-            name of ``"auto"``.
-        zero_rows: what a row of the adapted weight with a norm of zero gives. ``"peft"``: what the program computes, ``m / 0``, which
-            is NaN or an infinity. ``"finite"``: 0 (and the bias), with gradients of 0: wherever something is divided by a norm that
-            dorafx computes, a norm of zero, in the dtype that it is divided in, counts as infinite. Whatever the program does with
-            the quotient sees 0. Norms are followed through moves of data, casts, powers, products of norms, checkpoints and
-            ``torch.cond``. A norm that goes elsewhere (a logarithm, a sum, a custom ``autograd.Function``, another graph) is read
-            there as it is, and the record's ``decision`` says so. Layers that are not rewritten stay as they are.
-        verify: when a graph is compiled, run every rewritten region, the whole graph, and their replacements on several draws of
-            random data, forward and backward, compare all that a caller can see, and leave alone what differs.
-        strict: raise where something is not rewritten or dorafx fails, instead of falling back. What ``skip`` and ``only`` leave alone
-            is no reason to raise.
-        skip: modules whose DoRA computations are left as they are: patterns such as ``"lm_head"`` or ``"*.down_proj"``, a list or a text
-            with commas. A pattern matches the name of a module, the end of it from any dot on, and all that is inside of the module.
-        only: the same for the only modules whose DoRA computations are rewritten; empty for all.
-        explain: a file that receives what was compiled so far, whenever a graph is compiled, and so after the first forward
-            has all of it: ``".txt"`` the table, ``".html"`` the report, ``".json"`` the log.
+        codegen: what compiles the rewritten graph.
+
+            - ``"inductor"``: Inductor, as ``torch.compile`` does by itself.
+            - ``"eager"``: nothing; the operators run one by one. It starts at once, and is for tests and for debugging.
+            - Any other text is the name of another Dynamo backend.
+        norm: how the norms of the weight's rows are computed.
+
+            - ``"tiled"``: block by block of ``W + s·B·A``, which is never held as a whole.
+            - ``"factored"``: from ``W·Aᵀ``, ``A·Aᵀ`` and the kept norms of ``W``. It saves time on a CPU where the rank is small.
+            - ``"auto"``: the faster of the two, as estimated from shapes, dtype and device.
+        compose: where the low-rank product is added to the base product.
+
+            - ``"accumulated"``: inside the base's matrix product. In half precision the sum is rounded to half precision before the
+              magnitude scales it.
+            - ``"epilogue"``: after it, in fp32.
+            - ``"triton"``: as ``"epilogue"``, by a Triton kernel. With ``codegen="eager"`` on a CUDA device this is always so.
+            - ``"triton_linear"``: both products and the sum are one Triton kernel.
+            - ``"auto"``: ``"accumulated"`` in full precision with more than a few tokens, else ``"epilogue"``.
+
+            Where a Triton kernel cannot be used (a CPU, fp64), ``"epilogue"`` takes its place, and the log says why.
+        norm_reuse: when a norm of an earlier forward is used again.
+
+            - ``"auto"``: where the parameters have the same bytes as then, if comparing them costs less than the norm.
+            - ``"never"``: every forward computes every norm.
+            - ``"step"``: another name of ``"auto"``.
+        zero_rows: what a row of the adapted weight with a norm of zero gives.
+
+            - ``"peft"``: what the program computes, ``m / 0``, which is NaN or an infinity.
+            - ``"finite"``: zero (plus the bias), with gradients of zero.
+
+            ``"finite"`` counts a norm of zero as infinite wherever something is divided by it, in the dtype of that division. What the
+            program does with the quotient then sees 0. The norm is followed through moves of data, casts, powers, products of norms,
+            checkpoints and ``torch.cond``.
+
+            A norm that goes elsewhere is read there as it is: into a logarithm, a sum, a custom ``autograd.Function``, another graph.
+            The record's ``decision`` says so. Layers that are not rewritten stay as they are.
+        verify: check every rewrite when its graph is compiled, and undo what differs.
+
+            Each rewritten region and the whole graph run beside their replacements on several draws of random data, forward and
+            backward. All that a caller can see is compared. Compiling takes longer; later calls do not.
+        strict: raise an error where a DoRA layer is not rewritten or dorafx fails, instead of running it as it was.
+
+            What ``skip`` and ``only`` leave alone is no reason to raise.
+        skip: modules whose DoRA layers are left as they are.
+
+            A list of patterns such as ``"lm_head"`` or ``"*.down_proj"``, or a text with commas. A pattern matches the name of a module,
+            or the end of it from any dot on, and with it all that is inside of the module.
+        only: the only modules whose DoRA layers are rewritten.
+
+            Patterns as for ``skip``; empty for all modules. With both options ``skip`` goes first.
+        explain: a file that says what was compiled so far.
+
+            It is written whenever a graph is compiled, so after the first forward it has everything. The suffix says what is written:
+            ``".txt"`` the table, ``".html"`` the report, ``".json"`` the log.
     """
 
     codegen: str = "inductor"

@@ -1,6 +1,6 @@
-"""The API reference: every public name is documented, the examples run, and ``examples/api.md`` is what the docstrings say.
+"""The API reference, ``examples/guide/api.md`` and ``extension.md``: every public name is documented, and the examples run.
 
-``DORAFX_WRITE_PAGES=1 pytest -m page`` writes this page and the others.
+MkDocs makes the pages of the docstrings; ``tests/examples/test_site.py`` looks for every public name there.
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ import inspect
 import io
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pages import WRITE, is_current
 
 import dorafx
 import dorafx.extension
 from dorafx.match import forms
-
-FILE = Path(__file__).parents[1] / "examples" / "api.md"
 
 
 def members(name: str, thing: Any) -> Iterator[tuple[str, Any]]:
@@ -102,57 +98,20 @@ def test_examples_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran > 20
 
 
-def reference() -> str:
-    """The reference as Markdown."""
-    parts = ["# API reference", "", f"Written from the docstrings by `{WRITE}`.", ""]
-    parts += [_markdown(docstring(dorafx)), ""]
-    parts += _section(PUBLIC, "dorafx")
-    parts += ["# Forms of one's own: `dorafx.extension`", "", _markdown(docstring(dorafx.extension)), ""]
-    parts += _section(EXTENSION, "dorafx.extension")
-    return "\n".join(parts).rstrip() + "\n"
-
-
-def _section(entries: dict[str, Any], module: str) -> list[str]:
-    parts: list[str] = []
-    for name, thing in entries.items():
-        level = "##" if "." not in name else "###"
-        parts += [f"{level} `{_heading(name, thing, module)}`", "", _markdown(docstring(thing)), ""]
-    return parts
-
-
-def _heading(name: str, thing: Any, module: str) -> str:
-    full = f"{module}.{name}"
-    if isinstance(thing, property) or inspect.isclass(thing):
-        return full  # a class's fields are in its docstring
-    signature = str(inspect.signature(thing))
-    for noise in ("self, ", "cls, ", "(self)", "torch.nn.modules.module."):
-        signature = signature.replace(noise, "()" if noise == "(self)" else "")
-    return full + signature.replace("'", "")
-
-
-def _markdown(text: str) -> str:
-    text = re.sub(r":(?:func|class|data|mod|meth):`~?([^`]+)`", r"`\1`", text).replace("``", "`")
-    lines: list[str] = []
-    fenced = False
-    for line in text.splitlines():
-        if line.startswith(">>>") and not fenced:
-            lines += ["```python"]
-            fenced = True
-        elif not line.strip() and fenced:
-            lines += ["```"]
-            fenced = False
-        if fenced or not line.startswith("    "):
-            section = re.fullmatch(r"(Args|Returns|Raises|Attributes):", line)
-            lines += ["", f"**{section[1]}**", ""] if section else [line]
-        elif line.startswith("     "):
-            lines[-1] += f" {line.strip()}"
-        else:
-            lines.append(f"- {line.strip()}")
-    if fenced:
-        lines.append("```")
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
-
-
-@pytest.mark.page
-def test_the_written_reference_is_current() -> None:
-    is_current(FILE, reference())
+@pytest.mark.parametrize("name", ["", *PUBLIC, "extension.", *(f"extension.{name}" for name in EXTENSION)])
+def test_markup(name: str) -> None:
+    """Markdown, as the site wants it: references are [`dorafx.optimize`][], and examples a section of their own."""
+    if name in ("", "extension."):
+        thing: Any = dorafx.extension if name else dorafx
+    else:
+        thing = EXTENSION[name.removeprefix("extension.")] if name.startswith("extension.") else PUBLIC[name]
+    text = docstring(thing)
+    assert not re.search(r":\w+:`", text), "a role of reStructuredText"
+    before, _, _ = text.partition("\nExamples:\n")
+    assert ">>>" not in before
+    for title, identifier in re.findall(r"\[`([^`]+)`\]\[([\w.]*)\]", text):
+        path = (identifier or title).split(".")
+        assert path[0] == "dorafx"
+        found: Any = dorafx
+        for part in path[1:]:
+            found = getattr(found, part)

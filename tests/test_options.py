@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from pages import is_current
 
 from dorafx.options import _CHOICES, Options
+
+PAGE = Path(__file__).parents[1] / "examples" / "guide" / "options.md"
 
 
 def test_split() -> None:
@@ -55,22 +58,48 @@ def test_every_choice_computes_the_same() -> None:
             torch.testing.assert_close(compiled(layer, x), expected)
 
 
-@pytest.mark.page
-def test_table_in_the_readme() -> None:
-    """The options are described in one place, the docstring."""
-    described = inspect.cleandoc(Options.__doc__ or "").partition("Attributes:")[2]
-    texts = dict(re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", described, flags=re.MULTILINE))
-    assert list(texts) == [field.name for field in fields(Options)]
-    rows = []
+def _described() -> dict[str, str]:
+    """What the docstring says of each option, as Markdown. It is the one place where options are described."""
+    text = inspect.cleandoc(Options.__doc__ or "").partition("Attributes:\n")[2]
+    parts = re.split(r"^ {4}(\w+): ", text, flags=re.MULTILINE)[1:]
+    options = {}
+    for name, part in zip(parts[::2], parts[1::2]):
+        first, _, rest = part.partition("\n")
+        body = f"{first[0].upper()}{first[1:]}\n{textwrap.dedent(rest)}".strip().replace("``", "`")
+        # A paragraph or list item a line.
+        options[name] = re.sub(r"(?<=\S)\n *(?=[^\s-])", " ", body)
+    return options
+
+
+def _sections() -> str:
+    described = _described()
+    rows, sections = ["| option | default | meaning |", "|---|---|---|"], []
     for field in fields(Options):
-        meaning = " ".join(texts[field.name].split()).replace("``", "`")
-        rows.append(f"| `dorafx.{field.name}` | `{field.default!r}` | {meaning} |".replace("'", '"'))
-        for value in _CHOICES.get(field.name, ()):
-            assert f'`"{value}"`' in meaning, (field.name, value)
-    readme = Path(__file__).parents[1] / "README.md"
-    text = readme.read_text(encoding="utf-8")
+        default, text = f"{field.default!r}".replace("'", '"'), described[field.name]
+        first = text.partition("\n")[0]
+        rows.append(f"| [`{field.name}`](#{field.name}) | `{default}` | {first[0].lower()}{first[1:].rstrip('.')} |")
+        sections += ["", f"### {field.name}", "", f"`dorafx.{field.name}`, by default `{default}`.", ""]
+        for line in text.split("\n"):
+            indent = "  " if line.startswith("- ") else ""
+            sections += textwrap.wrap(line, 110, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    return "\n".join([*rows, *sections])
+
+
+@pytest.mark.page
+def test_the_page_of_options() -> None:
+    """``examples/guide/options.md`` has what the docstring says."""
+    described = _described()
+    assert list(described) == [field.name for field in fields(Options)]
+    for name, values in _CHOICES.items():
+        assert all(f'`"{value}"`' in described[name] for value in values), name
+    text = PAGE.read_text(encoding="utf-8")
     start, end = "<!-- options: written from dorafx/options.py -->\n", "<!-- end of options -->"
     assert start in text and end in text
     before, after = text.partition(start)[0], text.partition(end)[2]
-    table = "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
-    is_current(readme, f"{before}{start}{table}\n{end}{after}")
+    is_current(PAGE, f"{before}{start}\n{_sections()}\n\n{end}{after}")
+
+
+def test_the_error_that_the_page_shows() -> None:
+    with pytest.raises(ValueError, match="is not one of") as raised:
+        Options.split({"dorafx.norm": "fast"})
+    assert f"\n{raised.value}\n" in PAGE.read_text(encoding="utf-8")

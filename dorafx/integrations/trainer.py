@@ -24,23 +24,33 @@ _NAMED = 3
 class TrainerCallback(_TrainerCallback):
     """Optimize the model that a ``transformers.Trainer`` (or TRL's ``SFTTrainer``, ``GRPOTrainer``, …) trains.
 
-    ``Trainer(…, callbacks=[dorafx.TrainerCallback()])`` is the only change. The model is passed to :func:`optimize` when training begins,
-    inside of what accelerate wrapped around it, and to :func:`restore` when it ends. Evaluations and checkpoints in between need
+    ``Trainer(…, callbacks=[dorafx.TrainerCallback()])`` is the only change. The model is passed to [`dorafx.optimize`][] when training begins,
+    inside of what accelerate wrapped around it, and to [`dorafx.restore`][] when it ends. Evaluations and checkpoints in between need
     nothing more: the ``state_dict``, and what is saved, are the same. After the first step transformers' logger gets one line: at level
     INFO if every DoRA layer was rewritten, else a WARNING that names what was not.
 
     A model that cannot be optimized, or has no DoRA, is trained as it is, with a warning. A model that you have optimized yourself is left
-    to you. After an exception in training the model stays optimized until :func:`restore` is called or the next ``train()`` ends. If that
+    to you. After an exception in training the model stays optimized until [`dorafx.restore`][] is called or the next ``train()`` ends. If that
     has another callback, the model is restored when it begins, and optimized anew with that callback's options; so is one that an earlier
     callback kept.
     ``dorafx.TrainerCallback`` imports transformers when it is first used; ``import dorafx`` alone does not.
 
     Args:
         keep: leave the model optimized after training, to generate with it, say. ``dorafx.restore(trainer.model)`` undoes it.
-        scope: as for :func:`optimize`. ``"auto"`` wants adapter layers of PEFT with DoRA; for DoRA of other libraries write
+        scope: as for [`dorafx.optimize`][]. ``"auto"`` wants adapter layers of PEFT with DoRA; for DoRA of other libraries write
             ``"model"``.
-        codegen, norm, compose, norm_reuse, zero_rows, verify, skip, only, explain, dynamic, mode: as for :func:`optimize`.
-        strict: as for :func:`optimize`; and what is a warning otherwise (no DoRA, a failing ``optimize``) raises.
+        codegen: as for [`dorafx.optimize`][].
+        norm: as for [`dorafx.optimize`][].
+        compose: as for [`dorafx.optimize`][].
+        norm_reuse: as for [`dorafx.optimize`][].
+        zero_rows: as for [`dorafx.optimize`][].
+        verify: as for [`dorafx.optimize`][].
+        strict: as for [`dorafx.optimize`][]; and what is a warning otherwise (no DoRA, a failing ``optimize``) raises.
+        skip: as for [`dorafx.optimize`][].
+        only: as for [`dorafx.optimize`][].
+        explain: as for [`dorafx.optimize`][].
+        dynamic: as for [`dorafx.optimize`][].
+        mode: as for [`dorafx.optimize`][].
 
     Raises:
         ValueError: an unknown scope or option value, when the callback is made.

@@ -20,7 +20,7 @@ class Record:
         site: the module's name as ``named_modules()`` gives it; empty for a plain function.
         pattern: the canonical form: ``"linear"``, ``"linear_dropout"``, ``"norm_only"``, or a user's own.
         reason: for a miss, or for a norm without its composition: what differs, at which node.
-        kind: of the reason, a value of :class:`dorafx.extension.ReasonKind`; ``examples/guide/reasons.md`` lists them. Empty if there is no
+        kind: of the reason, a value of [`dorafx.extension.ReasonKind`][]; ``examples/guide/reasons.md`` lists them. Empty if there is no
             reason, and in logs of earlier versions.
         decision: the numbers behind a choice by cost, whether a requested kernel is used, and which operator keeps a norm in the
             graph that could be computed before it, and, where the option ``zero_rows`` is ``"finite"``, whether divisions by the norm are
@@ -36,15 +36,16 @@ class Record:
         codegen: what compiled the rewritten graph.
         graph: number of the compiled graph within the process.
         drawing: key of a picture of the region in the log's ``drawings``; empty where there is none.
-        repro: key of the script that rebuilds the graph (see :meth:`RewriteLog.save_repro`); with ``DORAFX_REPRO=folder`` the script is
+        repro: key of the script that rebuilds the graph (see [`RewriteLog.save_repro`][dorafx.RewriteLog.save_repro]); with ``DORAFX_REPRO=folder`` the script is
             ``folder/KEY.py``. Empty in logs of earlier versions.
 
-    >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
-    ...     "low-rank product and the norm", kind="hidden-delta", source="model.py:14")
-    >>> print(record)
-    missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
-    >>> record.advice[:60]
-    'The delta inside the norm is no low-rank product then. Move '
+    Examples:
+        >>> record = dorafx.Record("missed", site="model.head", reason="operator tanh at model.py:14 stands between the "
+        ...     "low-rank product and the norm", kind="hidden-delta", source="model.py:14")
+        >>> print(record)
+        missed model.head: operator tanh at model.py:14 stands between the low-rank product and the norm [model.py:14]
+        >>> record.advice[:48]
+        'The delta inside the norm is no low-rank product'
     """
 
     status: str
@@ -98,7 +99,7 @@ class Record:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Record:
-        """The record of a dictionary as :meth:`to_dict` makes it.
+        """The record of a dictionary as [`to_dict`][dorafx.Record.to_dict] makes it.
 
         Raises:
             ValueError: an unknown, absent or wrongly typed field; the message names it.

@@ -52,12 +52,13 @@ class RewriteLog:
         seconds: that dorafx spent on all graphs, by stage, in the order of the pipeline.
         generation: how often the log was cleared.
 
-    >>> log = dorafx.RewriteLog()
-    >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
-    >>> log
-    RewriteLog(1 rewrites, 0 misses)
-    >>> dorafx.RewriteLog.from_json(log.to_json()).records == log.records
-    True
+    Examples:
+        >>> log = dorafx.RewriteLog()
+        >>> log.add(dorafx.Record("rewritten", site="model.head", pattern="linear", d_out=96, d_in=64, rank=4))
+        >>> log
+        RewriteLog(1 rewrites, 0 misses)
+        >>> dorafx.RewriteLog.from_json(log.to_json()).records == log.records
+        True
     """
 
     def __init__(self, max_records: int = 100_000, max_drawings: int = 128) -> None:
@@ -136,13 +137,14 @@ class RewriteLog:
         Raises:
             DorafxError: there is no script of this record; the message says why.
 
-        >>> compiled = torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})
-        >>> y = compiled(x)
-        >>> log = dorafx.rewrite_log()
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     log.save_repro(log.records[-1], folder + "/repro.py").name
-        'repro.py'
+        Examples:
+            >>> compiled = torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})
+            >>> y = compiled(x)
+            >>> log = dorafx.rewrite_log()
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     log.save_repro(log.records[-1], folder + "/repro.py").name
+            'repro.py'
         """
         reproduction = self.reproductions.get(record.repro)
         site = record.site or "the graph"
@@ -223,7 +225,7 @@ class RewriteLog:
         return [r.to_dict() for r in self.records]
 
     def to_json(self) -> str:
-        """The log as JSON (see :data:`SCHEMA_VERSION`)."""
+        """The log as JSON (see ``dorafx.log.rewritelog.SCHEMA_VERSION``)."""
         content = {
             "dorafx_log": SCHEMA_VERSION,
             "notes": self.notes,
@@ -236,7 +238,7 @@ class RewriteLog:
 
     @classmethod
     def from_json(cls, text: str) -> RewriteLog:
-        """A log from :meth:`to_json` 's text, or from the JSON lines that ``DORAFX_LOG`` collects. An incomplete last line, as after the
+        """A log from [`to_json`][dorafx.RewriteLog.to_json]'s text, or from the JSON lines that ``DORAFX_LOG`` collects. An incomplete last line, as after the
         process was killed, is left out, with a note.
 
         Raises:
@@ -415,9 +417,10 @@ _PROCESS_LOG = RewriteLog()
 def rewrite_log() -> RewriteLog:
     """The log of this process: a record of everything that was compiled with dorafx in it.
 
-    >>> log = dorafx.rewrite_log()
-    >>> log.clear()
-    >>> print(log)
-    0 modules rewritten, 0 missed
+    Examples:
+        >>> log = dorafx.rewrite_log()
+        >>> log.clear()
+        >>> print(log)
+        0 modules rewritten, 0 missed
     """
     return _PROCESS_LOG

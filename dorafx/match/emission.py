@@ -118,7 +118,7 @@ class Emit(Protocol):
     def compose_delta(
         self, result: fx.Node, base: fx.Node, lora: fx.Node, g: fx.Node, scale: float, kernel: str = "auto"
     ) -> fx.Node:
-        """``result + (g - 1) ⊙ base + g ⊙ scale·lora``, otherwise as :meth:`compose`."""
+        """``result + (g - 1) ⊙ base + g ⊙ scale·lora``, otherwise as [`compose`][dorafx.extension.Emit.compose]."""
         ...
 
     def linear_kernel(self, match: Match, g: fx.Node, bias: fx.Node | None) -> fx.Node | None:

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
 class Form(Protocol):
-    """A canonical form: what a class under :func:`dorafx.pattern` has.
+    """A canonical form: what a class under [`dorafx.pattern`][] has.
 
     A form may also have a ``statement``, a function that computes it in plain PyTorch, and an ``example`` that makes arguments of it
     by name: a near miss of the form is then shown beside it (``dorafx explain --terms``).
@@ -31,7 +31,7 @@ class Form(Protocol):
     name: str
 
     def check(self, candidate: Candidate) -> Match | Reason:
-        """A :class:`Match`, or a :class:`Reason` that says what differs."""
+        """A [`Match`][dorafx.extension.Match], or a [`Reason`][dorafx.extension.Reason] that says what differs."""
         ...
 
     def rewrite(self, match: Match, plan: CompositionPlan, emit: Emit) -> fx.Node:
@@ -50,16 +50,17 @@ def pattern(*, name: str) -> Callable[[type[T]], type[T]]:
         name: what the log calls it.
 
     Returns:
-        A decorator that returns the class as it is; :class:`dorafx.extension.Form` says what the class must have.
+        A decorator that returns the class as it is; [`dorafx.extension.Form`][] says what the class must have.
 
     Raises:
         DorafxError: the class has no ``check`` or ``rewrite``, or another class has the name already.
 
-    >>> @dorafx.pattern(name="half_done")
-    ... class HalfDone:
-    ...     def check(self, candidate): ...
-    Traceback (most recent call last):
-    dorafx.errors.DorafxError: pattern 'half_done' (HalfDone) lacks rewrite
+    Examples:
+        >>> @dorafx.pattern(name="half_done")
+        ... class HalfDone:
+        ...     def check(self, candidate): ...
+        Traceback (most recent call last):
+        dorafx.errors.DorafxError: pattern 'half_done' (HalfDone) lacks rewrite
     """
 
     def register(cls: type[T]) -> type[T]:

@@ -113,12 +113,13 @@ class Finding:
         count: how many rows or entries it concerns; 0 where it is not about rows.
         rows: the first 64 of them.
 
-    >>> finding = dorafx.Finding("zero-norm", "lm_head", "2 of 96 rows of W + s·B·A have a norm of zero", count=2, rows=(94, 95))
-    >>> finding.severity, finding.is_problem
-    ('error', True)
-    >>> print(finding)
-    error  lm_head: 2 of 96 rows of W + s·B·A have a norm of zero [zero-norm]
-           what to do: dorafx.optimize(model, zero_rows="finite") gives 0 for these rows; or leave the layer out of target_modules.
+    Examples:
+        >>> finding = dorafx.Finding("zero-norm", "lm_head", "2 of 96 rows of W + s·B·A have a norm of zero", count=2, rows=(94, 95))
+        >>> finding.severity, finding.is_problem
+        ('error', True)
+        >>> print(finding)
+        error  lm_head: 2 of 96 rows of W + s·B·A have a norm of zero [zero-norm]
+               what to do: dorafx.optimize(model, zero_rows="finite") gives 0 for these rows; or leave the layer out of target_modules.
     """
 
     kind: str
@@ -157,7 +158,7 @@ class Finding:
 
 @dataclass
 class CheckReport:
-    """What :func:`dorafx.check` found. ``str()`` is a list, worst first; true if there is no error and no warning.
+    """What [`dorafx.check`][] found. ``str()`` is a list, worst first; true if there is no error and no warning.
 
     Attributes:
         findings: in the order of the layers.

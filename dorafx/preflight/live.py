@@ -35,13 +35,14 @@ def check(model: torch.nn.Module) -> CheckReport:
         TypeError: ``model`` is no ``nn.Module``.
         ValueError: it has no adapter layer with a magnitude.
 
-    >>> from peft import LoraConfig, get_peft_model
-    >>> base = torch.nn.Sequential(torch.nn.Linear(64, 96))
-    >>> _ = base[0].weight.data[94:].zero_()  # rows of padding
-    >>> model = get_peft_model(base, LoraConfig(target_modules=["0"], use_dora=True))
-    >>> report = dorafx.check(model)
-    >>> report.clean, [(f.kind, f.rows) for f in report.problems]
-    (False, [('zero-norm', (94, 95))])
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(64, 96))
+        >>> _ = base[0].weight.data[94:].zero_()  # rows of padding
+        >>> model = get_peft_model(base, LoraConfig(target_modules=["0"], use_dora=True))
+        >>> report = dorafx.check(model)
+        >>> report.clean, [(f.kind, f.rows) for f in report.problems]
+        (False, [('zero-norm', (94, 95))])
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"check takes an nn.Module, not {type(model).__name__}")

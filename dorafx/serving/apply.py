@@ -30,11 +30,11 @@ class _Undo(list[Any]):
 
 
 def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = None) -> M:
-    """Make a PEFT model compute its DoRA layers as ``g ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b`` with the scales of :func:`export_scales`: no norm,
+    """Make a PEFT model compute its DoRA layers as ``g ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b`` with the scales of [`dorafx.export_scales`][]: no norm,
     and no dequantised weight, in any forward.
 
     It is for inference in eager mode, and changes only how these layers are called: parameters, ``state_dict`` keys, hooks and
-    ``save_pretrained`` stay as they are, copies and pickles of the model are plain PEFT. :func:`restore` undoes it. Under
+    ``save_pretrained`` stay as they are, copies and pickles of the model are plain PEFT. [`dorafx.restore`][] undoes it. Under
     ``torch.compile`` the layers compute as PEFT does (compile with ``backend="dorafx"``).
 
     A scale is right for the weights that it was computed from, so the file is refused where they, or the scaling, differ. The
@@ -57,18 +57,19 @@ def apply_scales(model: M, path: str | os.PathLike[str], adapter: str | None = N
         ValueError: no such adapter; none is named, and several are active.
         DorafxError: the file is not of this model and adapter; the model is in training mode; the adapter has scales already.
 
-    >>> import tempfile
-    >>> from peft import LoraConfig, get_peft_model
-    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> served = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"])).eval()
-    >>> folder = tempfile.mkdtemp()
-    >>> _ = dorafx.export_scales(served, folder)
-    >>> dorafx.apply_scales(served, folder) is served
-    True
-    >>> with torch.no_grad():
-    ...     scaled = served(torch.ones(1, 8))
-    ...     torch.allclose(scaled, dorafx.restore(served)(torch.ones(1, 8)), atol=1e-5)
-    True
+    Examples:
+        >>> import tempfile
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> served = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"])).eval()
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = dorafx.export_scales(served, folder)
+        >>> dorafx.apply_scales(served, folder) is served
+        True
+        >>> with torch.no_grad():
+        ...     scaled = served(torch.ones(1, 8))
+        ...     torch.allclose(scaled, dorafx.restore(served)(torch.ones(1, 8)), atol=1e-5)
+        True
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"apply_scales takes an nn.Module, not {type(model).__name__}")

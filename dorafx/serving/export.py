@@ -26,7 +26,7 @@ def export_scales(
     """Compute the scale ``g = m / ‖W + s·B·A‖`` of every DoRA layer of an adapter, and write them to a file.
 
     With ``g`` a DoRA layer is LoRA and a scale by row, ``y = g ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ) + b``, and no norm is computed.
-    :func:`apply_scales` makes a PEFT model compute that; the file is for any other program, too. Nothing of the model is changed.
+    [`dorafx.apply_scales`][] makes a PEFT model compute that; the file is for any other program, too. Nothing of the model is changed.
     Norms are taken in fp64, over blocks of rows. Linear layers, embeddings, convolutions, and quantised base weights, as PEFT has them.
 
     The file is a safetensors file with one fp32 tensor a layer (fp64 where a tensor of the layer is), named as
@@ -48,11 +48,12 @@ def export_scales(
         ValueError: no such adapter; none is named, and several are active.
         DorafxError: the model has no DoRA, an adapter is merged, or parameters are not in this process; the file cannot be written.
 
-    >>> from peft import LoraConfig, get_peft_model
-    >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
-    >>> adapted = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"]))
-    >>> {name: tuple(g.shape) for name, g in dorafx.export_scales(adapted).items()}
-    {'base_model.model.0': (6,)}
+    Examples:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> base = torch.nn.Sequential(torch.nn.Linear(8, 6))
+        >>> adapted = get_peft_model(base, LoraConfig(use_dora=True, target_modules=["0"]))
+        >>> {name: tuple(g.shape) for name, g in dorafx.export_scales(adapted).items()}
+        {'base_model.model.0': (6,)}
     """
     name, layers = dora_layers(model, adapter, "export_scales")
     if path is not None and Path(path).suffix == ".safetensors" and not Path(path).parent.is_dir():

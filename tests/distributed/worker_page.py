@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ from distributed_support import (
     seen,
     whole,
 )
+from page_blocks import blocks_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 
 PAGE = Path(__file__).parents[2] / "examples" / "guide" / "distributed.md"
 page: dict[str, Any] = {}
-for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-    exec(code, page)
+for block in blocks_of(PAGE.read_text(encoding="utf-8")):
+    if block.language == "python":
+        exec(block.code or block.shown, page)
 
 
 def data_parallel() -> dict[str, Any]:
