@@ -92,11 +92,11 @@ class DrawnTerms:
 
     def shortened(self) -> DrawnTerms:
         """The terms, each cut to the length that a log takes."""
-        cut = [
+        before, after, closest = (
             tuple(t if len(t) <= _LONGEST_TERM else t[: _LONGEST_TERM - 1] + "…" for t in side[:_MOST_TERMS])
             for side in (self.before, self.after, self.closest)
-        ]
-        return DrawnTerms(*cut, self.form[:_LONGEST])
+        )
+        return DrawnTerms(before, after, closest, self.form[:_LONGEST])
 
     def to_dict(self) -> dict[str, Any]:
         """Fields that are not empty."""
@@ -119,7 +119,8 @@ class DrawnTerms:
             raise ValueError(
                 f"drawing: 'terms' must be lists of at most {_MOST_TERMS} texts of at most {_LONGEST_TERM} characters"
             )
-        return DrawnTerms(*map(tuple, sides), form)
+        before, after, closest = map(tuple, sides)
+        return DrawnTerms(before, after, closest, form)
 
 
 @dataclass(frozen=True)

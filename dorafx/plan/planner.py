@@ -141,9 +141,7 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
         plan.left.append(Left(reason, decision=plan.decisions.get(atom_id, ""), atom_id=atom_id))
     plan.left += [Left(reason, tuple(lift.atoms[i].sites), atom_id=i) for i, reason in matches.misses.items()]
     # A refused composition of a norm that planned compositions read, too: the norm's own record is about those.
-    plan.left += [
-        Left(r, (r.node,), atom_id=i) for i, r in misses.items() if i in plan.composed and r.node is not None
-    ]
+    plan.left += [Left(r, (r.node,), atom_id=i) for i, r in misses.items() if i in plan.composed and r.node is not None]
     plan.left += [Left(reason, (node,)) for node, reason in matches.unknown]
     unread = Reason("no activation is scaled by it", kind=ReasonKind.SCALES_NOTHING)
     plan.without_composition = {i: misses.get(i, unread) for i in plan.norms if i not in plan.composed}

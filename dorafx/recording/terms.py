@@ -138,7 +138,7 @@ def _with_short_input(lift: Lifter, match: Match, terms: DrawnTerms) -> DrawnTer
     named_x = any(re.search(r"(?<![\w.])x(?![\w.])", line.replace(text, "")) for side in sides for line in side)
     if len(text) <= _LONGEST_INPUT or named_x or not written.search("".join(terms.before)):
         return terms
-    before, after = (tuple(written.sub("x", line) for line in side) + (f"x = {text}",) for side in sides)
+    before, after = ((*(written.sub("x", line) for line in side), f"x = {text}") for side in sides)
     return replace(terms, before=before, after=after)
 
 
