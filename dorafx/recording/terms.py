@@ -135,7 +135,7 @@ def _with_short_input(lift: Lifter, match: Match, terms: DrawnTerms) -> DrawnTer
     text = Notation(lift, (match.expr, given)).term(given)
     written = re.compile(rf"(?<![\w.]){re.escape(text)}(?=·)")
     sides = terms.before, terms.after
-    named_x = any(re.search(r"(?<![\w.])x(?![\w.])", line.replace(text, "")) for side in sides for line in side)
+    named_x = any(re.search(r"(?<![\w.])x(?![\w.])", line) for side in sides for line in side)
     if len(text) <= _LONGEST_INPUT or named_x or not written.search("".join(terms.before)):
         return terms
     before, after = ((*(written.sub("x", line) for line in side), f"x = {text}") for side in sides)
