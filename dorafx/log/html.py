@@ -23,15 +23,20 @@ from .summary import in_words
 from .table import human_bytes, human_flops
 
 _CHARACTERS, _SMALL = 17, 20  # of the two lines of text in a box
-_BOTH, _ONE, _PHONE = 1176, 590, 372  # pixels for both sides of a drawing, for one of them, and for one on a phone
+_WIDE, _PHONE = 1176, 372  # pixels for both sides of a drawing in a window of 1280, and for one on a phone
 _PATH = 44  # characters of a path that is shown whole
 _A_PATH = re.compile(r"""[^\s'"()\[\]<>]*[\\/][^\s'"()\[\]<>]+""")
 _DTYPES = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
 
 
-def render(log: LogContent) -> str:
+def render(log: LogContent, width: int = _WIDE) -> str:
     """The page's text: summary, misses first, a table that sorts and filters, pictures of the distinct layers with their terms; readable
-    on a laptop and a phone, light and dark."""
+    on a laptop and a phone, light and dark.
+
+    Args:
+        log: what the page is about.
+        width: pixels that both sides of a drawing should have room in, beside each other.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
@@ -41,7 +46,7 @@ def render(log: LogContent) -> str:
     drawings = log.drawings
     layers = []
     for key in dict.fromkeys(key for f in folds for key in f.drawings if key in drawings):
-        layers.append(_layer(key, drawings[key], next(f for f in folds if key in f.drawings)))
+        layers.append(_layer(key, drawings[key], next(f for f in folds if key in f.drawings), width))
     style, script = _text("report.css"), _text("report.js")
     return environment.from_string(_text("report.html")).render(
         policy=f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}",
@@ -165,13 +170,13 @@ class Box:
 _FATES = {"kept": "kept", "removed": "removed", "new": "new", "cause": "the reason is about this node"}
 
 
-def _layer(key: str, drawing: Drawing, fold: Fold) -> Layer:
+def _layer(key: str, drawing: Drawing, fold: Fold, width: int) -> Layer:
     names = {node.name: i for i, node in enumerate(drawing.before)}
     terms = drawing.terms
-    before = fitting(drawing.before, _ONE if drawing.after else _BOTH)
+    before = fitting(drawing.before, width // 2 if drawing.after else width)
     sides = [_side("before", drawing.before, names, before, terms.before, "Before" if drawing.after else "As it is")]
     if drawing.after:
-        after = fitting(drawing.after, max(_BOTH - before.width, _ONE))
+        after = fitting(drawing.after, max(width - before.width, width // 2))
         sides.append(_side("after", drawing.after, names, after, terms.after, "After"))
     return Layer(key, fold, [side for side in sides if side.pictures], terms.form, terms.closest)
 
