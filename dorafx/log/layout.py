@@ -6,6 +6,9 @@ Toda, 1981); the edges that pass a layer are straightened afterwards.
 
 from __future__ import annotations
 
+import functools
+from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,7 +21,7 @@ WIDTH, HEIGHT = 124, 36  # of a node's box, in CSS pixels
 _BEND = 14  # the width that a passing edge takes in a layer
 _GAP, _STEP, _MARGIN = 12, 64, 8
 _PORT = 16  # between the ends of two edges into one box
-_SWEEPS = 16
+_SWEEPS, _LAST_SWEEPS = 16, 4
 _MOST = 6  # nodes beside each other, where nothing asks for fewer
 
 _Key = tuple[int, int]  # (node, -1), or (edge's source, layer that it passes)
@@ -69,8 +72,21 @@ def lay_out(nodes: Sequence[DrawnNode], most: int = _MOST) -> Picture:
 
 def fitting(nodes: Sequence[DrawnNode], width: int) -> Picture:
     """The layout with the most nodes beside each other that is no wider than ``width`` pixels; if there is none, the narrowest."""
-    pictures = [lay_out(nodes, most) for most in range(_MOST, 0, -1)]
-    return next((p for p in pictures if p.width <= width), min(pictures, key=lambda p: p.width))
+    narrowest = picture = _laid_out(tuple(nodes), _MOST)
+    most = _MOST
+    while picture.width > width and most > 1:
+        beside = max(Counter(y for _, y in picture.corners).values(), default=1)
+        most = min(most, beside) - 1
+        if most < 1:
+            break
+        picture = _laid_out(tuple(nodes), most)
+        narrowest = min(narrowest, picture, key=lambda p: p.width)
+    return picture if picture.width <= width else narrowest
+
+
+@functools.lru_cache(maxsize=64)
+def _laid_out(nodes: tuple[DrawnNode, ...], most: int) -> Picture:
+    return lay_out(nodes, most)
 
 
 def _width(key: _Key) -> int:
@@ -136,16 +152,41 @@ def _places(layers: list[list[_Key]], neighbours: dict[_Key, list[_Key]]) -> dic
             places[key] = edge + _width(key) / 2
             edge += _width(key)
     half = max((sum(map(_width, layer)) for layer in layers), default=0) / 2
-    for sweep in range(_SWEEPS):
-        for layer in layers if sweep % 2 else reversed(layers):
+
+    def sweep(upwards: bool, sort: bool) -> None:
+        for layer in reversed(layers) if upwards else layers:
             desired = {
                 key: sum(places[n] for n in near) / len(near) if (near := neighbours[key]) else places[key]
                 for key in layer
             }
-            if sweep < _SWEEPS - 4:
+            if sort:
                 layer.sort(key=desired.__getitem__)
             places.update(_apart(layer, desired, half))
+
+    best = _crossings(layers, neighbours), [list(layer) for layer in layers], dict(places)
+    for number in range(_SWEEPS):
+        sweep(number % 2 == 0, sort=True)
+        crossings = _crossings(layers, neighbours)
+        if crossings <= best[0]:
+            best = crossings, [list(layer) for layer in layers], dict(places)
+    layers[:], places = best[1], best[2]
+    for number in range(_LAST_SWEEPS):
+        sweep(number % 2 == 0, sort=False)
     return places
+
+
+def _crossings(layers: list[list[_Key]], neighbours: dict[_Key, list[_Key]]) -> int:
+    """How often lines between adjacent layers cross."""
+    count = 0
+    for upper, lower in pairwise(layers):
+        index = {key: i for i, key in enumerate(lower)}
+        ends: list[int] = []  # of the lines so far, in order
+        for key in upper:
+            new = sorted(index[n] for n in neighbours[key] if n in index)
+            count += sum(len(ends) - bisect_right(ends, end) for end in new)
+            for end in new:
+                insort(ends, end)
+    return count
 
 
 def _apart(layer: list[_Key], desired: dict[_Key, float], half: float) -> dict[_Key, float]:
