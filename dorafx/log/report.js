@@ -9,9 +9,9 @@ for (const row of rows) {
     cell.classList.toggle("vain", !cell.textContent.trim());
   });
 }
-// Names may be broken behind their dots and slashes, formulas behind their products.
+// Names may be broken behind their dots and slashes, formulas behind their products, a pattern's name behind its words.
 const breakable = (element, text) => {
-  const parts = text.split(/(?<=[./_·])/);
+  const parts = text.split(element.className === "plain" ? /(?<=_)/ : /(?<=[./·])/);
   element.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
 };
 for (const element of document.querySelectorAll("code:not(:has(*)), .path")) breakable(element, element.textContent);

@@ -118,7 +118,7 @@ def drawn_terms_of_rewrite(matches: Matches, plan: RewritePlan, atom_id: int) ->
 
 
 _BY_BLOCKS = "block by block: the sum is never whole in memory"
-_MULTIPLIED_OUT = "from its square multiplied out: the sum is never formed"
+_MULTIPLIED_OUT = "from its square multiplied out: the sum is never whole in memory"
 _LONGEST_INPUT = 12  # characters of a layer's input that is written out in every product
 
 
