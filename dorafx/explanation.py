@@ -237,11 +237,12 @@ class Explanation:
 
 
 def _shown_zeros(zero_rows: Mapping[str, int]) -> Iterable[Text]:
-    folds: dict[tuple[str, int], int] = {}
+    folds: dict[tuple[str, int], list[str]] = {}
     for site, count in zero_rows.items():
-        key = folded_site(site) or "(function)", count
-        folds[key] = folds.get(key, 0) + 1
-    for (site, count), times in folds.items():
+        folds.setdefault((folded_site(site), count), []).append(site)
+    for (folded, count), sites in folds.items():
+        times = len(sites)
+        site = (folded if times > 1 else sites[0]) or "(function)"
         what = f"{site}{f' x {times}' if times > 1 else ''}: {_counted(count, 'row')} with a norm of zero: NaN or infinite, in the original too"
         yield finding(
             "zero norm",
@@ -268,7 +269,8 @@ def _shown(terms: Iterable[SiteTerms]) -> Group:
     for key, t in firsts.items():
         text = Text(overflow="fold")
         count = len(folds[key])
-        text.append(f"{printable(str(key[0]) or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
+        site = str(key[0]) if count > 1 else t.site
+        text.append(f"{printable(site or '(function)')}{f' x {count}' if count > 1 else ''}", style="bold")
         text.append(f"  {printable(t.reason or t.pattern)}")
         form = t.closest
         for letter, actual, expected in (

@@ -99,13 +99,13 @@ def test_what_is_printed() -> None:
     text = with_terms.getvalue()[len(plain.getvalue()) :]
     # The graph names the values that layers are given, by variables of the program and numbers.
     assert re.sub(r"x_\d·", "x·", text) == (
-        "layers.*  linear\n"
+        "layers.0  linear\n"
         f"  y = {OUTPUT}\n"
         f"  n = {NORM}\n"
         "layers.* x 2  linear\n"
         f"  y = {OUTPUT.replace('relu(args)', 'x')}\n"
         f"  n = {NORM}\n"
-        f"layers.*  {found.misses[0].reason}\n"
+        f"layers.3  {found.misses[0].reason}\n"
         f"  found   y = {OUTPUT.replace('relu(args)', 'x')}\n"
         "  linear  y = x·Wᵀ·D(m·n⁻¹) + s·x·Aᵀ·Bᵀ·D(m·n⁻¹) + 𝟙·D(bias)\n"
         "  found   n = detach(‖weight + tanh(2·b·a)‖)\n"

@@ -11,15 +11,17 @@ from .results import Results, Row
 from .table import human, summary
 
 FORMATS = (".png", ".svg", ".pdf")
-_COLOURS = {
-    "dorafx": "#0b6e4f",
-    "peft": "#b0413e",
-    "peft-inductor": "#e08e45",
-    "dense": "#8367c7",
-    "chunked": "#4a7fb5",
-    "lora": "#8a8a8a",
-    "merged": "#c9c9c9",
+# Colours of Okabe and Ito (2008), which colour-blind people can tell apart; each has a hatch, too, and the bars have names.
+STYLES = {
+    "dorafx": ("#0072b2", ""),
+    "peft": ("#d55e00", "///"),
+    "peft-inductor": ("#e69f00", "\\\\\\"),
+    "dense": ("#cc79a7", "xxx"),
+    "chunked": ("#56b4e9", "..."),
+    "lora": ("#009e73", "---"),
+    "merged": ("#f0e442", "ooo"),
 }
+_OTHER = ("#999999", "+++")
 _BAR = 0.8  # of the height of a case
 _PIXELS_PER_INCH = 150
 
@@ -68,10 +70,15 @@ def _legend(figure: Any, results: Results) -> None:
     from matplotlib.patches import Patch
 
     names = dict.fromkeys(row.name for row in results.rows if row.metrics)
-    handles: list[Any] = [Patch(color=_COLOURS.get(name, "black"), label=name) for name in names]
+    handles: list[Any] = [Patch(**_style(name), label=name) for name in names]
     if any(results.limit(m) for row in results.rows for m in row.metrics.values()):
-        handles.append(Line2D([], [], color="black", marker=".", linestyle="", markersize=4, label="limit"))
+        handles.append(Line2D([], [], color="black", marker=".", linestyle="", markersize=6, label="limit"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
+
+
+def _style(name: str) -> dict[str, Any]:
+    colour, hatch = STYLES.get(name, _OTHER)
+    return {"facecolor": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0.5}
 
 
 def _height(results: Results, suite: str, metric: str) -> float:
@@ -92,17 +99,16 @@ def _panel(axis: Any, results: Results, rows: list[Row], metric: str) -> None:
         values = [row.metrics[metric] for row in rows_of_name]
         errors = list(zip(*((v.median - v.quartiles[0], v.quartiles[1] - v.median) for v in values)))
         bars = axis.barh(
-            places, [v.median for v in values], width, color=_COLOURS.get(name, "black"), xerr=errors,
-            error_kw={"elinewidth": 0.8},
-        )  # fmt: skip
-        axis.bar_label(bars, [f" {human(v.median, v.unit)}" for v in values], fontsize=6, padding=2)
+            places, [v.median for v in values], width, **_style(name), xerr=errors, error_kw={"elinewidth": 0.8}
+        )
+        axis.bar_label(bars, [f" {human(v.median, v.unit)}, {name}" for v in values], fontsize=6.5, padding=2)
         limits = [(results.limit(v), place) for v, place in zip(values, places)]
         dots = [(limit, place) for limit, place in limits if limit]
         if dots:
-            axis.plot(*zip(*dots), ".", color="black", markersize=3)
+            axis.plot(*zip(*dots), ".", color="black", markersize=5, markeredgecolor="white", markeredgewidth=0.6)
     axis.set_yticks(range(len(cases)), cases, fontsize=7)
     axis.invert_yaxis()
-    axis.margins(x=0.12)
+    axis.margins(x=0.17)
     if wide:
         axis.set_xscale("log", base=2 if rows[0].metrics[metric].unit == "B" else 10)
     axis.xaxis.set_major_formatter(lambda value, place: human(value, rows[0].metrics[metric].unit))

@@ -1,7 +1,7 @@
 """The rewrite log: one record for each candidate, rewritten or not."""
 
 from .counters import NormCounters
-from .drawing import MAX_NODES, Drawing, DrawnNode
+from .drawing import MAX_NODES, Drawing, DrawnNode, DrawnTerms
 from .folding import folded_site
 from .kinds import ReasonKind
 from .record import Record
@@ -13,6 +13,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Drawing",
     "DrawnNode",
+    "DrawnTerms",
     "NormCounters",
     "ReasonKind",
     "Record",

@@ -13,6 +13,7 @@ MAX_NODES = 96
 
 _FATES = ("kept", "removed", "new", "cause")
 _LONGEST = 400  # characters of a text; a repr can be of any length
+_LONGEST_TERM, _MOST_TERMS = 2000, 8
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,61 @@ class DrawnNode:
 
 
 @dataclass(frozen=True)
+class DrawnTerms:
+    """What a region computes, as formulas (:mod:`dorafx.lift.show` explains the notation), each ``"y = …"`` or ``"n = …"``.
+
+    Attributes:
+        before: of the region as the program has it.
+        after: of what replaced it; empty for a miss.
+        closest: of the form that a near miss is closest to.
+        form: that form's name.
+    """
+
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    closest: tuple[str, ...] = ()
+    form: str = ""
+
+    def shortened(self) -> DrawnTerms:
+        """The terms, each cut to the length that a log takes."""
+        before, after, closest = (
+            tuple(t if len(t) <= _LONGEST_TERM else t[: _LONGEST_TERM - 1] + "…" for t in side[:_MOST_TERMS])
+            for side in (self.before, self.after, self.closest)
+        )
+        return DrawnTerms(before, after, closest, self.form[:_LONGEST])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that are not empty."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values if v}
+
+    @staticmethod
+    def from_dict(values: Any) -> DrawnTerms:
+        """The terms of a dictionary as :meth:`to_dict` makes it.
+
+        Raises:
+            ValueError: anything else.
+        """
+        form = values.get("form", "") if isinstance(values, Mapping) else None
+        sides = [values.get(s, []) for s in ("before", "after", "closest")] if isinstance(values, Mapping) else []
+        texts_only = all(isinstance(side, list) and len(side) <= _MOST_TERMS for side in sides) and all(
+            isinstance(text, str) and len(text) <= _LONGEST_TERM for side in sides for text in side
+        )
+        if not texts_only or not isinstance(form, str) or len(form) > _LONGEST:
+            raise ValueError(
+                f"drawing: 'terms' must be lists of at most {_MOST_TERMS} texts of at most {_LONGEST_TERM} characters"
+            )
+        before, after, closest = map(tuple, sides)
+        return DrawnTerms(before, after, closest, form)
+
+
+@dataclass(frozen=True)
 class Drawing:
-    """A region of a graph before and after its rewrite; ``after`` is empty for a miss."""
+    """A region of a graph before and after its rewrite; ``after`` is empty for a miss. ``terms``: what the sides compute."""
 
     before: tuple[DrawnNode, ...]
     after: tuple[DrawnNode, ...] = ()
+    terms: DrawnTerms = DrawnTerms()
 
     @property
     def key(self) -> str:
@@ -87,8 +138,10 @@ class Drawing:
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"before": [node], "after": [node]}``."""
-        return {"before": [n.to_dict() for n in self.before], "after": [n.to_dict() for n in self.after]}
+        """``{"before": [node], "after": [node], "terms": terms}``, the last only where there are any."""
+        sides = {"before": [n.to_dict() for n in self.before], "after": [n.to_dict() for n in self.after]}
+        terms = self.terms.to_dict()
+        return {**sides, "terms": terms} if terms else sides
 
     @staticmethod
     def from_dict(values: Any) -> Drawing:
@@ -100,4 +153,5 @@ class Drawing:
         sides = [values.get("before"), values.get("after", [])] if isinstance(values, Mapping) else [None]
         if any(not isinstance(side, list) or len(side) > MAX_NODES for side in sides):
             raise ValueError(f"drawing: 'before' and 'after' must be lists of at most {MAX_NODES} nodes")
-        return Drawing(*(tuple(DrawnNode.from_dict(node, i) for i, node in enumerate(side or [])) for side in sides))
+        before, after = (tuple(DrawnNode.from_dict(node, i) for i, node in enumerate(side or [])) for side in sides)
+        return Drawing(before, after, DrawnTerms.from_dict(values.get("terms", {})))

@@ -27,13 +27,17 @@ class Fold:
 
     def __init__(self, first: Record) -> None:
         self.first = first
-        self.site = folded_site(first.site)
         self.sites: set[str] = set()
         self.drawings: dict[str, None] = {}
 
     @property
     def count(self) -> int:
         return len(self.sites)
+
+    @property
+    def site(self) -> str:
+        """The name, with ``*`` for the number if there are several layers."""
+        return folded_site(self.first.site) if self.count > 1 else self.first.site
 
 
 def fold(records: Iterable[Record]) -> list[Fold]:
@@ -53,10 +57,13 @@ class Totals:
     """Sums over one forward of every module in a log.
 
     Attributes:
-        rewritten, missed: numbers of modules.
+        modules: their number.
+        rewritten, missed: how many are rewritten, at least in part, and left alone; one that was compiled into several graphs may be
+            both.
         dense_bytes_avoided, flops_before, flops_after: sums of the records' fields.
     """
 
+    modules: int
     rewritten: int
     missed: int
     dense_bytes_avoided: int
@@ -69,7 +76,7 @@ def totals(records: Iterable[Record]) -> Totals:
     missed: set[object] = set()
     by_site: dict[object, dict[int, tuple[int, int, int]]] = {}
     for r in records:
-        site = r.site or r.graph  # plain functions have no name
+        site = r.site or (r.status, r.graph)  # plain functions have no name
         if not r.rewritten:
             missed.add(site)
             continue
@@ -78,4 +85,4 @@ def totals(records: Iterable[Record]) -> Totals:
         graphs[r.graph] = (dense + r.dense_bytes_avoided, before + r.flops_before, after + r.flops_after)
     largest = [max(graphs.values()) for graphs in by_site.values()]
     dense, before, after = (sum(column) for column in zip(*largest)) if largest else (0, 0, 0)
-    return Totals(len(by_site), len(missed), dense, before, after)
+    return Totals(len(missed | by_site.keys()), len(by_site), len(missed), dense, before, after)

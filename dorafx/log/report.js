@@ -3,11 +3,25 @@ const body = document.querySelector("#log tbody");
 const rows = [...body.rows];
 const headers = [...document.querySelectorAll("#log th")];
 const names = headers.map((th) => th.textContent.trim());
-for (const row of rows) [...row.cells].forEach((cell, i) => { cell.dataset.name = names[i]; });
-// Names may be broken behind their dots and slashes.
-for (const code of document.querySelectorAll("code")) {
-  const parts = code.textContent.split(/(?<=[./])/);
-  code.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
+for (const row of rows) {
+  [...row.cells].forEach((cell, i) => {
+    cell.dataset.name = names[i];
+    cell.classList.toggle("vain", !cell.textContent.trim());
+  });
+}
+// Names may be broken behind their dots and slashes, formulas behind their products, a pattern's name behind its words.
+const breakable = (element, text) => {
+  const parts = text.split(element.className === "plain" ? /(?<=_)/ : /(?<=[./·])/);
+  element.replaceChildren(...parts.flatMap((part) => [part, document.createElement("wbr")]));
+};
+for (const element of document.querySelectorAll("code:not(:has(*)), .path")) breakable(element, element.textContent);
+
+// A path is shown in short; a tap shows all of it.
+for (const path of document.querySelectorAll(".path")) {
+  const short = path.textContent;
+  const turn = () => breakable(path, path.textContent === short ? path.title : short);
+  path.addEventListener("click", turn);
+  path.addEventListener("keydown", (event) => { if (event.key === "Enter") turn(); });
 }
 
 const value = (row, i) => {
@@ -33,10 +47,13 @@ sort.addEventListener("change", () => sortBy(Number(sort.value), !headers[sort.v
 const filter = document.getElementById("filter");
 const status = document.getElementById("status");
 const kind = document.getElementById("kind");  // null where no record has one
+const contents = new Map(rows.map((row) => [
+  row, [row.textContent, ...[...row.querySelectorAll("[title]")].map((e) => e.title)].join("\n").toLowerCase(),
+]));
 const apply = () => {
   const text = filter.value.toLowerCase();
   for (const row of rows) {
-    const fits = row.textContent.toLowerCase().includes(text);
+    const fits = contents.get(row).includes(text);
     const ofKind = !kind || kind.value === "" || row.dataset.kind === kind.value;
     row.hidden = !fits || !ofKind || (status.value !== "" && !row.classList.contains(status.value));
   }
@@ -60,24 +77,65 @@ openTarget();
 
 for (const layer of document.querySelectorAll(".layer")) {
   const details = layer.querySelector(".details");
-  const before = layer.querySelectorAll("svg.before .node");
+  const svgs = [...layer.querySelectorAll("svg")];
+  const nodesOf = new Map(svgs.map((svg) => [svg, [...svg.querySelectorAll(".node")]]));
+  const clear = () => {
+    svgs.forEach((svg) => svg.classList.remove("pointed"));
+    layer.querySelectorAll(".at, .near, .lit, .shown").forEach((e) => e.classList.remove("at", "near", "lit", "shown"));
+  };
+  const ofTheOtherSide = (svg, name) =>
+    svgs.find((other) => other.classList.contains(name) && other.parentElement.className === svg.parentElement.className);
   const mark = (node) => {
-    layer.querySelectorAll(".shown").forEach((other) => other.classList.remove("shown"));
-    for (const i of (node.dataset.replaces || "").split(" ").filter(Boolean)) before[i].classList.add("shown");
+    clear();
+    const svg = node.ownerSVGElement;
+    const nodes = nodesOf.get(svg);
+    const i = nodes.indexOf(node);
+    svg.classList.add("pointed");
+    node.classList.add("at");
+    for (const edge of svg.querySelectorAll(".edge")) {
+      const from = Number(edge.dataset.from), to = Number(edge.dataset.to);
+      if (from !== i && to !== i) continue;
+      edge.classList.add("lit");
+      nodes[from === i ? to : from].classList.add("near");
+    }
+    if (svg.classList.contains("after")) {
+      const before = nodesOf.get(ofTheOtherSide(svg, "before"));
+      for (const k of (node.dataset.replaces || "").split(" ").filter(Boolean)) before[k].classList.add("shown");
+    } else {
+      const after = nodesOf.get(ofTheOtherSide(svg, "after")) || [];
+      after.filter((n) => (n.dataset.replaces || "").split(" ").includes(String(i))).forEach((n) => n.classList.add("shown"));
+    }
   };
   const show = (node) => {
     mark(node);
     details.textContent = node.querySelector("title").textContent;
     details.hidden = false;
   };
-  // What the region ends in is what one looks for: it comes last.
-  layer.addEventListener("toggle", () => layer.querySelectorAll("svg").forEach((svg) => {
-    const end = svg.querySelector(".node:last-of-type").transform.baseVal[0].matrix.e;
+  const follow = (node, up) => {
+    const svg = node.ownerSVGElement;
+    const nodes = nodesOf.get(svg);
+    const i = String(nodes.indexOf(node));
+    const edge = [...svg.querySelectorAll(".edge")].find((e) => (up ? e.dataset.to : e.dataset.from) === i);
+    if (edge) nodes[up ? edge.dataset.from : edge.dataset.to].focus();
+  };
+  // Where a graph is wider than its place, what it ends in is what one looks for: it comes last.
+  layer.addEventListener("toggle", () => svgs.forEach((svg) => {
+    const end = nodesOf.get(svg).at(-1).transform.baseVal[0].matrix.e;
     svg.parentElement.scrollLeft = end - svg.parentElement.clientWidth / 2 + 72;
   }));
   for (const node of layer.querySelectorAll(".node")) {
     node.addEventListener("pointerenter", () => mark(node));
+    node.addEventListener("pointerleave", () => {
+      const focused = layer.querySelector(".node:focus");
+      if (focused) mark(focused); else clear();
+    });
     node.addEventListener("focus", () => show(node));
     node.addEventListener("click", () => show(node));
+    node.addEventListener("blur", clear);
+    node.addEventListener("keydown", (event) => {
+      if (event.key !== "ArrowUp" && event.key !== "ArrowDown") return;
+      event.preventDefault();
+      follow(node, event.key === "ArrowUp");
+    });
   }
 }

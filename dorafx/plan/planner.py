@@ -50,11 +50,13 @@ class Left:
         reason: why.
         sites: the nodes that compute its norm; none where no node does by itself.
         decision: what a choice by cost was based on; empty without such a choice.
+        atom_id: of its norm; None where an operator is no norm that the lifter knows.
     """
 
     reason: Reason
     sites: tuple[fx.Node, ...] = ()
     decision: str = ""
+    atom_id: int | None = None
 
 
 @dataclass
@@ -136,10 +138,10 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
         reason = misses.pop(atom_id, None) or Reason(
             "no node computes this norm by itself", kind=ReasonKind.NORM_IN_OPERATOR
         )
-        plan.left.append(Left(reason, decision=plan.decisions.get(atom_id, "")))
-    plan.left += [Left(reason, tuple(lift.atoms[i].sites)) for i, reason in matches.misses.items()]
+        plan.left.append(Left(reason, decision=plan.decisions.get(atom_id, ""), atom_id=atom_id))
+    plan.left += [Left(reason, tuple(lift.atoms[i].sites), atom_id=i) for i, reason in matches.misses.items()]
     # A refused composition of a norm that planned compositions read, too: the norm's own record is about those.
-    plan.left += [Left(r, (r.node,)) for i, r in misses.items() if i in plan.composed and r.node is not None]
+    plan.left += [Left(r, (r.node,), atom_id=i) for i, r in misses.items() if i in plan.composed and r.node is not None]
     plan.left += [Left(reason, (node,)) for node, reason in matches.unknown]
     unread = Reason("no activation is scaled by it", kind=ReasonKind.SCALES_NOTHING)
     plan.without_composition = {i: misses.get(i, unread) for i in plan.norms if i not in plan.composed}

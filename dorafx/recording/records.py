@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import fx
@@ -12,7 +14,7 @@ from dorafx.graphs.operators import first_argument
 from dorafx.graphs.provenance import site_of, source_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Lifter
-from dorafx.log import Drawing, Record, RewriteLog, folded_site
+from dorafx.log import Drawing, DrawnTerms, Record, RewriteLog, folded_site
 from dorafx.match import Match, Matches, Reason
 from dorafx.options import Options
 from dorafx.plan import Left, NormPlan, RewritePlan
@@ -20,7 +22,9 @@ from dorafx.plan.accounting import dense_bytes, gemm_flops, merging, norm_closur
 from dorafx.rewriter import NormKey, ZeroRows
 
 from .drawings import Subject, draw, dtype_name
-from .terms import ONLY_THE_NORM, SiteTerms, site_terms
+from .terms import ONLY_THE_NORM, SiteTerms, drawn_terms, drawn_terms_of_rewrite, site_terms, terms_of_left
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,21 +89,28 @@ class Recorder:
         lift, flops = matches.lift, gemm_flops(matches.lift)
         replaced = {c.match.node for c in plan.compositions}
         replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
-        candidates: list[tuple[dict[str, Any], Subject, NormKey | None]] = []
+        candidates: list[tuple[dict[str, Any], Subject, NormKey | None, Callable[[], DrawnTerms]]] = []
+
+        def terms_left(left: Left) -> Callable[[], DrawnTerms]:
+            return lambda: drawn_terms(terms_of_left(matches, left))
+
         # First candidates without a node for their norm, then the norms, then the rest.
-        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if not left.sites]
+        candidates += [
+            (_left(left), _subject_left(left), None, terms_left(left)) for left in plan.left if not left.sites
+        ]
         for atom_id, norm in plan.norms.items():
             match, miss = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
             fields = _rewritten(lift, norm, match, miss, flops)
             fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
-            candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id)))
-        candidates += [(_left(left), _subject_left(left), None) for left in plan.left if left.sites]
+            terms = partial(drawn_terms_of_rewrite, matches, plan, atom_id)
+            candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id), terms))
+        candidates += [(_left(left), _subject_left(left), None, terms_left(left)) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}
-        for fields, subject, norm_key in candidates:
+        for fields, subject, norm_key, terms_of_subject in candidates:
             # One drawing for all layers that differ only in their number.
             layer = tuple({**fields, "site": folded_site(fields["site"]), "source": "", "decision": ""}.values())
             if layer not in keys:
-                drawing = draw(subject, lift, copied, replaced)
+                drawing = replace(draw(subject, lift, copied, replaced), terms=_attempted(terms_of_subject))
                 keys[layer] = drawing.key
                 self._drawings[drawing.key] = drawing
             self._drafts.append(_Draft({**fields, **self._common, "drawing": keys[layer]}, norm_key))
@@ -134,6 +145,15 @@ class Recorder:
         records = (draft.record(inside, zero_rows, member) for member in self.members for draft in self._drafts)
         log.extend(records, self._drawings, seconds)
         return log
+
+
+def _attempted(terms: Callable[[], DrawnTerms]) -> DrawnTerms:
+    """The terms; none where they cannot be written, as a formula must not stop a rewrite."""
+    try:
+        return terms()
+    except Exception:
+        _logger.debug("no terms of a drawing", exc_info=True)
+        return DrawnTerms()
 
 
 def _subject(norm: NormPlan, match: Match | None, miss: Reason | None) -> Subject:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -11,9 +12,11 @@ from torch import fx
 from dorafx.graphs.provenance import site_of
 from dorafx.graphs.shapes import with_shapes
 from dorafx.lift import Atom, Expr, Lifter, Notation, term_of
+from dorafx.lift.algebra import TooComplex
+from dorafx.log import DrawnTerms
 from dorafx.match import Candidate, Form, Match, Matches, Reason, check_form, forms
 from dorafx.match.composition import group
-from dorafx.plan import RewritePlan
+from dorafx.plan import Left, RewritePlan
 
 ONLY_THE_NORM = "only the norm is rewritten: "
 """The beginning of the reason why a norm is rewritten without its composition."""
@@ -62,29 +65,103 @@ def site_terms(matches: Matches, plan: RewritePlan) -> list[SiteTerms]:
         matches: the candidates.
         plan: the decisions about them.
     """
-    lift = matches.lift
-    matched = {atom.id: match for match in matches.compositions for atom in lift.norms_in(match.expr)}
-    # Norms that the plan leaves alone, as no node computes them by itself, come first, as their records do.
-    unplanned = [atom_id for atom_id in matches.norms if atom_id not in plan.norms]
-    reasons = {atom_id: left.reason for atom_id, left in zip(unplanned, plan.left)}
-    terms = [
-        _of_norm(matches, atom_id, matched.get(atom_id), reasons[atom_id], reasons[atom_id].text)
-        for atom_id in unplanned
-    ]
-    for atom_id in plan.norms:
-        reason = plan.without_composition.get(atom_id)
-        why = f"{ONLY_THE_NORM}{reason.text}" if reason is not None else ""
-        terms.append(_of_norm(matches, atom_id, plan.composed.get(atom_id) or matched.get(atom_id), reason, why))
-    for atom_id, reason in matches.misses.items():
+    terms = [terms_of_left(matches, left) for left in plan.left if not left.sites]
+    terms += [terms_of_norm(matches, plan, atom_id) for atom_id in plan.norms]
+    return terms + [terms_of_left(matches, left) for left in plan.left if left.sites]
+
+
+def terms_of_norm(matches: Matches, plan: RewritePlan, atom_id: int) -> SiteTerms:
+    """The terms of a norm that is rewritten, with the composition that reads it."""
+    reason = plan.without_composition.get(atom_id)
+    why = f"{ONLY_THE_NORM}{reason.text}" if reason is not None else ""
+    return _of_norm(matches, atom_id, plan.composed.get(atom_id) or _reading(matches, atom_id), reason, why)
+
+
+def terms_of_left(matches: Matches, left: Left) -> SiteTerms:
+    """The terms of a candidate that is left alone."""
+    lift, reason, atom_id = matches.lift, left.reason, left.atom_id
+    if atom_id is None:
+        node = left.sites[0]
+        return SiteTerms(_site(reason, [node]), "", *_texts(lift, None, node), reason.text, form_terms("linear"))
+    if matches.misses.get(atom_id) is reason:
         texts = _texts(lift, _last_scaled(lift, atom_id), Atom(atom_id))
         closest = form_terms(_form_of(lift, atom_id))
-        terms.append(SiteTerms(_site(reason, lift.atoms[atom_id].sites), "", *texts, reason.text, closest))
-    for atom_id, reason in matches.composition_misses.items():
-        if atom_id in plan.composed and reason.node is not None:
-            terms.append(_of_norm(matches, atom_id, None, reason, reason.text))
-    for node, reason in matches.unknown:
-        terms.append(SiteTerms(_site(reason, [node]), "", *_texts(lift, None, node), reason.text, form_terms("linear")))
-    return terms
+        return SiteTerms(_site(reason, lift.atoms[atom_id].sites), "", *texts, reason.text, closest)
+    match = next((m for m in matches.compositions if m.node is reason.node), None)  # one that does not pay
+    return _of_norm(matches, atom_id, match, reason, reason.text)
+
+
+def _reading(matches: Matches, atom_id: int) -> Match | None:
+    """The last composition that a norm is in."""
+    reading = [m for m in matches.compositions if any(a.id == atom_id for a in matches.lift.norms_in(m.expr))]
+    return reading[-1] if reading else None
+
+
+def drawn_terms(found: SiteTerms) -> DrawnTerms:
+    """The terms of a site that is left alone, for its drawing."""
+    form = found.closest
+    if form is None:
+        return DrawnTerms(_equations(found.output, found.norm)).shortened()
+    return DrawnTerms(
+        _equations(found.output, found.norm), (), _equations(form.output, form.norm), form.name
+    ).shortened()
+
+
+def drawn_terms_of_rewrite(matches: Matches, plan: RewritePlan, atom_id: int) -> DrawnTerms:
+    """The terms of a rewritten norm and its composition, before and after, for their drawing."""
+    found, match = terms_of_norm(matches, plan, atom_id), plan.composed.get(atom_id)
+    terms = drawn_terms(found)
+    output, norm = _texts_after(matches.lift, match, Atom(atom_id)) if match is not None else ("", found.norm)
+    how = _BY_BLOCKS if plan.norms[atom_id].algorithm == "tiled" else _MULTIPLIED_OUT
+    terms = replace(terms, after=_equations(output, f"{norm}, {how}"))
+    return (terms if match is None else _with_short_input(matches.lift, match, terms)).shortened()
+
+
+_BY_BLOCKS = "block by block: the sum is never whole in memory"
+_MULTIPLIED_OUT = "from its square multiplied out: the sum is never whole in memory"
+_LONGEST_INPUT = 12  # characters of a layer's input that is written out in every product
+
+
+def _equations(output: str, norm: str) -> tuple[str, ...]:
+    named = norm if norm.startswith("n₁ = ") else f"n = {norm}"
+    return tuple(line for line in (f"y = {output}" if output else "", named if norm else "") if line)
+
+
+def _with_short_input(lift: Lifter, match: Match, terms: DrawnTerms) -> DrawnTerms:
+    """The terms with ``x`` for the layer's input, and a line that says what it is, if it is long and in every product."""
+    given = match.base[:-1]
+    if not given or any(part.core[: len(given)] != given for part in match.parts) or match.constant is not None:
+        return terms
+    text = Notation(lift, (match.expr, given)).term(given)
+    written = re.compile(rf"(?<![\w.]){re.escape(text)}(?=·)")
+    sides = terms.before, terms.after
+    named_x = any(re.search(r"(?<![\w.])x(?![\w.])", line) for side in sides for line in side)
+    if len(text) <= _LONGEST_INPUT or named_x or not written.search("".join(terms.before)):
+        return terms
+    before, after = ((*(written.sub("x", line) for line in side), f"x = {text}") for side in sides)
+    return replace(terms, before=before, after=after)
+
+
+def _texts_after(lift: Lifter, match: Match, norm: Atom) -> tuple[str, str]:
+    """Output and norm of a rewritten composition: ``(x·Wᵀ + s·x·Aᵀ·Bᵀ)·D(g)``, as far as its form is such a bracket."""
+    for scaled in (Expr.times_scalar, Expr.right_diag):  # s is a number or a scalar; else a vector
+        try:
+            inner = Expr.chain(match.base)
+            for part in match.parts:
+                inner = inner + scaled(Expr.chain(part.core), part.scale)
+            rest = match.expr + inner.right_diag(match.scaling).scaled(-1.0)
+        except TooComplex:
+            continue
+        if len(inner.items) < 2 or len(rest.items) + len(inner.items) > len(match.expr.items) + 1:
+            continue  # not everything in the bracket is scaled by g
+        rest = Expr(rest.items)
+        notation = Notation(lift, (match.expr, norm, inner, match.scaling, rest))
+        text = f"({notation.term(inner)})·D({notation.term(match.scaling)})"
+        others = notation.term(rest) if rest.items else ""
+        if others:
+            text += f" − {others[1:]}" if others.startswith("−") else f" + {others}"
+        return text, _norms(notation, norm)
+    return _texts(lift, match.expr, norm)
 
 
 def _of_norm(matches: Matches, atom_id: int, match: Match | None, miss: Reason | None, why: str) -> SiteTerms:

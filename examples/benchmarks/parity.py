@@ -133,11 +133,11 @@ def difference(stock: list[float], ours: list[float]) -> dict[str, float]:
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All runs of all seeds; after each, what is written as JSON of those that are done."""
     seeds: list[dict[str, Any]] = []
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "seeds")}
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "seeds", "plot")}
     environment = describe_environment("cpu", options.threads)
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            request = {**vars(options), "out": "", "seed": seed, "state": str(Path(folder) / "base.pt")}
+            request = {**settings, "seed": seed, "state": str(Path(folder) / "base.pt")}
             results = {}
             for name in ("base", "stock", "dorafx", *(["control"] if options.control else [])):
 
@@ -165,26 +165,40 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """Losses above, their differences below, a colour a seed."""
+    """A column for each seed: above the losses of both, means over 50 steps; below how far the losses of a step are apart, the largest of
+    50 steps."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    losses, apart = figure.subplots(2, 1, sharex=True)
-    for seed, colour in zip(document["seeds"], ("#0b6e4f", "#b0413e", "#4a7fb5", "#8367c7", "#e08e45")):
-        steps = range(1, len(seed["stock"]) + 1)
-        losses.plot(
-            steps, seed["stock"], color=colour, linewidth=2.2, alpha=0.35, label=f"stock PEFT, seed {seed['seed']}"
+    seeds = document["seeds"]
+    figure = Figure(figsize=(max(3.4 * len(seeds), 5), 5), layout="constrained")
+    axes = figure.subplots(2, len(seeds), sharex=True, sharey="row", squeeze=False)
+    for seed, losses, apart in zip(seeds, axes[0], axes[1]):
+        count = len(seed["stock"])
+        size = min(50, max(1, count // 10))
+        starts = range(0, count - count % size, size)
+        steps = [start + size / 2 for start in starts]
+        stock, ours = (
+            [statistics.fmean(seed[run][start : start + size]) for start in starts] for run in ("stock", "dorafx")
         )
-        losses.plot(steps, seed["dorafx"], color=colour, linewidth=0.7, label=f"dorafx, seed {seed['seed']}")
-        differences = [max(abs(a - b), 1e-9) for a, b in zip(seed["stock"], seed["dorafx"])]
-        apart.plot(steps, differences, color=colour, linewidth=0.6)
-    losses.set_ylabel("loss (nats a byte)")
-    losses.legend(fontsize=7, ncols=2)
-    apart.axhline(LIMIT, color="black", linestyle="--", linewidth=0.8, label=f"{LIMIT:g}")
-    apart.set_yscale("log")
-    apart.set_ylabel("difference of a step's losses")
-    apart.set_xlabel("step")
-    apart.legend(fontsize=7)
+        # Okabe and Ito's colours (2008), as in the plots of dorafx bench; the lines differ in width and marks, too.
+        losses.plot(steps, stock, color="#d55e00", linewidth=5, alpha=0.5, label="stock PEFT")
+        losses.plot(steps, ours, color="#0072b2", linewidth=1.2, marker="o", markersize=3, label="dorafx")
+        losses.set_title(f"seed {seed['seed']}", loc="left", fontsize=9)
+        differences = [abs(a - b) for a, b in zip(seed["stock"], seed["dorafx"])]
+        largest = [max(max(differences[start : start + size]), 1e-9) for start in starts]
+        apart.plot(steps, largest, color="black", linewidth=1, marker=".", markersize=4, label="measured")
+        apart.axhline(LIMIT, color="#d55e00", linestyle="--", linewidth=1.5, label=f"limit, {LIMIT:g}")
+        apart.set_yscale("log")
+        apart.yaxis.set_minor_locator(NullLocator())
+        apart.set_xlabel("step", fontsize=8)
+        for axis in (losses, apart):
+            axis.tick_params(labelsize=7)
+            axis.grid(color="#dddddd", linewidth=0.5)
+    axes[0][0].set_ylabel("loss (nats a byte),\nmeans of 50 steps", fontsize=8)
+    axes[1][0].set_ylabel("difference of a step's losses,\nlargest of 50 steps", fontsize=8)
+    axes[0][0].legend(fontsize=8)
+    axes[1][0].legend(fontsize=8)
     figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
@@ -210,7 +224,12 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("parity.json"), help="the JSON file; the plot is .png beside it"
     )
+    parser.add_argument("--plot", type=Path, help="only draw the plot of this JSON file, beside it")
     options = parser.parse_args()
+    if options.plot is not None:
+        plot(json.loads(options.plot.read_text(encoding="utf-8")), options.plot.with_suffix(".png"))
+        print(f"{options.plot.with_suffix('.png')} is written")
+        return 0
     for document in run(options):
         options.out.write_text(json.dumps(document) + "\n", encoding="utf-8")
         plot(document, options.out.with_suffix(".png"))

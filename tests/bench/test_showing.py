@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from colours import closest, of_css
 from test_bench_results import sample
 
+from dorafx.bench.plot import STYLES
 from dorafx.bench.results import Results
 from dorafx.bench.table import human
 from dorafx.cli import main
@@ -90,6 +92,18 @@ def test_plot(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "<svg" in vector.read_text(encoding="utf-8")
     assert main(["bench", "--plot", str(file)]) == 0
     assert file.with_suffix(".png").exists()
+
+
+def test_bars_that_everybody_can_tell_apart(file: Path, tmp_path: Path) -> None:
+    """By colour, also who lacks one kind of cones; by a hatch; and by name."""
+    pytest.importorskip("matplotlib")
+    colours, hatches = zip(*STYLES.values())
+    assert closest(map(of_css, colours)) > 15
+    assert len(set(hatches)) == len(STYLES)
+    picture = tmp_path / "out.svg"
+    assert main(["bench", "--plot", str(file), "-o", str(picture)]) == 0
+    text = picture.read_text(encoding="utf-8")
+    assert all(STYLES[name][0] in text and f"ms, {name}" in text for name in ("dorafx", "peft"))
 
 
 def test_plots_that_cannot_be(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,3 +48,13 @@ def test_what_was_measured_at_length() -> None:
         assert sum(apart) / len(apart) == pytest.approx(seed["difference"]["mean"])
         assert seed["difference"]["mean"] < LIMIT
     assert (BENCHMARKS / "results" / "cpu-parity.png").is_file()
+
+
+def test_the_plot_is_drawn_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "parity.json"
+    file.write_text((BENCHMARKS / "results" / "cpu-parity.json").read_text())
+    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / "parity.py"), "--plot", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert file.with_suffix(".png").stat().st_size > 10_000

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from integration_support import peft_perceptron
 
 from dorafx import RewriteLog, explain, rewrite_log
-from dorafx.log import MAX_NODES, Drawing, DrawnNode
-from dorafx.log.layout import HEIGHT, WIDTH, lay_out
+from dorafx.log import MAX_NODES, Drawing, DrawnNode, DrawnTerms
+from dorafx.log.layout import HEIGHT, WIDTH, fitting, lay_out
 
 
 def layer(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
@@ -113,6 +113,56 @@ def test_json_and_bounds() -> None:
     assert log.drawings == {}
 
 
+def test_terms_of_both_sides() -> None:
+    drawing = drawing_of(layer)
+    assert drawing.terms == DrawnTerms(
+        ("y = x·wᵀ·D(m·n⁻¹) + x·aᵀ·bᵀ·D(m·n⁻¹)", "n = ‖w + b·a‖"),
+        (
+            "y = (x·wᵀ + x·aᵀ·bᵀ)·D(m·n⁻¹)",
+            "n = ‖w + b·a‖, block by block: the sum is never whole in memory",
+        ),
+    )
+    miss = drawing_of(squashed).terms
+    assert miss.after == () and miss.form == "linear" and "n = detach(‖W + s·B·A‖)" in miss.closest
+    norm_alone = drawing_of(lost).terms
+    assert norm_alone.before[-1] == "n = ‖w + b·a‖" and norm_alone.after == (
+        "n = ‖w + b·a‖, block by block: the sum is never whole in memory",
+    )
+
+
+def test_a_long_input_is_called_x_where_nothing_else_is() -> None:
+    def of_x(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
+        return layer(torch.sigmoid(torch.tanh(x)), w, a, b, m)
+
+    def of_given(given: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> Any:
+        return layer(torch.sigmoid(torch.tanh(given)), w, a, b, m)
+
+    given = "sigmoid(tanh(x))"
+    assert drawing_of(of_x).terms.before[0] == f"y = {given}·wᵀ·D(m·n⁻¹) + {given}·aᵀ·bᵀ·D(m·n⁻¹)"
+    terms = drawing_of(of_given).terms
+    assert terms.before[0] == "y = x·wᵀ·D(m·n⁻¹) + x·aᵀ·bᵀ·D(m·n⁻¹)"
+    assert terms.after[0] == "y = (x·wᵀ + x·aᵀ·bᵀ)·D(m·n⁻¹)"
+    assert terms.before[2] == terms.after[2] == "x = sigmoid(tanh(given))"
+
+
+def test_a_formula_does_not_stop_a_rewrite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no formula")
+
+    monkeypatch.setattr("dorafx.recording.records.drawn_terms_of_rewrite", broken)
+    drawing = drawing_of(layer)
+    assert drawing.terms == DrawnTerms() and drawing.after
+
+
+def test_a_log_without_terms_is_read() -> None:
+    drawing = drawing_of(layer)
+    assert Drawing.from_dict(drawing.to_dict()) == drawing
+    older = {side: nodes for side, nodes in drawing.to_dict().items() if side != "terms"}
+    assert Drawing.from_dict(older) == Drawing(drawing.before, drawing.after)
+    long = DrawnTerms(("y = " + "x" * 5000,) * 20).shortened()
+    assert Drawing.from_dict(Drawing(drawing.before, (), long).to_dict()).terms == long
+
+
 def test_a_large_region_is_cut() -> None:
     def long(x: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         made = w
@@ -153,6 +203,10 @@ def test_a_stream_holds_each_drawing_once(tmp_path: Any, monkeypatch: pytest.Mon
         ({"before": [{"fate": "eaten"}]}, "fate 'eaten'"),
         ({"before": [{"inputs": [0]}]}, "indices of earlier nodes"),
         ({"before": [{"replaces": [3]}]}, "list of names"),
+        ({"before": [], "terms": 3}, "'terms' must be lists"),
+        ({"before": [], "terms": {"before": "y"}}, "'terms' must be lists"),
+        ({"before": [], "terms": {"after": ["y" * 3000]}}, "'terms' must be lists"),
+        ({"before": [], "terms": {"form": 3}}, "'terms' must be lists"),
     ],
 )
 def test_what_is_no_drawing_is_said(change: dict[str, object], message: str) -> None:
@@ -178,3 +232,26 @@ def test_no_boxes_overlap_and_edges_go_down() -> None:
         for edge in picture.edges:
             assert picture.corners[edge.source][1] < picture.corners[edge.target][1]
     assert lay_out(()).corners == ()
+
+
+def test_so_many_nodes_beside_each_other() -> None:
+    drawing = drawing_of(layer)
+    for most in (1, 2, 3):
+        picture = lay_out(drawing.after, most)
+        for _, y in picture.corners:
+            assert sum(other == y for _, other in picture.corners) <= most
+    pictures = [fitting(drawing.after, width) for width in (10_000, 500, 400, 10)]
+    assert [p.width for p in pictures] == sorted((p.width for p in pictures), reverse=True)
+    assert pictures[1].width <= 500 and pictures[2].width <= 400
+
+
+def test_what_follows_each_other_stands_below_each_other() -> None:
+    nodes = [DrawnNode("a", "input"), DrawnNode("b", "input")]
+    nodes += [DrawnNode(f"n{i}", "op", inputs=(i - 1,)) for i in range(2, 9)]
+    nodes.append(DrawnNode("end", "op", inputs=(0, 8)))
+    picture = lay_out(nodes)
+    assert len({x for x, _ in picture.corners[1:]}) == 1
+    (edge,) = [e for e in picture.edges if (e.source, e.target) == (4, 5)]
+    assert "C" not in edge.path
+    (long,) = [e for e in picture.edges if (e.source, e.target) == (0, 9)]
+    assert long.path.count("C") <= 2
