@@ -1,5 +1,5 @@
 """Write ../guide/results.md from the JSON files of results: what is reached of what dorafx wants to reach, then every figure; and
-README.md's table of what dorafx gains. What has no file is unmeasured.
+README.md's table and picture of what dorafx gains. What has no file is unmeasured.
 
     python examples/benchmarks/page.py [FOLDER] [--readme FILE]
 
@@ -20,6 +20,7 @@ from dorafx.bench.table import human, markdown
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = RESULTS.parents[1] / "guide" / "results.md"
+PICTURE = RESULTS.parents[1] / "guide" / "images" / "gains.png"
 README = RESULTS.parents[2] / "README.md"
 
 HEAD = """# Results
@@ -426,6 +427,42 @@ def what_you_get(files: Files) -> Iterable[str]:
     yield f"PEFT is eager, as its users run it; LoRA is compiled.{after}{'' if on_gpu else ' **Not measured on a GPU yet.**'}"
 
 
+def compared(files: Files) -> dict[str, list[str]]:
+    """What the picture shows: of each row of the table the figures as they are printed, in the order of ``COMPARED``."""
+    return {
+        gain.what: [human(figure.median, figure.unit) for figure in gain.figures]
+        for gain in gains(files, cuda=True) or gains(files, cuda=False)
+    }
+
+
+def draw(files: Files, path: Path) -> None:
+    """README.md's picture: the table's figures as bars, a panel a row. The file says in its own metadata what it shows."""
+    from matplotlib.figure import Figure
+
+    from dorafx.bench.plot import STYLES
+
+    found = gains(files, cuda=True) or gains(files, cuda=False)
+    figure = Figure(figsize=(9, 1.9), layout="constrained")
+    for axis, gain in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
+        for place, (name, value) in enumerate(zip(COMPARED, gain.figures)):
+            colour, hatch = STYLES[name]
+            bar = axis.barh(place, value.median, 0.75, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
+            axis.bar_label(bar, [f" {human(value.median, value.unit)}"], fontsize=8, padding=2)
+        first = axis is figure.axes[0]
+        axis.set_yticks(
+            range(len(COMPARED)), [NAMES[name] for name in COMPARED] if first else [""] * len(COMPARED), fontsize=9
+        )
+        axis.set_title(
+            gain.what.partition(",")[0].partition(" (")[0].replace(" of a training step", ""), loc="left", fontsize=9
+        )
+        axis.invert_yaxis()
+        axis.set_xticks([])
+        axis.set_xlim(0, 1.45 * max(value.median for value in gain.figures))
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+        axis.tick_params(length=0)
+    figure.savefig(path, dpi=150, metadata={"Description": json.dumps(compared(files)), "Software": None})
+
+
 def over_lora(files: Files, name: str) -> Iterable[str]:
     """``+x %`` over plain LoRA, of the model of users."""
     for metric in ("one token", "training step"):
@@ -550,6 +587,9 @@ def main() -> int:
     if readme is not None:
         readme.write_text(with_region(readme.read_text(encoding="utf-8"), what_you_get(read(folder))), encoding="utf-8")
         print(f"{readme} is written")
+        picture = PICTURE if here else folder / PICTURE.name
+        draw(read(folder), picture)
+        print(f"{picture} is written")
     return 0
 
 

@@ -37,6 +37,18 @@ def test_the_readme_is_current(script: Any) -> None:
     is_current(script.README, script.with_region(text, lines))
 
 
+def test_the_picture_of_the_readme_shows_its_table(script: Any) -> None:
+    """``python examples/benchmarks/page.py`` draws it anew; what it shows stands in its metadata."""
+    from PIL import Image
+
+    files = script.read(BENCHMARKS / "results")
+    with Image.open(script.PICTURE) as picture:
+        assert json.loads(picture.info["Description"]) == script.compared(files)
+    table = "\n".join(script.what_you_get(files)).replace("*", "")
+    for what, figures in script.compared(files).items():
+        assert f"| {what} | {' | '.join(figures)} |" in table
+
+
 def test_verdicts_follow_the_figures(script: Any, tmp_path: Path) -> None:
     """A pass that took four seconds is not reached; what has no file is unmeasured."""
     document = json.loads((BENCHMARKS / "results" / "cpu-pass.json").read_text(encoding="utf-8"))
