@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from ..processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
+from .processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
 
 
 class Budget:
