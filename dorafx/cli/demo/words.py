@@ -78,7 +78,7 @@ def _compared(phase: str, ours: dict[str, Any], stock: dict[str, Any], lora: dic
     if abs(ratio - 1) <= _SAME:
         verdict = "takes about as long"
     elif ratio > 1:
-        verdict = f"is {ratio:.1f} times as fast" if ratio >= 1.15 else f"is {ratio - 1:.0%} faster"
+        verdict = f"is {ratio:.{int(ratio < 9.95)}f} times as fast" if ratio >= 1.15 else f"is {ratio - 1:.0%} faster"
     else:
         verdict = f"is {1 / ratio - 1:.0%} slower" if ratio > 0.5 else f"takes {1 / ratio:.1f} times as long"
     word = {"prefill": "prefill"}.get(phase, PHASES[phase])
