@@ -239,6 +239,14 @@ def test_without_peft_it_says_what_to_install(
     assert capsys.readouterr().err == "dorafx: the demo needs peft and transformers: pip install 'dorafx[peft]'\n"
 
 
+def test_without_a_compiler_it_says_so_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dorafx.cli.demo.has_cpp_compiler", lambda: False)
+    assert main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("dorafx: on a CPU torch.compile needs a C++ compiler: ")
+
+
 def _dies(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGTERM)
     return {}

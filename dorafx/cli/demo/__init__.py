@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from dorafx._compat.inductor import has_cpp_compiler
 from dorafx.bench.models import Size
 from dorafx.bench.processes import PEFT
 from dorafx.bench.schedule import Budget, Group, Member, run_groups
@@ -46,7 +47,8 @@ def run_demo(setting: Setting, out: Path, repeats: int = 5, as_json: bool = Fals
         The results as written to ``results.json``.
 
     Raises:
-        DorafxError: transformers or PEFT is not installed, or a configuration failed; the message has its error.
+        DorafxError: transformers or PEFT is not installed, or there is no C++ compiler, or a configuration failed; the message says
+            what is missing or has the error.
     """
     absent = [name for name in ("peft", "transformers") if importlib.util.find_spec(name) is None]
     if absent:
@@ -54,6 +56,8 @@ def run_demo(setting: Setting, out: Path, repeats: int = 5, as_json: bool = Fals
     out.mkdir(parents=True, exist_ok=True)
     console = Console(stderr=as_json, highlight=False)
     _say(console, introduction(setting))
+    if not setting.cuda and not has_cpp_compiler():
+        raise DorafxError("on a CPU torch.compile needs a C++ compiler: install g++ or clang, or name one in CXX")
     with tempfile.TemporaryDirectory() as folder:
         results = _measure(setting, Path(folder), out / "log.json", repeats, console)
         stock = torch.load(Path(folder) / "logits0.pt", weights_only=True)
