@@ -247,6 +247,32 @@ def test_without_a_compiler_it_says_so_at_once(
     assert capsys.readouterr().err.startswith("dorafx: on a CPU torch.compile needs a C++ compiler: ")
 
 
+def test_an_interruption_ends_every_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dorafx.bench import schedule
+
+    ended: list[bool] = []
+
+    class Process:
+        connection = None
+
+        def end(self) -> None:
+            ended.append(True)
+
+    def run_groups(pending: deque[Any], budget: Any, listener: Any) -> None:
+        schedule.run_groups(pending, budget, listener, start=lambda *arguments: Process())  # type: ignore[arg-type]
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dorafx.cli.demo.run_groups", run_groups)
+    monkeypatch.setattr(schedule, "wait", interrupted)
+    assert main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    assert len(ended) == len(CONFIGURATIONS)
+    assert capsys.readouterr().err == "dorafx: interrupted\n"
+
+
 def _dies(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGTERM)
     return {}

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from dorafx._compat.inductor import has_cpp_compiler
 from dorafx.bench.models import Size
 from dorafx.bench.processes import PEFT
-from dorafx.bench.schedule import Budget, Group, Member, run_groups
+from dorafx.bench.schedule import STOPPED, Budget, Group, Member, run_groups
 from dorafx.errors import DorafxError
 from dorafx.log import RewriteLog
 
@@ -107,6 +107,8 @@ def _measure(setting: Setting, folder: Path, log_file: Path, repeats: int, conso
     ]
     with _listener(console) as listener:
         run_groups(deque([Group(members, 0, 0)]), Budget(_SECONDS), listener)
+    if listener.stopped:
+        raise DorafxError(listener.stopped)
     return [listener.results[name] for name in CONFIGURATIONS]
 
 
@@ -118,7 +120,7 @@ class _Listener:
         self._console = console
         self._progress = progress
         self._tasks: dict[str, TaskID] = {}
-        self._failed = False
+        self.stopped = ""
 
     def started(self, member: Member) -> None:
         self._tasks[member.key] = self._progress.add_task(member.key, total=STEPS, does="starting a process")
@@ -135,8 +137,9 @@ class _Listener:
         self._progress.update(self._tasks[member.key], completed=STEPS, does="done")
 
     def failed(self, member: Member, why: str) -> None:
-        if not self._failed:  # the others are then stopped, which is no news
-            self._failed = True
+        if why.startswith(STOPPED):  # after another has failed, or when the user or the budget ends the run
+            self.stopped = why
+        else:
             raise DorafxError(f"the configuration {member.key!r} failed: {why}")
 
     def left_out(self, member: Member, why: str) -> None:
