@@ -1,4 +1,7 @@
-"""Diffusion: DoRA on the attention and the convolutions of a diffusers UNet, trained to predict noise."""
+"""Diffusion: DoRA on the attention and the convolutions of a diffusers UNet, trained to predict noise.
+
+Takes about 2 min on two CPU cores. Needs peft and diffusers; downloads nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Fine-tuning with HF Trainer: train, save, resume, and merge the adapter. Nothing of it knows of dorafx but one line."""
+"""Fine-tuning with HF Trainer: train, save, resume, and merge the adapter.
+
+Takes about 45 s on two CPU cores. Needs peft and accelerate; downloads nothing.
+One line of it knows of dorafx.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Reading the log as data: what was rewritten, what was not and why, what it saved, and the report as a page."""
+"""Reading the log as data: what was rewritten, what was not and why, what it saved, and the report as a page.
+
+Takes about 5 s on two CPU cores. Needs torch and dorafx alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A DoRA layer of one's own, written from the paper's formula: dorafx recognises what it computes, not who wrote it."""
+"""A DoRA layer of one's own, written from the paper's formula: dorafx recognises what it computes, not who wrote it.
+
+Takes about 15 s on two CPU cores. Needs torch and dorafx alone.
+"""
 
 from __future__ import annotations
 

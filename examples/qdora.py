@@ -1,4 +1,8 @@
-"""QDoRA: a stock PEFT DoRA model on a base in 4 bits (NF4 with double quantisation), trained and then decoding through dorafx."""
+"""QDoRA: a stock PEFT DoRA model on a base in 4 bits, trained and compared with stock PEFT.
+
+Takes about 1 min on two CPU cores. Needs peft and bitsandbytes; downloads nothing.
+The base is NF4 with double quantisation.
+"""
 
 import bitsandbytes as bnb
 import torch

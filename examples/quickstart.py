@@ -1,4 +1,7 @@
-"""A stock PEFT DoRA model, compiled through dorafx, and what dorafx did to it."""
+"""A stock PEFT DoRA model, compiled through dorafx, and what dorafx did to it.
+
+Takes about 40 s on two CPU cores. Needs peft; downloads nothing.
+"""
 
 import torch
 from peft import LoraConfig, get_peft_model

@@ -1,4 +1,7 @@
-"""Supervised fine-tuning with TRL: its trainer makes the PEFT model, and dorafx compiles that one."""
+"""Supervised fine-tuning with TRL: its trainer makes the PEFT model, and dorafx compiles that one.
+
+Takes about 1 min on two CPU cores. Needs peft and trl; downloads nothing.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@ weights, each configuration in a process of its own.
 
     plan      what is measured: suites, anchors, cases       plain data
     run       configurations interleaved over rounds         processes, worker, suites/
+    schedule  groups of processes: compiled side by side, timed alone (``bench gpu`` and the demo)
     results   raw samples and the figures taken from them    JSON
     table, plot                                              made from that JSON
 """

@@ -86,10 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo", parents=[common], help="measure a small stock PEFT model with and without dorafx"
     )
-    demo.add_argument("--hidden", type=int, default=1024, help="hidden size (default 1024)")
-    demo.add_argument("--layers", type=int, default=1, help="decoder layers (default 1)")
-    demo.add_argument("--rank", type=int, default=128, help="rank of the adapters (default 128)")
-    demo.add_argument("--tokens", type=int, default=256, help="tokens of the prefill and a training step (default 256)")
+    demo.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU if torch can use one)")
+    demo.add_argument("--hidden", type=int, help="hidden size (default 1024; more on a GPU)")
+    demo.add_argument("--layers", type=int, help="decoder layers (default 1; 2 on a GPU)")
+    demo.add_argument("--rank", type=int, help="rank of the adapters (default 128)")
+    demo.add_argument(
+        "--tokens", type=int, help="tokens of the prefill and a training step (default 256; more on a GPU)"
+    )
     demo.add_argument("--repeats", type=int, default=3, help="timed calls a figure (default 3)")
     demo.add_argument("--out", type=Path, default=Path("dorafx-demo"), help="folder for log, report and results")
     demo.set_defaults(run=_demo)
@@ -146,12 +149,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from .demo import Size, run_demo
+    from .demo import choose_setting, run_demo
 
     if options.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {options.repeats}")
-    size = Size(options.hidden, options.layers, options.rank, options.tokens)
-    run_demo(size, options.out, options.repeats, options.json)
+    sizes = {name: getattr(options, name) for name in ("hidden", "layers", "rank", "tokens")}
+    run_demo(choose_setting(options.device, **sizes), options.out, options.repeats, options.json)
     return 0
 
 

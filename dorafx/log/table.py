@@ -56,7 +56,9 @@ def show(content: Any, file: TextIO | None = None) -> None:
 def as_text(content: Any) -> str:
     """Plain text, for a file or a bug report."""
     out = io.StringIO()
-    Console(file=out, width=_plain_width(), color_system=None, highlight=False).print(content)
+    # In a notebook rich would display the content instead of writing it to the file.
+    console = Console(file=out, width=_plain_width(), color_system=None, highlight=False, force_jupyter=False)
+    console.print(content)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from dorafx.bench.gpu.schedule import Budget, Group, Member, run_groups
 from dorafx.bench.processes import ALONE, DEVICE, JobError, is_turn, turn
+from dorafx.bench.schedule import Budget, Group, Member, run_groups
 
 Report = Callable[[Any], None]
 

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -334,63 +330,3 @@ def test_imports_print_nothing(module: str) -> None:
     """What a command imports may have much to say of itself (PEFT's own imports: of GPUs' libraries that are not there)."""
     done = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True, text=True, check=True)
     assert done.stdout + done.stderr == ""
-
-
-@pytest.mark.slow
-def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main job on a tiny model, through the installed console script."""
-    script = Path(sys.executable).with_name("dorafx")
-    command = [
-        str(script),
-        "demo",
-        "--hidden",
-        "64",
-        "--layers",
-        "1",
-        "--rank",
-        "4",
-        "--tokens",
-        "16",
-        "--repeats",
-        "1",
-        "--json",
-    ]
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert not re.search(r"torchao|bitsandbytes|Warning|^W\d{4}", done.stderr, re.MULTILINE)
-    results = {r["name"]: r for r in json.loads(done.stdout)["results"]}
-    ours, stock = results["PEFT DoRA, dorafx"], results["PEFT DoRA, Inductor"]
-    assert (ours["breaks"], ours["rewrites"], ours["misses"]) == (0, 7, 0)
-    assert stock["breaks"] > 20
-    assert ours["graphs"] == results["plain LoRA, Inductor"]["graphs"]
-    assert ours["max_difference"] < 1e-4
-    for name in ("log.json", "report.html", "results.json"):
-        assert (tmp_path / "dorafx-demo" / name).stat().st_size > 100
-
-
-def _dies(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    os.kill(os.getpid(), signal.SIGTERM)
-    return {}
-
-
-def _raises(request: dict[str, Any], report: Callable[[str], None]) -> dict[str, Any]:
-    raise ValueError("it broke")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals")
-@pytest.mark.parametrize(("job", "message"), [(_dies, "ended by signal 15"), (_raises, "ValueError: it broke")])
-def test_demo_says_how_a_configuration_ended(
-    job: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("dorafx.cli.demo.run", job)
-    assert main(["demo", "--out", str(tmp_path / "out"), "--json"]) == 2
-    assert f"the configuration 'PEFT DoRA, eager' failed: {message}" in capsys.readouterr().err
-
-
-def test_demo_refuses_wrong_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--hidden", "100"]) == 2
-    assert "hidden must be a multiple of 64" in capsys.readouterr().err
-    assert main(["demo", "--repeats", "0"]) == 2

@@ -267,3 +267,11 @@ def test_an_unwritable_stream_warns_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_units() -> None:
     assert (human_bytes(0), human_bytes(65536), human_bytes(3 << 30)) == ("0 B", "64 KiB", "3 GiB")
     assert (human_flops(131072), human_flops(2.5e12)) == ("131 k", "2.5 T")
+
+
+def test_text_is_text_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There rich displays what it prints, and the text that it should have written would be empty."""
+    log = full_log()
+    before = str(log)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert str(log) == before != ""

@@ -1,9 +1,8 @@
 """``dorafx bench gpu``: all claims about GPUs measured within a budget of seconds, for a machine that is available for minutes.
 
 plan       what is measured, in the order of importance, and estimates    plain data
-schedule   groups of processes: compiled side by side, timed alone
 micro, tuning, ../worker                                                   the jobs in the processes
-run        the run, with a complete file of results after every figure
+run        the run by ../schedule, with a complete file of results after every figure
 """
 
 from .plan import PARTS

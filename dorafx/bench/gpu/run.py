@@ -21,13 +21,13 @@ from ..environment import describe_environment
 from ..peers import find_peers
 from ..processes import PEFT, JobProcess
 from ..results import Metric, Results, Row
+from ..schedule import Budget, Group, Member, run_groups
 from ..table import human
 from ..tune import Choice, paste_for
 from ..work import Work
 from ..worker import configuration
 from .micro import micro
 from .plan import PARTS, Batch, Item, plan_of
-from .schedule import Budget, Group, Member, run_groups
 from .tuning import Trial, label_of, trials, tune_share
 
 UNREACHED = "the run ended before it"

@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from ..processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
+from .processes import ALONE, DEVICE, Job, JobError, JobProcess, is_turn
+
+STOPPED = "stopped: "
+"""How the reason begins for which a job failed that was stopped with the run."""
 
 
 class Budget:
@@ -152,7 +155,7 @@ def run_groups(
     finally:
         for running in (r for stage in stages for r in stage.running):
             running.process.end()
-            listener.failed(running.member, f"stopped: {why}")
+            listener.failed(running.member, STOPPED + why)
         for group in pending:
             for member in group.members:
                 listener.left_out(member, why)
