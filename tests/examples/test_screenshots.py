@@ -29,7 +29,7 @@ def width(picture: Path) -> int:
 
 
 def run(*arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "screenshots.py"), *arguments]
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "site" / "screenshots.py"), *arguments]
     environment = os.environ if path is None else {**os.environ, "PATH": path}
     return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
 

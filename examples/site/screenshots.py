@@ -1,6 +1,6 @@
 """The pictures of the report that the guide and the README show: a Llama with PEFT's DoRA, explained, and its page in Chromium.
 
-    python examples/screenshots.py
+    python examples/site/screenshots.py
 
 Needs Chromium with its driver, selenium and Pillow. Writes PNG files into ``examples/guide/images``, or the folder that ``--out`` names.
 """
@@ -24,7 +24,7 @@ from torch import nn
 import dorafx
 from dorafx.log.html import render
 
-IMAGES = Path(__file__).resolve().parent / "guide" / "images"
+IMAGES = Path(__file__).resolve().parents[1] / "guide" / "images"
 NEEDED = "needs Chromium with its driver, selenium and Pillow: apt-get install chromium chromium-driver; pip install selenium pillow"
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars --disable-sync"
 CUT = 1040  # pixels that the README's picture is wide
@@ -127,7 +127,7 @@ def chromium() -> Iterator[Browser]:
     except ImportError:
         program = None
     if program is None or driver_program is None:
-        raise SystemExit(f"examples/screenshots.py {NEEDED}")
+        raise SystemExit(f"examples/site/screenshots.py {NEEDED}")
     options = webdriver.ChromeOptions()
     options.binary_location = program
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
