@@ -22,7 +22,7 @@ from dorafx.bench.models import Size
 from dorafx.cli import main
 from dorafx.cli.demo import choose_setting
 from dorafx.cli.demo.setting import ON_CPU, ON_GPU
-from dorafx.cli.demo.words import closing
+from dorafx.cli.demo.words import closing, introduction
 from dorafx.cli.demo.worker import CONFIGURATIONS, STEPS, WAITING, run
 from dorafx.errors import DorafxError
 
@@ -329,12 +329,15 @@ def test_the_whole_demo_in_a_terminal(tmp_path: Path) -> None:
     assert shown.startswith(f"dorafx {dorafx.__version__} demo: ")
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown).replace("\r", "\n")
     assert not re.search(FOREIGN, text, re.MULTILINE), text
-    ours = ("dorafx ", "Hidden size", "Four ", *CONFIGURATIONS, "With dorafx", "What dorafx did", "Next, ask", "    ")
-    paragraphs = re.split(r"\n{2,}|\n(?=PEFT DoRA|plain LoRA|    |Hidden|Four)", text.strip())
-    assert [p for p in paragraphs if p.strip() and not p.startswith(ours)] == []
+    lines = [line for line in text.splitlines() if not line.startswith(tuple(CONFIGURATIONS))]
+    summary = json.loads(printed)
+    setting = choose_setting("cpu", hidden=64, layers=1, rank=4, tokens=16)
+    own = " ".join([introduction(setting), *closing(summary["results"], Path("dorafx-demo"))])
+    said, own = (re.sub(r"\(\d+ threads?\)", "(threads)", " ".join(part.split())) for part in (" ".join(lines), own))
+    assert said == own  # nothing but this and the bars
     assert "PEFT DoRA, Inductor" in text and "compiling the training step" in text and "timing one token" in text
 
-    results = {r["name"]: r for r in json.loads(printed)["results"]}
+    results = {r["name"]: r for r in summary["results"]}
     mine, stock = results["PEFT DoRA, dorafx"], results["PEFT DoRA, Inductor"]
     assert (mine["breaks"], mine["rewrites"], mine["misses"]) == (0, 7, 0)
     assert stock["breaks"] > 20

@@ -30,7 +30,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 STEPS = 2 + 2 * len(PHASES)
 """Reports of a job before its result: making the model, the first call of each phase, waiting, and timing each phase."""
-WAITING = "waiting until the others have compiled"
+WAITING = "waiting for the others to compile"
 
 
 def run(request: dict[str, Any], report: Report) -> dict[str, Any]:
