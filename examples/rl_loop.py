@@ -1,6 +1,6 @@
 """Reinforcement learning with TRL: completions are generated unmerged, at LoRA's price, and the base weights never move.
 
-Takes about 40 s on two CPU cores. Needs peft and trl; downloads nothing.
+Takes about 1 min on two CPU cores. Needs peft and trl; downloads nothing.
 
 Shows GRPOTrainer with dorafx.TrainerCallback, then merges the adapter for a generation and unmerges it for a step, 50 times in bf16,
 while the adapter moves.
