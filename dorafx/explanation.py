@@ -92,7 +92,7 @@ class Explanation:
         graph_count: number of graphs that Dynamo captured.
         breaks: the distinct places where it broke the graph, with the cause of each.
         log: the records.
-        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; ``dorafx.lift.show``
+        terms: what each site computes, as a formula, and for a near miss the form that it is closest to; ``dorafx/lift/show.py``
             explains the notation.
         layers: the names of the model's adapter layers with a magnitude.
         zero_rows: site -> how many rows of its adapted weight have a norm of zero, of sites that have such rows. ``m / 0`` makes them

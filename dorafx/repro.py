@@ -248,7 +248,7 @@ def _branching(node: fx.Node) -> str:
 
 def _label(node: fx.Node) -> str:
     """The script's name of an input."""
-    return (input_path(node) or node.name).removeprefix("_parameters.").removeprefix("_buffers.")
+    return input_path(node) or node.name
 
 
 def _labelled(sentence: str, labels: Mapping[str, str]) -> str:

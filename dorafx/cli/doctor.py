@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import re
@@ -18,11 +19,21 @@ from dorafx.versions import OPTIONAL, VERSIONS
 
 from .self_tests import SELF_TESTS, run_self_test
 
+
+def _issues() -> str:
+    """Where this package's metadata says that issues are reported."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for entry in importlib.metadata.metadata("dorafx").get_all("Project-URL") or ():
+            label, _, address = entry.partition(", ")
+            if label == "Issues":
+                return address
+    return "where you have dorafx from"
+
+
 HOW_TO_REPORT = (
-    "To report a layer that is wrong, missed or slow, add a script that rebuilds its graph and has none of your data: "
-    'dorafx.rewrite_log().save_repro(record, "repro.py"), or DORAFX_REPRO=FOLDER python YOUR_PROGRAM.py for the scripts of all graphs. '
-    "Paste the block above and attach the script in the issue tracker of the place that you have dorafx from; "
-    "examples/guide/reporting.md has the rest."
+    "To report a layer that is wrong, missed or slow, add a script that rebuilds its graph: lines of your code, no values of your tensors. "
+    'Write it with dorafx.rewrite_log().save_repro(record, "repro.py"), or DORAFX_REPRO=FOLDER python YOUR_PROGRAM.py for the scripts of all graphs. '
+    f"Paste the block above into an issue and attach the script: {_issues()}. examples/guide/reporting.md has the rest."
 )
 
 _VARIABLES = re.compile(

@@ -128,7 +128,9 @@ def _parser() -> argparse.ArgumentParser:
         help="the base's folder or safetensors file (default: what adapter_config.json names, if it is a folder)",
     )
     check.add_argument(
-        "--dtype", choices=_DTYPES, help="in which the layers will compute (default: that of the base's weights)"
+        "--dtype",
+        choices=_DTYPES,
+        help="in which the layers will compute (default: the wider one of base weight and factors)",
     )
     check.set_defaults(run=_check)
 

@@ -116,7 +116,9 @@ def input_path(node: fx.Node) -> str:
     if node.op == "get_attr":
         return str(node.target)
     access = input_source(node) if node.op == "placeholder" else ""
-    return _named(access).replace("._parameters.", ".").replace("._buffers.", ".") if access else ""
+    # A dot in front, so that what belongs to the compiled module itself is like the rest.
+    path = f".{_named(access)}" if access else ""
+    return path.replace("._parameters.", ".").replace("._buffers.", ".").removeprefix(".")
 
 
 def source_of(node: fx.Node) -> str:

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A block of this many bytes is still in the cache after its GEMM, and large enough for the GEMM to run at full rate (measured at
-# 256 KiB to 4 MiB with examples/benchmarks/norm.py). On accelerators few launches matter more.
+# 256 KiB to 4 MiB). On accelerators few launches matter more.
 _CPU_BLOCK_BYTES = 4 << 20
 _DEVICE_BLOCK_BYTES = 16 << 20
 # Every buffer is smaller than the weight divided by this.

@@ -209,7 +209,7 @@ class _Script:
         place = ("", "")
         symbols = self._symbols(gm) if parameters is None else {}
         if parameters is None:
-            paths = [_path(n) for n in gm.graph.find_nodes(op="placeholder") if looks_like_parameter(n)]
+            paths = [input_path(n) for n in gm.graph.find_nodes(op="placeholder") if looks_like_parameter(n)]
             self._prefix = _common_modules(paths)
         storages: dict[int, str] = {}
         for node in gm.graph.nodes:
@@ -288,7 +288,7 @@ class _Script:
     def _input(self, node: fx.Node, storages: dict[int, str]) -> str:
         tensor = node.meta.get("example_value", node.meta.get("val"))
         assert isinstance(tensor, torch.Tensor)
-        path = _path(node)
+        path = input_path(node)
         shown = _plain(path or node.name)
         if placements(tensor) is not None:
             raise CannotBeRebuilt(
@@ -543,14 +543,6 @@ def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def _path(node: fx.Node) -> str:
-    """Where an input comes from, as ``named_parameters()`` names it."""
-    path = input_path(node)
-    for own in ("_parameters.", "_buffers."):  # of the module that was compiled itself
-        path = path.removeprefix(own)
-    return path
 
 
 def _common_modules(paths: Sequence[str]) -> str:

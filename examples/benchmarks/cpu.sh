@@ -28,7 +28,7 @@ for part in "${parts[@]}"; do
             "$python" -m dorafx demo --out "$made" && cp "$made/results.json" "$folder/cpu-demo.json" || status=1
             rm -r "$made"
             ;;
-        norm) bench norm norm --against peft dense chunked --rounds 1 --seconds 0.3 ;;
+        norm) bench norm norm --rounds 4 --seconds 0.3 ;;
         compose) bench compose compose --rounds 1 ;;
         layer) bench layer layer --against peft dense chunked lora --rounds 1 ;;
         model)

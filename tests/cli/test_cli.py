@@ -305,7 +305,7 @@ def test_doctor_reports_an_operator_that_cannot_run_or_is_wrong(
     assert "  FAIL  compose cpu float32: relative error 3.3e-01, at most 1e-06 allowed\n" in output
     assert "  ok    compose_delta cpu float32: " in output
     report = output.partition("```text")[2]
-    assert "save_repro" in report and "issue tracker" in report
+    assert "save_repro" in report and "attach the script: https://" in report
     assert "  FAIL row_norm tiled cpu float32: RuntimeError: no kernel image\n" in report
 
 

@@ -59,6 +59,13 @@ class Model(torch.nn.Module):
         return self.last(self.middle(self.first(x)))
 
 
+def test_parameters_of_the_compiled_module_have_their_own_names_in_drawings() -> None:
+    layer = Layer()
+    torch.compile(layer, backend="dorafx", options={"dorafx.codegen": "eager"})(torch.randn(3, 5))
+    (drawing,) = rewrite_log().drawings.values()
+    assert {node.label for node in drawing.before if node.label} - {"x"} == {"weight", "a", "b", "m"}
+
+
 def test_a_frame_that_a_hook_ends_names_no_variable_of_dynamo() -> None:
     """Dynamo cannot trace the hook: what comes after it is compiled by itself, with the next layer on the stack."""
     model = Model()

@@ -56,7 +56,7 @@ def verdict_of(program: Program) -> Verdict:
     return verdict
 
 
-# README says so of PEFT's form: the gradients that cancel do not, where the norm of an adapted row is zero or NaN.
+# examples/guide/same-results.md says so of PEFT's form: the gradients that cancel do not, where the norm of an adapted row is zero or NaN.
 _BIAS_IS_NAN = re.compile(r"call \d+: the gradient of bias is \S+ where the original gives nan")
 
 

@@ -15,8 +15,7 @@ NAMES = sorted(ARCHITECTURES)
 
 
 def same_sites(sites: list[str], model: Any) -> bool:
-    """Whether each DoRA module is there once. Where a wrapper breaks the graph (PEFT's, under a logged warning of the
-    loss function), the inner module is what is compiled, and names start there."""
+    """Whether each DoRA module is there once, with or without the prefix of PEFT's wrapper."""
     inner = "base_model.model."
     return sorted(inner + s.removeprefix(inner) for s in sites) == dora_sites(model)
 

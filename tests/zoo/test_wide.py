@@ -60,7 +60,7 @@ def explained(name: str) -> tuple[Any, Any, Any]:
 
 
 def recalled(found: Any, model: Any) -> set[str]:
-    """DoRA modules that were rewritten. Where a model breaks the graph, names in the log start at the inner module."""
+    """DoRA modules that were rewritten, by the ends of their names."""
     sites = {r.site for r in found.rewrites}
     return {want for want in dora_sites(model) if any(want == s or want.endswith("." + s) for s in sites)}
 
