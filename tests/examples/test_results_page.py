@@ -181,6 +181,12 @@ def test_the_readme_says_what_one_gains_on_the_best_device_that_was_measured(scr
     assert not any("token" in line for line in lines)
     assert "2 CPU cores, torch 2.13.0, float32" in lines[-2] and "has changed takes 3 s" in lines[-1]
     assert lines[-1].endswith("**Not measured on a GPU yet.**")
+    shown = [
+        {"name": f"PEFT DoRA, {name}", "step": step, "graphs": graphs}
+        for name, step, graphs in (("Inductor", 2.0, 64), ("dorafx", 1.0, 3))
+    ]
+    *_, last = script.what_you_get({"cpu": on_cpu, "cpu-demo": {"results": shown}})
+    assert "takes 2 s by Inductor, in 64 graphs, and 1 s by dorafx, in 3." in last
     decoding = [
         row("decode", QWEN, name, one_token=time) for name, time in (("dorafx", 1.0), ("peft", 9.0), ("lora", 1.0))
     ]
