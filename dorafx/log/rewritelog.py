@@ -289,7 +289,8 @@ class RewriteLog:
         from .html import render
 
         target = Path(path)
-        target.write_text(render(self), encoding="utf-8")
+        # Names need not be text that UTF-8 has: a log may be of another program's.
+        target.write_text(render(self), encoding="utf-8", errors="backslashreplace")
         return target
 
     def print(self, file: TextIO | None = None) -> None:
