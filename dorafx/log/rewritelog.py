@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 """Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
 {stage: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
-Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
+Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …, "terms": …}``."""
 
 _MOST_SCRIPTS = 64
 _MOST_BYTES = 4 << 20  # of all scripts of a log, compressed
