@@ -94,7 +94,9 @@ def _with_short_paths(text: str) -> Markup:
         short = shortened(found[0]) if _A_PATH.search(found[0]) else found[0]
         if short != found[0]:
             parts.append(Markup.escape(text[end : found.start()]))
-            parts.append(Markup('<span class="path" tabindex="0" title="{}">{}</span>').format(found[0], short))
+            parts.append(
+                Markup('<span class="path" role="button" tabindex="0" title="{}">{}</span>').format(found[0], short)
+            )
             end = found.end()
     return Markup("").join([*parts, Markup.escape(text[end:])])
 
