@@ -180,7 +180,7 @@ def _names_in_models() -> dict[int, str]:
             models = [one.model() for one in _served]
         models += compiled_modules("dorafx")[0]
     names: dict[int, str] = {}
-    for model in dict.fromkeys(models):
+    for model in {id(model): model for model in models}.values():
         for name, module in () if model is None else model.named_modules():
             names.setdefault(id(module), name)
     return names
