@@ -40,12 +40,11 @@ class _File:
         self.explanation.breaks = graph_breaks_of(breaks[self.breaks_before :])
         try:
             self.explanation.write(self.path)
-        except OSError as error:
+        except Exception as error:  # also of what makes the report: it must not stop a compilation
             if not self.failed:
                 self.failed = True
-                warnings.warn(
-                    f"dorafx.explain: cannot write {self.path}: {error.strerror or error}", DorafxWarning, stacklevel=3
-                )
+                why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                warnings.warn(f"dorafx.explain: cannot write {self.path}: {why}", DorafxWarning, stacklevel=3)
 
 
 def begin(path: str) -> None:

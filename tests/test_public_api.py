@@ -26,7 +26,7 @@ import dorafx.extension
 import dorafx.ops
 from dorafx.cli.main import _parser
 from dorafx.log.counters import NormCounters
-from dorafx.log.drawing import Drawing, DrawnNode
+from dorafx.log.drawing import Drawing, DrawnNode, DrawnTerms
 from dorafx.log.rewritelog import _READABLE, SCHEMA_VERSION
 from dorafx.options import _CHOICES, EXPLAIN_SUFFIXES, Options
 from dorafx.scope import SCOPES
@@ -152,6 +152,7 @@ def log_schema() -> Iterator[str]:
     yield from (f"log record {field.name}" for field in dataclasses.fields(dorafx.Record))
     yield from (f"log drawing {field.name}" for field in dataclasses.fields(Drawing))
     yield from (f"log drawing node {field.name}" for field in dataclasses.fields(DrawnNode))
+    yield from (f"log drawing terms {field.name}" for field in dataclasses.fields(DrawnTerms))
     sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "patterns").glob("*.py"))
     forms = re.findall(r'^@pattern\(name="(\w+)"\)', sources, re.MULTILINE)
     yield from (f"log pattern {name}" for name in (*forms, "norm_only"))

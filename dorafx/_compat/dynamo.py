@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -345,13 +346,42 @@ def module_at(access: str) -> torch.nn.Module | None:
     if getattr(tls, "current_tx", None) is None:
         return None
     frame = InstructionTranslator.current_tx().output.root_tx
-    access = re.sub(r"\.(\d+)(?!\w)", r"._modules['\1']", access)  # ``layers.0``, as stacks of modules have it
     try:
-        # As Dynamo evaluates it for its guards.
-        found = eval(access, {"L": frame.f_locals, "G": frame.f_globals})
+        found = _reached(access, {"L": frame.f_locals, "G": frame.f_globals})
     except Exception:
         return None
     return found if isinstance(found, torch.nn.Module) else None
+
+
+_TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_VARIABLE = re.compile(rf"([LG])\[({_TEXT})\]")
+_STEP = re.compile(rf"\.(\w+)(?=[.\[]|$)|\[({_TEXT}|\d+)\]")
+_BY_FUNCTION = re.compile(rf"getattr\((.+), ({_TEXT})\)")
+
+
+def _reached(access: str, variables: dict[str, Any]) -> Any:
+    """What a path of attributes and entries leads to. Not by ``eval``: Dynamo writes names of modules as they are, and they may be any
+    text."""
+    if by_function := _BY_FUNCTION.match(access):
+        value = getattr(_reached(by_function[1], variables), ast.literal_eval(by_function[2]))
+        rest = access[by_function.end() :]
+    elif variable := _VARIABLE.match(access):
+        value = variables[variable[1]][ast.literal_eval(variable[2])]
+        rest = access[variable.end() :]
+    else:
+        raise ValueError(f"not a path from a variable: {access}")
+    while rest:
+        step = _STEP.match(rest)
+        if step is None:  # a name that is no identifier
+            name = max((name for name in value._modules if rest.startswith(f".{name}")), key=len)
+            value, rest = value._modules[name], rest[len(name) + 1 :]
+            continue
+        if step[2]:
+            value = value[ast.literal_eval(step[2])]
+        else:
+            value = value._modules[step[1]] if step[1].isdigit() else getattr(value, step[1])
+        rest = rest[step.end() :]
+    return value
 
 
 def is_traced(value: torch.Tensor) -> bool:

@@ -144,7 +144,8 @@ def run_groups(
             if len(stages) < 2 and pending and all(stage.compiled for stage in stages):
                 # The rest of the budget after the current group is timed.
                 left = budget.left - sum(stage.timing for stage in stages)
-                stages.append(_start(pending.popleft(), left, listener, start))
+                stages.append(_Stage(pending.popleft(), []))
+                _start(stages[-1], left, listener, start)
             else:
                 _give_turns(stages[0].running)
                 _listen([stage.running for stage in stages], budget, listener)
@@ -161,7 +162,9 @@ def run_groups(
                 listener.left_out(member, why)
 
 
-def _start(group: Group, left: float, listener: Listener, start: Callable[..., JobProcess]) -> _Stage:
+def _start(stage: _Stage, left: float, listener: Listener, start: Callable[..., JobProcess]) -> None:
+    """Start the processes of a stage; those that run when something raises are in it."""
+    group = stage.group
     why = group.reason_to_skip()
     members = [] if why else group.fitting(left)
     for member in group.members:
@@ -170,11 +173,9 @@ def _start(group: Group, left: float, listener: Listener, start: Callable[..., J
             listener.left_out(
                 member, why or f"its estimate of {estimate:.0f} s was more than the {max(left, 0):.0f} s left"
             )
-    stage = _Stage(group, [])
     for m in members:
         listener.started(m)
         stage.running.append(_Running(m, start(m.job, m.request, m.start_method, m.preload)))
-    return stage
 
 
 def _give_turns(current: list[_Running]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import threading
 import time
 import weakref
@@ -28,11 +29,13 @@ from dorafx._compat.dynamo import (
     why_skipped,
 )
 from dorafx.errors import RewriteMissError
-from dorafx.graphs.provenance import roots_named
+from dorafx.graphs.provenance import roots_named, roots_of
 from dorafx.log import ReasonKind, Record, RewriteLog, rewrite_log
 from dorafx.scope import adapted_modules
 
 from .in_place import OPTIMIZED
+
+_logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
 
 @dataclass(eq=False)
@@ -151,6 +154,25 @@ def named_in_model(gm: fx.GraphModule) -> Iterator[str]:
     Returns:
         The name of the module whose method the frame is; empty for others, and for the model itself.
     """
+    frame, roots = "", {}
+    try:
+        names = _names_in_models()
+        method_of = module_of_frame()
+        frame = names.get(id(method_of), "")
+
+        def name_of(access: str) -> str:
+            name = names.get(id(module_at(access)), "")
+            return name.removeprefix(f"{frame}.") if not frame or name.startswith(f"{frame}.") else ""
+
+        roots = roots_of(gm, name_of, method_of is not None)
+    except Exception:  # a name must not stop a compilation
+        _logger.debug("modules are named as the frame reaches them", exc_info=True)
+    with roots_named(roots):
+        yield frame
+
+
+def _names_in_models() -> dict[int, str]:
+    """The names of all modules of the models that are compiled, or explained in this thread, by their identities."""
     if hasattr(_explaining, "call"):
         models = [one.model() for one in _explaining.call[0]]
     else:
@@ -158,18 +180,10 @@ def named_in_model(gm: fx.GraphModule) -> Iterator[str]:
             models = [one.model() for one in _served]
         models += compiled_modules("dorafx")[0]
     names: dict[int, str] = {}
-    for model in models:
+    for model in {id(model): model for model in models}.values():
         for name, module in () if model is None else model.named_modules():
             names.setdefault(id(module), name)
-    method_of = module_of_frame()
-    frame = names.get(id(method_of), "")
-
-    def name_of(access: str) -> str:
-        name = names.get(id(module_at(access)), "")
-        return name.removeprefix(f"{frame}.") if not frame or name.startswith(f"{frame}.") else ""
-
-    with roots_named(gm, name_of, method_of is not None):
-        yield frame
+    return names
 
 
 @contextlib.contextmanager

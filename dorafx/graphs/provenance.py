@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 
 from torch import fx
@@ -19,11 +19,8 @@ _ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[
 _DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
 _OWNED = re.compile(r"\._(?:parameters|buffers)\['\w+'\]$")
+_PART = re.compile(r"[.\[]")
 _INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
-
-
-_known_roots: ContextVar[dict[str, str] | None] = ContextVar("_known_roots", default=None)
-"""Names of the modules that a frame reaches, by how Dynamo reaches them; that of "" is the module whose method no node's stack names."""
 
 
 @functools.lru_cache(maxsize=8192)
@@ -39,45 +36,41 @@ def module_path(access: str) -> str:
     return path.strip(".")
 
 
+_path_of: ContextVar[Callable[[str], str]] = ContextVar("_path_of", default=module_path)
+"""The module's name of how Dynamo reached it; of "" where no node's stack names the module."""
+
+
 def site_of(node: fx.Node) -> str:
     """The innermost module whose forward computes a node, relative to the module or function that was compiled."""
     stack = node.meta.get("nn_module_stack")
-    return _named(str(next(reversed(stack.values()))[0]) if stack else "")
+    return _path_of.get()(str(next(reversed(stack.values()))[0]) if stack else "")
 
 
-def _named(access: str) -> str:
-    """``module_path``, also below of a known root."""
-    for root, name in (_known_roots.get() or {}).items():
-        rest = access.removeprefix(root)
-        if root == access or (root and rest != access and not rest[:1].isidentifier()):
-            return f"{name}.{module_path(f'self{rest}')}".strip(".")
-    return module_path(access)
-
-
-@contextlib.contextmanager
-def roots_named(gm: fx.GraphModule, name: Callable[[str], str], of_method: bool) -> Iterator[None]:
-    """Name modules as a whole model does where the frame reaches them by another variable than its ``self``: as an argument, through a
-    closure, a partial or a value on the stack of a resumed frame.
+def roots_of(gm: fx.GraphModule, name: Callable[[str], str], of_method: bool) -> dict[str, str]:
+    """The names of modules that a frame reaches by another variable than its ``self``: as an argument, through a closure, a partial or a
+    value on the stack of a resumed frame. For :func:`roots_named`.
 
     Args:
         gm: the frame's graph, with the bodies of its higher-order operators.
         name: of how Dynamo reached a module, its name relative to the frame's own; empty for others, and for that itself.
         of_method: the frame is known to be a method of a module.
+
+    Returns:
+        The name of each by how Dynamo reached it; by "", that of the module whose method the frame is, if no node's stack has it. Not
+        those that :func:`module_path` names as well.
     """
     graphs = [inner.graph for inner in gm.modules() if isinstance(inner, fx.GraphModule)]
     nodes = [node for graph in graphs for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     stacks = [node.meta.get("nn_module_stack") for node in nodes]
     asked: dict[str, str] = {}
     for stack in filter(None, stacks):
-        for (
-            entry
-        ) in stack.values():  # from the outermost on: one that the model does not have may hold others that it has
-            access = str(entry[0])
+        # From the outermost on: one that the model does not have may hold others that it has.
+        for access in (str(entry[0]) for entry in stack.values()):
             if access not in asked:
                 asked[access] = name(access)
             if asked[access]:
                 break
-    known = {access: found for access, found in asked.items() if found}
+    roots = {access: found for access, found in asked.items() if found and found != module_path(access)}
     if not of_method and not all(stacks):
         # The frame is a method whose module has another name: its parameters say which.
         owners = {_OWNED.sub("", input_source(node)) for node in gm.graph.nodes if _OWNED.search(input_source(node))}
@@ -85,12 +78,28 @@ def roots_named(gm: fx.GraphModule, name: Callable[[str], str], of_method: bool)
             owner for owner in owners - asked.keys() if not any(owner.startswith((f"{o}.", f"{o}[")) for o in owners)
         ]
         if len(outer) == 1 and (found := name(outer[0])):
-            known[""] = known[outer[0]] = found
-    token = _known_roots.set(known)
+            roots[""] = roots[outer[0]] = found
+    return roots
+
+
+@contextlib.contextmanager
+def roots_named(roots: Mapping[str, str]) -> Iterator[None]:
+    """Name modules as a whole model does, by the names of those that a frame reaches (:func:`roots_of`)."""
+    token = _path_of.set(functools.cache(functools.partial(_path_below, roots)) if roots else module_path)
     try:
         yield
     finally:
-        _known_roots.reset(token)
+        _path_of.reset(token)
+
+
+def _path_below(roots: Mapping[str, str], access: str) -> str:
+    """``module_path``, also below of a root."""
+    if access in roots:
+        return roots[access]
+    for part in _PART.finditer(access):  # from the outermost on
+        if (name := roots.get(access[: part.start()])) and part.start():
+            return f"{name}.{module_path(f'self{access[part.start() :]}')}".strip(".")
+    return module_path(access)
 
 
 def frame_path(graph: fx.Graph, modules: Collection[str]) -> str:
@@ -117,7 +126,7 @@ def input_path(node: fx.Node) -> str:
         return str(node.target)
     access = input_source(node) if node.op == "placeholder" else ""
     # A dot in front, so that what belongs to the compiled module itself is like the rest.
-    path = f".{_named(access)}" if access else ""
+    path = f".{_path_of.get()(access)}" if access else ""
     return path.replace("._parameters.", ".").replace("._buffers.", ".").removeprefix(".")
 
 

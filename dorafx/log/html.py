@@ -25,7 +25,8 @@ from .table import human_bytes, human_flops
 _CHARACTERS, _SMALL = 17, 20  # of the two lines of text in a box
 _WIDE, _PHONE = 1176, 372  # pixels for both sides of a drawing in a window of 1280, and for one on a phone
 _PATH = 44  # characters of a path that is shown whole
-_A_PATH = re.compile(r"""[^\s'"()\[\]<>]*[\\/][^\s'"()\[\]<>]+""")
+_WORD = re.compile(r"""[^\s'"()\[\]<>]+""")
+_A_PATH = re.compile(r"[\\/].")
 _DTYPES = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "bfloat16": "bf16"}
 
 
@@ -89,11 +90,13 @@ def shortened(path: str, most: int = _PATH) -> str:
 def _with_short_paths(text: str) -> Markup:
     """The text, with long paths in it shortened, and shown whole where one points at them."""
     parts, end = [], 0
-    for found in _A_PATH.finditer(text):
-        short = shortened(found[0])
+    for found in _WORD.finditer(text):
+        short = shortened(found[0]) if _A_PATH.search(found[0]) else found[0]
         if short != found[0]:
             parts.append(Markup.escape(text[end : found.start()]))
-            parts.append(Markup('<span class="path" tabindex="0" title="{}">{}</span>').format(found[0], short))
+            parts.append(
+                Markup('<span class="path" role="button" tabindex="0" title="{}">{}</span>').format(found[0], short)
+            )
             end = found.end()
     return Markup("").join([*parts, Markup.escape(text[end:])])
 

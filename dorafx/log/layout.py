@@ -47,10 +47,36 @@ class Picture:
 
 
 def lay_out(nodes: Sequence[DrawnNode], most: int = _MOST) -> Picture:
-    """The layout of a drawing's nodes and edges, with at most ``most`` nodes beside each other; equal for equal nodes."""
+    """The layout of a drawing's nodes and edges, with at most ``most`` nodes beside each other; equal for equal edges."""
+    return _laid_out(tuple(node.inputs for node in nodes), most)
+
+
+def fitting(nodes: Sequence[DrawnNode], width: int) -> Picture:
+    """The layout with the most nodes beside each other that is no wider than ``width`` pixels; if there is none, the narrowest."""
+    return _fitting(tuple(node.inputs for node in nodes), width)
+
+
+# Layers of one spelling have the same edges, and a report may be written after every graph.
+@functools.lru_cache(maxsize=512)
+def _fitting(inputs: tuple[tuple[int, ...], ...], width: int) -> Picture:
+    narrowest = picture = _laid_out(inputs, _MOST)
+    most = _MOST
+    while picture.width > width and most > 1:
+        beside = max(Counter(y for _, y in picture.corners).values(), default=1)
+        most = min(most, beside) - 1
+        if most < 1:
+            break
+        picture = _laid_out(inputs, most)
+        narrowest = min(narrowest, picture, key=lambda p: p.width)
+    return picture if picture.width <= width else narrowest
+
+
+@functools.lru_cache(maxsize=64)
+def _laid_out(inputs: tuple[tuple[int, ...], ...], most: int) -> Picture:
+    """``inputs``: of each node the nodes that it reads, by their indices."""
     graph = nx.DiGraph()
-    graph.add_nodes_from(range(len(nodes)))
-    graph.add_edges_from((source, target) for target, node in enumerate(nodes) for source in node.inputs)
+    graph.add_nodes_from(range(len(inputs)))
+    graph.add_edges_from((source, target) for target, sources in enumerate(inputs) for source in sources)
     level, count = _levels(graph, most)
     chains = _chains(graph, level)
     layers = _layers(chains, level, count)
@@ -64,29 +90,10 @@ def lay_out(nodes: Sequence[DrawnNode], most: int = _MOST) -> Picture:
     left = min((places[key] - _width(key) / 2 for key in places), default=0.0)
     x = {key: round(place - left) + _MARGIN for key, place in places.items()}
     right = max((x[key] + _width(key) / 2 for key in x), default=0.0)
-    corners = tuple((x[i, -1] - WIDTH // 2, level[i] * _STEP + _MARGIN) for i in range(len(nodes)))
+    corners = tuple((x[i, -1] - WIDTH // 2, level[i] * _STEP + _MARGIN) for i in range(len(inputs)))
     ports = _ports(chains, x)
     edges = tuple(Edge(s, t, _path(chain, x, level, ports[s, t])) for (s, t), chain in chains.items())
     return Picture(round(right) + _MARGIN, max(count - 1, 0) * _STEP + HEIGHT + 2 * _MARGIN, corners, edges)
-
-
-def fitting(nodes: Sequence[DrawnNode], width: int) -> Picture:
-    """The layout with the most nodes beside each other that is no wider than ``width`` pixels; if there is none, the narrowest."""
-    narrowest = picture = _laid_out(tuple(nodes), _MOST)
-    most = _MOST
-    while picture.width > width and most > 1:
-        beside = max(Counter(y for _, y in picture.corners).values(), default=1)
-        most = min(most, beside) - 1
-        if most < 1:
-            break
-        picture = _laid_out(tuple(nodes), most)
-        narrowest = min(narrowest, picture, key=lambda p: p.width)
-    return picture if picture.width <= width else narrowest
-
-
-@functools.lru_cache(maxsize=64)
-def _laid_out(nodes: tuple[DrawnNode, ...], most: int) -> Picture:
-    return lay_out(nodes, most)
 
 
 def _width(key: _Key) -> int:

@@ -21,7 +21,11 @@ for (const path of document.querySelectorAll(".path")) {
   const short = path.textContent;
   const turn = () => breakable(path, path.textContent === short ? path.title : short);
   path.addEventListener("click", turn);
-  path.addEventListener("keydown", (event) => { if (event.key === "Enter") turn(); });
+  path.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" && event.key !== " ") return;
+    event.preventDefault();
+    turn();
+  });
 }
 
 const value = (row, i) => {

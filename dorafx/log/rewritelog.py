@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 2
 """Of the JSON form: ``{"dorafx_log": 2, "notes": [str], "norms": counts, "records": [{field: value}], "seconds":
 {stage: number}, "drawings": {key: drawing}}`` with the fields of :class:`Record`, :class:`NormCounters` and :class:`Drawing`; all but the version may be absent.
-Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …}``."""
+Version 1 had no drawings and is read too. As JSON lines, a line is a record, or ``{"drawing": key, "before": …, "after": …, "terms": …}``."""
 
 _MOST_SCRIPTS = 64
 _MOST_BYTES = 4 << 20  # of all scripts of a log, compressed
@@ -289,7 +289,8 @@ class RewriteLog:
         from .html import render
 
         target = Path(path)
-        target.write_text(render(self), encoding="utf-8")
+        # Names need not be text that UTF-8 has: a log may be of another program's.
+        target.write_text(render(self), encoding="utf-8", errors="backslashreplace")
         return target
 
     def print(self, file: TextIO | None = None) -> None:

@@ -193,6 +193,27 @@ def test_an_interrupted_run_ends_its_processes() -> None:
     assert listener.why["c"] == "the run was interrupted"
 
 
+def test_a_process_that_cannot_be_started_leaves_none_running() -> None:
+    """Python waits at its end for processes that wait for a turn."""
+    ended = []
+
+    class Third(Thread):
+        def __init__(self, job: Any, request: dict[str, Any], *unused: Any) -> None:
+            if request["name"] == "c":
+                raise OSError("too many processes")
+            super().__init__(job, request)
+            self.name = request["name"]
+
+        def end(self) -> None:
+            ended.append(self.name)
+            super().end()
+
+    members = [Member(name, job, {"name": name}) for name in "abc"]
+    with pytest.raises(OSError, match="too many"):
+        run_groups(deque([Group(members, 1, 1)]), Budget(100), Heard(), Third)  # type: ignore[arg-type]
+    assert ended == ["a", "b"]
+
+
 def test_a_listener_may_add_a_group() -> None:
     groups = deque([group("a", failing="a"), group("b")])
 

@@ -88,13 +88,6 @@ def test_no_long_texts(page: str) -> None:
     assert not long, "\n".join(long)
 
 
-def test_the_readme_is_short() -> None:
-    """The first screen and what follows: all that is in the file counts, comments too."""
-    text = PAGES["README"].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 150
-    assert len(text.split()) <= 1500
-
-
 def test_commands_that_are_not_run_are_those_of_ci() -> None:
     """How the README says that one sets up and tests: CI does the same, with options of its own."""
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ import torch.utils.checkpoint
 
 import dorafx
 from dorafx import rewrite_log
+from dorafx._compat.dynamo import module_at
 from dorafx.graphs.provenance import module_path
 
 
@@ -152,3 +153,92 @@ def test_a_frame_of_no_method_names_layers_as_the_model_does(way: str, how: str)
     torch.testing.assert_close(compiled(x), model(x))
     records = rewrite_log().misses if how == "skip" else rewrite_log().rewrites
     assert [r.site for r in records] == ["inner.adapted"]
+
+
+class Stack(torch.nn.Module):
+    """More than ten layers that lie in one list."""
+
+    def __init__(self, by_function: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(Layer() for _ in range(12))
+        self.by_function = by_function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.by_function:
+            torch._dynamo.graph_break()
+            return _sum_of(self.layers, x)
+        return sum((layer(x) for layer in self.layers), torch.zeros(()))
+
+
+def _sum_of(layers: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return sum((layer(x) for layer in layers), torch.zeros(()))
+
+
+@pytest.mark.parametrize("by_function", [False, True])
+def test_the_names_of_layers_that_begin_with_those_of_others(by_function: bool) -> None:
+    model = Stack(by_function)
+    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.skip": "layers.10"})
+    compiled(torch.randn(3, 5))
+    sites = [record.site for record in rewrite_log().rewrites]
+    assert sites == [f"layers.{i}" for i in range(12) if i != 10]
+    assert [record.site for record in rewrite_log().misses] == ["layers.10"]
+
+
+@pytest.mark.parametrize("key", ["x if print('run') else 0", """it's "quoted\"""", "0", "0 or 1", "v1 (old)", "a"])
+def test_modules_of_any_name(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names are text, not code."""
+    modules = torch.nn.ModuleDict({key: Layer(), "v1": torch.nn.Linear(5, 6)})
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        stacks = [node.meta.get("nn_module_stack") or {} for node in gm.graph.nodes]
+        found.extend(module_at(entry[0]) for stack in stacks for entry in stack.values())
+        return gm.forward
+
+    def call(modules: torch.nn.ModuleDict, x: torch.Tensor) -> torch.Tensor:
+        return modules[key](x)  # type: ignore[no-any-return]
+
+    torch.compile(call, backend=backend)(modules, torch.randn(3, 5))
+    assert set(found) == {modules[key]}
+    assert not capsys.readouterr().out
+
+
+def test_accesses_that_are_not_followed() -> None:
+    called: list[int] = []
+    found = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        accesses = [
+            "L['layer']",
+            "L['call']()",
+            "L['layer'] if L['call']() else 0",
+            "L['no']",
+            "L[",
+            "",
+            "L['layer'].weight",
+        ]
+        found.extend(module_at(access) for access in accesses)
+        return gm.forward
+
+    def forward(layer: Layer, call: Callable[[], None], x: torch.Tensor) -> torch.Tensor:
+        return layer(x)
+
+    layer = Layer()
+    torch.compile(forward, backend=backend)(layer, lambda: called.append(1), torch.randn(3, 5))
+    assert found == [layer, None, None, None, None, None, None]
+    assert not called
+
+
+@pytest.mark.parametrize("broken", ["module_of_frame", "module_at"])
+def test_what_cannot_be_named_is_compiled_all_the_same(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a version of torch keeps frames in another way."""
+
+    def fails(*args: Any) -> Any:
+        raise AttributeError("no such thing as root_tx")
+
+    monkeypatch.setattr(f"dorafx.capture.outside.{broken}", fails)
+    model, x = Stack(False), torch.randn(3, 5)
+    compiled = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.strict": True})
+    torch.testing.assert_close(compiled(x), model(x))
+    assert [record.site for record in rewrite_log().rewrites] == [f"layers.{i}" for i in range(12)]

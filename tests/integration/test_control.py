@@ -425,6 +425,18 @@ def test_explanation_that_cannot_be_written(tmp_path: Path) -> None:
     assert len(seen) == 1
 
 
+def test_an_explanation_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no layout")
+
+    monkeypatch.setattr("dorafx.log.html.fitting", broken)
+    model = Adapted(hidden=True)
+    options = {"dorafx.codegen": "eager", "dorafx.explain": str(tmp_path / "why.html")}
+    compiled, x = torch.compile(model, backend="dorafx", options=options), torch.randn(3, 8)
+    with pytest.warns(dorafx.DorafxWarning, match=r"dorafx\.explain: cannot write .*why\.html: no layout"):
+        torch.testing.assert_close(compiled(x), model(x))
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [("a.csv", r"does not end in \.txt, \.html or \.json"), (3, "is not the path")]
 )

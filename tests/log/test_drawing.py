@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from integration_support import peft_perceptron
 
 from dorafx import RewriteLog, explain, rewrite_log
-from dorafx.log import MAX_NODES, Drawing, DrawnNode, DrawnTerms
+from dorafx.log import MAX_NODES, Drawing, DrawnNode, DrawnTerms, layout
 from dorafx.log.layout import HEIGHT, WIDTH, fitting, lay_out
 
 
@@ -222,6 +222,7 @@ def test_no_boxes_overlap_and_edges_go_down() -> None:
     sides.append(tuple(DrawnNode(f"n{i}", "op", inputs=tuple(range(max(0, i - 5), i))) for i in range(40)))
     for nodes in sides:
         picture = lay_out(nodes)
+        layout._laid_out.cache_clear()
         assert picture == lay_out(nodes)
         assert len(picture.corners) == len(nodes)
         assert len(picture.edges) == sum(len(n.inputs) for n in nodes)
@@ -243,6 +244,16 @@ def test_so_many_nodes_beside_each_other() -> None:
     pictures = [fitting(drawing.after, width) for width in (10_000, 500, 400, 10)]
     assert [p.width for p in pictures] == sorted((p.width for p in pictures), reverse=True)
     assert pictures[1].width <= 500 and pictures[2].width <= 400
+
+
+def test_layers_of_one_spelling_are_laid_out_once() -> None:
+    """A report may be written after every graph, and has a drawing for each shape."""
+    layout._laid_out.cache_clear()
+    layout._fitting.cache_clear()
+    for size in range(20):
+        nodes = [DrawnNode(f"n{i}", "op", shape=f"[{size}]", inputs=tuple(range(i))[-2:]) for i in range(9)]
+        fitting(nodes, 500)
+    assert layout._fitting.cache_info().misses == 1
 
 
 def test_what_follows_each_other_stands_below_each_other() -> None:

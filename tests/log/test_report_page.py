@@ -471,6 +471,12 @@ def test_long_paths_are_shortened_in_the_middle(browser: Any, tmp_path: Path) ->
     assert in_source.text == LONG
     in_source.click()
     assert in_source.text == SHORT
+    for key in ("\ue007", " "):  # a button without a mouse: Enter, the space bar
+        in_source.send_keys(key)
+        assert in_source.text == LONG
+        in_source.send_keys(key)
+        assert in_source.text == SHORT
+    assert in_source.get_attribute("role") == "button"
     browser.find_element("id", "filter").send_keys("site-packages")
     assert visible(browser) == ["missed"]
     assert [e.text for e in all_of(browser, ".source")][1:] == [""]  # the other row is hidden

@@ -66,7 +66,7 @@ def choose_setting(device: str | None = None, **sizes: int | None) -> Setting:
         free, _ = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise DorafxError(f"--device {device}: torch cannot use it: {str(error).splitlines()[0]}") from error
+        raise DorafxError(f"--device {device}: torch cannot use it: {_first_line(error)}") from error
     suits = next(size for least, size in ON_GPU.items() if free >= least << 30)
     return Setting(device, "bfloat16", _size(suits, sizes), f"on {name}")
 
@@ -78,8 +78,11 @@ def _found() -> tuple[str, str]:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
     if not available:
-        return "cpu", f"torch cannot use a GPU here: {str(said[0].message).splitlines()[0]}" if said else ""
-    capability = torch.cuda.get_device_capability()
+        return "cpu", f"torch cannot use a GPU here: {_first_line(said[0].message)}" if said else ""
+    try:
+        capability = torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:  # one that another process has for itself
+        return "cpu", f"torch cannot use a GPU here: {_first_line(error)}"
     if torch.version.cuda and capability < _LEAST_CAPABILITY:
         return "cpu", f"{torch.cuda.get_device_name()} is older than what torch.compile supports"
     return "cuda", ""
@@ -94,3 +97,8 @@ def _size(suits: Size, sizes: dict[str, int | None]) -> Size:
 def _threads() -> str:
     threads = torch.get_num_threads()
     return "1 thread" if threads == 1 else f"{threads} threads"
+
+
+def _first_line(error: object) -> str:
+    """Of an exception's or a warning's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
