@@ -26,7 +26,7 @@ def _issues() -> str:
         for entry in importlib.metadata.metadata("dorafx").get_all("Project-URL") or ():
             label, _, address = entry.partition(", ")
             if label == "Issues":
-                return address
+                return str(address)
     return "where you have dorafx from"
 
 
