@@ -73,6 +73,7 @@ assert "dorafx.backend" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_the_fork_takes_the_place_of_peft(tmp_path: Path) -> None:
     where = fork(tmp_path)
     subprocess.run([sys.executable, "-c", _RUN, str(where)], check=True)

@@ -90,7 +90,7 @@ def test_skip_goes_before_only() -> None:
 
 @pytest.mark.parametrize("codegen", ["eager", "inductor"])
 @pytest.mark.parametrize("how", ["backend", "model", "blocks", "modules"])
-@pytest.mark.default_cases("modules-eager", "blocks-eager", "backend-eager", "blocks-inductor")
+@pytest.mark.default_cases("modules-eager", "blocks-eager", "backend-eager")
 def test_layers_are_left_alone(how: str, codegen: str) -> None:
     """One layer of one of two equal blocks, and one of both."""
     model = peft_model(layers=2, target_modules=LINEARS)

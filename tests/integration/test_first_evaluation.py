@@ -150,20 +150,19 @@ def test_several_adapters() -> None:
     assert {r.dtype for r in dorafx.rewrite_log().rewrites} == {"nf4"}
 
 
-def llama(repack: bool, prepare: bool = False) -> Any:
-    """A Llama whose linears are 4-bit, with DoRA; equal for equal arguments."""
+def llama(repack: bool, prepare: bool = False, every: bool = True) -> Any:
+    """A Llama whose linears are 4-bit (``every`` one, or those with an adapter), with DoRA; equal for equal arguments."""
+    targets = ["q_proj", "v_proj", "up_proj", "down_proj"]
     model: Any = base_model("llama", 2)
     for parent in list(model.model.layers.modules()):
         for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
+            if isinstance(linear, nn.Linear) and (every or name in targets):
                 setattr(parent, name, bitsandbytes_layer(linear, "nf4 double", torch.float32, repack))
     model.is_loaded_in_4bit = True
     if prepare:
         model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(2)
-    config = peft.LoraConfig(
-        r=4, use_dora=True, task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj", "down_proj"]
-    )
+    config = peft.LoraConfig(r=4, use_dora=True, task_type="CAUSAL_LM", target_modules=targets)
     return randomise(peft.get_peft_model(model, config))
 
 
@@ -172,7 +171,9 @@ def llama(repack: bool, prepare: bool = False) -> Any:
 @pytest.mark.parametrize("how", ["auto", "modules", "model"])
 def test_generation(how: str, codegen: str) -> None:
     """``generate`` is the first call."""
-    model, twin = llama(True).eval(), llama(False).eval()
+    # By modules, bitsandbytes itself repacks the layers without an adapter, and fails on sizes as small as these.
+    every = how != "modules"
+    model, twin = llama(True, every=every).eval(), llama(False, every=every).eval()
     dorafx.optimize(model, codegen=codegen, scope=how)
     wanted = twin.generate(input_ids=tokens(), max_new_tokens=5, do_sample=False)
     for _ in range(2):

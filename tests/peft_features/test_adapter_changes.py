@@ -31,7 +31,6 @@ def _two(**changes: Any) -> Any:
     "`add_adapter`, `set_adapter`, `delete_adapter` after compiling",
     "works",
     "The first switch to an adapter of another rank recompiles; a switch back does not.",
-    inductor=True,
 )
 def test_added_switched_deleted(way: Way) -> None:
     twin = Twin(way, adapted).warm()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from integration_support import assert_close, peft_model
 from peft_features import Twin, Way, adapted, add, feature, in_fp64, output, perturb
@@ -136,6 +137,7 @@ def test_unloaded(way: Way) -> None:
         assert_close(output(actual, actual, *shape), output(expected, expected, *shape), 1e-6)
 
 
+@pytest.mark.slow
 @feature(
     SECTION,
     "`merge_and_unload` of a language model, then another adapter on it",

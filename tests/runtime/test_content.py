@@ -109,6 +109,7 @@ def test_micro_batches_compute_norms_once_a_step(checkpointed: bool) -> None:
     assert counts() == (3 * LAYERS, (21 if checkpointed else 9) * LAYERS)
 
 
+@pytest.mark.slow
 def test_through_inductor() -> None:
     model = peft_model(layers=1).train()
     compiled = torch.compile(model, backend="dorafx", options={"dorafx.strict": True})

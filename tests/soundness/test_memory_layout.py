@@ -193,6 +193,7 @@ def test_a_result_beside_what_is_detached_of_it(
     assert any(r.rewritten for r in rewrite_log().records)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """All of them in one program, through the default code generator."""
 

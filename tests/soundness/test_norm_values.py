@@ -72,6 +72,7 @@ def test_powers(name: str) -> None:
             )
 
 
+@pytest.mark.slow
 def test_powers_through_inductor() -> None:
     def every(p: Layer, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         found = [power(adapted(p), 1, False) for power in POWERS.values()]

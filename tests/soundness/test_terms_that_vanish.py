@@ -140,6 +140,7 @@ def test_gradients_of_zeros_and_nan_stay(name: str) -> None:
     check_everything(program, p, x)
 
 
+@pytest.mark.slow
 def test_inductor() -> None:
     """All of them in one program, through the default code generator."""
 

@@ -294,6 +294,7 @@ def test_linear_layers(seed: int) -> None:
         check_layer(case, "eager")
 
 
+@pytest.mark.slow
 def test_linear_layers_through_inductor() -> None:
     for case in drawn_layers(2, 100):
         check_layer(case, "inductor")
