@@ -326,13 +326,21 @@ def compiled_modules(package: str) -> tuple[list[torch.nn.Module], dict[str, Any
     return [value for value in values if isinstance(value, torch.nn.Module)], options
 
 
-def module_of_frame() -> torch.nn.Module | None:
-    """While Dynamo compiles a frame: the module whose method it is."""
+def _compiled_frame() -> Any:
+    """The frame that Dynamo compiles now, with its variables; None outside of a compilation."""
     from torch._dynamo.symbolic_convert import InstructionTranslator, tls
 
     if getattr(tls, "current_tx", None) is None:
         return None
-    variables: dict[str, Any] = InstructionTranslator.current_tx().output.root_tx.f_locals
+    return InstructionTranslator.current_tx().output.root_tx
+
+
+def module_of_frame() -> torch.nn.Module | None:
+    """While Dynamo compiles a frame: the module whose method it is."""
+    frame = _compiled_frame()
+    if frame is None:
+        return None
+    variables: dict[str, Any] = frame.f_locals
     candidates = [variables.get(name) for name in ("self", "module", "mod", "fn")]
     args = variables.get("args")
     candidates += args[:1] if isinstance(args, tuple) else ()
@@ -341,11 +349,9 @@ def module_of_frame() -> torch.nn.Module | None:
 
 def module_at(access: str) -> torch.nn.Module | None:
     """While Dynamo compiles a frame: the module that it reaches in a way such as ``L['layer']`` or ``L['f'].func.__self__``."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
-
-    if getattr(tls, "current_tx", None) is None:
+    frame = _compiled_frame()
+    if frame is None:
         return None
-    frame = InstructionTranslator.current_tx().output.root_tx
     try:
         found = _reached(access, {"L": frame.f_locals, "G": frame.f_globals})
     except Exception:

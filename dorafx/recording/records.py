@@ -91,20 +91,18 @@ class Recorder:
         replaced |= {site for norm in plan.norms.values() for site in norm.factors.info.sites}
         candidates: list[tuple[dict[str, Any], Subject, NormKey | None, Callable[[], DrawnTerms]]] = []
 
-        def terms_left(left: Left) -> Callable[[], DrawnTerms]:
-            return lambda: drawn_terms(terms_of_left(matches, left))
+        def left_alone(left: Left) -> tuple[dict[str, Any], Subject, NormKey | None, Callable[[], DrawnTerms]]:
+            return _left(left), _subject_left(left), None, lambda: drawn_terms(terms_of_left(matches, left))
 
         # First candidates without a node for their norm, then the norms, then the rest.
-        candidates += [
-            (_left(left), _subject_left(left), None, terms_left(left)) for left in plan.left if not left.sites
-        ]
+        candidates += [left_alone(left) for left in plan.left if not left.sites]
         for atom_id, norm in plan.norms.items():
             match, miss = plan.composed.get(atom_id), plan.without_composition.get(atom_id)
             fields = _rewritten(lift, norm, match, miss, flops)
             fields["decision"] = "; ".join(filter(None, (plan.decisions.get(atom_id), norm.formed)))
             terms = partial(drawn_terms_of_rewrite, matches, plan, atom_id)
             candidates.append((fields, _subject(norm, match, miss), (plan.part, atom_id), terms))
-        candidates += [(_left(left), _subject_left(left), None, terms_left(left)) for left in plan.left if left.sites]
+        candidates += [left_alone(left) for left in plan.left if left.sites]
         keys: dict[tuple[object, ...], str] = {}
         for fields, subject, norm_key, terms_of_subject in candidates:
             # One drawing for all layers that differ only in their number.

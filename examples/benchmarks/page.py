@@ -397,14 +397,18 @@ def gains(files: Files, cuda: bool) -> list[Gain]:
     return found
 
 
+def best_gains(files: Files) -> list[Gain]:
+    """Those on a GPU if one was measured, else those on a CPU."""
+    return gains(files, cuda=True) or gains(files, cuda=False)
+
+
 def what_you_get(files: Files) -> Iterable[str]:
     """README.md's table: on a GPU if one was measured, else on a CPU; the device is named once."""
-    found = gains(files, cuda=True)
-    on_gpu = bool(found)
-    found = found or gains(files, cuda=False)
+    found = best_gains(files)
     if not found:
         yield "Nothing has been measured yet: `dorafx bench --help`."
         return
+    on_gpu = bool(measured_on({"": found[0].results}, cuda=True))
     yield from ("| | stock PEFT | dorafx | plain LoRA |", "|---|---:|---:|---:|")
     for gain in found:
         cells = [human(figure.median, figure.unit) for figure in gain.figures]
@@ -437,10 +441,7 @@ def what_you_get(files: Files) -> Iterable[str]:
 
 def compared(files: Files) -> dict[str, list[str]]:
     """What the picture shows: of each row of the table the figures as they are printed, in the order of ``COMPARED``."""
-    return {
-        gain.what: [human(figure.median, figure.unit) for figure in gain.figures]
-        for gain in gains(files, cuda=True) or gains(files, cuda=False)
-    }
+    return {gain.what: [human(figure.median, figure.unit) for figure in gain.figures] for gain in best_gains(files)}
 
 
 def draw(files: Files, path: Path) -> None:
@@ -449,7 +450,7 @@ def draw(files: Files, path: Path) -> None:
 
     from dorafx.bench.plot import STYLES
 
-    found = gains(files, cuda=True) or gains(files, cuda=False)
+    found = best_gains(files)
     figure = Figure(figsize=(9, 1.9), layout="constrained")
     for axis, gain in zip(figure.subplots(1, len(found), squeeze=False)[0], found):
         for place, (name, value) in enumerate(zip(COMPARED, gain.figures)):

@@ -81,8 +81,7 @@ def _compared(phase: str, ours: dict[str, Any], stock: dict[str, Any], lora: dic
         verdict = f"is {ratio:.{int(ratio < 9.95)}f} times as fast" if ratio >= 1.15 else f"is {ratio - 1:.0%} faster"
     else:
         verdict = f"is {1 / ratio - 1:.0%} slower" if ratio > 0.5 else f"takes {1 / ratio:.1f} times as long"
-    word = {"prefill": "prefill"}.get(phase, PHASES[phase])
-    return f"{word} {verdict} ({_ms(stock[phase])} to {_ms(ours[phase])} ms; plain LoRA {_ms(lora[phase])})"
+    return f"{PHASES[phase]} {verdict} ({_ms(stock[phase])} to {_ms(ours[phase])} ms; plain LoRA {_ms(lora[phase])})"
 
 
 def _memory(ours: dict[str, Any], stock: dict[str, Any], lora: dict[str, Any]) -> str:
