@@ -20,8 +20,11 @@ from dorafx.log import ReasonKind, Record
 # Assertions in these explain themselves as those in tests do.
 pytest.register_assert_rewrite("integration_support", "peft_features", "quantized_support", "running", "same_results")
 
-# On a busy machine drawing may take long, and so may what is drawn for: neither is a failure.
-hypothesis.settings.register_profile("dorafx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# On a busy machine drawing may take long, and so may what is drawn for: neither is a failure. Every run of a person looks for other
+# examples; CI judges a change by the same ones.
+hypothesis.settings.register_profile(
+    "dorafx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize="CI" in os.environ
+)
 hypothesis.settings.load_profile("dorafx")
 
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -151,11 +151,14 @@ def test_what_is_kept_gives_back_the_output_and_the_sum(seed: int, values: list[
     assert torch.equal(y[:, ordinary], before[:, ordinary])
     exact = total * g.double()
     off = (y.double() - exact).abs() <= 2 * rounding * exact.abs() + 2 * wide * g.double().abs() + 1e-39
-    finite = exact.abs() < 3e38
+    finite = exact.abs() < 3e38  # bf16 ends at 3.39e38
     assert off[finite].all()
     torch.testing.assert_close(y[:, g == 0], before[:, g == 0], rtol=0, atol=0)
     assert torch.equal(y.isnan(), before.isnan())
-    assert torch.equal(y.isinf(), before.isinf())
+    # At the very end of the range the second rounding may be what makes an output infinite, or keeps it from that.
+    largest = torch.finfo(torch.bfloat16).max
+    edge = (exact.abs() - largest).abs() <= 3 * rounding * largest + 2 * wide * g.double().abs()
+    assert torch.equal(y.isinf() & ~edge, before.isinf() & ~edge)
 
 
 def test_rows_whose_g_is_special() -> None:
