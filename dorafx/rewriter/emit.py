@@ -57,6 +57,26 @@ class Emitter(TermEmitter):
             return self._again(gemms[0]), bias
         return self.product(core), bias
 
+    def biased_base(self, match: Match) -> fx.Node | None:
+        """A base product that the graph has with the bias that the match adds, for :meth:`compose` to take as it is; None where there is
+        none, or where a kernel composes, as on a GPU.
+
+        With it a layer whose adapter does nothing yet gives what the frozen layer does, to the bit."""
+        assert self.site is not None
+        if not match.bias.items or self.transposed or self.batched:
+            return None
+        gemms = self.lift.gemms.get(Expr.chain(match.base), ())
+        if any(gemm.bias is None and self.order[gemm.node] < self.order[self.site] for gemm in gemms):
+            return None
+        for gemm in gemms:
+            out, vector = tensor_of(gemm.node), self.lift.vector(gemm.bias)
+            if out is None or out.device.type != "cpu" or placements(out) is not None or vector is None:
+                continue
+            inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
+            if self.order[gemm.node] < self.order[self.site] and inside == match.bias:
+                return self.copied[gemm.node]
+        return None
+
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
         last = part.core[-1]
@@ -135,8 +155,11 @@ class Emitter(TermEmitter):
         bias: fx.Node | None,
         scale: float,
         kernel: str = "auto",
+        biased: bool = False,
     ) -> fx.Node:
         target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
+        if biased:
+            rest = [*rest[:1], "auto", True]
         g, bias = self.across_tokens(g), None if bias is None else self.across_tokens(bias)
         return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
 
