@@ -37,6 +37,8 @@ _BESIDE = 12
 _EXACT_GRAM = 32
 # Terms that together are more than so many times their sum lose digits that the tiled norm keeps.
 _CANCELLED = 1.25
+# Devices whose values the host reads without waiting for anything.
+_READ_AT_ONCE: tuple[str, ...] = ("cpu",)
 # What the operator of one weight and that of a batch are called, what they take, the axis in front, and how many there are.
 _SINGLE = ("row_norm", "matrices", "", 2)
 _BATCHED = ("row_norm_batched", "batches of matrices", "batch, ", 3)
@@ -317,7 +319,11 @@ def norm_without_delta(
 
     On a CPU, where looking at values costs no synchronisation, and of a weight that needs no cast; else None, as where the other
     factor or the scaling is not finite. Sums over the last axis."""
-    if weight.device.type != "cpu" or weight.dtype != compute_dtype(weight, left, right) or not weight.numel():
+    if (
+        weight.device.type not in _READ_AT_ONCE
+        or weight.dtype != compute_dtype(weight, left, right)
+        or not weight.numel()
+    ):
         return None
     if not math.isfinite(scale) or not (_is_zero(left) or _is_zero(right)):
         return None

@@ -17,7 +17,7 @@ from dorafx.lift import Diag, Expr, Gemm, Mat, Poly
 from dorafx.lift.algebra import Chain, is_ones
 from dorafx.lift.quantized import is_torchao
 from dorafx.match import Match, Part, ReasonKind
-from dorafx.ops import sharding
+from dorafx.ops import dispatch, sharding
 from dorafx.plan.kernel import linear_operands
 
 from .nodes import CannotEmit
@@ -59,7 +59,7 @@ class Emitter(TermEmitter):
 
     def biased_base(self, match: Match) -> fx.Node | None:
         """A base product that the graph has with the bias that the match adds, for :meth:`compose` to take as it is; None where there is
-        none, or where a kernel composes, as on a GPU.
+        none, or where a kernel may compose, as on a GPU.
 
         With it a layer whose adapter does nothing yet gives what the frozen layer does, to the bit."""
         assert self.site is not None
@@ -70,7 +70,7 @@ class Emitter(TermEmitter):
             return None
         for gemm in gemms:
             out, vector = tensor_of(gemm.node), self.lift.vector(gemm.bias)
-            if out is None or out.device.type != "cpu" or placements(out) is not None or vector is None:
+            if out is None or dispatch.serves(out.device) or placements(out) is not None or vector is None:
                 continue
             inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
             if self.order[gemm.node] < self.order[self.site] and inside == match.bias:
