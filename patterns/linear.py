@@ -97,12 +97,10 @@ class Linear:
             layer = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
             if layer is not None:
                 return layer
-        whole, bias = emit.biased_base(match), match.bias
-        biased = whole is not None
-        if whole is None:
+        base, bias = emit.biased_base(match), match.bias
+        biased = base is not None
+        if base is None:
             base, bias = emit.base(match.base, match.bias, match.scaling)
-        else:
-            base = whole
         bias_node = emit.vector(bias) if bias.items else None
         if plan.accumulate:
             for part in match.parts:

@@ -84,7 +84,7 @@ class Emit(Protocol):
         ...
 
     def biased_base(self, match: Match) -> fx.Node | None:
-        """The base product ``x·Wᵀ + bias`` where the graph has it with the match's bias, on a CPU: for
+        """The base product ``x·Wᵀ + bias`` where the graph has it with the match's bias and no kernel may compose, as on a CPU: for
         [`compose`][dorafx.extension.Emit.compose] with ``biased=True``. Else None."""
         ...
 

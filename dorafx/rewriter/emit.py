@@ -159,7 +159,7 @@ class Emitter(TermEmitter):
     ) -> fx.Node:
         target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
         if biased:
-            rest = [*rest[:1], "auto", True]
+            rest = [self.out_dtype(), "auto", True]  # no kernel computes it
         g, bias = self.across_tokens(g), None if bias is None else self.across_tokens(bias)
         return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
 

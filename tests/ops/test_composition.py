@@ -159,6 +159,18 @@ def test_what_a_biased_base_saves() -> None:
             assert torch.equal(a, b)
 
 
+def test_the_operator_with_a_biased_base() -> None:
+    base, lora, _, g, bias = (t.requires_grad_() for t in tensors(4, dtype=torch.float32))
+    torch.library.opcheck(compose.default, (base, lora, g, bias, 1.3, torch.float32), {"biased": True})
+    y = compose(base, lora, g, bias, 1.3, torch.float32, biased=True)
+    grads = torch.randn(3, *y.shape)
+    together = torch.autograd.grad(y, (base, lora, g, bias), grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        one = torch.autograd.grad(y, (base, lora, g, bias), grad, retain_graph=True)
+        for a, b in zip(together, one):
+            torch.testing.assert_close(a[i], b)
+
+
 def test_what_a_biased_base_takes() -> None:
     base, lora, _, g, bias = tensors(3)
     for wrong in (None, bias[:1], bias.expand(3, 7)):
