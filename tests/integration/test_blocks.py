@@ -434,7 +434,7 @@ def _second_adapter(model: Any) -> None:
     model.set_adapter("second")
 
 
-@pytest.mark.default_cases("adapter-eager", "disabled-eager", "bf16-eager", "fewer layers-eager", "merged-eager")
+@pytest.mark.default_cases("adapter-eager", "disabled-eager", "fewer layers-eager")
 @pytest.mark.parametrize("codegen", CODEGENS)
 @pytest.mark.parametrize(
     "change",

@@ -194,6 +194,7 @@ def _convolutions() -> tuple[nn.Module, torch.Tensor]:
     return randomise(get_peft_model(Channels(), config)).eval(), torch.randn(2, 3, 6, 6)
 
 
+@pytest.mark.default_cases("optimize", "checkpoint", "convolutions")
 @pytest.mark.parametrize("way", ["optimize", "backend", "dynamic", "checkpoint", "bf16", "convolutions"])
 def test_backward_that_is_not_compiled_runs_by_operators(way: str, no_backwards: None) -> None:
     """More than once, and with its graph retained; what is rewritten stays rewritten, and the log says what happened."""

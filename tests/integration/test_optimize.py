@@ -263,7 +263,7 @@ def _train(model: Any, folder: Path, **settings: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.default_cases("checkpointing")
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 def test_trainer(checkpointing: bool, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"gradient_checkpointing": checkpointing}

@@ -61,6 +61,7 @@ def test_the_switch(tmp_path: Path) -> None:
     assert len({r.site for r in rewrite_log().rewrites}) == 7 and not rewrite_log().misses
 
 
+@pytest.mark.slow
 def test_one_line_before_the_trainer_does_the_same(tmp_path: Path) -> None:
     expected = losses(trainer(adapted(), tmp_path))
     model = adapted()

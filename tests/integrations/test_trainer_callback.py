@@ -230,7 +230,7 @@ def test_after_an_exception(tmp_path: Path) -> None:
     assert not is_optimized(run.model)
 
 
-@pytest.mark.default_cases("an exception")
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["an exception", "keep"])
 def test_another_callback_takes_over(how: str, tmp_path: Path) -> None:
     """What an earlier callback left optimized is optimized anew, with the options of the new one, and restored."""

@@ -116,8 +116,10 @@ PROGRAMS: list[Callable[[Layer, torch.Tensor], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("codegen", "grad"),
+    [("eager", True), ("eager", False), ("inductor", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
 def test_values_and_gradients(program: Callable[[Layer, torch.Tensor], Any], codegen: str, grad: bool) -> None:
     p = Layer()
