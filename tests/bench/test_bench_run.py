@@ -179,6 +179,7 @@ def test_suites_without_inductor(suite: str, monkeypatch: pytest.MonkeyPatch) ->
             assert [7 * seconds for seconds in each] == pytest.approx(every)
 
 
+@pytest.mark.slow
 def test_the_pass_in_a_process_of_its_own() -> None:
     """Where nothing else has made PEFT's layers traceable."""
     program = (

@@ -251,6 +251,7 @@ def test_limit_of_the_user_stays() -> None:
     assert set(outside().values()) == {"recompile-limit"}
 
 
+@pytest.mark.default_cases("modules")
 @pytest.mark.parametrize("scope", ["modules", "model"])
 def test_more_variants_than_dynamos_default(scope: str) -> None:
     model = two("first", "second")

@@ -88,9 +88,7 @@ def compare(found: list[Any], wanted: list[Any], what: str) -> None:
 
 QUICK = {
     ("modules", "cpu_offload", "warm"),
-    ("model", "dispatch_model", "after"),
     ("backend", "align, offload", "before"),
-    ("modules", "hooks of one's own", "warm"),
     ("modules", "disk_offload", "after"),
 }
 

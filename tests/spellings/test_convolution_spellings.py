@@ -249,6 +249,7 @@ def test_norm_by_input_channel_of_one_and_three_axes(dim: int, options: dict[str
     whole()
 
 
+@pytest.mark.default_cases("1-4", "6-1")
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("outputs", [1, 6])
 def test_one_channel(channels: int, outputs: int) -> None:
