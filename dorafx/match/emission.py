@@ -83,11 +83,6 @@ class Emit(Protocol):
         after the scaling."""
         ...
 
-    def biased_base(self, match: Match) -> fx.Node | None:
-        """The base product ``x·Wᵀ + bias`` where the graph has it with the match's bias and no kernel may compose, as on a CPU: for
-        [`compose`][dorafx.extension.Emit.compose] with ``biased=True``. Else None."""
-        ...
-
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` over the parts as one node, and a constant that it is still to be multiplied by."""
         ...
@@ -114,17 +109,10 @@ class Emit(Protocol):
         ...
 
     def compose(
-        self,
-        base: fx.Node,
-        lora: fx.Node | None,
-        g: fx.Node,
-        bias: fx.Node | None,
-        scale: float,
-        kernel: str = "auto",
-        biased: bool = False,
+        self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float, kernel: str = "auto"
     ) -> fx.Node:
         """``g ⊙ (base + scale·lora) + bias`` in the shape and dtype of what is replaced; base and lora ``[.., d]``, g and bias ``[d]``.
-        ``kernel`` is the plan's. ``biased``: the base has the bias in it, as [`biased_base`][dorafx.extension.Emit.biased_base] has."""
+        ``kernel`` is the plan's."""
         ...
 
     def compose_delta(

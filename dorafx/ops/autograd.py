@@ -126,7 +126,6 @@ class Compose(torch.autograd.Function):
         scale: float,
         out_dtype: torch.dtype,
         fused: bool,
-        biased: bool,
     ) -> torch.Tensor:
         kept = composition.kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
         total: torch.Tensor | None
@@ -134,11 +133,8 @@ class Compose(torch.autograd.Function):
         if not fused and is_traced() and composition.keeps_scaled(result, bias, out_dtype, kept):
             y, total, unscale = composition.scaled_forward_math(base, lora, g, scale, out_dtype)
         else:
-            operands = result, base, lora, g, bias, scale, out_dtype, kept
-            if fused:
-                y, total = torch.ops.dorafx.compose_forward.default(*operands)
-            else:
-                y, total = composition.forward_math(*operands, biased=biased)
+            forward = torch.ops.dorafx.compose_forward.default if fused else composition.forward_math
+            y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
         y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
             # Marked as saved, since saving both products instead looks cheap to the partitioner: they exist anyway.
@@ -147,11 +143,7 @@ class Compose(torch.autograd.Function):
             total = base if ctx.needs_input_grad[3] else None
             if total is not None:
                 mark_read(total)
-        # A copy, as a program may write to a bias that its own backward does not read.
-        wide = composition.wide_dtype(out_dtype, base, lora)
-        inside = biased and total is not None and (lora is None or total.dtype == wide)
-        ctx.save_for_backward(g, total, unscale, bias.clone() if inside else None)
-        ctx.biased = biased
+        ctx.save_for_backward(g, total, unscale)
         ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
         ctx.bias_shape = () if bias is None else tuple(bias.shape)
@@ -160,49 +152,30 @@ class Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         refuse_second_derivative("compose_delta" if ctx.delta else "compose")
-        g, total, unscale, inside = ctx.saved_tensors
-        if inside is not None:
-            total = total - inside.to(composition.wide_dtype(total.dtype, g))  # promotes, as in `backward_math`
+        g, total, unscale = ctx.saved_tensors
         needs_result, needs_base, needs_lora, needs_g, needs_bias = ctx.needs_input_grad[:5]
         d_result = grad.to(ctx.dtypes[0]) if needs_result else None
         needs = (needs_base, needs_lora, needs_bias)
         base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
         kept = () if unscale is None else (unscale,)
-        summed = composition.wide_dtype(grad.dtype, g) if ctx.biased and bias_dtype is not None else bias_dtype
-        d_base, d_lora, d_g, d_bias = backward(
-            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, summed, ctx.bias_shape, *kept
+        gradients = backward(
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape, *kept
         )
-        if ctx.biased and bias_dtype is not None:
-            d_bias = (d_bias - g.to(summed) * d_bias).to(bias_dtype)
         needed = (needs_base, needs_lora, needs_g, needs_bias)
-        gradients = (d_base, d_lora, d_g, d_bias)
-        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None, None)
+        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)
 
 
 def compose(
-    base: Any,
-    lora: Any,
-    g: Any,
-    bias: Any,
-    scale: float,
-    out_dtype: torch.dtype,
-    kernel: str = "auto",
-    biased: bool = False,
+    base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
 ) -> torch.Tensor:
     """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout of :mod:`dorafx.ops.layout`.
 
-    Args:
-        biased: ``base`` has the bias in it: ``g ⊙ (base - bias + s·lora) + bias``, which is ``base + s·lora`` to the bit where ``g`` is 1.
-            Not by a kernel.
-
     Raises:
-        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_biased`; or an unknown kernel.
+        ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
         RuntimeError: forward-mode differentiation.
     """
-    if biased:
-        composition.check_biased(base, g, bias)
-    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel, biased)
+    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel)
 
 
 def compose_delta(
@@ -213,38 +186,30 @@ def compose_delta(
 
 
 def _composed(
-    operator: str,
-    inputs: tuple[Any, Any, Any, Any, Any],
-    scale: float,
-    out_dtype: torch.dtype,
-    kernel: str,
-    biased: bool = False,
+    operator: str, inputs: tuple[Any, Any, Any, Any, Any], scale: float, out_dtype: torch.dtype, kernel: str
 ) -> torch.Tensor:
     composition.check_compose(*inputs)
-    fused = _fused(kernel, *inputs) and not biased
+    fused = _fused(kernel, *inputs)
     recorded = records_gradients(*inputs)
     if fused or recorded:
         refuse_forward_mode(operator, *inputs)
     if recorded:
-        return Compose.apply(*inputs, scale, out_dtype, fused, biased)  # type: ignore[no-any-return]
+        return Compose.apply(*inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    y, _ = composition.forward_math(*inputs, scale, out_dtype, None, biased=biased)
+    y, _ = composition.forward_math(*inputs, scale, out_dtype, None)
     return layout.settled(y, *inputs)
 
 
-def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float, biased: bool = False) -> None:
-    """``torch.ops.dorafx.compose_``: the composition, written over ``base``. ``biased``: see :func:`compose`.
+def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
+    """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
 
     Raises:
         RuntimeError: gradients are recorded, which need the old ``base``; or see :func:`dorafx.ops.composition.check_overwritten`.
-        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_biased`,
-            :func:`dorafx.ops.composition.check_overwritten`.
+        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_overwritten`.
     """
     _refuse_recording("compose_", base, lora, g, bias)
-    if biased:
-        composition.check_biased(base, g, bias)
-    dispatch.compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base, biased)
+    dispatch.compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base)
 
 
 def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) -> None:

@@ -55,20 +55,6 @@ def check_compose(
         ) from error
 
 
-def check_biased(base: torch.Tensor, g: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Check the operands of a composition whose ``base`` has the bias in it.
-
-    Raises:
-        ValueError: no bias, or g or the bias are no vectors ``[d_out]``.
-    """
-    if bias is None or bias.shape != base.shape[-1:] or g.shape != base.shape[-1:]:
-        found = "none" if bias is None else str(tuple(bias.shape))
-        raise ValueError(
-            f"compose: where the base has the bias in it, the bias and g are [d_out], here {tuple(base.shape[-1:])}; got bias {found}, "
-            f"g {tuple(g.shape)}"
-        )
-
-
 def check_overwritten(tensor: torch.Tensor, shape: Sequence[int]) -> None:
     """Check that a composition of this shape can be written into a tensor.
 
@@ -124,8 +110,7 @@ def gradient_buffers(
     return d_base, d_lora, None if g is None else g.new_empty(g.shape), d_bias
 
 
-def wide_dtype(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
-    """In what a composition is computed: fp32, or fp64 where an operand or the result is."""
+def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -142,7 +127,7 @@ def kept_dtype(base: torch.Tensor, lora: torch.Tensor, out_dtype: torch.dtype) -
     precision made the error of that gradient 1.07 times the original's."""
     device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return wide_dtype(out_dtype, base, lora)
+        return _wide(out_dtype, base, lora)
     return torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
 
 
@@ -154,20 +139,10 @@ def compose_math(
     scale: float,
     out_dtype: torch.dtype,
     total: torch.Tensor | None = None,
-    biased: bool = False,
 ) -> torch.Tensor:
-    """The composition's value.
-
-    Args:
-        total: ``base + s·lora`` in the widest dtype, if it is computed already.
-        biased: ``base`` has the bias in it, and so has the sum. The value is as far from the bias towards the sum as ``g`` says, computed
-            as ``total - (1 - g) ⊙ (total - b)`` where ``g`` is at least a half: where it is 1, the sum to the bit.
-    """
-    wide = wide_dtype(out_dtype, base, lora)
-    total = _sum(base, lora, scale, wide) if total is None else total
-    if biased and bias is not None:
-        return torch.lerp(bias.to(wide), total, g.to(wide)).to(out_dtype)
-    y = total * g.to(wide)
+    """The composition's value. ``total``: ``base + s·lora`` in the widest dtype, if it is computed already."""
+    wide = _wide(out_dtype, base, lora)
+    y = (_sum(base, lora, scale, wide) if total is None else total) * g.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(out_dtype)
@@ -184,7 +159,7 @@ def delta_math(
 ) -> torch.Tensor:
     """The delta form's value, computed as ``result + (g - 1)·(base + s·lora) + s·lora``. This uses the sum that its backward keeps,
     and is as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
-    wide = wide_dtype(out_dtype, result, base, lora)
+    wide = _wide(out_dtype, result, base, lora)
     total = _sum(base, lora, scale, wide) if total is None else total.to(wide)
     return (result.to(wide) + ((g.to(wide) - 1) * total + lora.to(wide) * scale)).to(out_dtype)
 
@@ -199,24 +174,18 @@ def forward_math(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
-    biased: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None if it is not kept. If ``biased`` (see :func:`compose_math`), the
-    bias is in the sum where that is not rounded, so that a backward has the output from it, too; else it is taken out before."""
-    whole = None if kept is None else _sum(base, lora, scale, wide_dtype(out_dtype, base, lora))
-    total = whole
-    if whole is not None and kept is not None and kept != whole.dtype:
-        total = (whole - bias.to(whole.dtype) if biased and bias is not None else whole).to(kept)
+    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None if it is not kept."""
+    whole = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora))
+    total = None if whole is None or kept is None else whole.to(kept)
     dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
     if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
         # All of one wide dtype: nothing is rounded in between, so no temporary is needed.
         into = base if lora is None else base.add_(lora, alpha=scale)
-        if biased and bias is not None:
-            return torch.lerp(bias, into, g, out=into), total
         into.mul_(g)
         return into if bias is None else into.add_(bias), total
     if result is None:
-        y = compose_math(base, lora, g, bias, scale, out_dtype, whole, biased)
+        y = compose_math(base, lora, g, bias, scale, out_dtype, whole)
     else:
         assert lora is not None
         y = delta_math(result, base, lora, g, scale, out_dtype, whole)
@@ -246,7 +215,7 @@ def scaled_forward_math(
         The value; what to keep (in ``out_dtype``), ``f ⊙ z``; and by what to multiply the sum of the products with it for the gradient
         of g, ``1 / f``, like g in fp32.
     """
-    wide = wide_dtype(out_dtype, base, lora)
+    wide = _wide(out_dtype, base, lora)
     size = g.to(wide).abs()
     exact = (size >= _EXACT_SCALES[0]) & (size <= _EXACT_SCALES[1])  # of each row of the weight; False for NaN
     scaled = torch.where(exact, g.to(wide), 1.0)
@@ -281,7 +250,7 @@ def backward_math(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of base, lora, g and bias; None where the dtype is None. Those of base and lora have the shape of ``grad`` even if
     the operand was broadcast. ``unscale``: the last result of :func:`scaled_forward_math`, if ``total`` is what that keeps."""
-    wide = wide_dtype(grad.dtype, g)
+    wide = _wide(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
     if delta:

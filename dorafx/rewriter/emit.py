@@ -17,7 +17,7 @@ from dorafx.lift import Diag, Expr, Gemm, Mat, Poly
 from dorafx.lift.algebra import Chain, is_ones
 from dorafx.lift.quantized import is_torchao
 from dorafx.match import Match, Part, ReasonKind
-from dorafx.ops import dispatch, sharding
+from dorafx.ops import sharding
 from dorafx.plan.kernel import linear_operands
 
 from .nodes import CannotEmit
@@ -56,26 +56,6 @@ class Emitter(TermEmitter):
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
-
-    def biased_base(self, match: Match) -> fx.Node | None:
-        """A base product that the graph has with the bias that the match adds, for :meth:`compose` to take as it is; None where there is
-        none, or where a kernel may compose, as on a GPU.
-
-        With it a layer whose adapter does nothing yet gives what the frozen layer does, to the bit."""
-        assert self.site is not None
-        if not match.bias.items or self.transposed or self.batched:
-            return None
-        gemms = self.lift.gemms.get(Expr.chain(match.base), ())
-        if any(gemm.bias is None and self.order[gemm.node] < self.order[self.site] for gemm in gemms):
-            return None
-        for gemm in gemms:
-            out, vector = tensor_of(gemm.node), self.lift.vector(gemm.bias)
-            if out is None or dispatch.serves(out.device) or placements(out) is not None or vector is None:
-                continue
-            inside = self.lift.detached(vector.poly) if gemm.node in self.lift.unrecorded else vector.poly
-            if self.order[gemm.node] < self.order[self.site] and inside == match.bias:
-                return self.copied[gemm.node]
-        return None
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
@@ -155,11 +135,8 @@ class Emitter(TermEmitter):
         bias: fx.Node | None,
         scale: float,
         kernel: str = "auto",
-        biased: bool = False,
     ) -> fx.Node:
         target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
-        if biased:
-            rest = [self.out_dtype(), "auto", True]  # no kernel computes it
         g, bias = self.across_tokens(g), None if bias is None else self.across_tokens(bias)
         return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
 

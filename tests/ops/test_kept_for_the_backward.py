@@ -88,19 +88,6 @@ def test_one_tensor_is_saved(dtype: torch.dtype) -> None:
     check_gradients(gradients(partitioned(read_by_a_product), leaves), gradients(read_by_a_product, leaves), dtype)
 
 
-def test_one_tensor_is_saved_of_a_biased_base() -> None:
-    """The sum has the bias in it, so that the output is computed again from that and the bias."""
-
-    def program(x: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
-        bias = last[0]
-        y = compose(torch.addmm(bias, x, first), x @ second, g, bias, 1.3, x.dtype, biased=True)
-        return y.sin() @ last  # type: ignore[no-any-return]
-
-    leaves = operands(torch.float32)
-    assert activations(program, leaves) == 1
-    check_gradients(gradients(partitioned(program), leaves), gradients(program, leaves), torch.float32)
-
-
 def test_sums_are_kept_where_outputs_do_not_give_them_back() -> None:
     """In half precision: a bias cancels, and fp16 overflows. There the output is saved, too."""
 
