@@ -24,7 +24,7 @@ def good(x, w, a, b, m):
 def squashed(x, w, a, b, m):
     return m / (w + torch.tanh(b @ a)).norm(dim=1).detach() * F.linear(x, w)
 
-operands = [torch.randn(s) for s in ((5, 6), (8, 6), (2, 6), (8, 2), (8,))]
+operands = [torch.randn(s) for s in ((50, 6), (8, 6), (2, 6), (8, 2), (8,))]
 for program in (good, squashed, lambda *args: args[0].sin()):
     torch.compile(program, backend="dorafx", options={"dorafx.codegen": "eager"})(*operands)
 """
