@@ -44,7 +44,9 @@ class Options:
             - ``"epilogue"``: after it, in fp32.
             - ``"triton"``: as ``"epilogue"``, by a Triton kernel. With ``codegen="eager"`` on a CUDA device this is always so.
             - ``"triton_linear"``: both products and the sum are one Triton kernel.
-            - ``"auto"``: ``"accumulated"`` in full precision with more than a few tokens, else ``"epilogue"``.
+            - ``"auto"``: ``"accumulated"`` in full precision with more than a few tokens, else ``"epilogue"``; the latter too, on a CPU,
+              where the base has a bias. There the base's product keeps it, so that a new adapter gives what the frozen layer gives, to
+              the bit; a compiled training keeps one more ``[tokens, d_out]`` tensor for it.
 
             Where a Triton kernel cannot be used (a CPU, fp64), ``"epilogue"`` takes its place, and the log says why.
         norm_reuse: when a norm of an earlier forward is used again.

@@ -97,11 +97,14 @@ class Linear:
             layer = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
             if layer is not None:
                 return layer
-        base, bias = emit.base(match.base, match.bias, match.scaling)
+        base, bias = None if plan.accumulate else emit.biased_base(match), match.bias
+        biased = base is not None
+        if base is None:
+            base, bias = emit.base(match.base, match.bias, match.scaling)
         bias_node = emit.vector(bias) if bias.items else None
         if plan.accumulate:
             for part in match.parts:
                 base = emit.accumulated(base, part)
             return emit.compose(base, None, g, bias_node, 1.0, plan.kernel)
         lora, scale = emit.low_rank_sum(match.parts)
-        return emit.compose(base, lora, g, bias_node, scale, plan.kernel)
+        return emit.compose(base, lora, g, bias_node, scale, plan.kernel, biased)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 import dorafx
+from dorafx._compat.inductor import source_hash
 from dorafx.lift import Lifter
 from dorafx.log import ReasonKind, Record
 
@@ -26,6 +27,9 @@ hypothesis.settings.register_profile(
     "dorafx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], derandomize="CI" in os.environ
 )
 hypothesis.settings.load_profile("dorafx")
+
+# Inductor's cache knows an operator by its name. Tests have torch itself compile dorafx's, and shall not get those of an older version.
+torch.compiler.config.cache_key_tag = source_hash()  # type: ignore[attr-defined]
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The processes share the cores, and so do those that tests start: two threads each would wait for each other.

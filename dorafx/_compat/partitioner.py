@@ -19,6 +19,9 @@ _TAG = "recompute"
 _READ = "dorafx_read_in_backward"
 """On a node whose value the backward reads in any case."""
 
+_ONE_FOR_ALL = "dorafx_saved_in_place_of_its_results"
+"""On a node whose value is saved where the backward reads what is computed from it alone."""
+
 _SMALL = 8
 """An operand is small that has at most one of so many elements of the result; one of two if the backward reads it in any case, as the
 sines of a rotary embedding."""
@@ -73,6 +76,26 @@ def mark_read(tensor: torch.Tensor) -> None:
         meta[_READ] = True
 
 
+def mark_one_for_all(tensor: torch.Tensor) -> None:
+    """While a joint graph is traced: note that this tensor, if the backward reads it or something that is computed from it alone, be saved
+    and serve for all that is computed from it, for :func:`recompute_from_read`. No effect where :func:`save_for_backward` has none."""
+    meta = _traced(tensor)
+    if meta is not None and _TAG not in meta:
+        meta[_ONE_FOR_ALL] = True
+
+
+def compute_again(operand: torch.Tensor, *results: torch.Tensor) -> None:
+    """While a joint graph is traced: make the partitioner compute these small results again from the operand that they were computed from,
+    instead of saving them. Each would be made by a launch of its own in the forward. No effect outside of tracing."""
+    first = _node_of(operand)
+    stack = [] if first is None else [node for node in map(_node_of, results) if node is not None]
+    while stack:
+        node = stack.pop()
+        if node is not first and node.op == "call_function" and _TAG not in node.meta:
+            node.meta[_TAG] = CheckpointPolicy.PREFER_RECOMPUTE
+            stack.extend(node.all_input_nodes)
+
+
 def is_traced() -> bool:
     """Whether a graph is being traced, as by AOT autograd."""
     return get_proxy_mode() is not None
@@ -80,12 +103,17 @@ def is_traced() -> bool:
 
 def _traced(tensor: torch.Tensor) -> dict[str, Any] | None:
     """What is noted of the node that computes a tensor, if a graph is being traced."""
+    node = _node_of(tensor)
+    return None if node is None else node.meta
+
+
+def _node_of(tensor: torch.Tensor) -> fx.Node | None:
     mode = get_proxy_mode()
     if mode is None:
         return None
     inner = torch._from_functional_tensor(tensor.elem) if hasattr(tensor, "elem") else tensor
     slot = get_proxy_slot(inner, mode.tracer, None)
-    return None if slot is None else slot.proxy.node.meta
+    return None if slot is None else slot.proxy.node
 
 
 def recompute_from_read(graph: fx.Graph) -> None:
@@ -107,20 +135,33 @@ def recompute_from_read(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if any(user in in_backward or (user in read and user.target in _CASTS) for user in node.users):
             read.add(node)
-    sources: dict[fx.Node, frozenset[fx.Node]] = {}
-    for node in graph.nodes:
-        if _READ in node.meta:
-            sources[node] = frozenset({node})
-        elif node not in in_backward and _TAG not in node.meta and _is_cheap(node):
-            of_node = _sources(node, sources, read)
-            if of_node is not None:
-                sources[node] = of_node
+    forward = [node for node in graph.nodes if node not in in_backward]
+    saved = {node for node in forward if _READ in node.meta}
+    offered = {node for node in forward if _ONE_FOR_ALL in node.meta and node not in saved}
+    alone = {s for node, s in _all_sources(forward, saved | offered, read).items() if node in read and len(s) == 1}
+    saved |= {node for node in offered if {node} in alone}
+    sources = _all_sources(forward, saved, read)
     stack = [node for node in sources if node in read]
     while stack:
         node = stack.pop()
-        if node in sources and _READ not in node.meta and _TAG not in node.meta:
+        if node in sources and node not in saved and _TAG not in node.meta:
             node.meta[_TAG] = CheckpointPolicy.PREFER_RECOMPUTE
             stack.extend(node.all_input_nodes)
+
+
+def _all_sources(
+    forward: Iterable[fx.Node], saved: set[fx.Node], read: set[fx.Node]
+) -> dict[fx.Node, frozenset[fx.Node]]:
+    """From which large tensors each node can be computed again, if these are saved, for all nodes of the forward that can be."""
+    sources: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in forward:
+        if node in saved:
+            sources[node] = frozenset({node})
+        elif _TAG not in node.meta and _is_cheap(node):
+            of_node = _sources(node, sources, read)
+            if of_node is not None:
+                sources[node] = of_node
+    return sources
 
 
 def _sources(

@@ -23,7 +23,7 @@ class CompositionPlan:
         match: the composition.
         accumulate: whether low-rank products are added to the base product inside their matrix product, which leaves one
             ``[tokens, d_out]`` intermediate. In half precision that rounds the sum once more than the original does, so there the
-            products stay apart and the epilogue adds them in fp32.
+            products stay apart and the epilogue adds them in fp32; so does a sum with a bias in it, which `Emit.biased_base` has.
         few_tokens: whether the output has so few tokens that the norm costs more than all the rest.
         kernel: what computes it: ``"auto"``, ``"triton"``, or ``"triton_linear"`` for the whole layer as one kernel.
     """
@@ -83,6 +83,11 @@ class Emit(Protocol):
         after the scaling."""
         ...
 
+    def biased_base(self, match: Match) -> fx.Node | None:
+        """The base product ``x·Wᵀ + bias`` where the graph has it with the match's bias and no kernel may compose, as on a CPU: for
+        [`compose`][dorafx.extension.Emit.compose] with ``biased=True``. Else None."""
+        ...
+
     def low_rank_sum(self, parts: Iterable[Part]) -> tuple[fx.Node, float]:
         """``Σ scale · core`` over the parts as one node, and a constant that it is still to be multiplied by."""
         ...
@@ -109,10 +114,17 @@ class Emit(Protocol):
         ...
 
     def compose(
-        self, base: fx.Node, lora: fx.Node | None, g: fx.Node, bias: fx.Node | None, scale: float, kernel: str = "auto"
+        self,
+        base: fx.Node,
+        lora: fx.Node | None,
+        g: fx.Node,
+        bias: fx.Node | None,
+        scale: float,
+        kernel: str = "auto",
+        biased: bool = False,
     ) -> fx.Node:
         """``g ⊙ (base + scale·lora) + bias`` in the shape and dtype of what is replaced; base and lora ``[.., d]``, g and bias ``[d]``.
-        ``kernel`` is the plan's."""
+        ``kernel`` is the plan's. ``biased``: the base has the bias in it, as [`biased_base`][dorafx.extension.Emit.biased_base] has."""
         ...
 
     def compose_delta(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dorafx._compat.autograd import below_autograd, forward_mode
-from dorafx._compat.partitioner import is_traced, mark_read, save_for_backward
+from dorafx._compat.partitioner import is_traced, mark_one_for_all, mark_read, save_for_backward
 
 from . import composition, dispatch, layout, linear
 
@@ -126,25 +126,33 @@ class Compose(torch.autograd.Function):
         scale: float,
         out_dtype: torch.dtype,
         fused: bool,
+        biased: bool,
     ) -> torch.Tensor:
-        kept = composition.kept_dtype(base, lora, out_dtype) if ctx.needs_input_grad[3] and lora is not None else None
+        kept = None
+        if ctx.needs_input_grad[3] and (lora is not None or biased):
+            kept = composition.kept_dtype(base, base if lora is None else lora, out_dtype)
         total: torch.Tensor | None
         unscale: torch.Tensor | None = None
         if not fused and is_traced() and composition.keeps_scaled(result, bias, out_dtype, kept):
             y, total, unscale = composition.scaled_forward_math(base, lora, g, scale, out_dtype)
         else:
-            forward = torch.ops.dorafx.compose_forward.default if fused else composition.forward_math
-            y, total = forward(result, base, lora, g, bias, scale, out_dtype, kept)
+            operands = result, base, lora, g, bias, scale, out_dtype, kept
+            if fused:
+                y, total = torch.ops.dorafx.compose_forward.default(*operands)
+            else:
+                y, total = composition.forward_math(*operands, biased=biased)
         y = layout.settled(y, result, base, lora, g, bias)
         if total is not None and kept is not None:
             # Marked as saved, since saving both products instead looks cheap to the partitioner: they exist anyway.
             save_for_backward(total)
+            if biased:
+                mark_one_for_all(y)  # it is not computed from the sum
         else:
             total = base if ctx.needs_input_grad[3] else None
             if total is not None:
                 mark_read(total)
         ctx.save_for_backward(g, total, unscale)
-        ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
+        ctx.scale, ctx.fused, ctx.delta, ctx.biased = scale, fused, result is not None, biased
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
         ctx.bias_shape = () if bias is None else tuple(bias.shape)
         return y
@@ -159,23 +167,41 @@ class Compose(torch.autograd.Function):
         base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
         kept = () if unscale is None else (unscale,)
-        gradients = backward(
-            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape, *kept
+        summed = composition.wide_dtype(grad.dtype, g) if ctx.biased and bias_dtype is not None else bias_dtype
+        d_base, d_lora, d_g, d_bias = backward(
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, summed, ctx.bias_shape, *kept
         )
+        if ctx.biased and bias_dtype is not None:
+            # It is added to the output, and taken out of what g scales.
+            d_bias = (d_bias - g.to(summed) * d_bias).to(bias_dtype)
         needed = (needs_base, needs_lora, needs_g, needs_bias)
-        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None)
+        gradients = (d_base, d_lora, d_g, d_bias)
+        return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None, None)
 
 
 def compose(
-    base: Any, lora: Any, g: Any, bias: Any, scale: float, out_dtype: torch.dtype, kernel: str = "auto"
+    base: Any,
+    lora: Any,
+    g: Any,
+    bias: Any,
+    scale: float,
+    out_dtype: torch.dtype,
+    kernel: str = "auto",
+    biased: bool = False,
 ) -> torch.Tensor:
     """``torch.ops.dorafx.compose``: ``g ⊙ (base + s·lora) + bias``, in the layout of :mod:`dorafx.ops.layout`.
 
+    Args:
+        biased: ``base`` has the bias in it: ``g ⊙ (base - bias + s·lora) + bias``, which is ``base + s·lora`` to the bit where ``g`` is 1.
+            Not by a kernel.
+
     Raises:
-        ValueError: see :func:`dorafx.ops.composition.check_compose`; or an unknown kernel.
+        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_biased`; or an unknown kernel.
         RuntimeError: forward-mode differentiation.
     """
-    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel)
+    if biased:
+        composition.check_biased(base, g, bias)
+    return _composed("compose", (None, base, lora, g, bias), scale, out_dtype, kernel, biased)
 
 
 def compose_delta(
@@ -186,30 +212,38 @@ def compose_delta(
 
 
 def _composed(
-    operator: str, inputs: tuple[Any, Any, Any, Any, Any], scale: float, out_dtype: torch.dtype, kernel: str
+    operator: str,
+    inputs: tuple[Any, Any, Any, Any, Any],
+    scale: float,
+    out_dtype: torch.dtype,
+    kernel: str,
+    biased: bool = False,
 ) -> torch.Tensor:
     composition.check_compose(*inputs)
-    fused = _fused(kernel, *inputs)
+    fused = _fused(kernel, *inputs) and not biased
     recorded = records_gradients(*inputs)
     if fused or recorded:
         refuse_forward_mode(operator, *inputs)
     if recorded:
-        return Compose.apply(*inputs, scale, out_dtype, fused)  # type: ignore[no-any-return]
+        return Compose.apply(*inputs, scale, out_dtype, fused, biased)  # type: ignore[no-any-return]
     if fused:
         return torch.ops.dorafx.compose_forward.default(*inputs, scale, out_dtype, None)[0]  # type: ignore[no-any-return]
-    y, _ = composition.forward_math(*inputs, scale, out_dtype, None)
+    y, _ = composition.forward_math(*inputs, scale, out_dtype, None, biased=biased)
     return layout.settled(y, *inputs)
 
 
-def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float) -> None:
-    """``torch.ops.dorafx.compose_``: the composition, written over ``base``.
+def compose_into(base: Any, lora: Any, g: Any, bias: Any, scale: float, biased: bool = False) -> None:
+    """``torch.ops.dorafx.compose_``: the composition, written over ``base``. ``biased``: see :func:`compose`.
 
     Raises:
         RuntimeError: gradients are recorded, which need the old ``base``; or see :func:`dorafx.ops.composition.check_overwritten`.
-        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_overwritten`.
+        ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_biased`,
+            :func:`dorafx.ops.composition.check_overwritten`.
     """
     _refuse_recording("compose_", base, lora, g, bias)
-    dispatch.compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base)
+    if biased:
+        composition.check_biased(base, g, bias)
+    dispatch.compose_forward(None, base, lora, g, bias, scale, base.dtype, None, base, biased)
 
 
 def compose_delta_into(result: Any, base: Any, lora: Any, g: Any, scale: float) -> None:

@@ -49,6 +49,9 @@ def row_norm_batched(
     norm.check_operands(weight, left, right, batched=True)
     norm.check_algorithm(algorithm, factor_dtype)
     with below_autocast():
+        alone = norm.norm_without_delta(weight, left, right, scale)
+        if alone is not None:
+            return alone
         return with_less_memory(lambda shrink: _norms(weight, left, right, scale, algorithm == "factored", shrink))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dorafx._compat.partitioner import compute_again
 from dorafx._compat.tensors import is_known
 
 from . import layout
@@ -53,6 +54,20 @@ def check_compose(
         raise ValueError(
             f"compose takes activations [.., d_out], and vectors [d_out], whose shapes must agree; got {shapes}"
         ) from error
+
+
+def check_biased(base: torch.Tensor, g: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Check the operands of a composition whose ``base`` has the bias in it.
+
+    Raises:
+        ValueError: no bias, or g or the bias are no vectors ``[d_out]``.
+    """
+    if bias is None or bias.shape != base.shape[-1:] or g.shape != base.shape[-1:]:
+        found = "none" if bias is None else str(tuple(bias.shape))
+        raise ValueError(
+            f"compose: where the base has the bias in it, the bias and g are [d_out], here {tuple(base.shape[-1:])}; got bias {found}, "
+            f"g {tuple(g.shape)}"
+        )
 
 
 def check_overwritten(tensor: torch.Tensor, shape: Sequence[int]) -> None:
@@ -110,7 +125,8 @@ def gradient_buffers(
     return d_base, d_lora, None if g is None else g.new_empty(g.shape), d_bias
 
 
-def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
+def wide_dtype(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
+    """In what a composition is computed: fp32, or fp64 where an operand or the result is."""
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -127,7 +143,7 @@ def kept_dtype(base: torch.Tensor, lora: torch.Tensor, out_dtype: torch.dtype) -
     precision made the error of that gradient 1.07 times the original's."""
     device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return _wide(out_dtype, base, lora)
+        return wide_dtype(out_dtype, base, lora)
     return torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
 
 
@@ -141,7 +157,7 @@ def compose_math(
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The composition's value. ``total``: ``base + s·lora`` in the widest dtype, if it is computed already."""
-    wide = _wide(out_dtype, base, lora)
+    wide = wide_dtype(out_dtype, base, lora)
     y = (_sum(base, lora, scale, wide) if total is None else total) * g.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
@@ -159,7 +175,7 @@ def delta_math(
 ) -> torch.Tensor:
     """The delta form's value, computed as ``result + (g - 1)·(base + s·lora) + s·lora``. This uses the sum that its backward keeps,
     and is as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
-    wide = _wide(out_dtype, result, base, lora)
+    wide = wide_dtype(out_dtype, result, base, lora)
     total = _sum(base, lora, scale, wide) if total is None else total.to(wide)
     return (result.to(wide) + ((g.to(wide) - 1) * total + lora.to(wide) * scale)).to(out_dtype)
 
@@ -174,17 +190,31 @@ def forward_math(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
+    biased: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None if it is not kept."""
-    whole = None if kept is None else _sum(base, lora, scale, _wide(out_dtype, base, lora))
-    total = None if whole is None or kept is None else whole.to(kept)
+    """See :func:`dorafx.ops.dispatch.compose_forward`; the sum is None if it is not kept. ``biased``: ``base`` has the bias in it, and the value
+    is ``base + (g ⊙ z - (base - bias))`` with ``z = (base - bias) + s·lora``: where g is 1 and lora 0, ``base`` to the bit. The bias is
+    taken out before lora is added, as a sum that was rounded with it made the error of g's gradient up to 1.18 times the original's;
+    and of the products only ``base`` is read besides what is kept, so that a backward needs no other for the output."""
     dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
-    if into is not None and result is None and dtypes in ({torch.float32}, {torch.float64}):
-        # All of one wide dtype: nothing is rounded in between, so no temporary is needed.
+    wide = wide_dtype(out_dtype, base, lora)
+    # All of one wide dtype: nothing is rounded in between, so no temporary is needed.
+    at_once = into is not None and result is None and dtypes in ({torch.float32}, {torch.float64})
+    inside = bias if biased else None
+    product = base if inside is None or (at_once and kept is None) else base.to(wide) - inside.to(wide)
+    whole = _sum(product, lora, scale, wide) if kept is not None or (inside is not None and not at_once) else None
+    total = None if whole is None or kept is None else whole.to(kept)
+    if at_once:
         into = base if lora is None else base.add_(lora, alpha=scale)
+        if inside is not None:
+            # As far from the bias towards the sum as g says: the sum to the bit where g is 1.
+            return torch.lerp(inside, into, g, out=into), total
         into.mul_(g)
         return into if bias is None else into.add_(bias), total
-    if result is None:
+    if inside is not None:
+        assert whole is not None
+        y = (base.to(wide) + (whole * g.to(wide) - product)).to(out_dtype)
+    elif result is None:
         y = compose_math(base, lora, g, bias, scale, out_dtype, whole)
     else:
         assert lora is not None
@@ -215,14 +245,15 @@ def scaled_forward_math(
         The value; what to keep (in ``out_dtype``), ``f ⊙ z``; and by what to multiply the sum of the products with it for the gradient
         of g, ``1 / f``, like g in fp32.
     """
-    wide = _wide(out_dtype, base, lora)
+    wide = wide_dtype(out_dtype, base, lora)
     size = g.to(wide).abs()
     exact = (size >= _EXACT_SCALES[0]) & (size <= _EXACT_SCALES[1])  # of each row of the weight; False for NaN
     scaled = torch.where(exact, g.to(wide), 1.0)
     kept = (_sum(base, lora, scale, wide) * scaled).to(out_dtype)
     # Promoted by the factor, not cast: see :func:`backward_math`.
-    y = (kept * torch.where(exact, 1.0, g.to(wide))).to(out_dtype)
-    return y, kept, 1.0 / scaled
+    rest, unscale = torch.where(exact, 1.0, g.to(wide)), 1.0 / scaled
+    compute_again(g, rest, unscale)
+    return (kept * rest).to(out_dtype), kept, unscale
 
 
 def _sum_to(values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -250,7 +281,7 @@ def backward_math(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of base, lora, g and bias; None where the dtype is None. Those of base and lora have the shape of ``grad`` even if
     the operand was broadcast. ``unscale``: the last result of :func:`scaled_forward_math`, if ``total`` is what that keeps."""
-    wide = _wide(grad.dtype, g)
+    wide = wide_dtype(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
     if delta:

@@ -205,12 +205,14 @@ def compose_forward(
     out_dtype: torch.dtype,
     kept: torch.dtype | None,
     into: torch.Tensor | None = None,
+    biased: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The composition, and ``base + s·lora`` in the dtype ``kept`` (an empty tensor if ``kept`` is None). Both are new tensors in
     the layouts of :mod:`dorafx.ops.layout`.
 
     Args:
         into: ``base`` or ``result`` itself, to overwrite it with the composition; its dtype must be ``out_dtype``.
+        biased: see :func:`dorafx.ops.composition.forward_math`; no kernel computes it.
 
     Raises:
         ValueError, RuntimeError: see :func:`dorafx.ops.composition.check_compose` and
@@ -220,8 +222,8 @@ def compose_forward(
     if into is not None:
         composition.check_overwritten(into, shape)
     operands = (result, base, lora, g, bias)
-    if not _served([base, result, lora], [g, bias], out_dtype, kept):
-        y, total = composition.forward_math(*operands, scale, out_dtype, kept, into)
+    if biased or not _served([base, result, lora], [g, bias], out_dtype, kept):
+        y, total = composition.forward_math(*operands, scale, out_dtype, kept, into, biased)
         if into is None:
             y = layout.settled(y, *operands)
         if total is not None:

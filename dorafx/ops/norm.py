@@ -7,6 +7,7 @@ calls, so they run on any device; on a CPU a block stays in the cache between it
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -36,6 +37,8 @@ _BESIDE = 12
 _EXACT_GRAM = 32
 # Terms that together are more than so many times their sum lose digits that the tiled norm keeps.
 _CANCELLED = 1.25
+# Devices whose values the host reads without waiting for anything.
+_READ_AT_ONCE: tuple[str, ...] = ("cpu",)
 # What the operator of one weight and that of a batch are called, what they take, the axis in front, and how many there are.
 _SINGLE = ("row_norm", "matrices", "", 2)
 _BATCHED = ("row_norm_batched", "batches of matrices", "batch, ", 3)
@@ -308,6 +311,33 @@ def _squares(block: torch.Tensor) -> torch.Tensor:
     return squares
 
 
+def norm_without_delta(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float
+) -> torch.Tensor | None:
+    """``‖W‖`` by row if a factor is zero, as at the start of a training, where the magnitude is that norm: by the very call that made it,
+    on the same layout, so that ``m / n`` is 1 to the bit and the adapted layer gives what the frozen one does.
+
+    On a CPU, where looking at values costs no synchronisation, and of a weight that needs no cast; else None, as where the other
+    factor or the scaling is not finite. Sums over the last axis."""
+    if (
+        weight.device.type not in _READ_AT_ONCE
+        or weight.dtype != compute_dtype(weight, left, right)
+        or not weight.numel()
+    ):
+        return None
+    if not math.isfinite(scale) or not (_is_zero(left) or _is_zero(right)):
+        return None
+    if not bool(left.isfinite().all()) or not bool(right.isfinite().all()):
+        return None
+    norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=-1)
+    return norms
+
+
+def _is_zero(factor: torch.Tensor) -> bool:
+    # A trained factor's last row is enough to tell.
+    return not bool(factor[..., -1:, :].any()) and not bool(factor.any())
+
+
 def row_norm(
     weight: torch.Tensor,
     left: torch.Tensor,
@@ -341,6 +371,9 @@ def row_norm(
         (d_out, d_in), rank = weight.shape, right.shape[0]
         algorithm = fastest(d_out, d_in, rank, (weight, left, right))
     with below_autocast():
+        alone = norm_without_delta(weight, left, right, scale)
+        if alone is not None:
+            return alone
         if algorithm == "factored":
             return with_less_memory(lambda shrink: factored(weight, left, right, scale, shrink=shrink))
         return with_less_memory(lambda shrink: tiled(weight, left, right, scale, shrink))
@@ -400,7 +433,10 @@ def row_norms(
     for i, operands in enumerate(zip(weights, lefts, rights, scales)):
         if algorithm == "factored" and squares and squares[i] is not None:
             with below_autocast():
-                norms.append(with_less_memory(functools.partial(factored, *operands, squares[i])))
+                alone = norm_without_delta(*operands)
+                norms.append(
+                    with_less_memory(functools.partial(factored, *operands, squares[i])) if alone is None else alone
+                )
         else:
             norms.append(row_norm(*operands, algorithm))
     return norms

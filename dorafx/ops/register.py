@@ -57,10 +57,10 @@ _LIBRARY.define(
 )
 for _schema in (
     "compose(Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, ScalarType out_dtype, "
-    'str kernel="auto") -> Tensor',
+    'str kernel="auto", bool biased=False) -> Tensor',
     "compose_delta(Tensor result, Tensor base, Tensor lora, Tensor g, float scale, ScalarType out_dtype, "
     'str kernel="auto") -> Tensor',
-    "compose_(Tensor(a!) base, Tensor? lora, Tensor g, Tensor? bias, float scale) -> ()",
+    "compose_(Tensor(a!) base, Tensor? lora, Tensor g, Tensor? bias, float scale, bool biased=False) -> ()",
     "compose_delta_(Tensor(a!) result, Tensor base, Tensor lora, Tensor g, float scale) -> ()",
     "compose_forward(Tensor? result, Tensor base, Tensor? lora, Tensor g, Tensor? bias, float scale, "
     "ScalarType out_dtype, ScalarType? kept) -> (Tensor, Tensor)",
@@ -104,7 +104,8 @@ for _name, _function in (
 
 
 def _compose_into_functional(base: Any, *operands: Any) -> None:
-    base.copy_(torch.ops.dorafx.compose.default(base, *operands, base.dtype))
+    operands, biased = operands[:4], operands[4:] == (True,)
+    base.copy_(torch.ops.dorafx.compose.default(base, *operands, base.dtype, biased=biased))
 
 
 def _compose_delta_into_functional(result: Any, *operands: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,6 +20,7 @@ from dorafx.ops.norm import fastest
 from dorafx.options import Options
 
 from .accounting import dense_bytes, merging, norm_closure
+from .bias import biased_base
 from .cost import MergedCost, merged_cost
 from .kernel import choose_kernel
 
@@ -128,9 +130,9 @@ def make_plan(matches: Matches, options: Options, part: str = "") -> RewritePlan
         kernel, note = choose_kernel(lift, match, options, order)
         for atom_id in norms if note else ():
             plan.decisions[atom_id] = "; ".join(filter(None, (plan.decisions.get(atom_id, ""), note)))
-        plan.compositions.append(
-            CompositionPlan(match, _accumulates(lift, match, options), serves_few_tokens(tensor_of(match.node)), kernel)
-        )
+        accumulate = _accumulates(lift, match, options, order)
+        few_tokens = serves_few_tokens(tensor_of(match.node))
+        plan.compositions.append(CompositionPlan(match, accumulate, few_tokens, kernel))
         plan.composed.update((atom_id, match) for atom_id in norms)
     for atom_id in [i for i, n in plan.norms.items() if i not in plan.composed and not n.factors.info.sites]:
         # No node computes this norm alone (``F.normalize``), so without its composition there is nothing to replace.
@@ -218,7 +220,7 @@ def _norm_algorithm(lift: Lifter, factors: NormFactors, options: Options) -> Lit
     return fastest(factors.d_out, factors.d_in, factors.rank, known)
 
 
-def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
+def _accumulates(lift: Lifter, match: Match, options: Options, order: Mapping[fx.Node, int]) -> bool:
     head = match.base[0]
     if (
         match.norm.batch is not None
@@ -233,6 +235,8 @@ def _accumulates(lift: Lifter, match: Match, options: Options) -> bool:
         return False  # DTensor would reduce partial sums before it accumulates into them
     if tensor is None:
         return False
+    if biased_base(lift, match, order) is not None:
+        return False  # the gradient of g takes the sum without the bias, and once they are added that has lost digits
     if serves_few_tokens(tensor):
         return False  # the sum is nothing to compute, and a product that reads one costs the host more than one that does not
     # Under autocast the result may be fp32 while the products are bf16, and fp64 adapters may stand on an fp32 weight; the

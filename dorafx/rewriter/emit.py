@@ -18,6 +18,7 @@ from dorafx.lift.algebra import Chain, is_ones
 from dorafx.lift.quantized import is_torchao
 from dorafx.match import Match, Part, ReasonKind
 from dorafx.ops import sharding
+from dorafx.plan.bias import biased_base
 from dorafx.plan.kernel import linear_operands
 
 from .nodes import CannotEmit
@@ -56,6 +57,10 @@ class Emitter(TermEmitter):
         if gemms:
             return self._again(gemms[0]), bias
         return self.product(core), bias
+
+    def biased_base(self, match: Match) -> fx.Node | None:
+        node = biased_base(self.lift, match, self.order)
+        return None if node is None else self.copied[node]
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""
@@ -135,8 +140,11 @@ class Emitter(TermEmitter):
         bias: fx.Node | None,
         scale: float,
         kernel: str = "auto",
+        biased: bool = False,
     ) -> fx.Node:
         target, *rest = self._operator(torch.ops.dorafx.compose.default, sharding.compose, base, kernel)
+        if biased:
+            rest = [self.out_dtype(), "auto", True]  # no kernel computes it
         g, bias = self.across_tokens(g), None if bias is None else self.across_tokens(bias)
         return self._shaped(lambda base, lora: self.call(target, base, lora, g, bias, scale, *rest), base, lora)
 

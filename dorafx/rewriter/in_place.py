@@ -48,7 +48,9 @@ def reuse_buffers(gm: fx.GraphModule) -> int:
         ):
             continue
         with gm.graph.inserting_before(node):
-            gm.graph.call_function(target, node.args[: node.args.index(dtype)])
+            # After the dtype come the kernel, which has no part in this, and what else there is.
+            place = node.args.index(dtype)
+            gm.graph.call_function(target, (*node.args[:place], *node.args[place + 2 :]))
         node.replace_all_uses_with(operand)
         gm.graph.erase_node(node)
         count += 1

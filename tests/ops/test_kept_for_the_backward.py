@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,17 +89,56 @@ def test_one_tensor_is_saved(dtype: torch.dtype) -> None:
     check_gradients(gradients(partitioned(read_by_a_product), leaves), gradients(read_by_a_product, leaves), dtype)
 
 
+def biased(x: Any, first: Any, second: Any, g: Any, bias: Any) -> torch.Tensor:
+    return compose(torch.addmm(bias, x, first), x @ second, g, bias, 1.3, x.dtype, biased=True)  # type: ignore[no-any-return]
+
+
+def test_two_tensors_are_saved_of_a_biased_base() -> None:
+    """The sum without the bias, for the gradient of g, does not give back the output to the bit; the output gives what is computed of it."""
+
+    def activation(x: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
+        return biased(x, first, second, g, last[0]).sin() @ last
+
+    def heads(x: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
+        y = biased(x, first, second, g, last[0]).view(-1, 4, D // 4).transpose(0, 1)
+        y = y @ y.transpose(1, 2) @ y
+        return y.transpose(0, 1).reshape(-1, D) @ last.detach()
+
+    leaves = operands(torch.float32)
+    check = functools.partial(check_gradients, dtype=torch.float32)
+    for program, scores in ((activation, 0), (heads, 4 * TOKENS // D)):
+        assert activations(program, leaves) == 2 + scores
+        check(gradients(partitioned(program), leaves), gradients(program, leaves))
+
+
+def test_a_residual_stream_of_biased_layers() -> None:
+    """More than without a gradient of g are saved the sums alone."""
+
+    def program(h: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
+        for _ in range(3):
+            normalised = F.layer_norm(h, (D,))
+            inner = F.gelu(biased(normalised, first, second, g, last[0]))
+            h = h + biased(inner, first, second, g, last[1])
+        return h
+
+    leaves = operands(torch.float32)
+    x, first, second, g, last = leaves
+    without = activations(program, (x, first, second, g.detach(), last))
+    assert activations(program, leaves) <= without + 6
+    check_gradients(gradients(partitioned(program), leaves), gradients(program, leaves), torch.float32)
+
+
 def test_sums_are_kept_where_outputs_do_not_give_them_back() -> None:
     """In half precision: a bias cancels, and fp16 overflows. There the output is saved, too."""
 
-    def biased(x: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
+    def with_a_bias(x: Any, first: Any, second: Any, g: Any, last: Any) -> torch.Tensor:
         return composed(x, first, second, g, last[0]).sin() @ last
 
-    for program, dtype in ((biased, torch.bfloat16), (read_by_a_product, torch.float16)):
+    for program, dtype in ((with_a_bias, torch.bfloat16), (read_by_a_product, torch.float16)):
         leaves = operands(dtype)
         assert activations(program, leaves) >= 2
         check_gradients(gradients(partitioned(program), leaves), gradients(program, leaves), dtype)
-    assert activations(biased, operands(torch.float32)) == 1
+    assert activations(with_a_bias, operands(torch.float32)) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -196,6 +196,57 @@ def test_rank_zero_is_the_plain_norm() -> None:
     torch.testing.assert_close(row_norm(weight, left, right, 1.0), weight.norm(dim=1))
 
 
+@pytest.mark.parametrize("algorithm", ["auto", "tiled", "factored"])
+@pytest.mark.parametrize("zero", ["left", "right"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(64, 48), (300, 512), (40, 4096), (512, 1)])
+def test_without_a_delta_it_is_the_norm_of_the_weight(
+    shape: tuple[int, int], transposed: bool, zero: str, algorithm: str
+) -> None:
+    """To the bit: at the start of a training the magnitude is what the same call gives."""
+    weight, left, right = operands(*shape, 4)
+    weight = weight.t().contiguous().t() if transposed else weight
+    (left if zero == "left" else right).zero_()
+    got = row_norm(weight, left, right, 0.7, algorithm)
+    squares = [norm.row_squares(weight)] if algorithm == "factored" else []
+    (listed,) = torch.ops.dorafx.row_norms([weight], [left], [right], [0.7], "factored", squares)
+    exact = torch.linalg.vector_norm(weight, dim=1)
+    assert torch.equal(got, exact) and torch.equal(listed, exact)
+    batch = torch.stack([weight, weight])
+    together = torch.ops.dorafx.row_norm_batched(batch, torch.stack([left] * 2), torch.stack([right] * 2), 0.7)
+    assert torch.equal(together, torch.linalg.vector_norm(batch, dim=2))
+
+
+@pytest.mark.parametrize(
+    ("where", "special"),
+    [
+        ("left", float("nan")),
+        ("left", float("inf")),
+        ("right", float("nan")),
+        ("right", float("inf")),
+        ("scale", float("inf")),
+    ],
+)
+def test_a_zero_factor_does_not_hide_what_is_not_finite(where: str, special: float) -> None:
+    weight, left, right = operands(300, 512, 4)
+    scale = special if where == "scale" else 1.0
+    (right if where == "left" else left).zero_()
+    if where != "scale":
+        (left if where == "left" else right)[0, 0] = special
+    exact = torch.linalg.norm(weight + scale * (left @ right), dim=1)
+    assert exact.isnan().any()
+    assert torch.equal(row_norm(weight, left, right, scale).isnan(), exact.isnan())
+
+
+def test_one_row_of_a_factor_is_enough_of_a_delta() -> None:
+    weight, left, right = operands(300, 512, 4)
+    for row in (0, 150, 299):
+        few = torch.zeros_like(left)
+        few[row] = left[row]
+        exact = reference.row_norm(weight.double(), few.double(), right.double(), 2.0)
+        torch.testing.assert_close(row_norm(weight, few, right, 2.0).double(), exact, rtol=1e-6, atol=0)
+
+
 def test_operator_contract() -> None:
     torch.library.opcheck(row_norm.default, (*(t.requires_grad_() for t in operands(4, 6, 2)), 0.5, "auto"))
 

@@ -50,8 +50,8 @@ def _trained_on(twin: Twin) -> None:
     SECTION,
     "DoRA at its initialisation",
     "works",
-    "B is zero and the magnitude is the norm, so the model is the base model: to the last bit in stock PEFT's fp32, to a few units in the "
-    "last place of the largest output in dorafx's, which sums in another order.",
+    "B is zero and the magnitude is the norm, so the model is the base model: on a CPU to the last bit of fp32, as in stock PEFT. On a "
+    "GPU, to a few units in the last place of the largest output: the norm's kernel sums in another order.",
 )
 def test_identity(way: Way) -> None:
     def build() -> Any:
@@ -61,7 +61,8 @@ def test_identity(way: Way) -> None:
     with torch.no_grad():
         base = layers()
         for shape in ((1, 1), (3, 5)):
-            assert_close(output(twin.call, twin.model, *shape), output(base, twin.model, *shape), 5e-7)
+            exact = 0 if way.codegen == "eager" else 5e-7  # Inductor computes what is between the layers in another way
+            assert_close(output(twin.call, twin.model, *shape), output(base, twin.model, *shape), exact)
 
 
 @feature(

@@ -34,6 +34,21 @@ class Fault:
 
 
 FAULTS: dict[str, Fault] = {
+    "the gradient of g sees the bias": Fault(
+        "ops/composition.py",
+        "else base.to(wide) - inside.to(wide)",
+        "else base.to(wide)",
+        ("ops/test_composition.py",),
+    ),
+    "a base of another bias": Fault(
+        "plan/bias.py", "        if inside == match.bias:\n", "        if inside.items:\n", ("rewriter/test_biases.py",)
+    ),
+    "a zero factor hides what is not finite": Fault(
+        "ops/norm.py",
+        "    if not bool(left.isfinite().all()) or not bool(right.isfinite().all()):\n        return None\n",
+        "",
+        ("ops/test_norm.py",),
+    ),
     "what is written in between is equal all the same": Fault(
         "graphs/equal_values.py", "        if node in self._written:\n", "        if False:\n", (DEQUANTISED,)
     ),
