@@ -206,21 +206,33 @@ class Emitter(TermEmitter):
                 return self.method("reshape_as", out, o)
         if all(isinstance(s, int) for s in shape):
             return self.method("reshape", out, tuple(shape))
-        tokens = self._sizes_of_tokens(shape)
+        tokens = self._sizes_of_tokens(shape[:-1], present)
         if tokens is not None:
             return self.method("reshape", out, *tokens, self.method("size", out, -1))
         what = "the parts of the output have different leading dimensions, and these are symbolic"
         raise CannotEmit(what, ReasonKind.SYMBOLIC_SHAPE)
 
-    def _sizes_of_tokens(self, shape: torch.Size) -> list[fx.Node] | None:
-        """The leading sizes of the site's value ``[.., d]``, some of them symbolic, read off the layer's input; None where that has others.
-        (A product that is no longer needed has them, too, and would be computed for them.)"""
+    def _sizes_of_tokens(self, leading: torch.Size, operands: Iterable[fx.Node]) -> list[fx.Node | int] | None:
+        """The leading sizes of the site's value ``[.., d]``, the symbolic ones read off the layer's input or an operand; None where these have
+        others. (A product that is no longer needed has them, too, and would be computed for them.)"""
         node = self.lift.atom_of(self._input.atom).node if isinstance(self._input, Mat) else None
-        tensor = tensor_of(node)
-        if node is None or tensor is None or sizes_of(tensor.shape[:-1]) != sizes_of(shape[:-1]):
+        found: dict[str, tuple[fx.Node, int]] = {}
+        for read in (node, *operands):
+            tensor = None if read is None else tensor_of(read)
+            for axis, key in enumerate(() if tensor is None else sizes_of(tensor.shape[:-1])):
+                assert read is not None
+                found.setdefault(key, (read, axis))
+        keys = sizes_of(leading)
+        if any(not isinstance(size, int) and key not in found for size, key in zip(leading, keys)):
             return None
-        x = self.operand(node)
-        return [self.method("size", x, axis) for axis in range(tensor.dim() - 1)]
+        sizes: list[fx.Node | int] = []
+        for size, key in zip(leading, keys):
+            if isinstance(size, int):
+                sizes.append(size)
+            else:
+                read, axis = found[key]
+                sizes.append(self.method("size", self.operand(read) if read is node else read, axis))
+        return sizes
 
 
 def _base_product(emit: Emitter, core: Chain, gemm: Gemm) -> fx.Node:
