@@ -33,16 +33,17 @@ def test_code_for_a_device_that_there_is_not() -> None:
 
 @pytest.mark.slow
 def test_a_decoder_layer_of_adapters() -> None:
-    """The forward launches what LoRA's does. The backward launches two more for each linear whose sum over tokens Inductor makes in
-    two stages, and none for the two of the MLP that are summed where their gradient is made."""
+    """Two more launches than LoRA's in the forward, for queries and keys: what is kept of these is read again where the rotary embedding
+    turns them. In the backward two more to turn them again, where LoRA saves what was turned; and two for each linear whose sum over tokens
+    Inductor makes in two stages, none for the two of the MLP that are summed where their gradient is made."""
     from dorafx.bench.launches import launches
     from dorafx.bench.shapes import PRESETS
 
     shape = PRESETS["llama-3-8b"]
     forward, backward = launches("dorafx", shape, 16, 4096).counts
     plain_forward, plain_backward = launches("lora", shape, 16, 4096).counts
-    assert forward <= plain_forward
-    assert backward <= plain_backward + 10
+    assert forward <= plain_forward + 2
+    assert backward <= plain_backward + 12
 
 
 def test_unknown_implementation() -> None:

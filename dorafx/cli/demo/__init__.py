@@ -128,7 +128,7 @@ class _Listener:
     def reported(self, member: Member, message: Any) -> None:
         task = self._tasks[member.key]
         begun = self._progress.tasks[task].fields["does"] != "starting a process"
-        self._progress.update(task, advance=int(begun), does=message)
+        self._progress.update(task, advance=int(begun), does=message, refresh=True)
         if not self._console.is_terminal:
             self._console.print(f"{member.key}: {message}", soft_wrap=True)
 
