@@ -11,7 +11,9 @@ from torch import fx
 
 from dorafx._compat.dynamo import lookup_backend
 from dorafx._compat.inductor import compile_with_inductor, has_cpp_compiler
+from dorafx._compat.tensors import is_known
 from dorafx.errors import DorafxWarning
+from dorafx.graphs.tensors import tensor_of
 from dorafx.graphs.writes import written_nodes
 from dorafx.ops.register import DECOMPOSITIONS
 from dorafx.options import Options
@@ -58,6 +60,8 @@ def compile_graph(
                 stacklevel=2,
             )
         name = "eager"
+    if name == "inductor" and _convolves_nothing(gm):
+        name = "eager"
     if runs_as_it_stands(gm, name):
         return gm.forward
     if name == "eager":
@@ -84,3 +88,14 @@ def _needs_no_compiler(example_inputs: Sequence[Any]) -> bool:
     """Whether all inputs are on accelerators, for which Inductor generates Triton kernels."""
     kinds = {value.device.type for value in example_inputs if isinstance(value, torch.Tensor)}
     return bool(kinds) and "cpu" not in kinds
+
+
+def _convolves_nothing(gm: fx.GraphModule) -> bool:
+    """Whether a convolution's output is empty, as of an empty batch. Its gradients then have other strides than Inductor expects, and the
+    backward of the frozen layer raises, too; a graph without elements gains nothing by being compiled."""
+    outputs = [
+        tensor_of(node)
+        for node in gm.graph.nodes
+        if node.op == "call_function" and "conv" in getattr(node.target, "__name__", "")
+    ]
+    return any(output is not None and any(is_known(size == 0) for size in output.shape) for output in outputs)
