@@ -33,8 +33,10 @@ def layer(p: Layer, x: torch.Tensor, way: Shape) -> torch.Tensor:
     return way(g * (F.linear(x, p.W) + S * lora(p, x)))
 
 
-@pytest.mark.parametrize("codegen", ["eager", "inductor"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "codegen"),
+    [(1, "eager"), (3, "eager"), (1, "inductor"), pytest.param(3, "inductor", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_values_and_gradients(way: str, batch: int, codegen: str) -> None:
     """Of several lengths, which one graph serves."""
