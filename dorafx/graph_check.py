@@ -285,6 +285,12 @@ def _is_floating(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to(
+        torch.promote_types(tensor.dtype, torch.float32) if tensor.dtype.itemsize > 1 else torch.float32
+    )
+
+
 def _transposed(tensor: torch.Tensor) -> None:
     if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1]:
         tensor.data = tensor.data.t()
@@ -293,8 +299,9 @@ def _transposed(tensor: torch.Tensor) -> None:
 _BETWEEN_CALLS: dict[str, Callable[[torch.Tensor], Any]] = {
     "at the first call": lambda t: None,
     "at the second call, with the first's outputs written": lambda t: None,
-    "after parameters were written": lambda t: t.mul_(1.5),
-    "after parameters were written through .data": lambda t: t.data.copy_(t.data * 0.5),
+    # By way of fp32 or fp64: float8 has no arithmetic.
+    "after parameters were written": lambda t: t.copy_(_wide(t) * 1.5),
+    "after parameters were written through .data": lambda t: t.data.copy_(_wide(t) * 0.5),
     "after square parameters were transposed": _transposed,
 }
 

@@ -272,6 +272,8 @@ def _table(
         other = others.get(name)
         if other is None or value.shape != other.shape:
             print(f"    {name}: {'none' if other is None else tuple(other.shape)} after the rewrite")
+        elif value.numel() and not value.double().isfinite().any():
+            print(f"    {name}: no number is finite on the drawn values, so none is compared")
         elif exact is None:
             print(f"    {name}: difference {_distance(other, value):.1e} of its size")
         elif name in references:
@@ -333,7 +335,7 @@ def _as_compiled(
             if name not in others or others[name].shape != value.shape:
                 failures.append(f"compiled, call {number}: {name} is absent or of another shape")
                 continue
-            if not torch.equal(others[name].isfinite(), value.isfinite()):
+            if not torch.equal(others[name].double().isfinite(), value.double().isfinite()):
                 failures.append(f"compiled, call {number}: {name} is finite in other places")
                 continue
             floor = torch.finfo(value.dtype).eps if references is exact else _UNKNOWN_ERROR

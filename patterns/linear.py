@@ -97,8 +97,9 @@ class Linear:
             layer = emit.linear_kernel(match, g, emit.vector(match.bias) if match.bias.items else None)
             if layer is not None:
                 return layer
-        base, bias = None if plan.accumulate else emit.biased_base(match), match.bias
-        biased = base is not None
+        # Neither a product that accumulates nor a kernel takes it.
+        base = None if plan.accumulate or plan.kernel != "auto" else emit.biased_base(match)
+        biased, bias = base is not None, match.bias
         if base is None:
             base, bias = emit.base(match.base, match.bias, match.scaling)
         bias_node = emit.vector(bias) if bias.items else None

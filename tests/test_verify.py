@@ -55,6 +55,23 @@ def test_peft(kind: str, dtype: torch.dtype, dropout: float) -> None:
     assert str(report).endswith(f"0 failed, largest difference {max(c.error for c in report.checks):.1e}")
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_weight_in_float8(dtype: torch.dtype) -> None:
+    """torch has no arithmetic for it, and does not say which values are finite."""
+    w, a, b = torch.randn(16, 12).to(dtype), torch.randn(2, 12), torch.randn(16, 2)
+    m = torch.rand(16) + 1
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        wide = w.float()
+        n = (wide + b @ a).norm(dim=1)
+        return m / n * (torch.nn.functional.linear(x, wide) + x @ a.t() @ b.t())
+
+    options = {"dorafx.codegen": "eager", "dorafx.verify": True, "dorafx.strict": True}
+    x = torch.randn(3, 12)
+    torch.testing.assert_close(torch.compile(layer, backend="dorafx", options=options)(x), layer(x))
+    assert [r.status for r in rewrite_log().records] == ["rewritten"], str(rewrite_log())
+
+
 def _sabotage(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     right = Linear.rewrite
 

@@ -230,6 +230,20 @@ def branches() -> RewriteLog:
     return met(lambda x: torch.cond(x.sum() > 0, lambda x: layer(x), lambda x: layer(x) * 2, (x,)), x())
 
 
+@program
+def float8_weight() -> RewriteLog:
+    """torch does not say of float8 which values are finite."""
+    layer = Adapted()
+    layer.w.data = layer.w.detach().to(torch.float8_e4m3fn)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        w = layer.w.float()
+        n = (w + layer.b @ layer.a).norm(dim=1).detach()
+        return layer.m / n * (F.linear(x, w) + F.linear(F.linear(x, layer.a), layer.b))
+
+    return met(forward, x())
+
+
 def spelled(name: str) -> RewriteLog:
     p = Layer()
     return met(lambda x: LINEAR[name](p, x), x(dtype=torch.float64))
@@ -237,6 +251,17 @@ def spelled(name: str) -> RewriteLog:
 
 for _name in ("clamped_norm", "identity_forward_delta_form", "flattened_tokens", "column_norm", "scaling_as_a_tensor"):
     PROGRAMS[_name] = partial(spelled, _name)
+
+
+def test_what_is_nowhere_finite_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A root of drawn values is NaN: equal, but no evidence."""
+    layer = Adapted()
+    log = met(lambda x: layer(x.sqrt()), x().abs())
+    log.save_repro(log.records[0], tmp_path / "repro.py")
+    code, output = executed(tmp_path / "repro.py", capsys)
+    assert code == 0 and output.endswith("no difference\n")
+    assert "output 0: no number is finite on the drawn values, so none is compared" in output
+    assert "gradient of p_b: " in output
 
 
 SLOW = ("dropout_by_inductor", "language_model")
