@@ -17,7 +17,8 @@ def biased_base(lift: Lifter, match: Match, order: Mapping[fx.Node, int]) -> fx.
     """The node of ``x·Wᵀ + bias`` that a composition can take as it is. None where the graph has no such product or has it without the
     bias, too, and where a kernel may compose, as on a GPU.
 
-    With it a layer whose adapter does nothing yet gives what the frozen layer does, to the bit.
+    With it a layer whose adapter does nothing yet gives what the frozen layer does, to the bit. Not where the bias is trained: its
+    gradient would be the base's less the difference's, which is NaN where ``g`` is, and a bias that is added last has the output's.
 
     Args:
         order: the position of each node in the graph.
@@ -28,8 +29,10 @@ def biased_base(lift: Lifter, match: Match, order: Mapping[fx.Node, int]) -> fx.
     if any(gemm.bias is None for gemm in gemms):
         return None
     for gemm in gemms:
-        out, vector = tensor_of(gemm.node), lift.vector(gemm.bias)
-        if out is None or dispatch.serves(out.device) or placements(out) is not None or vector is None:
+        out, bias, vector = tensor_of(gemm.node), tensor_of(gemm.bias), lift.vector(gemm.bias)
+        if out is None or bias is None or dispatch.serves(out.device) or placements(out) is not None or vector is None:
+            continue
+        if out.requires_grad and bias.requires_grad:
             continue
         inside = lift.detached(vector.poly) if gemm.node in lift.unrecorded else vector.poly
         if inside == match.bias:

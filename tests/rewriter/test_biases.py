@@ -81,6 +81,18 @@ def base_written_after(p: Layer, x: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return y, base.mul_(2.0)
 
 
+def delta_of_the_weight(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    g = p.m / adapted.norm(dim=1).detach()
+    return F.linear(x, p.W, p.b) + F.linear(x, g[:, None] * adapted - p.W)
+
+
+def delta_of_the_weight_and_bias(p: Layer, x: torch.Tensor) -> torch.Tensor:
+    adapted = p.W + S * (p.B @ p.A)
+    g = p.m / adapted.norm(dim=1).detach()
+    return F.linear(x, p.W, p.b) + F.linear(x, g[:, None] * adapted - p.W, 0.5 * p.b) - 0.5 * p.b.detach()
+
+
 def bias_written_meanwhile(p: Layer, x: torch.Tensor) -> torch.Tensor:
     b = p.b * 1.0
     before = b.clone()
@@ -112,6 +124,8 @@ PROGRAMS: list[Callable[[Layer, torch.Tensor], Any]] = [
     base_returned_too,
     with_and_without,
     base_written_after,
+    delta_of_the_weight,
+    delta_of_the_weight_and_bias,
     bias_written_meanwhile,
     zero_scaling,
     negative_scaling,
@@ -122,13 +136,40 @@ PROGRAMS: list[Callable[[Layer, torch.Tensor], Any]] = [
     ("codegen", "grad"),
     [("eager", True), ("eager", False), ("inductor", True), pytest.param("inductor", False, marks=pytest.mark.slow)],
 )
+@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
-def test_values_and_gradients(program: Callable[[Layer, torch.Tensor], Any], codegen: str, grad: bool) -> None:
+def test_values_and_gradients(
+    program: Callable[[Layer, torch.Tensor], Any], trained: bool, codegen: str, grad: bool
+) -> None:
     p = Layer()
+    p.b.requires_grad_(trained)
     x = torch.randn(3, p.W.shape[1], dtype=p.W.dtype)
     check_everything(program, p, x, codegen, grad)
     if program is not bias_written_meanwhile:
         assert dorafx.rewrite_log().rewrites, dorafx.rewrite_log()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
+def test_a_row_of_zeros(program: Callable[[Layer, torch.Tensor], Any], trained: bool) -> None:
+    """Its scaling is infinite or NaN. No gradient, nor value, is NaN or infinite where the program's own is not: that of a bias that is
+    added last is the output's."""
+    p = Layer()
+    p.b.requires_grad_(trained)
+    with torch.no_grad():
+        p.W[:2], p.B[:2], p.m[1] = 0.0, 0.0, 0.0
+    compiled = torch.compile(lambda x: program(p, x), backend="dorafx", options={"dorafx.codegen": "eager"})
+    x = torch.randn(3, p.W.shape[1], dtype=p.W.dtype)
+    leaves = [p.m, p.A, p.B, *([p.b] if trained else [])]
+    results = []
+    for run in (lambda x: program(p, x), compiled):
+        y = run(x)
+        y = y[0] if isinstance(y, tuple) else y
+        results.append([y, *torch.autograd.grad(y.sum(), leaves, allow_unused=True)])
+    for wanted, got in zip(*results):
+        if wanted is not None:
+            finite = wanted.isfinite()
+            torch.testing.assert_close(got[finite], wanted[finite])
 
 
 @pytest.mark.parametrize("compose", ["auto", "epilogue", "accumulated"])
@@ -152,6 +193,7 @@ def test_no_product_accumulates_into_a_base_with_its_bias(
     monkeypatch.setattr(Emitter, "compose", composed)
     options = {"dorafx.codegen": "eager", "dorafx.strict": True, "dorafx.compose": compose}
     p = Layer()
+    p.b.requires_grad_(False)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         if with_bias:
