@@ -11,10 +11,12 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.fx._symbolic_trace import is_fx_symbolic_tracing
+
+E = TypeVar("E", bound=Exception)
 
 _is_jit_tracing = torch._C._is_tracing
 _innermost_transform = torch._C._functorch.peek_interpreter_stack
@@ -228,9 +230,10 @@ class Outside(NamedTuple):
     """Why a function runs outside of compiled code.
 
     Attributes:
-        cause: ``"stance"``, ``"switched off"``, ``"limit"``, ``"disabled"``, ``"skipped"``, ``"not compiled"``.
+        cause: ``"stance"``, ``"switched off"``, ``"limit"``, ``"disabled"``, ``"skipped"``, ``"not compiled"``; of the package's own: ``"added"``,
+            ``"FSDP1"``, ``"another backend"``.
         function: the name of the function that is concerned.
-        detail: the stance, or the reason that whoever disabled it gave.
+        detail: the stance, the reason that whoever disabled it gave, or the backend.
     """
 
     cause: str
@@ -310,10 +313,7 @@ def compiled_modules(package: str) -> tuple[list[torch.nn.Module], dict[str, Any
         if isinstance(variables["self"], DisableContext) or not callable(callback):
             continue
         wrapper: Any = innermost_backend(callback)
-        backend = wrapper.backend if isinstance(wrapper, KnownBackend) else getattr(wrapper, "compiler_fn", wrapper)
-        backend = getattr(backend, "func", backend)  # of a functools.partial
-        module = getattr(backend, "__module__", None) or type(backend).__module__
-        if module.partition(".")[0] == package:
+        if _package_of(wrapper) == package:
             outermost, options = variables, getattr(wrapper, "kwargs", {}).get("options") or {}
     function = outermost.get("fn")
     values = [getattr(function, "__self__", None), *outermost.get("args", ()), *outermost.get("kwargs", {}).values()]
@@ -324,6 +324,38 @@ def compiled_modules(package: str) -> tuple[list[torch.nn.Module], dict[str, Any
             values.append(cell.cell_contents)
     values += [getattr(value, "__self__", None) for value in values]
     return [value for value in values if isinstance(value, torch.nn.Module)], options
+
+
+def _package_of(wrapper: Any) -> str:
+    """The package that a backend is from; ``wrapper`` may be one of ``torch.compile``'s."""
+    backend = wrapper.backend if isinstance(wrapper, KnownBackend) else getattr(wrapper, "compiler_fn", wrapper)
+    backend = getattr(backend, "func", backend)  # of a functools.partial
+    module = getattr(backend, "__module__", None) or type(backend).__module__
+    return str(module).partition(".")[0]
+
+
+def note_other_backend(package: str, note: Callable[[Any, str], None]) -> None:
+    """Where Dynamo traces a method for another backend than those of a package: call ``note`` once that backend is about to get the graph, with
+    the object that the method is of and the backend's name. Not of what Dynamo traces and then leaves out, where the graph breaks, nor
+    while it exports."""
+    from torch._dynamo.eval_frame import OptimizeContext, innermost_backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator, tls
+
+    if getattr(tls, "current_tx", None) is None:
+        return
+    output = InstructionTranslator.current_tx().output
+    calls = (v["self"] for v in _compiled_calls(sys._getframe(1)) if isinstance(v["self"], OptimizeContext))
+    context = next(calls, None)
+    if output.export or context is None or not callable(context.callback):
+        return
+    wrapper: Any = innermost_backend(context.callback)
+    if _package_of(wrapper) == package:
+        return
+    name = getattr(wrapper, "compiler_name", None) or getattr(wrapper, "__name__", None) or type(wrapper).__name__
+    variable: Any = output.current_tx.symbolic_locals.get("self")
+    realize = getattr(variable, "realize", None)  # of one that nothing has looked at yet
+    value = getattr(variable if realize is None else realize(), "value", None)
+    output.add_graph_finalizer(lambda gm: note(value, str(name)))
 
 
 def _compiled_frame() -> Any:
@@ -507,27 +539,26 @@ def restarts_tracing(error: Exception) -> bool:
     return isinstance(error, (RestartAnalysis, SkipFrame))
 
 
-def through_dynamo(error: ValueError) -> ValueError:
+def through_dynamo(error: E) -> E:
     """The error as one that Dynamo passes to the user unchanged. Dynamo wraps other exceptions of a backend in a
-    ``BackendCompilerFailed``, which is no ``ValueError``, but not exceptions of its own kind."""
-    return _UserValueError(*error.args)
+    ``BackendCompilerFailed``, and those of tracing in an ``InternalTorchDynamoError``, but not exceptions of its own kind."""
+    kind: Any = type(error)
+    return _passed_on(kind)(*error.args)  # type: ignore[no-any-return]
 
 
-def _user_value_error() -> type[ValueError]:
+@functools.cache
+def _passed_on(kind: type[Exception]) -> Any:
     try:
         from torch._dynamo.exc import ShortenTraceback
     except ImportError:
-        return ValueError
+        return kind
 
-    class UserValueError(ValueError, ShortenTraceback):
+    class Error(kind, ShortenTraceback):  # type: ignore[valid-type, misc]
         def __init__(self, *args: object) -> None:
             ShortenTraceback.__init__(self, *args, first_useful_frame=None)
 
-    UserValueError.__name__ = UserValueError.__qualname__ = "ValueError"
-    return UserValueError
-
-
-_UserValueError = _user_value_error()
+    Error.__name__ = Error.__qualname__ = kind.__name__
+    return Error
 
 
 def trace_instead(original: Callable[..., Any], substitute: Callable[..., Any]) -> bool:

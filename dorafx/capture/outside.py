@@ -25,6 +25,8 @@ from dorafx._compat.dynamo import (
     is_traced,
     module_at,
     module_of_frame,
+    note_other_backend,
+    through_dynamo,
     why_outside,
     why_skipped,
 )
@@ -214,6 +216,37 @@ def note_skipped(layer: torch.nn.Module, args: tuple[Any, ...]) -> None:
         _note(layer, args, why_skipped)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def note_traced() -> bool:
+    """Called where Dynamo traces a method of an adapter layer: record it if that is for another backend, and the layer's model is optimized.
+    Dynamo goes past the compiled calls of modules.
+
+    Returns:
+        True: traced, this is a constant without a guard.
+    """
+    if not hasattr(_explaining, "call"):
+        try:
+            note_other_backend("dorafx", _note_other_backend)
+        except Exception:  # must not stop the compilation of others
+            _logger.debug("whether another backend compiles an optimized model is not known", exc_info=True)
+    return True
+
+
+def _note_other_backend(adapter: Any, backend: str) -> None:
+    """
+    Raises:
+        RewriteMissError: the model is served strictly.
+    """
+    layers = list(getattr(adapter, "lora_magnitude_vector", torch.nn.ModuleDict()).children())
+    served = _served_with(layers[0]) if layers else None
+    model = None if served is None else served.model()
+    if served is not None and model is not None and model.__dict__.get(OPTIMIZED):
+        try:
+            _record_once(served, layers[0], Outside("another backend", detail=backend))
+        except RewriteMissError as error:
+            raise through_dynamo(error) from None
+
+
 def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[torch.nn.Module], Outside]) -> None:
     if not args or not isinstance(args[0], torch.Tensor) or is_traced(args[0]):
         return
@@ -227,10 +260,7 @@ def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[tor
             seen.add(name)
             log.add(_record(name, find_out(layer)))
         return
-    log = rewrite_log()
-    noted = _noted.get(layer)
-    if noted is None or noted.generation != log.generation:
-        noted = _noted[layer] = _Noted(log.generation)
+    noted = _noted_of(layer)
     served = _served_with(layer)
     if served is None:
         if noted.looks >= _MOST_LOOKS:
@@ -248,13 +278,26 @@ def _note(layer: torch.nn.Module, args: tuple[Any, ...], find_out: Callable[[tor
             why = why._replace(cause="added")
         elif not _called_by_generate():
             return  # who calls a model past its compiled function does so on purpose
+    _record_once(served, layer, why)
+
+
+def _noted_of(layer: torch.nn.Module) -> _Noted:
+    generation = rewrite_log().generation
+    noted = _noted.get(layer)
+    if noted is None or noted.generation != generation:
+        noted = _noted[layer] = _Noted(generation)
+    return noted
+
+
+def _record_once(served: _Served, layer: torch.nn.Module, why: Outside) -> None:
+    noted = _noted_of(layer)
     if why.cause in noted.causes:
         return
     record = _record(str(served.name_of(layer)), why)
     if served.strict and why.cause not in _MEANT:
         raise RewriteMissError(f"dorafx.strict: {record}")
     noted.causes.add(why.cause)
-    log.add(record)
+    rewrite_log().add(record)
 
 
 def _served_with(layer: torch.nn.Module) -> _Served | None:
@@ -273,6 +316,10 @@ def _record(name: str, why: Outside) -> Record:
         "disabled": (
             ReasonKind.COMPILER_DISABLED,
             f"torch.compiler.disable keeps {why.function}, which calls it, out of compiled code{f' ({why.detail})' if why.detail else ''}",
+        ),
+        "another backend": (
+            ReasonKind.ANOTHER_BACKEND,
+            f"torch.compile compiles it with the backend {why.detail!r}, and goes past what dorafx.optimize has compiled",
         ),
         "stance": (ReasonKind.STANCE, f"torch.compiler.set_stance({why.detail!r}) has it run as it is written"),
         "switched off": (ReasonKind.STANCE, "torch._dynamo.config.disable has it run as it is written"),

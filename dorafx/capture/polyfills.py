@@ -13,6 +13,8 @@ import torch
 import dorafx.ops  # noqa: F401  (registers the operator that stands for HQQ's dequantisation)
 from dorafx._compat.hooks import has_child
 
+from .outside import note_traced
+
 _HQQ_PACKINGS = {"8bit_u8": "hqq8", "4bit_u8": "hqq4", "2bit_u8": "hqq2", "1bit_u8": "hqq1"}
 _BITSANDBYTES = ("Params4bit", "Int8Params")
 
@@ -200,9 +202,11 @@ def make_cache_clear(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_get_base_layer(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``get_base_layer(self)`` of an adapter layer, with guards that cost less (:func:`_is_plain`)."""
+    """``get_base_layer(self)`` of an adapter layer, with guards that cost less (:func:`_is_plain`). Each layer that computes DoRA calls it,
+    so that is where one is noticed that is traced past dorafx."""
 
     def get_base_layer(self: Any) -> Any:
+        note_traced()
         layer = self
         while has_child(layer, "base_layer") if _is_plain(type(layer)) else hasattr(layer, "base_layer"):
             layer = layer.base_layer

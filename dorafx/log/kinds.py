@@ -252,6 +252,12 @@ class ReasonKind(Enum):
         "Compilation is turned off (`torch.compiler.set_stance`, `torch._dynamo.config.disable`).",
         'Nothing, if it is intended: under the stance "default" the layers are rewritten again.',
     )
+    ANOTHER_BACKEND = (
+        "another-backend",
+        "A `torch.compile` with another backend contains the optimized model, and goes past what `dorafx.optimize` has compiled.",
+        "Leave that `torch.compile` out: the model is compiled already. Or compile all of it with dorafx: "
+        '`torch.compile(step, backend="dorafx")`.',
+    )
     ADDED_LATER = (
         "added-later",
         "The layer was added to the model after `dorafx.optimize`.",

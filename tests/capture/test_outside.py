@@ -15,6 +15,7 @@ import pytest
 import torch
 from integration_support import peft_model
 from outside_programs import PROGRAMS, compiled, rows, two
+from peft import get_peft_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -82,6 +83,77 @@ def test_strict_raises() -> None:
     function = torch.compile(model, backend="dorafx", options={"dorafx.codegen": "eager", "dorafx.strict": True})
     with pytest.raises(RewriteMissError, match=r"first: torch\.compiler\.disable keeps Two\.forward"):
         function(rows(20))
+
+
+@Codegen
+@pytest.mark.parametrize("scope", ["model", "modules"])
+def test_another_backend_trains_an_optimized_model(scope: str, codegen: str) -> None:
+    """Results are stock's, and each layer is named once, with the backend."""
+    model = two("first", "second").train()
+    stock = copy.deepcopy(model)
+    dorafx.optimize(model, scope=scope)
+    step = torch.compile(lambda x: model(x).square().mean(), backend="aot_eager" if codegen == "eager" else codegen)
+    for _ in range(2):
+        step(rows(20)).backward()
+        stock(rows(20)).square().mean().backward()
+    for own, other in zip(model.parameters(), stock.parameters()):
+        torch.testing.assert_close(own.grad, other.grad)
+    assert outside() == dict.fromkeys(LAYERS, "another-backend") and len(rewrite_log().records) == 2
+    assert f"the backend '{'aot_eager' if codegen == 'eager' else 'inductor'}'" in rewrite_log().misses[0].reason
+
+
+@pytest.mark.parametrize("kind", ["embedding", "convolution"])
+def test_another_backend_and_other_layers(kind: str) -> None:
+    layers = {"embedding": nn.Embedding(7, 24), "convolution": nn.Conv2d(3, 4, 3)}
+    inputs = {"embedding": torch.arange(5)[None], "convolution": torch.randn(2, 3, 6, 6)}
+    config = outside_programs.lora_config(task_type=None, target_modules=["0"])
+    model = outside_programs.randomise(get_peft_model(nn.Sequential(layers[kind]), config))
+    stock = copy.deepcopy(model)
+    dorafx.optimize(model, codegen="eager")
+    torch.testing.assert_close(torch.compile(model, backend="aot_eager")(inputs[kind]), stock(inputs[kind]))
+    assert outside() == {"base_model.model.0": "another-backend"}
+
+
+def test_strict_raises_where_another_backend_compiles() -> None:
+    model = two("first", "second")
+    dorafx.optimize(model, codegen="eager", strict=True)
+    with pytest.raises(RewriteMissError, match=r"first: torch\.compile compiles it with the backend 'aot_eager'"):
+        torch.compile(model, backend="aot_eager")(rows(20))
+
+
+def _exported(model: Any) -> None:
+    torch.export.export(model, (rows(20),), strict=True)
+
+
+def _compiled_once_restored(model: Any) -> None:
+    torch.compile(dorafx.restore(model), backend="aot_eager")(rows(20))
+
+
+def _other_compiled(model: Any) -> None:
+    torch.compile(two("first", "second"), backend="aot_eager")(rows(20))
+
+
+def _disabled_adapter(model: Any) -> None:
+    with model.disable_adapter():
+        torch.compile(model, backend="aot_eager")(rows(20))
+
+
+@pytest.mark.parametrize("call", [_exported, _compiled_once_restored, _other_compiled, _disabled_adapter])
+def test_no_miss_where_another_backend_computes_no_dora(call: Any) -> None:
+    """Or where it is no optimized model of which it does, or no backend."""
+    model = two("first", "second")
+    dorafx.optimize(model, codegen="eager", strict=True)
+    call(model)
+    assert not rewrite_log().records
+
+
+def test_all_of_an_optimized_model_compiled_with_dorafx() -> None:
+    model = two("first", "second")
+    stock = copy.deepcopy(model)
+    dorafx.optimize(model, codegen="eager")
+    whole = torch.compile(lambda x: 2 * model(x), backend="dorafx", options={"dorafx.codegen": "eager"})
+    torch.testing.assert_close(whole(rows(20)), 2 * stock(rows(20)))
+    assert {record.site for record in rewrite_log().rewrites} == LAYERS and not rewrite_log().misses
 
 
 def test_strict_lets_a_stance_pass() -> None:

@@ -82,6 +82,16 @@ def stance(codegen: str) -> None:
         torch.testing.assert_close(model(rows(20)), stock(rows(20)))
 
 
+@_giving(ReasonKind.ANOTHER_BACKEND)
+def compiled_by_another(codegen: str) -> None:
+    model = two("first", "second")
+    stock = copy.deepcopy(model)
+    dorafx.optimize(model, codegen=codegen)
+    others = torch.compile(lambda x: 2 * model(x), backend="aot_eager" if codegen == "eager" else codegen)
+    for n in (20, 30, 30):
+        torch.testing.assert_close(others(rows(n)), 2 * stock(rows(n)))
+
+
 @_giving(ReasonKind.ADDED_LATER)
 def added_later(codegen: str) -> None:
     model = two("first")
@@ -158,6 +168,28 @@ def added_on_the_same_layers(codegen: str) -> None:
     model(rows(20))
 
 
+class Broken(nn.Module):
+    """A block that breaks every graph that would contain all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(24, 24), nn.Linear(24, 24)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.first(x))
+        torch._dynamo.graph_break()
+        return self.second(y)
+
+
+def broken_in_another_backend_s_graph(codegen: str) -> None:
+    """Dynamo traces the first layer for the other backend, comes to the break, and leaves the call to Python, which calls dorafx."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Broken(), Broken())
+    model = randomise(get_peft_model(blocks, lora_config(task_type=None, target_modules=["first", "second"]))).eval()
+    dorafx.optimize(model, scope="blocks", codegen=codegen)
+    torch.compile(lambda x: 2 * model(x), backend="aot_eager")(rows(20))
+
+
 def called_beside(codegen: str) -> None:
     """Who calls the model as it was, and not by a method of what was compiled, compares."""
     model = two("first", "second")
@@ -168,6 +200,7 @@ NEAR: dict[ReasonKind, Run] = {
     ReasonKind.RECOMPILE_LIMIT: within_the_limit,
     ReasonKind.COMPILER_DISABLED: disabled_beside,
     ReasonKind.STANCE: stance_of_other_calls,
+    ReasonKind.ANOTHER_BACKEND: broken_in_another_backend_s_graph,
     ReasonKind.ADDED_LATER: added_on_the_same_layers,
     ReasonKind.NOT_COMPILED: called_beside,
     ReasonKind.NOT_TRACED: lambda codegen: wrapped_by_fsdp1(codegen, use_orig_params=True),
