@@ -256,7 +256,8 @@ class ReasonKind(Enum):
         "another-backend",
         "A `torch.compile` with another backend contains the optimized model, and goes past what `dorafx.optimize` has compiled.",
         "Leave that `torch.compile` out: the model is compiled already. Or compile all of it with dorafx: "
-        '`torch.compile(step, backend="dorafx")`.',
+        '`torch.compile(step, backend="dorafx")`. `generate` with a static cache on a GPU is such a one: pass it '
+        '`compile_config=CompileConfig(backend="dorafx")`.',
     )
     ADDED_LATER = (
         "added-later",

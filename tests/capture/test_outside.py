@@ -18,11 +18,13 @@ from outside_programs import PROGRAMS, compiled, rows, two
 from peft import get_peft_model
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from transformers import CompileConfig
 
 import dorafx
 from dorafx import RewriteMissError, rewrite_log
 from dorafx._compat.dynamo import graph_statistics
 from dorafx.log import ReasonKind
+from dorafx.scope import adapted_modules
 
 LAYERS = {"base_model.model.first", "base_model.model.second"}
 Codegen = pytest.mark.parametrize("codegen", ["eager", "inductor"])
@@ -112,6 +114,20 @@ def test_another_backend_and_other_layers(kind: str) -> None:
     dorafx.optimize(model, codegen="eager")
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(inputs[kind]), stock(inputs[kind]))
     assert outside() == {"base_model.model.0": "another-backend"}
+
+
+def test_generation_that_compiles_its_steps() -> None:
+    """With a static cache on a GPU, here as on any device: Inductor gets the steps, unless it is told of dorafx."""
+    model = peft_model()
+    dorafx.optimize(model, codegen="eager")
+    for backend, kinds in (("aot_eager", {"another-backend"}), ("dorafx", set())):
+        config = CompileConfig(backend=backend, mode=None, fullgraph=False)
+        config._compile_all_devices = True
+        settings = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
+        model.generate(input_ids=torch.arange(1, 6)[None], compile_config=config, **settings)
+        assert {record.kind for record in rewrite_log().misses} == kinds
+        assert {r.site for r in rewrite_log().records} == {name for name, _ in adapted_modules(model)}
+        rewrite_log().clear()
 
 
 def test_strict_raises_where_another_backend_compiles() -> None:
