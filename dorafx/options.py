@@ -45,7 +45,7 @@ class Options:
             - ``"triton"``: as ``"epilogue"``, by a Triton kernel. With ``codegen="eager"`` on a CUDA device this is always so.
             - ``"triton_linear"``: both products and the sum are one Triton kernel.
             - ``"auto"``: ``"accumulated"`` in full precision with more than a few tokens, else ``"epilogue"``; the latter too, on a CPU,
-              where the base has a frozen bias. There its product keeps it, so that a new adapter gives what the frozen layer gives, to
+              where the base has a bias. There the base's product keeps it, so that a new adapter gives what the frozen layer gives, to
               the bit; a compiled training keeps one more ``[tokens, d_out]`` tensor for it.
 
             Where a Triton kernel cannot be used (a CPU, fp64), ``"epilogue"`` takes its place, and the log says why.

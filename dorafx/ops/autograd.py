@@ -152,7 +152,7 @@ class Compose(torch.autograd.Function):
             if total is not None:
                 mark_read(total)
         ctx.save_for_backward(g, total, unscale)
-        ctx.scale, ctx.fused, ctx.delta, ctx.biased = scale, fused, result is not None, biased
+        ctx.scale, ctx.fused, ctx.delta = scale, fused, result is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (result, base, lora, bias))
         ctx.bias_shape = () if bias is None else tuple(bias.shape)
         return y
@@ -167,15 +167,10 @@ class Compose(torch.autograd.Function):
         base_dtype, lora_dtype, bias_dtype = (d if need else None for d, need in zip(ctx.dtypes[1:], needs))
         backward = torch.ops.dorafx.compose_backward.default if ctx.fused else composition.backward_math
         kept = () if unscale is None else (unscale,)
-        summed = composition.wide_dtype(grad.dtype, g) if ctx.biased and bias_dtype is not None else bias_dtype
-        d_base, d_lora, d_g, d_bias = backward(
-            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, summed, ctx.bias_shape, *kept
+        gradients = backward(
+            grad, g, total, ctx.scale, ctx.delta, base_dtype, lora_dtype, needs_g, bias_dtype, ctx.bias_shape, *kept
         )
-        if ctx.biased and bias_dtype is not None:
-            # It is added to the output, and taken out of what g scales.
-            d_bias = (d_bias - g.to(summed) * d_bias).to(bias_dtype)
         needed = (needs_base, needs_lora, needs_g, needs_bias)
-        gradients = (d_base, d_lora, d_g, d_bias)
         return (d_result, *(d if need else None for d, need in zip(gradients, needed)), None, None, None, None)
 
 
@@ -193,7 +188,8 @@ def compose(
 
     Args:
         biased: ``base`` has the bias in it: ``g ⊙ (base - bias + s·lora) + bias``, which is ``base + s·lora`` to the bit where ``g`` is 1.
-            Not by a kernel.
+            Not by a kernel. The bias that is taken out is a constant to gradients, as the one in ``base`` has to be: the bias has the
+            gradient of one that is added last, the sum of the output's, also where ``g`` is not finite.
 
     Raises:
         ValueError: see :func:`dorafx.ops.composition.check_compose`, :func:`dorafx.ops.composition.check_biased`; or an unknown kernel.

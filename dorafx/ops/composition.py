@@ -125,8 +125,7 @@ def gradient_buffers(
     return d_base, d_lora, None if g is None else g.new_empty(g.shape), d_bias
 
 
-def wide_dtype(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
-    """In what a composition is computed: fp32, or fp64 where an operand or the result is."""
+def _wide(out_dtype: torch.dtype, *tensors: torch.Tensor | None) -> torch.dtype:
     dtypes = {t.dtype for t in tensors if t is not None} | {out_dtype}
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
@@ -143,7 +142,7 @@ def kept_dtype(base: torch.Tensor, lora: torch.Tensor, out_dtype: torch.dtype) -
     precision made the error of that gradient 1.07 times the original's."""
     device = base.device.type  # "meta", which explaining an adapter uses, knows no autocast
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return wide_dtype(out_dtype, base, lora)
+        return _wide(out_dtype, base, lora)
     return torch.promote_types(torch.promote_types(base.dtype, lora.dtype), out_dtype)
 
 
@@ -157,7 +156,7 @@ def compose_math(
     total: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The composition's value. ``total``: ``base + s·lora`` in the widest dtype, if it is computed already."""
-    wide = wide_dtype(out_dtype, base, lora)
+    wide = _wide(out_dtype, base, lora)
     y = (_sum(base, lora, scale, wide) if total is None else total) * g.to(wide)
     if bias is not None:
         y = y + bias.to(wide)
@@ -175,7 +174,7 @@ def delta_math(
 ) -> torch.Tensor:
     """The delta form's value, computed as ``result + (g - 1)·(base + s·lora) + s·lora``. This uses the sum that its backward keeps,
     and is as accurate near ``g = 1``. ``total``: as for :func:`compose_math`."""
-    wide = wide_dtype(out_dtype, result, base, lora)
+    wide = _wide(out_dtype, result, base, lora)
     total = _sum(base, lora, scale, wide) if total is None else total.to(wide)
     return (result.to(wide) + ((g.to(wide) - 1) * total + lora.to(wide) * scale)).to(out_dtype)
 
@@ -197,7 +196,7 @@ def forward_math(
     taken out before lora is added, as a sum that was rounded with it made the error of g's gradient up to 1.18 times the original's;
     and of the products only ``base`` is read besides what is kept, so that a backward needs no other for the output."""
     dtypes = {t.dtype for t in (base, lora, g, bias) if t is not None}
-    wide = wide_dtype(out_dtype, base, lora)
+    wide = _wide(out_dtype, base, lora)
     # All of one wide dtype: nothing is rounded in between, so no temporary is needed.
     at_once = into is not None and result is None and dtypes in ({torch.float32}, {torch.float64})
     inside = bias if biased else None
@@ -245,7 +244,7 @@ def scaled_forward_math(
         The value; what to keep (in ``out_dtype``), ``f ⊙ z``; and by what to multiply the sum of the products with it for the gradient
         of g, ``1 / f``, like g in fp32.
     """
-    wide = wide_dtype(out_dtype, base, lora)
+    wide = _wide(out_dtype, base, lora)
     size = g.to(wide).abs()
     exact = (size >= _EXACT_SCALES[0]) & (size <= _EXACT_SCALES[1])  # of each row of the weight; False for NaN
     scaled = torch.where(exact, g.to(wide), 1.0)
@@ -281,7 +280,7 @@ def backward_math(
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of base, lora, g and bias; None where the dtype is None. Those of base and lora have the shape of ``grad`` even if
     the operand was broadcast. ``unscale``: the last result of :func:`scaled_forward_math`, if ``total`` is what that keeps."""
-    wide = wide_dtype(grad.dtype, g)
+    wide = _wide(grad.dtype, g)
     dy, wide_g = grad.to(wide), g.to(wide)
     d_base = d_lora = d_g = d_bias = None
     if delta:

@@ -59,8 +59,14 @@ class Emitter(TermEmitter):
         return self.product(core), bias
 
     def biased_base(self, match: Match) -> fx.Node | None:
-        node = biased_base(self.lift, match, self.order)
-        return None if node is None else self.copied[node]
+        base = biased_base(self.lift, match, self.order)
+        if base is None:
+            return None
+        if base.trained is None:
+            return self.copied[base.node]
+        operands = fx.map_arg((base.node.args, base.node.kwargs), lambda n: self.operand(n, n is base.trained))
+        make = self.call if base.node.op == "call_function" else self.method
+        return make(base.node.target, *operands[0], **operands[1])  # type: ignore[arg-type]
 
     def accumulated(self, base: fx.Node, part: Part) -> fx.Node:
         """``base + scale · prefix · last`` in one product that accumulates (beta = 1)."""

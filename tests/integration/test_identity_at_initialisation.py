@@ -28,7 +28,7 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
 }
 
 
-def _models(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.Tensor]:
+def _models(name: str, dtype: torch.dtype, bias: Any = "none") -> tuple[nn.Module, nn.Module, torch.Tensor]:
     """The frozen model, the same with a new adapter, and an input."""
     torch.manual_seed(1)
     make, shape = LAYERS[name]
@@ -37,7 +37,7 @@ def _models(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module, torch.
         nn.init.normal_(base[0].bias)  # it begins with zeros
     base = base.to(dtype)
     x = torch.randn(shape).to(dtype) if shape else torch.randint(0, 512, (3, 7))
-    config = LoraConfig(target_modules=["0"], use_dora=True, r=4, fan_in_fan_out=name == "stored transposed")
+    config = LoraConfig(target_modules=["0"], use_dora=True, r=4, bias=bias, fan_in_fan_out=name == "stored transposed")
     return base, get_peft_model(copy.deepcopy(base), config), x
 
 
@@ -72,6 +72,31 @@ def test_outputs_are_the_frozen_models_through_inductor(name: str) -> None:
     exact = base(x).detach()
     for out in _outputs(model, "optimize", "inductor", x):
         torch.testing.assert_close(out, exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "codegen"),
+    [
+        ("linear", "eager"),
+        ("stored transposed", "eager"),
+        ("convolution", "eager"),
+        ("linear", "inductor"),
+        ("stored transposed", "inductor"),
+    ],
+)
+def test_with_trained_biases(name: str, codegen: str) -> None:
+    base, model, x = _models(name, torch.float32, "all")
+    stock = copy.deepcopy(model)
+    for out in _outputs(model, "optimize", codegen, x):
+        torch.testing.assert_close(out, base(x).detach(), rtol=0, atol=0)
+    for each in (model, stock):
+        each.train()
+        each(x).square().sum().backward()
+    gradients = {n: p.grad for n, p in stock.named_parameters() if p.requires_grad}
+    assert sum(n.endswith("bias") for n in gradients) == 1
+    for n, p in model.named_parameters():
+        if n in gradients:
+            torch.testing.assert_close(p.grad, gradients[n], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["linear", "stored transposed", "convolution"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -82,16 +81,27 @@ def test_near_unity_compiled(backend: str) -> None:
 @pytest.mark.parametrize("lead", [(3,), (2, 5), (0,), ()])
 def test_gradients_with_a_biased_base_in_fp64(lead: tuple[int, ...]) -> None:
     base, lora, _, g, bias = (t.double().requires_grad_() for t in tensors(*lead))
-    run = partial(compose, scale=1.3, out_dtype=torch.float64, biased=True)
-    assert torch.autograd.gradcheck(lambda *t: run(*t), (base, lora, g, bias))
+
+    def run(base: torch.Tensor, lora: Any, g: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return compose(base + bias.detach(), lora, g, bias, 1.3, torch.float64, biased=True)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(run, (base, lora, g, bias))
     assert torch.autograd.gradcheck(lambda b, g, bias: run(b, None, g, bias), (base, g, bias))
     assert torch.autograd.gradcheck(lambda b, bias: run(b, lora.detach(), g.detach(), bias), (base, bias))
-    exact = compose(base - bias, lora, g, bias, 1.3, torch.float64)
-    torch.testing.assert_close(run(base, lora, g, bias), exact)
+    torch.testing.assert_close(run(base, lora, g, bias), compose(base, lora, g, bias, 1.3, torch.float64))
+
+
+def test_a_bias_in_the_base_has_the_gradient_of_one_that_is_added() -> None:
+    """Also where the scaling is not finite."""
+    base, lora, _, g, bias = (t.double().requires_grad_() for t in tensors(3))
+    wrong = torch.tensor([torch.inf, torch.nan], dtype=g.dtype)
+    y = compose(base + bias.detach(), lora, torch.cat((wrong, g[2:])), bias, 1.3, torch.float64, biased=True)
+    (grad,) = torch.autograd.grad(y.sum(), bias)
+    assert torch.equal(grad, torch.full_like(bias, len(base)))
 
 
 def _layer(x: torch.Tensor, weight: torch.Tensor, lora: torch.Tensor, g: torch.Tensor, bias: torch.Tensor) -> Any:
-    base = torch.nn.functional.linear(x, weight, bias)
+    base = torch.nn.functional.linear(x, weight, bias.detach())
     return compose(base, lora, g, bias, 1.3, x.dtype, biased=True)
 
 

@@ -90,7 +90,7 @@ def test_one_tensor_is_saved(dtype: torch.dtype) -> None:
 
 
 def biased(x: Any, first: Any, second: Any, g: Any, bias: Any) -> torch.Tensor:
-    return compose(torch.addmm(bias, x, first), x @ second, g, bias, 1.3, x.dtype, biased=True)  # type: ignore[no-any-return]
+    return compose(torch.addmm(bias.detach(), x, first), x @ second, g, bias, 1.3, x.dtype, biased=True)  # type: ignore[no-any-return]
 
 
 def test_two_tensors_are_saved_of_a_biased_base() -> None:

@@ -51,7 +51,7 @@ def _trained_on(twin: Twin) -> None:
     "DoRA at its initialisation",
     "works",
     "B is zero and the magnitude is the norm, so the model is the base model: on a CPU to the last bit of fp32, as in stock PEFT. On a "
-    "GPU, with a trained bias, and where Inductor compiles convolutions, to a few units in the last place of the largest output: sums are taken in another order.",
+    "GPU, and where Inductor compiles convolutions, to a few units in the last place of the largest output: sums are taken in another order.",
 )
 def test_identity(way: Way) -> None:
     def build() -> Any:

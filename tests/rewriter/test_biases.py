@@ -173,9 +173,9 @@ def test_a_row_of_zeros(program: Callable[[Layer, torch.Tensor], Any], trained: 
 
 
 @pytest.mark.parametrize("compose", ["auto", "epilogue", "accumulated"])
-@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("bias", ["none", "frozen", "trained"])
 def test_no_product_accumulates_into_a_base_with_its_bias(
-    with_bias: bool, compose: str, monkeypatch: pytest.MonkeyPatch
+    bias: str, compose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless that is asked for: then the base is made again without it. Without a bias the choice is as ever."""
     form = type(forms()["linear"])
@@ -193,7 +193,8 @@ def test_no_product_accumulates_into_a_base_with_its_bias(
     monkeypatch.setattr(Emitter, "compose", composed)
     options = {"dorafx.codegen": "eager", "dorafx.strict": True, "dorafx.compose": compose}
     p = Layer()
-    p.b.requires_grad_(False)
+    p.b.requires_grad_(bias == "trained")
+    with_bias = bias != "none"
 
     def layer(x: torch.Tensor) -> torch.Tensor:
         if with_bias:
@@ -205,3 +206,20 @@ def test_no_product_accumulates_into_a_base_with_its_bias(
     accumulates = compose == "accumulated" or (compose == "auto" and not with_bias)
     assert seen[0] == accumulates
     assert (seen[1] is True) == (with_bias and not accumulates)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
+def test_as_many_base_products_as_before(program: Callable[[Layer, torch.Tensor], Any], trained: bool) -> None:
+    """The product that is made again with the bias detached takes the place of the program's."""
+    p = Layer()
+    p.b.requires_grad_(trained)
+    x = torch.randn(20, p.d_in, dtype=torch.float64)
+    compiled = torch.compile(lambda x: program(p, x), backend="dorafx", options={"dorafx.codegen": "eager"})
+    compiled(x)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        compiled(x)
+    shapes = [event.input_shapes for event in profile.events() if event.name in ("aten::mm", "aten::addmm")]
+    assert shapes
+    products = sum([20, p.d_in] in each and [p.d_in, p.d_out] in each for each in shapes)
+    assert products == 1
