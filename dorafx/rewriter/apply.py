@@ -13,6 +13,7 @@ import dorafx.ops  # noqa: F401  (registers the operators that are emitted)
 from dorafx._compat.distributed import placements
 from dorafx._compat.tensors import is_wrapper
 from dorafx.errors import in_a_line
+from dorafx.graphs.autocast import regions_of
 from dorafx.graphs.copying import copy_graph, module_with_graph
 from dorafx.graphs.operators import canonical_name, drops_nothing
 from dorafx.graphs.tensors import tensor_of
@@ -35,6 +36,7 @@ from .norm_operands import (
 )
 from .placements import placed_like, reduced
 from .roots import rooted
+from .rounding import rounds_more
 
 _logger = logging.getLogger(__name__)  # TORCH_LOGS="+dorafx"
 
@@ -163,6 +165,7 @@ def apply_plan(
     memory = Ownership(gm.graph)
     emit = Emitter(matches.lift, graph, copied, norms)
     rules = forms()
+    regions = regions_of(matches.lift.graph)
     sites = {site: norm for norm in plan.norms.values() for site in norm.factors.info.sites}
     work: list[tuple[fx.Node, CompositionPlan | None]] = [(c.match.node, c) for c in plan.compositions]
     work += [(site, None) for site in sites]
@@ -178,9 +181,11 @@ def apply_plan(
                 match = composition.match
                 emit.begin(node, match)
                 _refuse_lost_gradient(emit, node, match.expr)
-                replacement = rules[match.pattern].rewrite(match, composition, emit)
-                replacement = laid_out_like(emit, node, placed_like(emit, node, replacement))
-                replacement = memory.of(emit, node, replacement)
+                apart = rounds_more(matches.lift, match, regions, emit.order, bool(plan.part))
+                with emit.unrounded() if apart else nullcontext():
+                    replacement = rules[match.pattern].rewrite(match, composition, emit)
+                    replacement = laid_out_like(emit, node, placed_like(emit, node, replacement))
+                    replacement = memory.of(emit, node, replacement)
         except Exception as reason:
             raise _refusal(reason, node, emit.lift) from reason
         old.replace_all_uses_with(replacement)

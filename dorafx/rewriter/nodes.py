@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx
 
+from dorafx._compat.autocast import enter_autocast, exit_autocast
+from dorafx._compat.autograd import below_autocast
 from dorafx._compat.tensors import fake_mode_of
 from dorafx.graphs.tensors import tensor_of
 from dorafx.lift import Atom, Lifter
@@ -72,6 +74,8 @@ class NodeEmitter:
         self.order = {node: i for i, node in enumerate(lift.graph.nodes)}
         self.site: fx.Node | None = None
         self._fake_values = FakeValues()
+        self._unrounded: FakeValues | None = None
+        """In :meth:`unrounded` what takes the place of the above, which knows of no context."""
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         return self._created(self.graph.call_function(target, args, kwargs), target)
@@ -90,9 +94,22 @@ class NodeEmitter:
         mode = fake_mode_of(value)
         if mode is not None:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get(slot))
-            with gradients_as_of(value):
-                node.meta[slot] = self._fake_values(target, args, kwargs, mode)
+            with gradients_as_of(value), nullcontext() if self._unrounded is None else below_autocast():
+                node.meta[slot] = (self._unrounded or self._fake_values)(target, args, kwargs, mode)
         return node
+
+    @contextmanager
+    def unrounded(self) -> Iterator[None]:
+        """Make nodes in a region of their own, in which autocast is off."""
+        tensor = tensor_of(self.site)
+        assert tensor is not None
+        entered = self.graph.call_function(enter_autocast, (tensor.device.type, None, False, None))
+        self._unrounded = FakeValues()
+        try:
+            yield
+        finally:
+            self._unrounded = None
+        self.graph.call_function(exit_autocast, (entered,))
 
     def operand(self, node: fx.Node, detached: bool = False) -> fx.Node:
         """The copy of an original node, for reading at the site."""
