@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import fx
 
 from dorafx._compat.distributed import placements
-from dorafx.graphs.tensors import tensor_of
+from dorafx.graphs.tensors import may_require_grad, tensor_of
 from dorafx.graphs.uses import dies
 from dorafx.lift import Expr, Gemm, Lifter
 from dorafx.match import Match
@@ -20,7 +20,7 @@ class BiasedBase(NamedTuple):
 
     Attributes:
         node: ``x·Wᵀ + bias``, in the graph.
-        trained: the bias, if the product passes gradients to it. The product is then made with the detached bias in its place: what the
+        trained: the bias, if the product may pass gradients to it. The product is then made with the detached bias in its place: what the
             composition takes out of it again is no function of the bias. The difference of two gradients, the product's and that of what is
             taken out, would be NaN where ``g`` is, and a bias that is added last has the output's.
     """
@@ -47,10 +47,11 @@ def biased_base(lift: Lifter, match: Match, order: Mapping[fx.Node, int]) -> Bia
         out, bias, vector = tensor_of(gemm.node), tensor_of(gemm.bias), lift.vector(gemm.bias)
         if out is None or bias is None or dispatch.serves(out.device) or placements(out) is not None or vector is None:
             continue
-        inside = lift.detached(vector.poly) if gemm.node in lift.unrecorded else vector.poly
+        constant = gemm.node in lift.unrecorded
+        inside = lift.detached(vector.poly) if constant else vector.poly
         if inside != match.bias:
             continue
-        if not (out.requires_grad and bias.requires_grad):
+        if constant or not (may_require_grad(gemm.node) and may_require_grad(gemm.bias)):
             return BiasedBase(gemm.node, None)
         if _can_be_made_again(lift, gemm) and dies(gemm.node, match.node, order):
             return BiasedBase(gemm.node, gemm.bias)

@@ -341,11 +341,12 @@ def test_a_cache_of_a_class_of_the_users_own() -> None:
 
 
 def test_a_compilation_of_the_whole_model_traces_its_blocks() -> None:
-    """The user's own ``torch.compile`` of an optimized model, also where a hook makes it trace the blocks' compiled calls."""
+    """The user's own ``torch.compile`` of an optimized model, also where a hook makes it trace the blocks' compiled calls. Strict options
+    would have it raise: what another backend compiles is not rewritten."""
     model = peft_model(layers=2)
     model.base_model.model.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
     expected = call(model, model)
-    _optimize(model)
+    _optimize(model, strict=False)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert_close(call(compiled, model), expected, 1e-5)
 

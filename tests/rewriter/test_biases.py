@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from programs import Layer, S, lora
-from same_results import check_everything
+from same_results import CAPTURES, check_captured, check_everything
 
 import dorafx
 from dorafx.match import CompositionPlan, Emit, Match, forms
@@ -145,6 +145,17 @@ def test_values_and_gradients(
     p.b.requires_grad_(trained)
     x = torch.randn(3, p.W.shape[1], dtype=p.W.dtype)
     check_everything(program, p, x, codegen, grad)
+    if program is not bias_written_meanwhile:
+        assert dorafx.rewrite_log().rewrites, dorafx.rewrite_log()
+
+
+@pytest.mark.parametrize("capture", CAPTURES)
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda f: f.__name__)
+def test_other_tracers(program: Callable[[Layer, torch.Tensor], Any], capture: str) -> None:
+    """Their tensors may not say that a product's gradient is needed, and it still is."""
+    dorafx.rewrite_log().clear()
+    p = Layer()
+    check_captured(program, p, torch.randn(3, p.W.shape[1], dtype=p.W.dtype), capture)
     if program is not bias_written_meanwhile:
         assert dorafx.rewrite_log().rewrites, dorafx.rewrite_log()
 

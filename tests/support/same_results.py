@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import dorafx
 from dorafx.backend import dorafx as backend
 from dorafx.graphs.shapes import with_shapes
 from dorafx.lift import Lifter, show
@@ -62,6 +65,56 @@ def check_everything(
         for _ in range(2):
             actual = _observed(lambda: compiled(leaves[0]), leaves)
             _assert_alike(actual, expected, tolerance)
+
+
+class _Holding(torch.nn.Module):
+    """``program(layer, x)`` as a module that has the layer's tensors for parameters."""
+
+    def __init__(self, program: Any, layer: Any) -> None:
+        super().__init__()
+        self.program, self.layer = program, layer
+        for name, tensor in vars(layer).items():
+            if isinstance(tensor, torch.Tensor):
+                self.register_parameter(name, torch.nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        layer = copy.copy(self.layer)
+        vars(layer).update((name, getattr(self, name)) for name, _ in self.named_parameters())
+        return self.program(layer, x)
+
+
+CAPTURES = ("export", "make_fx", "make_fx without gradients", "symbolic_trace")
+
+
+def check_captured(program: Any, layer: Any, x: torch.Tensor, capture: str, tolerance: float = 1e-9) -> None:
+    """The same of a graph that is captured without Dynamo, one of ``CAPTURES``, against its rewrite. Most of these tracers leave tensors
+    that do not tell of which values a gradient is needed."""
+    module = _Holding(program, layer)
+    leaves = [x.detach().clone().requires_grad_(), *module.parameters()]
+    original: Any
+    rewritten: Any
+    if capture == "export":
+        exported = torch.export.export(module, (leaves[0],))
+        original, rewritten = exported.module(), dorafx.rewrite(exported).module()
+    elif capture == "symbolic_trace":
+        original = torch.fx.symbolic_trace(module)
+        rewritten = dorafx.rewrite(original, leaves[0])
+    else:
+        names = [name for name, _ in module.named_parameters()]
+
+        def functional(value: torch.Tensor, *parameters: torch.Tensor) -> Any:
+            return torch.func.functional_call(module, dict(zip(names, parameters)), (value,))
+
+        with torch.set_grad_enabled(capture == "make_fx"):
+            gm: Any = make_fx(functional, tracing_mode="fake")(*leaves)
+        graphs = (gm, dorafx.rewrite(gm))
+        original, rewritten = (lambda value, graph=graph: graph(value, *module.parameters()) for graph in graphs)
+    seen = []
+    for run in (original, rewritten):
+        of_module = [*run.parameters()] if isinstance(run, torch.nn.Module) else leaves[1:]
+        wanted = [leaf for leaf in (leaves[0], *of_module) if leaf.requires_grad]
+        seen.append(_observed(functools.partial(run, leaves[0]), wanted))
+    _assert_alike(seen[1], seen[0], tolerance)
 
 
 def _observed(run: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[Any]]:
