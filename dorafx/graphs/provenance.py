@@ -19,6 +19,8 @@ _ROOT = re.compile(r"^(?:L\['(?:self|fn|mod|module|___stack\d+)'\]|L\['args'\]\[
 _DICT_ACCESS = re.compile(r"\.(?:__dict__\['_modules'\]|_modules)\['([^']+)'\]")
 _ATTRIBUTE = re.compile(r"getattr\(([^,]+), '([^']+)'\)")
 _OWNED = re.compile(r"\._(?:parameters|buffers)\['\w+'\]$")
+# Dynamo may trace what `dorafx.optimize` calls a module by, up to the module that this object calls.
+_COMPILED_CALL = re.compile(r"\._compiled_call_impl\.module(?!\w)")
 _PART = re.compile(r"[.\[]")
 _INDEX = re.compile(r"\[(?:'([^']+)'|\"([^\"]+)\"|(\d+))\]")
 
@@ -29,7 +31,7 @@ def module_path(access: str) -> str:
     path = _DICT_ACCESS.sub(r".\1", access)
     while _ATTRIBUTE.search(path):
         path = _ATTRIBUTE.sub(r"\1.\2", path)
-    path, roots = _ROOT.subn("", path)
+    path, roots = _ROOT.subn("", _COMPILED_CALL.sub("", path))
     if not roots:
         path = re.sub(r"^[LG]\['([^']+)'\]", r"\1", path)
     path = _INDEX.sub(lambda m: "." + next(g for g in m.groups() if g is not None), path)

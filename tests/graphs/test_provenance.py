@@ -33,6 +33,9 @@ from dorafx.graphs.provenance import module_path
         ("L['___stack12'].lora_A", "lora_A"),
         ("L['args'][0]._modules['model']._modules['layers']._modules['0']", "model.layers.0"),
         ("L['args'][1]._modules['layer']", "args.1.layer"),
+        ("L['self'].layers.0._compiled_call_impl.module.q_proj", "layers.0.q_proj"),
+        ("L['self']._modules['layers']._modules['0']._compiled_call_impl.module._modules['q_proj']", "layers.0.q_proj"),
+        ("L['self'].head._compiled_call_impl.module", "head"),
     ],
 )
 def test_names(access: str, name: str) -> None:
