@@ -34,6 +34,7 @@ def outside() -> dict[str, str]:
     return {record.site: record.kind for record in rewrite_log().misses}
 
 
+@pytest.mark.default_cases(*(f"{kind.value}-eager" for kind in PROGRAMS), f"{ReasonKind.ADDED_LATER.value}-inductor")
 @Codegen
 @pytest.mark.parametrize("kind", PROGRAMS, ids=lambda kind: kind.value)
 def test_cause_is_logged(kind: ReasonKind, codegen: str) -> None:

@@ -26,7 +26,18 @@ NEEDS = {
     "export": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Packages that not every environment has."""
-SLOW = {"benchmarks", "benchmarks-gpu", "check", "export", "integrations", "log", "quickstart", "reporting"}
+SLOW = {
+    "benchmarks",
+    "benchmarks-gpu",
+    "check",
+    "control",
+    "export",
+    "generation",
+    "integrations",
+    "log",
+    "quickstart",
+    "reporting",
+}
 """Pages whose blocks take more than some ten seconds, for the slow run."""
 
 WRITTEN = {"control": ("explanation.html", "explanation.json"), "reporting": ("repro.py",)}
